@@ -1,0 +1,78 @@
+"""The adamw path: everything that is not a matrix, with torch's foreach kernels.
+
+Elementwise, so it works on whatever shards there are. As the authors' code for these parameters:
+eps is added to the uncorrected root of the second moment, and decay comes after the update.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conda_dist.maths import Hyper
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """This rank's part of one parameter, its gradient and its moments."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+CHUNK_NUMEL = 2**24
+"""Elements updated at a time: bounds what a step allocates, whatever the size of the model."""
+
+
+def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
+    """Takes a step in place.
+
+    Args:
+        entries: parameters that have taken equally many steps.
+        step: how many, counting this one, from 1.
+        hyper: their hyperparameters; ``scale`` is not applied.
+    """
+    alike: dict[Any, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        alike[entry.param.device, entry.param.dtype, entry.exp_avg.dtype].append(entry)
+    for same in alike.values():
+        chunk, numel = [], 0
+        for entry in same:
+            chunk.append(entry)
+            numel += entry.param.numel()
+            if numel >= CHUNK_NUMEL:
+                _foreach(chunk, step, hyper)
+                chunk, numel = [], 0
+        _foreach(chunk, step, hyper)
+
+
+def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
+    if not entries:
+        return
+    params = [entry.param for entry in entries]
+    # Moments of fewer bits are rounded once, at the end, not at every operation.
+    work = torch.promote_types(entries[0].exp_avg.dtype, torch.float32)
+    grads = [entry.grad.to(work) for entry in entries]
+    exp_avgs = [entry.exp_avg.to(work) for entry in entries]
+    exp_avg_sqs = [entry.exp_avg_sq.to(work) for entry in entries]
+
+    torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
+    torch._foreach_mul_(exp_avg_sqs, hyper.beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - hyper.beta2)
+    if work != entries[0].exp_avg.dtype:
+        torch._foreach_copy_([entry.exp_avg for entry in entries], exp_avgs)
+        torch._foreach_copy_([entry.exp_avg_sq for entry in entries], exp_avg_sqs)
+
+    updates = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_add_(updates, hyper.eps)
+    torch._foreach_reciprocal_(updates)
+    torch._foreach_mul_(updates, exp_avgs)
+    torch._foreach_mul_(updates, hyper.step_size(step, scaled=False))
+    torch._foreach_sub_(params, updates)
+    if hyper.weight_decay:
+        torch._foreach_mul_(params, hyper.keep)

@@ -1,0 +1,153 @@
+"""A step of all weights on the conda path: some alone, some in buckets, some with new bases.
+
+A weight whose shards are whole rows (m >= n) or columns (m < n) steps alone, without a word to
+other ranks. The others travel in buckets, one on its way while another is computed. Those due for
+a refresh go in waves.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from conda_dist.exchange import Exchange, Mesh
+from conda_dist.options import Options
+from conda_dist.plan import Bucket, Wave, fill_buckets, fill_waves, plan_bucket, plan_wave
+from conda_dist.refresh import refresh
+from conda_dist.weight import Weight
+
+MAX_SCHEDULES = 64
+"""Schedules kept: one for steps without refreshes, one with, more if gradients come and go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What one step does.
+
+    Attributes:
+        solo: weights that step alone.
+        buckets: weights that travel, and keep their bases.
+        waves: weights that take new bases.
+    """
+
+    solo: tuple[int, ...]
+    buckets: tuple[Bucket, ...]
+    waves: tuple[Wave, ...]
+
+
+class CondaPath:
+    """All weights of an optimizer that are on the conda path.
+
+    Args:
+        weights: in the order of the optimizer's parameters, the same on all ranks.
+        options: the optimizer's options.
+    """
+
+    def __init__(self, weights: Sequence[Weight], options: Options) -> None:
+        self.weights, self.options = tuple(weights), options
+        self._plans = [weight.plan for weight in self.weights]
+        self._schedules: dict[object, Schedule] = {}
+
+    def step(self, grads: dict[int, Tensor]) -> None:
+        """Takes one step.
+
+        Args:
+            grads: by index of the weight, this rank's part of its gradient in storage layout.
+
+        Raises:
+            RuntimeError: a decomposition raised, or failed too often; on all ranks alike.
+        """
+        due = {i: self.weights[i].due() for i in grads}
+        key = tuple(due.items())
+        if key not in self._schedules:
+            if len(self._schedules) == MAX_SCHEDULES:
+                self._schedules.clear()
+            self._schedules[key] = self.plan_step(due)
+        schedule = self._schedules[key]
+        self._steady(schedule, grads)
+        for wave in schedule.waves:
+            self._refreshing(wave, grads)
+
+    def plan_step(self, due: dict[int, tuple[int, ...]]) -> Schedule:
+        """Plans a step.
+
+        Args:
+            due: for each weight with a gradient the matrices of its batch to be decomposed.
+        """
+        plans, itemsize = self._plans, 4
+        steady = [i for i, which in due.items() if not which]
+        fresh = [i for i, which in due.items() if which]
+        travelling = [i for i in steady if plans[i].travels]
+        buckets = fill_buckets(plans, travelling, itemsize, self.options.bucket_bytes)
+        waves = fill_waves(plans, fresh, itemsize, self.options.refresh_bytes)
+        return Schedule(
+            tuple(i for i in steady if not plans[i].travels),
+            tuple(plan_bucket(plans, b, self._mesh(b).coordinate) for b in buckets),
+            tuple(
+                plan_wave(plans, w, [due[i] for i in w], self._mesh(w).coordinate) for w in waves
+            ),
+        )
+
+    def _mesh(self, weights: Iterable[int]) -> Mesh:
+        return self.weights[next(iter(weights))].mesh
+
+    def _steady(self, schedule: Schedule, grads: dict[int, Tensor]) -> None:
+        """The step of the weights that keep their bases."""
+        buckets = schedule.buckets
+        coming = deque(self._forward(bucket, grads) for bucket in buckets[:1])
+        for i in schedule.solo:
+            weight = self.weights[i]
+            basis = weight.local("basis")
+            weight.advance(basis, weight.project(grads[i], basis))
+        going: deque[tuple[Bucket, Exchange]] = deque()
+        for k, bucket in enumerate(buckets):
+            tensors, bases = self._arrived(bucket, coming.popleft())
+            coming.extend(self._forward(after, grads) for after in buckets[k + 1 : k + 2])
+            weights = [self.weights[i] for i in bucket.weights]
+            updates = [
+                weight.advance(basis, weight.project(grad, basis))
+                for weight, grad, basis in zip(weights, tensors, bases, strict=True)
+            ]
+            if going:
+                self._apply(*going.popleft())
+            going.append((bucket, self._backward(bucket, updates)))
+        if going:
+            self._apply(*going.popleft())
+
+    def _refreshing(self, wave: Wave, grads: dict[int, Tensor]) -> None:
+        """The step of weights that take new bases."""
+        bucket = wave.bucket
+        weights = [self.weights[i] for i in bucket.weights]
+        tensors, bases = self._arrived(bucket, self._forward(bucket, grads))
+        projected = [w.project(g, q) for w, g, q in zip(weights, tensors, bases, strict=True)]
+        counts = refresh(wave, weights, bases, projected)
+        updates = [
+            weight.advance(basis, grad) if counted else weight.nothing(grad)
+            for weight, basis, grad, counted in zip(weights, bases, projected, counts, strict=True)
+        ]
+        self._apply(bucket, self._backward(bucket, updates))
+
+    def _forward(self, bucket: Bucket, grads: dict[int, Tensor]) -> Exchange:
+        """Starts gradients to the compute layout, and bases to every rank."""
+        weights = [self.weights[i] for i in bucket.weights]
+        tensors = [grads[i] for i in bucket.weights] + [w.local("basis") for w in weights]
+        dtypes = [tensor.dtype for tensor in tensors]
+        return Exchange(weights[0].mesh, bucket.forward, tensors, dtypes, tensors[-1].device)
+
+    def _arrived(self, bucket: Bucket, exchange: Exchange) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients in compute layout and the whole bases."""
+        tensors = [tensor for tensor in exchange.wait() if tensor is not None]
+        return tensors[: len(bucket.weights)], tensors[len(bucket.weights) :]
+
+    def _backward(self, bucket: Bucket, updates: list[Tensor | None]) -> Exchange:
+        """Starts updates to the storage layout."""
+        weights = [self.weights[i] for i in bucket.weights]
+        dtypes = [weight.param.dtype for weight in weights]
+        device = weights[0].local("basis").device
+        return Exchange(weights[0].mesh, bucket.backward, updates, dtypes, device)
+
+    def _apply(self, bucket: Bucket, returning: Exchange) -> None:
+        for i, update in zip(bucket.weights, returning.wait(), strict=True):
+            if update is not None:
+                self.weights[i].apply(update)

@@ -1,0 +1,267 @@
+"""Moving elements between ranks: process groups, packed all-to-alls and agreement.
+
+The only module that calls collectives. What goes where was decided by ``transfer``; here boxes
+are packed into one buffer, exchanged and unpacked. Every collective runs on a group of the
+parameters' own mesh: ranks outside it, such as other pipeline stages, are never waited for.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from conda_dist.layout import Block, Coordinate, Topology
+from conda_dist.transfer import Hop, Transfer
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place among the ranks that share parameters, and the groups that join them.
+
+    Attributes:
+        topology: the ranks.
+        coordinate: this rank's position.
+        groups: for each mesh dimension the process group that varies along it alone.
+    """
+
+    topology: Topology = field(default_factory=Topology)
+    coordinate: Coordinate = ()
+    groups: tuple[dist.ProcessGroup, ...] = ()
+
+    @classmethod
+    def of_device_mesh(cls, mesh: DeviceMesh) -> "Mesh":
+        """The mesh of a DTensor.
+
+        Raises:
+            ValueError: this rank is not in ``mesh``.
+        """
+        coordinate = mesh.get_coordinate()
+        if coordinate is None:
+            raise ValueError(f"rank {dist.get_rank()} is not part of the parameter's mesh {mesh}")
+        ranks = tuple(mesh.mesh.flatten().tolist())
+        groups = tuple(mesh.get_all_groups())
+        return cls(Topology(tuple(mesh.mesh.shape), ranks), tuple(coordinate), groups)
+
+    @classmethod
+    def of_group(cls, group: dist.ProcessGroup) -> "Mesh":
+        """One mesh dimension: the ranks of a process group, as in DDP.
+
+        Raises:
+            ValueError: this rank is not in ``group``.
+        """
+        if dist.get_rank(group) < 0:
+            raise ValueError(f"rank {dist.get_rank()} is not part of process_group")
+        ranks = tuple(dist.get_process_group_ranks(group))
+        return cls(Topology((len(ranks),), ranks), (dist.get_rank(group),), (group,))
+
+    @property
+    def rank(self) -> int:
+        """Global rank of this process, 0 without torch.distributed."""
+        return self.topology.rank_at(self.coordinate)
+
+    def device(self, mesh_dim: int, preferred: torch.device) -> torch.device:
+        """``preferred`` if the group's backend carries its tensors, else where to stage them.
+
+        With CPU offload the states are on the CPU and the groups are NCCL's.
+        """
+        carried = [device.type for device in self.groups[mesh_dim]._device_types]
+        if preferred.type in carried:
+            return preferred
+        return torch.device(carried[0], torch.accelerator.current_device_index())
+
+    def shared_dims(self) -> list[int]:
+        """Mesh dimensions of more than one rank."""
+        return [mesh_dim for mesh_dim, size in enumerate(self.topology.sizes) if size > 1]
+
+
+class Exchange:
+    """Tensors on their way between two layouts; the first collective starts at once.
+
+    Args:
+        mesh: the ranks that take part.
+        hops: what to do, from :func:`conda_dist.transfer.plan_hops`.
+        tensors: the local tensors, None where this rank holds none.
+        dtypes: dtype of each tensor, the same on all ranks.
+        device: where the new local tensors are made.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        hops: Sequence[Hop],
+        tensors: Sequence[Tensor | None],
+        dtypes: Sequence[torch.dtype],
+        device: torch.device,
+    ) -> None:
+        self._mesh, self._device, self._dtypes = mesh, device, dtypes
+        self._tensors = list(tensors)
+        self._hops = list(hops)
+        self._inflight: list[_Packed] = []
+        self._start()
+
+    def _start(self) -> None:
+        """Does the silent hops that are next and launches the first that is not."""
+        while self._hops and not self._inflight:
+            hop = self._hops.pop(0)
+            outputs = {t.item: self._keep(hop, t) for t in hop.transfers}
+            if not hop.silent:
+                # One collective for each dtype: nearly always one.
+                for dtype in dict.fromkeys(self._dtypes[t.item] for t in hop.transfers):
+                    same = [t for t in hop.transfers if self._dtypes[t.item] == dtype]
+                    self._inflight.append(self._launch(hop.mesh_dim, same, dtype, outputs))
+            for item, output in outputs.items():
+                self._tensors[item] = output
+
+    def _keep(self, hop: Hop, transfer: Transfer) -> Tensor | None:
+        """The new local tensor, filled with what this rank has of it already."""
+        if transfer.shape is None:
+            return None
+        source, here = self._tensors[transfer.item], self._mesh.coordinate[hop.mesh_dim]
+        if source is not None and hop.silent and tuple(source.shape) == transfer.shape:
+            return source
+        output = torch.empty(transfer.shape, dtype=self._dtypes[transfer.item], device=self._device)
+        for mine, new in zip(transfer.sends[here], transfer.receives[here], strict=True):
+            assert source is not None
+            _view(output, new).copy_(_view(source, mine))
+        return output
+
+    def _launch(
+        self,
+        mesh_dim: int,
+        transfers: list[Transfer],
+        dtype: torch.dtype,
+        outputs: dict[int, Tensor | None],
+    ) -> "_Packed":
+        here, size = self._mesh.coordinate[mesh_dim], self._mesh.topology.sizes[mesh_dim]
+        peers = [peer for peer in range(size) if peer != here]
+        sends = {p: [(t.item, b) for t in transfers for b in t.sends[p]] for p in peers}
+        receives = {p: [(t.item, b) for t in transfers for b in t.receives[p]] for p in peers}
+        send_sizes = [_numel(sends.get(p, [])) for p in range(size)]
+        receive_sizes = [_numel(receives.get(p, [])) for p in range(size)]
+        device = self._mesh.device(mesh_dim, self._device)
+        send = torch.empty(sum(send_sizes), dtype=dtype, device=device)
+        received = torch.empty(sum(receive_sizes), dtype=dtype, device=device)
+        offset = 0
+        for item, block in (pair for p in peers for pair in sends[p]):
+            source = self._tensors[item]
+            assert source is not None
+            count = math.prod(block.shape)
+            send[offset : offset + count].view(block.shape).copy_(_view(source, block))
+            offset += count
+        work = dist.all_to_all_single(
+            received,
+            send,
+            receive_sizes,
+            send_sizes,
+            group=self._mesh.groups[mesh_dim],
+            async_op=True,
+        )
+        into = []
+        for item, block in (pair for p in peers for pair in receives[p]):
+            output = outputs[item]
+            assert output is not None
+            into.append(_view(output, block))
+        return _Packed(work, send, received, into)
+
+    def wait(self) -> list[Tensor | None]:
+        """The local tensors in their new layouts, None where this rank holds none."""
+        while self._inflight:
+            for packed in self._inflight:
+                packed.finish()
+            self._inflight.clear()
+            self._start()
+        return self._tensors
+
+
+@dataclass
+class _Packed:
+    """One collective under way; keeps its buffers alive until it is done."""
+
+    work: Any  # dist.Work; None from backends that finish at once
+    send: Tensor
+    received: Tensor
+    into: list[Tensor]
+
+    def finish(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+        offset = 0
+        for view in self.into:
+            view.copy_(self.received[offset : offset + view.numel()].view(view.shape))
+            offset += view.numel()
+
+
+def _view(tensor: Tensor, block: Block) -> Tensor:
+    for dim, (start, length) in enumerate(zip(block.local, block.shape, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+def _numel(boxes: list[tuple[int, Block]]) -> int:
+    return sum(math.prod(block.shape) for _, block in boxes)
+
+
+def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:
+    """The largest of each value over all ranks of a mesh; every rank must give as many."""
+    result = torch.tensor(values, dtype=torch.int64)
+    for mesh_dim in mesh.shared_dims():
+        result = result.to(mesh.device(mesh_dim, torch.device("cpu")))
+        dist.all_reduce(result, dist.ReduceOp.MAX, group=mesh.groups[mesh_dim])
+    return [int(value) for value in result.tolist()]
+
+
+def all_texts(mesh: Mesh, text: str) -> dict[int, str]:
+    """What every rank of a mesh has to say, by global rank. For the way out with an error."""
+    texts = {mesh.rank: text}
+    for mesh_dim in mesh.shared_dims():
+        gathered: list[Any] = [None] * mesh.topology.sizes[mesh_dim]
+        dist.all_gather_object(gathered, texts, group=mesh.groups[mesh_dim])
+        texts = {rank: said for part in gathered for rank, said in part.items()}
+    return dict(sorted(texts.items()))
+
+
+def agree(mesh: Mesh, lines: Sequence[str], error: Exception | None) -> None:
+    """Holds the ranks' plans against each other before anything else is sent.
+
+    Args:
+        mesh: the ranks whose plans must be the same.
+        lines: the plan of this rank, a line for each parameter.
+        error: what went wrong in making it, or None.
+
+    Raises:
+        RuntimeError: on all ranks alike, if the plans differ or a rank could not make one.
+        Exception: ``error`` itself, where there is no other rank to tell.
+    """
+    if error is not None and not mesh.shared_dims():
+        raise error
+    digest = hashlib.sha256("\n".join(lines).encode()).digest()
+    words = [int.from_bytes(digest[i : i + 7], "little") for i in range(0, 28, 7)]
+    failed, *extremes = all_max(mesh, [error is not None, *words, *(-word for word in words)])
+    if failed:
+        said = all_texts(mesh, f"{type(error).__name__}: {error}" if error else "")
+        what = "; ".join(f"rank {rank}: {text}" for rank, text in said.items() if text)
+        raise RuntimeError(f"Conda cannot plan its step: {what}") from error
+    if any(high != -low for high, low in zip(extremes[:4], extremes[4:], strict=True)):
+        raise RuntimeError(_difference(all_texts(mesh, "\n".join(lines))))
+
+
+def _difference(texts: dict[int, str]) -> str:
+    """Names the first line in which a rank's plan differs from the first rank's."""
+    (first, reference), *others = texts.items()
+    for rank, text in others:
+        pairs = zip_longest(reference.split("\n"), text.split("\n"), fillvalue="nothing")
+        for ours, theirs in pairs:
+            if ours != theirs:
+                return (
+                    f"Conda's plan differs between ranks: rank {first} has {ours}; rank {rank} "
+                    f"has {theirs}. Give all ranks the same parameters, in the same order, with "
+                    "the same names, placements and options."
+                )
+    return "Conda's plan differs between ranks"

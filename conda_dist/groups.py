@@ -1,0 +1,139 @@
+"""Parameter groups: their hyperparameters, checked, and their split by algorithm."""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conda_dist.routing import ADAMW, ALGORITHMS, CONDA, check_matrix, route
+
+HYPERPARAMETERS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "scale",
+    "update_proj_gap",
+    "correct_bias",
+)
+RESERVED = ("params", "param_names", "algorithm", *HYPERPARAMETERS)
+DROPPED = ("foreach", "fused")  # how AdamW computes; frameworks add them to any group
+UNSUPPORTED = ("maximize", "capturable", "differentiable", "amsgrad")
+
+
+def check_hyperparameters(values: Mapping[str, Any], where: str = "") -> None:
+    """Checks the hyperparameters there are among ``values``.
+
+    Raises:
+        TypeError: one is of the wrong type.
+        ValueError: one is out of its range.
+    """
+    for name in ("lr", "eps", "weight_decay", "scale"):
+        if name in values:
+            _check_number(name, values[name], where)
+    if "betas" in values:
+        betas = values["betas"]
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(f"{where}betas must be a pair of numbers, got {betas!r}")
+        for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+            _check_number(name, beta, where, below=1.0)
+    if "update_proj_gap" in values:
+        gap = values["update_proj_gap"]
+        if not isinstance(gap, int) or isinstance(gap, bool):
+            raise TypeError(f"{where}update_proj_gap must be an int (steps), got {gap!r}")
+        if gap < 1:
+            raise ValueError(f"{where}update_proj_gap must be at least 1 step, got {gap}")
+    if not isinstance(values.get("correct_bias", True), bool):
+        raise TypeError(f"{where}correct_bias must be a bool, got {values['correct_bias']!r}")
+    if values.get("proj_type", "std") != "std":
+        raise ValueError(
+            f"{where}proj_type={values['proj_type']!r} is not supported: of the released code's "
+            'types only "std" (the smaller side is projected) can update every shape of weight.'
+        )
+    if values.get("algorithm", CONDA) not in ALGORITHMS:
+        raise ValueError(
+            f"{where}algorithm must be one of {', '.join(ALGORITHMS)}; got {values['algorithm']!r}"
+        )
+
+
+def _check_number(name: str, value: Any, where: str, below: float = math.inf) -> None:
+    if name == "lr" and isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{where}lr must be a number or a tensor of one element")
+        return  # its value may change under us, and reading it may wait for a GPU
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{where}{name} must be a number, got {value!r}")
+    if not 0 <= value < below:
+        limit = f" and below {below:g}" if below < math.inf else " and finite"
+        raise ValueError(f"{where}{name} must be at least 0{limit}, got {value}")
+
+
+def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Splits a group without ``algorithm`` into one for each; checks one that has it.
+
+    Args:
+        group: a group dict as torch's optimizers take it: ``params`` a tensor or an iterable of
+            tensors or (name, tensor) pairs, ``param_names`` perhaps beside it.
+        where: what to call the group in errors.
+
+    Raises:
+        TypeError: something other than a parameter among ``params``, or a wrong type of value.
+        ValueError: a parameter that cannot be optimized, or a value out of range.
+    """
+    taken = ("params", "param_names", "proj_type", *DROPPED)
+    options = {key: value for key, value in group.items() if key not in taken}
+    check_hyperparameters(group, where)
+    for key in options.keys() - set(RESERVED) - set(UNSUPPORTED):
+        if near := difflib.get_close_matches(key, RESERVED, 1, 0.8):
+            raise ValueError(f"{where}unknown option {key!r}; did you mean {near[0]!r}?")
+    for key in UNSUPPORTED:
+        if options.pop(key, None):
+            raise ValueError(f"{where}option {key!r} is not supported by Conda; leave it out.")
+    named = _named(group, where)
+    for name, param in named:
+        _check_parameter(where + (name or f"parameter of shape {tuple(param.shape)}"), param)
+
+    algorithm = options.pop("algorithm", None)
+    parts: dict[str, list[tuple[str | None, Tensor]]] = {CONDA: [], ADAMW: []}
+    for name, param in named:
+        if algorithm == CONDA:
+            check_matrix(where + (name or "parameter"), param)
+        parts[algorithm or route(name, param).algorithm].append((name, param))
+    return [
+        {
+            **options,
+            "params": [param if name is None else (name, param) for name, param in part],
+            "algorithm": chosen,
+        }
+        for chosen, part in parts.items()
+        if part or algorithm == chosen
+    ]
+
+
+def _named(group: Mapping[str, Any], where: str) -> list[tuple[str | None, Tensor]]:
+    params = group["params"]
+    if isinstance(params, set):
+        raise TypeError(f"{where}params must be ordered, not a set: ranks must agree on the order")
+    params = [params] if isinstance(params, Tensor) else list(params)
+    names: Iterable[str | None] = group.get("param_names") or [None] * len(params)
+    pairs = [
+        item if isinstance(item, tuple) and len(item) == 2 else (name, item)
+        for name, item in zip(names, params, strict=True)
+    ]
+    for _, param in pairs:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{where}params must be tensors, got {type(param).__name__}")
+    return pairs
+
+
+def _check_parameter(name: str, param: Tensor) -> None:
+    if not param.dtype.is_floating_point:
+        raise ValueError(
+            f"{name}: Conda optimizes real floating point parameters, got {param.dtype}"
+            + ("; use torch.view_as_real." if param.dtype.is_complex else ".")
+        )
+    if param.layout is not torch.strided:
+        raise ValueError(f"{name}: Conda optimizes dense parameters, got {param.layout}.")

@@ -1,0 +1,312 @@
+"""Where the elements of a tensor live: pure descriptions, no tensors and no communication.
+
+A :class:`Layout` says which elements of a global tensor each coordinate of a device mesh holds.
+DTensor placements, a plain tensor (no mesh) and DDP (replicated over one mesh dimension) are all
+layouts. :func:`compute_layout` and :func:`move` derive the layout Conda computes in and the mesh
+dimensions that must be crossed to get there.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import TypeAlias
+
+Coordinate: TypeAlias = tuple[int, ...]
+"""A rank's position in a device mesh, one index per mesh dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The ranks that share a parameter, as a device mesh.
+
+    Attributes:
+        sizes: ranks along each mesh dimension; ``()`` for one process.
+        ranks: the global rank at every coordinate, in row-major order.
+    """
+
+    sizes: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = (0,)
+
+    def rank_at(self, coordinate: Coordinate) -> int:
+        """Global rank at a coordinate."""
+        index = 0
+        for size, i in zip(self.sizes, coordinate, strict=True):
+            index = index * size + i
+        return self.ranks[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """A mesh dimension that splits a tensor dimension, as ``torch.chunk`` would.
+
+    Attributes:
+        dim: the tensor dimension, not negative.
+        stride: 1, or the number of equal pieces that later mesh dimensions cut the tensor
+            dimension into before this one splits each piece: DTensor's ``_StridedShard``, whose
+            ``split_factor`` this is. FSDP over tensor parallelism produces it.
+    """
+
+    dim: int
+    stride: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A box of elements that one rank holds.
+
+    Attributes:
+        start: first index of the box in the global tensor.
+        shape: extent of the box.
+        local: first index of the box in the rank's local tensor.
+    """
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    local: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which elements of a tensor each coordinate of a mesh holds.
+
+    Attributes:
+        shape: shape of the global tensor.
+        mesh: sizes of the mesh dimensions; ``()`` for a tensor of one process.
+        placements: for each mesh dimension what it splits, or None where it replicates. Applied
+            from left to right, as DTensor does.
+    """
+
+    shape: tuple[int, ...]
+    mesh: tuple[int, ...]
+    placements: tuple[Split | None, ...]
+
+    def move(self, mesh_dim: int, placement: Split | None) -> "Layout":
+        """This layout with the placement of one mesh dimension exchanged for another."""
+        placements = list(self.placements)
+        placements[mesh_dim] = placement
+        return replace(self, placements=tuple(placements))
+
+    def splitting(self, dim: int) -> tuple[int, ...]:
+        """Mesh dimensions that split tensor dimension ``dim``, the outermost cut first.
+
+        A strided split cuts inside the later mesh dimensions its stride counts, so it comes after
+        them.
+        """
+        order: list[int] = []
+        for mesh_dim in reversed(range(len(self.mesh))):
+            placement = self.placements[mesh_dim]
+            if placement is None or placement.dim != dim:
+                continue
+            outside, remaining = 0, placement.stride
+            while remaining > 1 and outside < len(order):
+                remaining //= self.mesh[order[outside]]
+                outside += 1
+            order.insert(outside, mesh_dim)
+        return tuple(order)
+
+    def local_shape(self, coordinate: Coordinate) -> tuple[int, ...]:
+        """Shape of the local tensor at a coordinate."""
+        return tuple(sum(map(len, runs)) for runs in _runs(self, coordinate))
+
+    def blocks(self, coordinate: Coordinate) -> tuple[Block, ...]:
+        """The boxes held at a coordinate, in the order of the local tensor; no empty ones."""
+        return _blocks(self, coordinate)
+
+    def numel(self, coordinate: Coordinate) -> int:
+        """Elements held at a coordinate."""
+        return math.prod(self.local_shape(coordinate))
+
+    def matrices(self, coordinate: Coordinate) -> tuple[int, ...]:
+        """Which matrices of the batch an (..., m, n) tensor is are held at a coordinate.
+
+        Row-major indices over the leading dimensions, in the order of the local tensor; ``(0,)``
+        for a tensor of two dimensions.
+        """
+        runs = _runs(self, coordinate)[:-2]
+        indices: tuple[int, ...] = (0,)
+        for size, held in zip(self.shape, runs, strict=False):
+            indices = tuple(i * size + j for i in indices for run in held for j in run)
+        return indices
+
+    def coordinates(self) -> Iterator[Coordinate]:
+        """Every coordinate of the mesh, in rank order."""
+        return product(*map(range, self.mesh))
+
+    def __str__(self) -> str:
+        names = [
+            "Replicate()"
+            if placement is None
+            else f"Shard({placement.dim})"
+            if placement.stride == 1
+            else f"_StridedShard({placement.dim}, sf={placement.stride})"
+            for placement in self.placements
+        ]
+        return f"[{', '.join(names)}]" if names else "plain"
+
+
+def _chunk(runs: tuple[range, ...], pieces: int, index: int) -> tuple[range, ...]:
+    """Piece ``index`` of the concatenated runs, cut as ``torch.chunk`` cuts."""
+    total = sum(map(len, runs))
+    size = -(-total // pieces)
+    return _slice(runs, min(index * size, total), min((index + 1) * size, total))
+
+
+def _slice(runs: tuple[range, ...], start: int, stop: int) -> tuple[range, ...]:
+    """Positions [start, stop) of the concatenated runs, neighbours merged."""
+    result: list[range] = []
+    offset = 0
+    for run in runs:
+        part = run[max(start - offset, 0) : max(stop - offset, 0)]
+        offset += len(run)
+        if part and result and result[-1].stop == part.start:
+            result[-1] = range(result[-1].start, part.stop)
+        elif part:
+            result.append(part)
+    return tuple(result)
+
+
+@lru_cache(maxsize=65536)
+def _runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ...], ...]:
+    """For each tensor dimension the runs of indices held at a coordinate."""
+    runs: list[tuple[range, ...]] = [(range(size),) if size else () for size in layout.shape]
+    for size, index, placement in zip(layout.mesh, coordinate, layout.placements, strict=True):
+        if placement is None:
+            continue
+        pieces = [_chunk(runs[placement.dim], placement.stride, i) for i in range(placement.stride)]
+        parts = tuple(run for piece in pieces for run in _chunk(piece, size, index))
+        runs[placement.dim] = _slice(parts, 0, sum(map(len, parts)))
+    return tuple(runs)
+
+
+@lru_cache(maxsize=65536)
+def _blocks(layout: Layout, coordinate: Coordinate) -> tuple[Block, ...]:
+    spans: list[list[tuple[range, int]]] = []
+    for runs in _runs(layout, coordinate):
+        offset, spans_of_dim = 0, []
+        for run in runs:
+            spans_of_dim.append((run, offset))
+            offset += len(run)
+        spans.append(spans_of_dim)
+    return tuple(
+        Block(
+            start=tuple(run.start for run, _ in box),
+            shape=tuple(len(run) for run, _ in box),
+            local=tuple(offset for _, offset in box),
+        )
+        for box in product(*spans)
+    )
+
+
+def intersect(ours: Block, theirs: Block) -> tuple[Block, Block] | None:
+    """The common box of two blocks, as a part of each, or None where they share no element."""
+    start = tuple(map(max, ours.start, theirs.start))
+    stop = (
+        min(a + s, b + t)
+        for a, s, b, t in zip(ours.start, ours.shape, theirs.start, theirs.shape, strict=True)
+    )
+    shape = tuple(e - s for s, e in zip(start, stop, strict=True))
+    if min(shape, default=1) <= 0:
+        return None
+
+    def part(block: Block) -> Block:
+        local = (o + s - b for o, s, b in zip(block.local, start, block.start, strict=True))
+        return Block(start, shape, tuple(local))
+
+    return part(ours), part(theirs)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One stage on the way between two layouts: what changes along one mesh dimension.
+
+    Attributes:
+        mesh_dim: the mesh dimension whose group exchanges elements.
+        source: layout before.
+        target: layout after; differs from ``source`` in ``mesh_dim`` alone.
+    """
+
+    mesh_dim: int
+    source: Layout
+    target: Layout
+
+
+def kept_dim(shape: tuple[int, ...]) -> int:
+    """The dimension of an (..., m, n) weight that the projection leaves alone.
+
+    Rows for m >= n (``G Q``, the right side), columns for m < n (``Q^T G``, the left side).
+    """
+    return len(shape) - 2 if shape[-2] >= shape[-1] else len(shape) - 1
+
+
+def to_compute(storage: Layout) -> tuple[Move, ...]:
+    """Stages from the storage layout of an (..., m, n) weight to its compute layout.
+
+    In the compute layout each rank holds whole rows (m >= n) or whole columns (m < n). Every
+    split of the mixed dimension moves to the kept one, the innermost cut first, and cuts inside
+    the splits that are already there: so each stage stays within the groups of a single mesh
+    dimension and moves only the elements that must. Empty where nothing splits the mixed
+    dimension; stages over a mesh dimension of one rank only rename the placement.
+
+    On meshes of several dimensions a few shapes that divide unevenly cannot be cut that way
+    (``torch.chunk`` of a part is not a part of ``torch.chunk``); those are gathered and sliced.
+    """
+    kept = kept_dim(storage.shape)
+    mixed = 2 * len(storage.shape) - 3 - kept
+    layout, moves = storage, []
+    for mesh_dim in reversed(storage.splitting(mixed)):
+        later = [d for d in layout.splitting(kept) if d > mesh_dim]
+        stride = math.prod(layout.mesh[d] for d in later)
+        moves.append(Move(mesh_dim, layout, layout.move(mesh_dim, Split(kept, stride))))
+        layout = moves[-1].target
+    return tuple(moves) if all(map(_stays_in_group, moves)) else _through_whole(storage)
+
+
+def _through_whole(storage: Layout) -> tuple[Move, ...]:
+    """Stages to the compute layout by gathering both dimensions and slicing the kept one."""
+    kept = kept_dim(storage.shape)
+    gather = to_whole(storage, (len(storage.shape) - 2, len(storage.shape) - 1))
+    layout, slices = gather[-1].target, []
+    for move in reversed(gather):
+        slices.append(Move(move.mesh_dim, layout, layout.move(move.mesh_dim, Split(kept))))
+        layout = slices[-1].target
+    return gather + tuple(slices)
+
+
+def _stays_in_group(move: Move) -> bool:
+    """Whether every rank finds all it needs on the ranks that differ in ``move.mesh_dim`` only."""
+    source, target, mesh_dim = move.source, move.target, move.mesh_dim
+    if all(size % math.prod(source.mesh) == 0 for size in source.shape[-2:]):
+        return True
+
+    def found(coordinate: Coordinate) -> int:
+        group = (
+            (*coordinate[:mesh_dim], peer, *coordinate[mesh_dim + 1 :])
+            for peer in range(source.mesh[mesh_dim])
+        )
+        pairs = product((b for c in group for b in source.blocks(c)), target.blocks(coordinate))
+        common = (intersect(ours, theirs) for ours, theirs in pairs)
+        return sum(math.prod(both[0].shape) for both in common if both)
+
+    return all(found(c) == target.numel(c) for c in target.coordinates())
+
+
+def reverse(moves: tuple[Move, ...]) -> tuple[Move, ...]:
+    """The way back."""
+    return tuple(Move(move.mesh_dim, move.target, move.source) for move in reversed(moves))
+
+
+def to_whole(layout: Layout, dims: tuple[int, ...]) -> tuple[Move, ...]:
+    """Stages that gather the given tensor dimensions on every rank.
+
+    Placements apply from left to right, so undoing them from right to left keeps every stage
+    within its group, however unevenly the shape divides.
+    """
+    moves = []
+    for mesh_dim in reversed(range(len(layout.mesh))):
+        placement = layout.placements[mesh_dim]
+        if placement is not None and placement.dim in dims:
+            moves.append(Move(mesh_dim, layout, layout.move(mesh_dim, None)))
+            layout = moves[-1].target
+    return tuple(moves)

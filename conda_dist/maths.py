@@ -1,0 +1,178 @@
+"""The mathematics of a Conda step as functions of tensors: no parallelism, no optimizer state.
+
+Everything works on a slice of a weight along its kept dimension (rows for m >= n, "right";
+columns for m < n, "left") exactly as on the whole of it, because the projection commutes with
+such slicing; leading dimensions are batches of matrices. Notation: G gradient, M first moment,
+Q basis (r, r) with r = min(m, n), and proj(X) = X Q (right) or Q^T X (left). The first moment is
+stored projected, where it obeys its own recursion: proj(M) <- b1 proj(M) + (1 - b1) proj(G).
+Arithmetic is done in the dtype of the basis (float32 or float64), whatever the moments' dtype.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Hyper:
+    """Hyperparameters of one step; see :class:`conda_dist.Conda` for their meaning."""
+
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    scale: float
+    correct_bias: bool
+
+    def step_size(self, step: int, *, scaled: bool = True) -> float | Tensor:
+        """Factor on the normalised step; ``step`` counts this one, from 1."""
+        factor = self.scale if scaled else 1.0
+        if self.correct_bias:
+            factor *= math.sqrt(1 - self.beta2**step) / (1 - self.beta1**step)
+        return self.lr * factor
+
+    @property
+    def keep(self) -> float | Tensor:
+        """What decoupled weight decay leaves of a weight."""
+        return 1 - self.lr * self.weight_decay
+
+
+def matrices(tensor: Tensor) -> Tensor:
+    """A tensor's last two dimensions, the others as one batch: (..., m, n) as (b, m, n)."""
+    return tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(0, -3)
+
+
+def project(x: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """``x Q`` or ``Q^T x``, multiplied in ``dtype`` (None: the basis's); in the basis's dtype."""
+    Q = basis.to(dtype or basis.dtype)
+    x = x.to(Q.dtype)
+    return (x @ Q if right else Q.mT @ x).to(basis.dtype)
+
+
+def project_back(y: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """``y Q^T`` or ``Q y``: the inverse of :func:`project`."""
+    return project(y, basis.mT, right, dtype)
+
+
+def average_(exp_avg: Tensor, projected_grad: Tensor, beta1: float) -> None:
+    """Updates the projected first moment in place."""
+    if exp_avg.dtype == projected_grad.dtype:
+        exp_avg.lerp_(projected_grad, 1 - beta1)
+    else:  # moments of fewer bits are rounded once, not at every operation
+        exp_avg.copy_(exp_avg.to(projected_grad.dtype).lerp_(projected_grad, 1 - beta1))
+
+
+def normalise_(projected_grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper) -> Tensor:
+    """Updates the second moment and returns proj(M) / (sqrt(v) + eps).
+
+    Args:
+        projected_grad: proj(G); overwritten with the result.
+        exp_avg: projected first moment, already updated.
+        exp_avg_sq: second moment, updated in place.
+        hyper: hyperparameters of the step.
+    """
+    second = exp_avg_sq.to(projected_grad.dtype)
+    second.mul_(hyper.beta2).addcmul_(projected_grad, projected_grad, value=1 - hyper.beta2)
+    if second is not exp_avg_sq:
+        exp_avg_sq.copy_(second)
+    denominator = torch.sqrt(second, out=projected_grad).add_(hyper.eps)
+    return torch.div(exp_avg.to(denominator.dtype), denominator, out=denominator)
+
+
+def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:
+    """``W <- W - step_size * update``, then the decay, in place."""
+    step_size = hyper.step_size(step)
+    if isinstance(step_size, Tensor):
+        param.sub_(update * step_size.to(update.device))
+    else:
+        param.sub_(update, alpha=step_size)
+    if hyper.weight_decay:
+        param.mul_(hyper.keep)
+
+
+def project_back_and_apply_(
+    param: Tensor, y: Tensor, basis: Tensor, right: bool, step: int, hyper: Hyper
+) -> None:
+    """:func:`project_back` and :func:`apply_` as one product accumulated into the weight.
+
+    For float weights of the basis's dtype and a learning rate that is a number; saves a tensor
+    the size of the weight and two passes over it.
+    """
+    keep = float(hyper.keep)
+    factor = -float(hyper.step_size(step)) * keep
+    a, b = (y, basis.mT) if right else (basis, y)
+    if param.ndim == 2:
+        param.addmm_(a, b, beta=keep, alpha=factor)
+    else:
+        matrices(param).baddbmm_(matrices(a), matrices(b), beta=keep, alpha=factor)
+
+
+class Outcome(IntEnum):
+    """What came of a decomposition. Larger is worse; ranks agree on the largest."""
+
+    UNKNOWN = 0
+    DONE = 1
+    ZERO = 2
+    NOT_FINITE = 3
+    NOT_CONVERGED = 4
+    ERROR = 5
+
+
+def decompose(exp_avg: Tensor, right: bool) -> tuple[Outcome, Tensor | None]:
+    """Rotation P (r, r) from the basis in use to that of the SVD of the momentum.
+
+    If proj(M) = A S P^T (right) then V(M) = Q P; left likewise, with U. The singular vectors
+    come in descending order and with free signs.
+
+    Args:
+        exp_avg: the whole projected momentum of one matrix, (m, n).
+        right: whether m >= n.
+
+    Returns:
+        The outcome and, if it is DONE, P in at least float32. A momentum that is exactly zero or
+        not finite has no basis to give. An SVD that does not converge is tried once more in
+        float64.
+    """
+    tall = (exp_avg if right else exp_avg.mT).to(torch.promote_types(exp_avg.dtype, torch.float32))
+    # A sum of squares of finite float32 values may overflow; max and isfinite cannot.
+    if not torch.isfinite(tall).all():
+        return Outcome.NOT_FINITE, None
+    if not tall.any():
+        return Outcome.ZERO, None
+    for attempt in (tall, tall.double()):
+        try:
+            rotation = _right_singular_vectors(attempt)
+        except LinAlgError:
+            continue
+        if torch.isfinite(rotation).all():  # some GPU drivers give NaN instead of an error
+            return Outcome.DONE, rotation.to(tall.dtype)
+    return Outcome.NOT_CONVERGED, None
+
+
+def _right_singular_vectors(tall: Tensor) -> Tensor:
+    m, n = tall.shape
+    if 3 * m > 5 * n:  # Chan's crossover (doi:10.1145/355984.355990): here it is cheaper
+        # R has the right singular vectors of its matrix, and the (m, n) factor is never formed.
+        tall = torch.linalg.qr(tall, mode="r").R
+    rotation: Tensor = torch.linalg.svd(tall, full_matrices=False).Vh.mT
+    return rotation
+
+
+def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:
+    """P corrected so that Q P is orthonormal again.
+
+    Q is a product of all rotations so far and would drift. (3 I - Q^T Q) / 2 is the first step
+    of Newton's iteration for the polar factor: it squares an error that is at rounding level
+    already.
+    """
+    return 1.5 * rotation - 0.5 * (basis.mT @ (basis @ rotation))
+
+
+def rotate_(x: Tensor, rotation: Tensor, right: bool) -> None:
+    """Takes projected ``x`` from the basis Q to Q P in place: ``x P`` or ``P^T x``."""
+    x.copy_(project(x, rotation, right))

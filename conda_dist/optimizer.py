@@ -1,0 +1,310 @@
+"""The optimizer: groups and state as torch's own, the step as planned."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conda_dist import storage
+from conda_dist.adamw import Entry, adamw_
+from conda_dist.checkpoint import fill_state, match_state
+from conda_dist.conda_path import CondaPath
+from conda_dist.exchange import Mesh, agree, all_max
+from conda_dist.groups import check_hyperparameters, split_group
+from conda_dist.options import Options
+from conda_dist.report import Row, print_table, rows
+from conda_dist.routing import CONDA, nothing_to_project
+from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up, signature
+from conda_dist.weight import hyper_of
+
+
+class Conda(torch.optim.Optimizer):
+    r"""Column-Normalized Adam (arXiv 2509.24218), on whatever shards there are.
+
+    For a weight W (m, n) with gradient G and r = min(m, n), after t steps::
+
+        M <- b1 M + (1 - b1) G
+        every update_proj_gap steps: Q (r, r) <- right singular vectors of M if m >= n, else left
+        v <- b2 v + (1 - b2) proj(G)^2                 proj(X) = X Q, or Q^T X if m < n
+        W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) scale back(proj(M) / (sqrt(v) + eps))
+        W <- W - lr weight_decay W
+
+    Parameters may be plain tensors or DTensors of any layout of Shard and Replicate; plain
+    parameters are taken to be whole and, in a distributed job, equal on all ranks with equal
+    gradients (DDP). A weight of three or more dimensions is a batch of matrices in its last two.
+    Groups may name their ``algorithm``, "conda" or "adamw"; one that does not is split by shape
+    and name as :func:`conda_dist.routing.route` says, for which it should be given
+    ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`. Layouts are
+    resolved at the first step.
+
+    State of a parameter, tensors like the parameter (DTensors on its mesh): ``step`` (0-d, on the
+    CPU), ``exp_avg`` (m, n), projected on the conda path, ``exp_avg_sq`` (m, n) and there too
+    ``basis`` (r, r) and ``basis_step`` (one number for each matrix of a batch, on the CPU: the
+    step its basis was taken at, -1 before the first).
+
+    Args:
+        params: tensors, (name, tensor) pairs or group dicts.
+        lr: learning rate of both paths; a number or a tensor of one element.
+        betas: decay rates of the first and the second moment, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay, applied after the update.
+        scale: factor on the update of the conda path.
+        update_proj_gap: steps between two decompositions of the momentum.
+        correct_bias: whether to divide out the moments' bias towards zero.
+        proj_type: "std"; the released code's other types are refused.
+        state_dtype: dtype of the moments; None for the parameter's, but at least float32.
+            Bases are at least float32 in any case.
+        matmul_dtype: dtype of the two products of a step, such as ``torch.bfloat16``; None for
+            the bases'. Decompositions and rotations never use it.
+        basis_placement: "replicate" keeps every basis on every rank of its weight; "shard" splits
+            it, and gathers it for each step; "auto" replicates while ``basis_budget`` allows.
+        basis_budget: bytes a rank may spend on replicated bases under "auto".
+        bucket_bytes: most bytes of a rank's gradients exchanged at once.
+        refresh_bytes: most bytes of momenta an owner gathers at once, and at least one matrix.
+        max_refresh_failures: refreshes of one matrix that may fail in a row before all ranks
+            raise.
+        process_group: for plain parameters: ranks with equal gradients, which then share the
+            decompositions out among them instead of each doing all, and cannot drift apart.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: one out of its range, a parameter that cannot be optimized, or a model of
+            which no matrix would be on the conda path.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        scale: float = 0.25,
+        update_proj_gap: int = 2000,
+        correct_bias: bool = True,
+        proj_type: str = "std",
+        state_dtype: torch.dtype | None = None,
+        matmul_dtype: torch.dtype | None = None,
+        basis_placement: str = "auto",
+        basis_budget: int = 4 * 2**30,
+        bucket_bytes: int = 64 * 2**20,
+        refresh_bytes: int = 512 * 2**20,
+        max_refresh_failures: int = 3,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "scale": scale,
+            "update_proj_gap": update_proj_gap,
+            "correct_bias": correct_bias,
+        }
+        check_hyperparameters({**defaults, "proj_type": proj_type})
+        self._options = Options(
+            state_dtype,
+            matmul_dtype,
+            basis_placement,
+            basis_budget,
+            bucket_bytes,
+            refresh_bytes,
+            max_refresh_failures,
+        )
+        self._process_group = process_group
+        self._setup: Setup | None = None
+        self._path: CondaPath | None = None
+        self._routed = False  # whether a group was split for the caller
+        super().__init__(params, defaults)
+        if self._routed and not any(group["algorithm"] == CONDA for group in self.param_groups):
+            raise ValueError(nothing_to_project(self._named()))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, split in two if it does not name its ``algorithm``.
+
+        New parameters get their state at the next step; the others keep theirs.
+
+        Raises:
+            TypeError: see :class:`Conda`.
+            ValueError: see :class:`Conda`.
+        """
+        where = f"parameter group {len(self.param_groups)}: "
+        self._routed |= "algorithm" not in param_group
+        for part in split_group(param_group, where):
+            super().add_param_group(part)
+        self._setup = None
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [
+            (name_of(self.param_groups, g, i), param)
+            for g, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        ]
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes one step with the gradients there are.
+
+        Parameters without a gradient are left alone; all ranks that share one must have it or
+        not. A first step in which all gradients are zero changes nothing and is not counted, nor
+        is the step of a matrix whose momentum is still zero.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            RuntimeError: a gradient is sparse; ranks have different plans; a decomposition raised
+                or failed too often. The last two on all ranks of the mesh alike.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        setup, path = self._resolve(agreeing=True)
+        grads = {m.param: storage.local_gradient(m.name, m.param) for m in setup.members}
+        live = self._live(setup, grads)
+        path.step(
+            {
+                i: grad
+                for i, weight in enumerate(setup.weights)
+                if weight.mesh in live and (grad := grads[weight.param]) is not None
+            }
+        )
+        self._adamw_step([p for p in setup.plains if p.mesh in live], grads)
+        return loss
+
+    def init_state(self) -> None:
+        """Allocates all state now, for whoever saves before the first step.
+
+        Raises:
+            ValueError: a parameter's layout cannot be planned.
+        """
+        self._resolve()[0].init_state()
+
+    def report(self, *, show: bool = True) -> list[Row]:
+        """What each trainable parameter gets: path, layout, owners, bytes.
+
+        Args:
+            show: whether to print it as a table too.
+
+        Returns:
+            A dict for each parameter; see :class:`conda_dist.report.Row`.
+        """
+        table = rows(self._resolve()[0])
+        if show:
+            print_table(table)
+        return table
+
+    def _resolve(self, *, agreeing: bool = False) -> tuple[Setup, CondaPath]:
+        """The parameters with their plans, made anew if they have changed.
+
+        Args:
+            agreeing: whether all ranks are here, and are to compare their plans and allocate.
+        """
+        setup, error = self._setup, None
+        if setup is None or self._path is None or setup.signature != signature(self.param_groups):
+            meshes = find_meshes(self.param_groups, self._process_group)
+            try:
+                setup = set_up(self.param_groups, self.state, self._options, meshes)
+            except Exception as caught:
+                if not agreeing:
+                    raise
+                setup, error = Setup([], [], list(dict.fromkeys(meshes.values())), None), caught
+        if agreeing and not setup.agreed:
+            for mesh in setup.meshes:
+                agree(mesh, setup.lines(mesh), error)
+            setup.init_state()
+            setup.agreed = True
+        if setup is not self._setup or self._path is None:
+            self._setup, self._path = setup, CondaPath(setup.weights, self._options)
+        return setup, self._path
+
+    def _live(self, setup: Setup, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
+        """Meshes whose parameters step: all, but for one whose gradients have all been zero.
+
+        Frameworks run such a step to create state; it must not count, nor decay weights. Looked
+        at until a step has counted, and so without a wait for the device later on.
+        """
+        for i, mesh in enumerate(setup.meshes):
+            if not setup.started[i]:
+                ours = (grads[member.param] for member in setup.members if member.mesh is mesh)
+                any_here = any(bool(grad.any()) for grad in ours if grad is not None)
+                setup.started[i] = bool(all_max(mesh, [any_here])[0])
+        return {mesh for mesh, started in zip(setup.meshes, setup.started, strict=True) if started}
+
+    def _adamw_step(self, plains: Iterable[Plain], grads: Mapping[Tensor, Tensor | None]) -> None:
+        alike: dict[tuple[int, int], list[Entry]] = defaultdict(list)
+        groups = {id(group): group for group in self.param_groups}
+        for plain in plains:
+            grad = grads[plain.param]
+            if grad is None:
+                continue
+            state = plain.state
+            state["step"] += 1
+            alike[id(plain.group), int(state["step"])].append(
+                Entry(
+                    storage.local(plain.param),
+                    grad,
+                    storage.local(state["exp_avg"]),
+                    storage.local(state["exp_avg_sq"]),
+                )
+            )
+        for (group, step), entries in alike.items():
+            adamw_(entries, step, hyper_of(groups[group]))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this optimizer, on whatever ranks and layout it was saved.
+
+        States keep the dtypes and layouts they have here; values may be DTensors of any layout
+        or whole plain tensors. Everything is checked before anything is changed.
+
+        Raises:
+            ValueError: the state dict is of another optimizer, of other parameters, or damaged.
+        """
+        before, saved = self.state, dict[Tensor, Mapping[str, Any]]()
+
+        # As hooks, so that the user's own find what torch promises them: these run last of those
+        # before and first of those after.
+        def take(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            saved.update(match_state(self.param_groups, incoming))
+            return {**incoming, "state": {}}
+
+        def fill(_: torch.optim.Optimizer) -> None:
+            # What is allocated is filled, not replaced: loading needs no memory of its own.
+            self.state.update({param: before[param] for param in saved if param in before})
+            if saved:
+                setup = self._resolve()[0]
+                setup.init_state()
+                fill_state(setup, self.state, saved)
+                self._setup = None  # its meshes have started
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle keeps; plans are made anew."""
+        kept = {name: self.__dict__[name] for name in ("_options", "_process_group", "_routed")}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes up a copy, a pickle or (called by torch) a loaded state dict."""
+        super().__setstate__(state)
+        self._setup = self._path = None

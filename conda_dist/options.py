@@ -1,0 +1,50 @@
+"""Options that hold for a whole optimizer, apart from the hyperparameters of its groups."""
+
+from dataclasses import dataclass
+
+import torch
+
+PLACEMENTS = ("auto", "replicate", "shard")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """See :class:`conda_dist.Conda`, whose keyword arguments these are."""
+
+    state_dtype: torch.dtype | None = None
+    matmul_dtype: torch.dtype | None = None
+    basis_placement: str = "auto"
+    basis_budget: int = 4 * 2**30
+    bucket_bytes: int = 64 * 2**20
+    refresh_bytes: int = 512 * 2**20
+    max_refresh_failures: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+            TypeError: a dtype is none.
+            ValueError: a value is out of its range.
+        """
+        for name in ("state_dtype", "matmul_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{name} must be a torch.dtype or None, got {dtype!r}")
+            if dtype is not None and not dtype.is_floating_point:
+                raise ValueError(f"{name} must be a floating point dtype, got {dtype}")
+        if self.basis_placement not in PLACEMENTS:
+            raise ValueError(
+                f"basis_placement must be one of {', '.join(PLACEMENTS)}; "
+                f"got {self.basis_placement!r}"
+            )
+        for name, least in (
+            ("basis_budget", 0),
+            ("bucket_bytes", 1),
+            ("refresh_bytes", 1),
+            ("max_refresh_failures", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")

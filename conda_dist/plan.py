@@ -1,0 +1,338 @@
+"""What each weight gets: where it is computed, who decomposes it, what is exchanged together.
+
+Pure functions of layouts and numbers: the same on every rank, without torch.distributed, and the
+same for a mesh of thousands of ranks that is only imagined. Nothing here depends on which rank
+asks but the boxes inside the hops.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from conda_dist.layout import (
+    Coordinate,
+    Layout,
+    Move,
+    Split,
+    Topology,
+    kept_dim,
+    reverse,
+    to_compute,
+    to_whole,
+)
+from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """The plan of one weight on the conda path: a matrix, or a batch of them.
+
+    Attributes:
+        name: its fully qualified name, or what stands for one.
+        topology: the ranks that share it.
+        storage: where its elements, and its gradient's, are.
+        compute: where gradient, moments and update are during the step: whole rows or columns.
+        moves: stages from storage to there; empty where they agree on every rank.
+        basis: where the elements of its basis, shape (..., r, r), are kept.
+        owners: for each matrix of the batch the coordinate that decomposes its momentum.
+        turns: for each matrix its place in its owner's queue.
+    """
+
+    name: str
+    topology: Topology
+    storage: Layout
+    compute: Layout
+    moves: tuple[Move, ...]
+    basis: Layout
+    owners: tuple[Coordinate, ...] = ()
+    turns: tuple[int, ...] = ()
+
+    @property
+    def right(self) -> bool:
+        """Whether the basis is multiplied from the right (m >= n)."""
+        return kept_dim(self.storage.shape) == len(self.storage.shape) - 2
+
+    @property
+    def travels(self) -> bool:
+        """Whether a step needs other ranks even if nothing is refreshed."""
+        moves = self.moves + to_whole(self.basis, _matrix_dims(self.basis))
+        return any(not leg.silent for leg in redistribution(moves))
+
+    @property
+    def cost(self) -> int:
+        """Cost of decomposing one matrix, r^2 max(m, n), in the order of its operations."""
+        m, n = self.storage.shape[-2:]
+        return min(m, n) ** 2 * max(m, n)
+
+    @property
+    def matrix_numel(self) -> int:
+        """Elements of one matrix."""
+        return math.prod(self.storage.shape[-2:])
+
+    def __str__(self) -> str:
+        owners = ",".join(str(self.topology.rank_at(owner)) for owner in self.owners)
+        return (
+            f"{self.name} {self.storage.shape} stored {self.storage} computed {self.compute} "
+            f"basis {self.basis} ranks {self.topology.ranks} refreshed by {owners}"
+        )
+
+
+def plan_weight(name: str, topology: Topology, storage: Layout, shard_basis: bool) -> WeightPlan:
+    """The plan of a weight (..., m, n) before owners are dealt.
+
+    Args:
+        name: its fully qualified name.
+        topology: the ranks that share it.
+        storage: where its elements are.
+        shard_basis: whether to keep the basis split over the ranks that split the weight; it is
+            then gathered for each step. A basis is replicated over replicas in either case, and
+            the experts of a 3-D weight keep theirs with them.
+    """
+    moves = to_compute(storage)
+    compute = moves[-1].target if moves else storage
+    batch_dims = len(storage.shape) - 2
+    r = min(storage.shape[-2:])
+
+    def place(placement: Split | None) -> Split | None:
+        if placement is None or placement.dim < batch_dims:
+            return placement
+        return Split(batch_dims) if shard_basis else None
+
+    placements = tuple(map(place, compute.placements))
+    basis = Layout((*storage.shape[:-2], r, r), storage.mesh, placements)
+    exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
+    return WeightPlan(name, topology, storage, compute, exchanged, basis)
+
+
+def replicated_basis_bytes(storage: Layout, itemsize: int) -> int:
+    """Bytes a rank spends on a weight's basis if it is not split, at most."""
+    batch = Layout(storage.shape[:-2], storage.mesh, _batch_placements(storage))
+    r = min(storage.shape[-2:])
+    return batch.numel((0,) * len(storage.mesh)) * r * r * itemsize
+
+
+def _batch_placements(layout: Layout) -> tuple[Split | None, ...]:
+    batch_dims = len(layout.shape) - 2
+    return tuple(p if p is not None and p.dim < batch_dims else None for p in layout.placements)
+
+
+def batch_mesh_dims(layout: Layout) -> tuple[int, ...]:
+    """Mesh dimensions that deal whole matrices out: along them each rank has others."""
+    return tuple(d for d, p in enumerate(_batch_placements(layout)) if p is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One matrix of one weight, and those who may decompose it."""
+
+    weight: int
+    matrix: int
+    candidates: tuple[Coordinate, ...]
+
+
+def _seats(plans: Sequence[WeightPlan]) -> Iterator[Seat]:
+    for index, plan in enumerate(plans):
+        holders: dict[int, list[Coordinate]] = defaultdict(list)
+        for coordinate in plan.compute.coordinates():
+            for matrix in plan.compute.matrices(coordinate):
+                holders[matrix].append(coordinate)
+        for matrix, candidates in sorted(holders.items()):
+            yield Seat(index, matrix, tuple(candidates))
+
+
+def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
+    """Deals the decompositions out: the costliest first, each to the least loaded rank.
+
+    Equal costs so go round-robin. Ties are broken by name and by order in the mesh, replicas of
+    a weight count as ranks like any others, and experts stay with the ranks that hold them.
+    """
+    load: dict[int, int] = defaultdict(int)
+    queued: dict[int, int] = defaultdict(int)
+    owners: dict[tuple[int, int], tuple[Coordinate, int]] = {}
+
+    def key(seat: Seat) -> tuple[int, str, int]:
+        return -plans[seat.weight].cost, plans[seat.weight].name, seat.matrix
+
+    for seat in sorted(_seats(plans), key=key):
+        plan = plans[seat.weight]
+        owner = min(seat.candidates, key=lambda c: load[plan.topology.rank_at(c)])
+        rank = plan.topology.rank_at(owner)
+        owners[seat.weight, seat.matrix] = owner, queued[rank]
+        load[rank] += plan.cost
+        queued[rank] += 1
+    dealt = []
+    for index, plan in enumerate(plans):
+        count = math.prod(plan.storage.shape[:-2])
+        seats, turns = zip(*(owners[index, matrix] for matrix in range(count)), strict=True)
+        dealt.append(replace(plan, owners=seats, turns=turns))
+    return dealt
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Weights of one mesh whose elements travel together.
+
+    Attributes:
+        weights: their indices.
+        forward: exchanges before the step. Items: the gradients of ``weights``, storage to
+            compute layout, then as many bases, kept to whole.
+        backward: exchanges after it. Items: the updates, compute to storage layout.
+    """
+
+    weights: tuple[int, ...]
+    forward: tuple[Hop, ...]
+    backward: tuple[Hop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix of a wave.
+
+    Attributes:
+        position: which weight of the bucket it belongs to.
+        index: which matrix of that weight's batch it is.
+        local: its place in this rank's local batch; None if this rank has nothing of it.
+        owner: the coordinate that decomposes it.
+        mine: whether that is this rank.
+    """
+
+    position: int
+    index: int
+    local: int | None
+    owner: Coordinate
+    mine: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """Weights refreshed together.
+
+    Attributes:
+        bucket: their step.
+        matrices: their matrices.
+        gather: exchanges that bring each projected momentum to its owner. Items: ``matrices``.
+        scatter: exchanges that bring each rotation to all. Items: ``matrices``.
+    """
+
+    bucket: Bucket
+    matrices: tuple[Matrix, ...]
+    gather: tuple[Hop, ...]
+    scatter: tuple[Hop, ...]
+
+
+def plan_bucket(
+    plans: Sequence[WeightPlan], weights: tuple[int, ...], coordinate: Coordinate
+) -> Bucket:
+    """Plans the exchanges of weights of one mesh, seen from one rank."""
+    chosen = [plans[i] for i in weights]
+    grads = [redistribution(plan.moves) for plan in chosen]
+    bases = [redistribution(to_whole(plan.basis, _matrix_dims(plan.basis))) for plan in chosen]
+    updates = [redistribution(reverse(plan.moves)) for plan in chosen]
+    return Bucket(weights, plan_hops(grads + bases, coordinate), plan_hops(updates, coordinate))
+
+
+def _matrix_dims(layout: Layout) -> tuple[int, int]:
+    return len(layout.shape) - 2, len(layout.shape) - 1
+
+
+def plan_wave(
+    plans: Sequence[WeightPlan],
+    weights: tuple[int, ...],
+    due: Sequence[Collection[int]],
+    coordinate: Coordinate,
+) -> Wave:
+    """Plans the refresh of weights of one mesh, seen from one rank.
+
+    Args:
+        plans: all plans.
+        weights: those of the wave.
+        due: for each of them which matrices of its batch to decompose.
+        coordinate: the rank for which boxes are computed.
+    """
+    matrices, gathers, scatters = [], [], []
+    for position, index in enumerate(weights):
+        plan = plans[index]
+        held = plan.compute.matrices(coordinate)
+        for matrix in sorted(due[position]):
+            owner = plan.owners[matrix]
+            local = held.index(matrix) if matrix in held else None
+            matrices.append(Matrix(position, matrix, local, owner, owner == coordinate))
+            gathers.append(_gather_route(plan, owner))
+            scatters.append(_scatter_route(plan, owner))
+    return Wave(
+        plan_bucket(plans, weights, coordinate),
+        tuple(matrices),
+        plan_hops(gathers, coordinate),
+        plan_hops(scatters, coordinate),
+    )
+
+
+def _gather_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
+    """Route of one matrix of the projected momentum, (m, n), to its owner."""
+    batch_dims = len(plan.compute.shape) - 2
+    matrix = Layout(
+        plan.compute.shape[-2:],
+        plan.compute.mesh,
+        tuple(
+            Split(p.dim - batch_dims, p.stride) if p is not None and p.dim >= batch_dims else None
+            for p in plan.compute.placements
+        ),
+    )
+    fixed = tuple(d for d, placement in enumerate(matrix.placements) if placement is None)
+    return gather_to(matrix, (0, 1), owner, fixed)
+
+
+def _scatter_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
+    """Route of one rotation, (r, r), from the owner to all who hold a part of its matrix."""
+    r = min(plan.compute.shape[-2:])
+    return send_from((r, r), plan.compute.mesh, owner, batch_mesh_dims(plan.compute))
+
+
+def fill_buckets(
+    plans: Sequence[WeightPlan], weights: Iterable[int], itemsize: int, limit: int
+) -> list[tuple[int, ...]]:
+    """Cuts weights into buckets of at most ``limit`` bytes on a rank, each of one mesh.
+
+    A weight larger than the limit has a bucket of its own. Sizes are those of an even split, so
+    that every rank cuts alike.
+    """
+    buckets: list[list[int]] = []
+    current: dict[Topology, tuple[list[int], int]] = {}
+    for index in weights:
+        plan = plans[index]
+        size = math.prod(plan.storage.shape) * itemsize // len(plan.topology.ranks)
+        bucket, used = current.get(plan.topology, (None, 0))
+        if bucket is None or used + size > limit:
+            bucket, used = [], 0
+            buckets.append(bucket)
+        bucket.append(index)
+        current[plan.topology] = bucket, used + size
+    return [tuple(bucket) for bucket in buckets]
+
+
+def fill_waves(
+    plans: Sequence[WeightPlan], weights: Iterable[int], itemsize: int, limit: int
+) -> list[tuple[int, ...]]:
+    """Cuts weights due for a refresh into waves, each of one mesh.
+
+    Waves take the owners' queues in turn, so that all owners have work in each, and end when one
+    owner has gathered ``limit`` bytes of momenta; a larger one is gathered by itself.
+    """
+    waves: list[list[int]] = []
+    current: dict[Topology, tuple[list[int], dict[int, int]]] = {}
+    for index in sorted(weights, key=lambda i: (max(plans[i].turns), i)):
+        plan = plans[index]
+        size = plan.matrix_numel * itemsize
+        added: dict[int, int] = defaultdict(int)
+        for owner in plan.owners:
+            added[plan.topology.rank_at(owner)] += size
+        wave, used = current.get(plan.topology, (None, {}))
+        if wave is None or any(used.get(rank, 0) + more > limit for rank, more in added.items()):
+            wave, used = [], {}
+            waves.append(wave)
+        wave.append(index)
+        for rank, more in added.items():
+            used[rank] = used.get(rank, 0) + more
+        current[plan.topology] = wave, used
+    return [tuple(sorted(wave)) for wave in waves]

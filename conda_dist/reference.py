@@ -1,0 +1,121 @@
+"""The oracle: Conda as the paper writes it, for one process.
+
+Momentum stays in the weight's own coordinates, is projected afresh at every step and decomposed
+as it is, in the order of operations of arXiv 2509.24218 and of the authors' released code. Slow
+on purpose: everything fast in this package is tested against it. Imports nothing of the package.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+
+class ReferenceConda(torch.optim.Optimizer):
+    """Conda on plain tensors, in the paper's own order of operations.
+
+    Args:
+        params: tensors or group dicts. Weights of two or more dimensions are projected (a weight
+            of more than two is a batch of matrices in its last two); others take the Adam step,
+            as does every weight of a group with ``algorithm="adamw"``.
+        lr: learning rate.
+        betas: decay rates of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay, applied after the update.
+        scale: factor on the update of projected weights.
+        update_proj_gap: steps between two decompositions of the momentum.
+        correct_bias: whether to divide the moments' bias out.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        scale: float = 0.25,
+        update_proj_gap: int = 2000,
+        correct_bias: bool = True,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "scale": scale,
+            "update_proj_gap": update_proj_gap,
+            "correct_bias": correct_bias,
+            "algorithm": "conda",
+        }
+        super().__init__(params, defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Takes one step; returns what ``closure`` returned, if one was given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(
+                        param, param.grad.to(torch.promote_types(param.dtype, torch.float32)), group
+                    )
+        return loss
+
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        projected = group["algorithm"] == "conda" and param.ndim >= 2
+        state = self.state[param]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(grad)  # in the weight's coordinates
+            state["exp_avg_sq"] = torch.zeros_like(grad)  # in the basis
+        state["exp_avg"].lerp_(grad, 1 - beta1)
+        if not state["step"] and not state["exp_avg"].any():
+            return  # the SVD of zeros is the identity: there is nothing to take a basis from
+
+        if projected:
+            if state["step"] % group["update_proj_gap"] == 0:
+                state["basis"] = decompose(state["exp_avg"])
+            basis = state["basis"]
+            exp_avg, grad = project(state["exp_avg"], basis), project(grad, basis)
+        else:
+            exp_avg = state["exp_avg"]
+        state["exp_avg_sq"].mul_(beta2).add_((1 - beta2) * grad**2)
+        update = exp_avg / (state["exp_avg_sq"].sqrt() + group["eps"])
+        if projected:
+            update = group["scale"] * project_back(update, basis)
+
+        state["step"] += 1
+        step_size = group["lr"]
+        if group["correct_bias"]:
+            step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+        param.sub_(step_size * update)
+        param.sub_(group["lr"] * group["weight_decay"] * param)
+
+
+def decompose(exp_avg: Tensor) -> Tensor:
+    """Basis of a momentum ``(..., m, n)``: V (n, n) of its SVD if m >= n, else U (m, m)."""
+    svd = torch.linalg.svd(exp_avg, full_matrices=False)
+    basis: Tensor = svd.Vh.mT if exp_avg.shape[-2] >= exp_avg.shape[-1] else svd.U
+    return basis
+
+
+def project(x: Tensor, basis: Tensor) -> Tensor:
+    """Coordinates of ``x`` (..., m, n) in the basis: ``x Q`` if m >= n, else ``Q^T x``."""
+    return x @ basis if x.shape[-2] >= x.shape[-1] else basis.mT @ x
+
+
+def project_back(y: Tensor, basis: Tensor) -> Tensor:
+    """Inverse of :func:`project`: ``y Q^T`` if m >= n, else ``Q y``."""
+    return y @ basis.mT if y.shape[-2] >= y.shape[-1] else basis @ y

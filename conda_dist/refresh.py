@@ -1,0 +1,118 @@
+"""New bases: momenta to their owners, decompositions in parallel, rotations back to all.
+
+Two packed exchanges and one agreement on what came of it. An owner that fails says so in the
+agreement, so no rank ever waits for it.
+"""
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from conda_dist import maths
+from conda_dist.exchange import Exchange, Mesh, all_max, all_texts
+from conda_dist.maths import Outcome, matrices
+from conda_dist.plan import Matrix, Wave
+from conda_dist.weight import NEVER, Weight
+
+
+def refresh(
+    wave: Wave, weights: Sequence[Weight], bases: Sequence[Tensor], projected: Sequence[Tensor]
+) -> list[bool]:
+    """Takes the weights of a wave to new bases.
+
+    Args:
+        wave: the plan.
+        weights: the weights of its bucket, with their first moments updated.
+        bases: the whole basis of each; replaced in place.
+        projected: the projected gradient of each, in compute layout; replaced in place.
+
+    Returns:
+        For each weight whether its step counts: not while it is the first and all momentum zero.
+
+    Raises:
+        RuntimeError: an owner's decomposition raised, or a matrix failed too often in a row; on
+            every rank of the mesh.
+    """
+    mesh = weights[0].mesh
+    momenta = [_local_momentum(weights[m.position], m) for m in wave.matrices]
+    moment_dtypes = [weights[m.position].local("exp_avg").dtype for m in wave.matrices]
+    device = weights[0].local("exp_avg").device
+    whole = Exchange(mesh, wave.gather, momenta, moment_dtypes, device).wait()
+
+    found, ours, error = _decompose_mine(wave, weights, bases, whole)
+    outcomes = [Outcome(worst) for worst in all_max(mesh, ours)]
+    if Outcome.ERROR in outcomes:
+        _raise_together(mesh, error)
+    _settle(wave, weights, outcomes)
+
+    basis_dtypes = [bases[m.position].dtype for m in wave.matrices]
+    rotations = Exchange(mesh, wave.scatter, found, basis_dtypes, device).wait()
+    taken: list[dict[int, Tensor]] = [{} for _ in weights]
+    for matrix, outcome, rotation in zip(wave.matrices, outcomes, rotations, strict=True):
+        if outcome == Outcome.DONE and matrix.local is not None and rotation is not None:
+            taken[matrix.position][matrix.local] = rotation
+    for weight, basis, grad, rotated in zip(weights, bases, projected, taken, strict=True):
+        weight.rotate(basis, grad, rotated)
+    moved = {m.position for m, o in zip(wave.matrices, outcomes, strict=True) if o != Outcome.ZERO}
+    return [bool(weight.step) or i in moved for i, weight in enumerate(weights)]
+
+
+def _local_momentum(weight: Weight, matrix: Matrix) -> Tensor | None:
+    if matrix.local is None:
+        return None
+    return matrices(weight.local("exp_avg"))[matrix.local]
+
+
+def _decompose_mine(
+    wave: Wave, weights: Sequence[Weight], bases: Sequence[Tensor], whole: Sequence[Tensor | None]
+) -> tuple[list[Tensor | None], list[int], Exception | None]:
+    """Decomposes the momenta this rank owns.
+
+    Returns:
+        Rotations (the identity where there is none) and outcomes by matrix, None and UNKNOWN for
+        those of others; the first exception that was raised.
+    """
+    found: list[Tensor | None] = [None] * len(wave.matrices)
+    outcomes = [int(Outcome.UNKNOWN)] * len(wave.matrices)
+    error: Exception | None = None
+    for i, (matrix, momentum) in enumerate(zip(wave.matrices, whole, strict=True)):
+        if not matrix.mine or matrix.local is None or momentum is None:
+            continue
+        weight = weights[matrix.position]
+        basis = matrices(bases[matrix.position])[matrix.local]
+        found[i] = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
+        try:
+            outcome, rotation = maths.decompose(momentum, weight.plan.right)
+            if rotation is not None:
+                rotation = rotation.to(basis.dtype)
+                if weight.taken(matrix.index) != NEVER:
+                    rotation = maths.orthonormal(rotation, basis)
+                found[i] = rotation.contiguous()
+        except Exception as caught:  # the other ranks are waiting: tell them first
+            outcome, error = Outcome.ERROR, error or caught
+            error.add_note(f"while decomposing the momentum of {weight.plan.name}")
+        outcomes[i] = int(outcome)
+    return found, outcomes, error
+
+
+def _raise_together(mesh: Mesh, error: Exception | None) -> None:
+    notes = "; ".join(getattr(error, "__notes__", []))
+    text = f"{type(error).__name__}: {error} ({notes})" if error else ""
+    said = "; ".join(f"rank {r}: {t}" for r, t in all_texts(mesh, text).items() if t)
+    raise RuntimeError(f"Conda could not refresh its bases: {said}") from error
+
+
+def _settle(wave: Wave, weights: Sequence[Weight], outcomes: Sequence[Outcome]) -> None:
+    """Has every weight take note of its outcomes; warns on the first rank, raises on all."""
+    complaints = [
+        complaint
+        for matrix, outcome in zip(wave.matrices, outcomes, strict=True)
+        if (complaint := weights[matrix.position].settle(matrix.index, outcome))
+    ]
+    if complaints and not any(weights[0].mesh.coordinate):
+        warnings.warn("\n".join(complaints), RuntimeWarning, stacklevel=2)
+    limit = weights[0].options.max_refresh_failures
+    if any(count >= limit for weight in weights for count in weight.failures.values()):
+        raise RuntimeError("\n".join(complaints))

@@ -1,0 +1,139 @@
+"""What each parameter gets, as plain data and as a table."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from rich.console import Console
+from rich.table import Table
+
+from conda_dist.plan import plan_bucket, plan_wave
+from conda_dist.routing import route
+from conda_dist.setup import Plain, Setup
+from conda_dist.transfer import Hop
+from conda_dist.weight import Weight, basis_dtype, moment_dtype
+
+
+class Row(TypedDict):
+    """One parameter.
+
+    Attributes:
+        name: its fully qualified name, or where it stands in the groups.
+        shape: global shape.
+        path: "conda" or "adamw".
+        reason: the rule that sends parameters of this name and shape there by default.
+        layout: where its elements are, in DTensor's words.
+        compute: where its moments are and its step is computed.
+        basis: where its basis is kept; "" without one.
+        owners: global ranks that decompose its momentum, one for each matrix of a batch.
+        state_bytes: bytes of optimizer state on this rank.
+        step_bytes: bytes this rank sends in a step without a refresh.
+        refresh_bytes: bytes this rank sends in a step with one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    reason: str
+    layout: str
+    compute: str
+    basis: str
+    owners: list[int]
+    state_bytes: int
+    step_bytes: int
+    refresh_bytes: int
+
+
+def rows(setup: Setup) -> list[Row]:
+    """The report of every trainable parameter; needs no communication."""
+    plans = [weight.plan for weight in setup.weights]
+    conda = [_conda_row(weight, plans, i) for i, weight in enumerate(setup.weights)]
+    return conda + [_adamw_row(plain) for plain in setup.plains]
+
+
+def _adamw_row(plain: Plain) -> Row:
+    numel = plain.layout.numel(plain.mesh.coordinate)
+    return Row(
+        name=plain.name,
+        shape=plain.layout.shape,
+        path="adamw",
+        reason=route(plain.name, plain.param).reason,
+        layout=str(plain.layout),
+        compute=str(plain.layout),
+        basis="",
+        owners=[],
+        state_bytes=2 * numel * moment_dtype(plain.param, plain.options).itemsize + 4,
+        step_bytes=0,
+        refresh_bytes=0,
+    )
+
+
+def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
+    plan, coordinate = weight.plan, weight.mesh.coordinate
+    wave = plan_wave(plans, (index,), [range(len(plan.owners))], coordinate)
+    bucket = plan_bucket(plans, (index,), coordinate)
+    moments = moment_dtype(weight.param, weight.options).itemsize
+    basis = basis_dtype(weight.param, weight.options).itemsize
+    param = weight.param.element_size()
+
+    def sent(hops: Sequence[Hop], itemsizes: Sequence[int]) -> int:
+        return sum(
+            hop.sent(coordinate[hop.mesh_dim], item) * itemsize
+            for hop in hops
+            for item, itemsize in enumerate(itemsizes)
+        )
+
+    step = sent(bucket.forward, [param, basis]) + sent(bucket.backward, [param])
+    matrices = len(plan.owners)
+    refresh = sent(wave.gather, [moments] * matrices) + sent(wave.scatter, [basis] * matrices)
+    numel = plan.compute.numel(coordinate)
+    return Row(
+        name=plan.name,
+        shape=plan.storage.shape,
+        path="conda",
+        reason=route(plan.name, weight.param).reason,
+        layout=str(plan.storage),
+        compute=str(plan.compute),
+        basis=str(plan.basis),
+        owners=[plan.topology.rank_at(owner) for owner in plan.owners],
+        state_bytes=2 * numel * moments + plan.basis.numel(coordinate) * basis + 4 + 4 * matrices,
+        step_bytes=step,
+        refresh_bytes=step + refresh,
+    )
+
+
+def print_table(table: Sequence[Row], console: Console | None = None) -> None:
+    """Prints the report, with totals, to the terminal or to ``console``."""
+    grid = Table(title="Conda", show_footer=True)
+    grid.add_column("parameter", f"{len(table)} parameters", overflow="fold")
+    for name in ("shape", "path", "layout", "computed", "basis", "owners"):
+        grid.add_column(name)
+    totals = {
+        "state": sum(row["state_bytes"] for row in table),
+        "step": sum(row["step_bytes"] for row in table),
+        "refresh": sum(row["refresh_bytes"] for row in table),
+    }
+    for name, total in totals.items():
+        grid.add_column(name, _bytes(total), justify="right")
+    for row in table:
+        owners = sorted(set(row["owners"]))
+        grid.add_row(
+            row["name"],
+            "x".join(map(str, row["shape"])) or "scalar",
+            row["path"],
+            row["layout"],
+            "" if row["compute"] == row["layout"] else row["compute"],
+            row["basis"],
+            ",".join(map(str, owners[:4])) + ("..." if len(owners) > 4 else ""),
+            _bytes(row["state_bytes"]),
+            _bytes(row["step_bytes"]),
+            _bytes(row["refresh_bytes"]),
+        )
+    (console or Console()).print(grid)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,220 @@
+"""From parameter groups to weights with plans: the layout is resolved here, at the first step.
+
+Not at construction, because frameworks replace parameters between the two.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conda_dist import storage
+from conda_dist.exchange import Mesh
+from conda_dist.layout import Layout, Topology
+from conda_dist.options import Options
+from conda_dist.plan import deal_owners, plan_weight, replicated_basis_bytes
+from conda_dist.routing import CONDA, clean_name
+from conda_dist.weight import Weight, basis_dtype, moment_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """A parameter on the adamw path.
+
+    Attributes:
+        name: its fully qualified name, or what stands for one.
+        param: the parameter.
+        mesh: the ranks that share it.
+        layout: where its elements, and its moments', are.
+        group: the parameter group it is in.
+        state: ``optimizer.state[param]``.
+        options: the optimizer's options.
+    """
+
+    name: str
+    param: Tensor
+    mesh: Mesh
+    layout: Layout
+    group: dict[str, Any]
+    state: dict[str, Any]
+    options: Options
+
+    def state_layouts(self) -> dict[str, Layout]:
+        """Where the elements of each state are."""
+        return {"exp_avg": self.layout, "exp_avg_sq": self.layout}
+
+    def init_state(self) -> None:
+        """Allocates the state, whole and at once; leaves it alone if it is there."""
+        if self.state:
+            return
+        local = storage.local(self.param)
+        self.state["step"] = torch.tensor(0.0)
+        for name, layout in self.state_layouts().items():
+            elements = torch.zeros_like(local, dtype=moment_dtype(self.param, self.options))
+            self.state[name] = storage.like(self.param, layout, elements)
+
+
+@dataclass(slots=True)
+class Setup:
+    """An optimizer's parameters, resolved.
+
+    Attributes:
+        weights: those on the conda path, in the order of the parameters.
+        plains: those on the adamw path.
+        meshes: the meshes they are on, in the order in which they appear.
+        signature: of the parameters all this was made for.
+        agreed: whether the ranks have found their plans to be the same.
+        started: for each mesh whether a step of its parameters has counted.
+    """
+
+    weights: list[Weight]
+    plains: list[Plain]
+    meshes: list[Mesh]
+    signature: object
+    agreed: bool = False
+    started: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Takes up from the states there are."""
+        self.started = [False] * len(self.meshes)
+        for member in self.members:
+            if member.state and member.state["step"]:
+                self.started[self.meshes.index(member.mesh)] = True
+
+    @property
+    def members(self) -> tuple[Weight | Plain, ...]:
+        """All parameters."""
+        return (*self.weights, *self.plains)
+
+    def init_state(self) -> None:
+        """Allocates what state is missing."""
+        for member in self.members:
+            member.init_state()
+
+    def lines(self, mesh: Mesh) -> list[str]:
+        """The plan of one mesh as text, for the ranks to compare."""
+        said = [
+            f"{w.plan} every {w.group['update_proj_gap']} steps, {w.param.dtype}"
+            for w in self.weights
+            if w.mesh == mesh
+        ]
+        said += [
+            f"{p.name} {p.layout.shape} stored {p.layout}, adamw, {p.param.dtype}"
+            for p in self.plains
+            if p.mesh == mesh
+        ]
+        return [*said, str((self.weights or self.plains)[0].options)]
+
+
+def signature(groups: Iterable[Mapping[str, Any]]) -> object:
+    """What a setup was made for: changes when parameters are added, replaced or unfrozen."""
+    return tuple(
+        (group["algorithm"], id(param), param.requires_grad)
+        for group in groups
+        for param in group["params"]
+    )
+
+
+def find_meshes(
+    groups: Iterable[Mapping[str, Any]], process_group: dist.ProcessGroup | None
+) -> dict[Tensor, Mesh]:
+    """The mesh of every trainable parameter; equal meshes are one object."""
+    known: dict[Any, Mesh] = {}
+    meshes: dict[Tensor, Mesh] = {}
+    for group in groups:
+        for param in group["params"]:
+            if param.requires_grad:
+                key = getattr(param, "device_mesh", None)
+                if key not in known:
+                    known[key] = storage.find_mesh(param, process_group)
+                meshes[param] = known[key]
+    return meshes
+
+
+def name_of(groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
+    """A parameter's name, or where it stands."""
+    names = groups[group].get("param_names")
+    return clean_name(names[index]) if names else f"param_groups[{group}]['params'][{index}]"
+
+
+def set_up(
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, dict[str, Any]],
+    options: Options,
+    meshes: Mapping[Tensor, Mesh],
+) -> Setup:
+    """Plans every trainable parameter.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        state: its state.
+        options: its options.
+        meshes: from :func:`find_meshes`.
+
+    Raises:
+        ValueError: a parameter's layout is none that can be planned.
+    """
+    weights: list[tuple[str, Tensor, dict[str, Any], Layout]] = []
+    plains: list[Plain] = []
+    for g, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            if param not in meshes:
+                continue
+            name, mesh = name_of(groups, g, i), meshes[param]
+            layout = storage.find_layout(name, param, mesh)
+            if group["algorithm"] == CONDA:
+                weights.append((name, param, group, layout))
+            else:
+                plains.append(Plain(name, param, mesh, layout, group, state[param], options))
+    shard = _shard_bases([(p, layout) for _, p, _, layout in weights], state, options)
+    plans = deal_owners(
+        [
+            plan_weight(name, meshes[param].topology, layout, sharded)
+            for (name, param, _, layout), sharded in zip(weights, shard, strict=True)
+        ]
+    )
+    return Setup(
+        [
+            Weight(param, plan, meshes[param], group, state[param], options)
+            for (_, param, group, _), plan in zip(weights, plans, strict=True)
+        ],
+        plains,
+        list(dict.fromkeys(meshes.values())),
+        signature(groups),
+    )
+
+
+def _shard_bases(
+    weights: Sequence[tuple[Tensor, Layout]],
+    state: Mapping[Tensor, dict[str, Any]],
+    options: Options,
+) -> list[bool]:
+    """Which weights keep their bases split over the ranks.
+
+    "auto" replicates bases while they fit ``basis_budget``: first those of weights that otherwise
+    step without a word to other ranks, so that they go on doing so. A basis that exists already
+    stays where it is.
+    """
+    if options.basis_placement != "auto":
+        return [options.basis_placement == "shard"] * len(weights)
+    travels = [plan_weight("", Topology(), layout, False).travels for _, layout in weights]
+    fixed = [_basis_is_split(state[param], layout) for param, layout in weights]
+    shard, used = [False] * len(weights), 0
+    for i in sorted(range(len(weights)), key=lambda i: (fixed[i] is None, travels[i])):
+        param, layout = weights[i]
+        size = replicated_basis_bytes(layout, basis_dtype(param, options).itemsize)
+        known = fixed[i]
+        shard[i] = used + size > options.basis_budget if known is None else known
+        used += 0 if shard[i] else size
+    return shard
+
+
+def _basis_is_split(state: Mapping[str, Any], layout: Layout) -> bool | None:
+    basis = state.get("basis")
+    if basis is None:
+        return None
+    r = min(layout.shape[-2:])
+    return tuple(storage.local(basis).shape[-2:]) != (r, r)

@@ -1,0 +1,211 @@
+"""One weight on the conda path at run time: its plan, its tensors and its part of a step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conda_dist import maths, storage
+from conda_dist.exchange import Mesh
+from conda_dist.layout import Layout
+from conda_dist.maths import Hyper, Outcome, matrices
+from conda_dist.options import Options
+from conda_dist.plan import WeightPlan
+
+NEVER = -1.0
+"""The ``basis_step`` of a matrix that still has the identity for a basis."""
+
+
+def hyper_of(group: dict[str, Any]) -> Hyper:
+    """The hyperparameters a group has at this moment."""
+    beta1, beta2 = group["betas"]
+    return Hyper(
+        group["lr"],
+        beta1,
+        beta2,
+        group["eps"],
+        group["weight_decay"],
+        group["scale"],
+        group["correct_bias"],
+    )
+
+
+def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
+    """Dtype of a parameter's moments: ``state_dtype``, else its own but at least float32."""
+    return options.state_dtype or torch.promote_types(param.dtype, torch.float32)
+
+
+def basis_dtype(param: Tensor, options: Options) -> torch.dtype:
+    """Dtype of a weight's basis: its moments', but at least float32.
+
+    A basis is a product of rotations; in fewer bits it would not stay orthogonal.
+    """
+    return torch.promote_types(moment_dtype(param, options), torch.float32)
+
+
+class Weight:
+    """A weight (..., m, n) on the conda path.
+
+    Args:
+        param: the parameter.
+        plan: its plan, the same on all ranks.
+        mesh: the ranks that share it.
+        group: the parameter group it is in, read at every step.
+        state: ``optimizer.state[param]``.
+        options: the optimizer's options.
+    """
+
+    def __init__(
+        self,
+        param: Tensor,
+        plan: WeightPlan,
+        mesh: Mesh,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        options: Options,
+    ) -> None:
+        self.param, self.plan, self.mesh = param, plan, mesh
+        self.group, self.state, self.options = group, state, options
+        self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
+
+    @property
+    def name(self) -> str:
+        """Its fully qualified name, or what stands for one."""
+        return self.plan.name
+
+    def state_layouts(self) -> dict[str, Layout]:
+        """Where the elements of each sharded state are."""
+        compute = self.plan.compute
+        return {"exp_avg": compute, "exp_avg_sq": compute, "basis": self.plan.basis}
+
+    def init_state(self) -> None:
+        """Allocates the state, whole and at once; leaves it alone if it is there."""
+        if self.state:
+            return
+        device = storage.local(self.param).device
+        batch = self.plan.storage.shape[:-2]
+        self.state["step"] = torch.tensor(0.0)
+        for name, layout in self.state_layouts().items():
+            shape = layout.local_shape(self.mesh.coordinate)
+            if name == "basis":
+                elements = torch.zeros(shape, dtype=basis_dtype(self.param, self.options))
+                self._set_identity(elements)
+                elements = elements.to(device)
+            else:
+                dtype = moment_dtype(self.param, self.options)
+                elements = torch.zeros(shape, dtype=dtype, device=device)
+            self.state[name] = storage.like(self.param, layout, elements)
+        self.state["basis_step"] = torch.full(batch, NEVER)
+
+    def _set_identity(self, elements: Tensor) -> None:
+        for block in self.plan.basis.blocks(self.mesh.coordinate):
+            rows = torch.arange(block.shape[-2])
+            elements[..., block.local[-2] + rows, block.start[-2] + rows] = 1
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return int(self.state["step"])
+
+    def due(self) -> tuple[int, ...]:
+        """Matrices whose decomposition is due: at every multiple of the gap, or still owed."""
+        step = self.step
+        last = step - step % self.group["update_proj_gap"]
+        steps = self.state["basis_step"].flatten().tolist()
+        return tuple(i for i, taken in enumerate(steps) if taken < last)
+
+    def local(self, name: str) -> Tensor:
+        """This rank's elements of a state."""
+        return storage.local(self.state[name])
+
+    def project(self, grad: Tensor, basis: Tensor) -> Tensor:
+        """Projects the gradient, in compute layout, and updates the first moment with it."""
+        projected = maths.project(grad, basis, self.plan.right, self.options.matmul_dtype)
+        maths.average_(self.local("exp_avg"), projected, self.group["betas"][0])
+        return projected
+
+    def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
+        """Takes the first moment and the projected gradient to a new basis, and keeps the basis.
+
+        Args:
+            basis: the whole basis (..., r, r) of this rank's matrices, replaced in place.
+            projected: the projected gradient, in compute layout, replaced in place.
+            rotations: P (r, r) by place in this rank's batch.
+        """
+        for place, rotation in rotations.items():
+            for tensor in (self.local("exp_avg"), projected):
+                maths.rotate_(matrices(tensor)[place], rotation, self.plan.right)
+            maths.rotate_(matrices(basis)[place], rotation, right=True)
+        kept = self.local("basis")
+        if rotations and kept.data_ptr() != basis.data_ptr():  # sharded: keep our rows of it
+            for block in self.plan.basis.blocks(self.mesh.coordinate):
+                here, there = block.local[-2], block.start[-2]
+                rows = basis.narrow(-2, there, block.shape[-2])
+                kept.narrow(-2, here, block.shape[-2]).copy_(rows)
+
+    def advance(self, basis: Tensor, projected: Tensor) -> Tensor | None:
+        """Updates the second moment, counts the step and brings the update back.
+
+        Args:
+            basis: the whole basis of this rank's matrices.
+            projected: the projected gradient, in compute layout; overwritten.
+
+        Returns:
+            The update in compute layout and the parameter's dtype, or None if it was applied,
+            which it is wherever storage and compute layout agree.
+        """
+        hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.matmul_dtype
+        self.state["step"] += 1
+        y = maths.normalise_(projected, self.local("exp_avg"), self.local("exp_avg_sq"), hyper)
+        param = storage.local(self.param)
+        if self.plan.moves or dtype not in (None, param.dtype) or basis.dtype != param.dtype:
+            # Rounded to the parameter's dtype in every layout, so that all compute the same.
+            update = maths.project_back(y, basis, right, dtype).to(param.dtype)
+            if self.plan.moves:
+                return update
+            maths.apply_(param, update, self.step, hyper)
+        elif isinstance(hyper.lr, Tensor):
+            maths.apply_(param, maths.project_back(y, basis, right), self.step, hyper)
+        else:
+            maths.project_back_and_apply_(param, y, basis, right, self.step, hyper)
+        return None
+
+    def nothing(self, projected: Tensor) -> Tensor | None:
+        """Stands in for :meth:`advance` in a step that does not count."""
+        dtype = self.param.dtype
+        return projected.new_zeros(projected.shape, dtype=dtype) if self.plan.moves else None
+
+    def apply(self, update: Tensor) -> None:
+        """Adds an update in storage layout to the parameter; the step is already counted."""
+        if not self.step:
+            return
+        maths.apply_(storage.local(self.param), update, self.step, hyper_of(self.group))
+
+    def taken(self, matrix: int) -> float:
+        """The step at which a matrix of the batch took its basis, or ``NEVER``."""
+        return float(self.state["basis_step"].view(-1)[matrix])
+
+    def settle(self, matrix: int, outcome: Outcome) -> str | None:
+        """Takes note of what came of a matrix's refresh; the same on all ranks.
+
+        Returns:
+            What has to be said of it, if it failed.
+        """
+        if outcome == Outcome.DONE:
+            self.state["basis_step"].view(-1)[matrix] = self.step
+            self.failures.pop(matrix, None)
+        if outcome in (Outcome.DONE, Outcome.ZERO):
+            return None
+        self.failures[matrix] = self.failures.get(matrix, 0) + 1
+        which = f" (matrix {matrix} of the batch)" if self.param.ndim > 2 else ""
+        found = {
+            Outcome.NOT_FINITE: "its momentum is not finite: look for NaN or inf in the "
+            "gradients, clip them, lower the learning rate or skip such steps",
+            Outcome.NOT_CONVERGED: "the SVD of its momentum converged neither in float32 nor in "
+            "float64",
+        }[outcome]
+        return (
+            f"{self.plan.name}{which}: the basis could not be refreshed at step {self.step}, "
+            f"because {found}. The old basis is kept. Failure {self.failures[matrix]} in a row; "
+            f"{self.options.max_refresh_failures} (max_refresh_failures) end the run."
+        )

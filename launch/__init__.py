@@ -1,0 +1,1 @@
+"""Jobs and launchers that train with Conda: the outermost layer of the package."""

@@ -1,0 +1,125 @@
+"""Runs functions on real gloo processes, kept between tests because importing torch takes seconds.
+
+    results = ranks.run(3, function, *arguments)      # function(*arguments) on ranks 0, 1, 2
+
+Each call has a fresh default process group over a fresh store. A rank that raises fails the call
+with its traceback; one that does not answer in time has all processes killed.
+"""
+
+import multiprocessing as mp
+import os
+import shutil
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT = 120.0
+"""Seconds a call may take."""
+
+
+class RankError(Exception):
+    """A function raised on some rank."""
+
+
+class _Pool:
+    def __init__(self) -> None:
+        self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
+
+    def run(
+        self, world: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
+    ) -> list[Any]:
+        while len(self._workers) < world:
+            context = mp.get_context("spawn")
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+        folder = tempfile.mkdtemp(prefix="ranks-")
+        pipes = [pipe for _, pipe in self._workers[:world]]
+        try:
+            for rank, pipe in enumerate(pipes):
+                pipe.send((function, args, rank, world, f"file://{folder}/store", timeout))
+            answers = self._collect(pipes, timeout)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        errors = [f"rank {rank}:\n{said}" for rank, (ok, said) in enumerate(answers) if not ok]
+        if errors:
+            self.close()  # a rank that raised may have left the others' groups half used
+            raise RankError("\n".join(errors))
+        return [said for _, said in answers]
+
+    def _collect(self, pipes: list[Connection], timeout: float) -> list[tuple[bool, Any]]:
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < len(pipes):
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
+            failed = any(not ok for ok, _ in answers.values())
+            ready = wait(waiting, 15.0 if failed else timeout)
+            if not ready:
+                self.close()
+                missing = [rank for rank in range(len(pipes)) if rank not in answers]
+                said = [f"rank {r}: {a[1]}" for r, a in answers.items() if not a[0]]
+                raise RankError("\n".join([f"ranks {missing} did not answer", *said]))
+            for pipe in ready:
+                rank = pipes.index(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    answers[rank] = (False, "the process died")
+        return [answers[rank] for rank in range(len(pipes))]
+
+    def close(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+
+_pool = _Pool()
+
+
+def run(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT
+) -> list[Any]:
+    """Calls a module-level function on ``world`` ranks; returns what each returned."""
+    return _pool.run(world, function, args, timeout)
+
+
+def close() -> None:
+    """Ends the processes."""
+    _pool.close()
+
+
+def _work(pipe: Connection) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=".*destroy_process_group.*")
+    while True:
+        try:
+            function, args, rank, world, store, timeout = pipe.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=timeout),
+            )
+            torch.manual_seed(0)
+            answer = True, function(*args)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        pipe.send(answer)
