@@ -1,8 +1,11 @@
 """What each parameter gets, as plain data and as a table."""
 
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from typing import Any, TypedDict
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -102,33 +105,57 @@ def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
 
 
 def print_table(table: Sequence[Row], console: Console | None = None) -> None:
-    """Prints the report, with totals, to the terminal or to ``console``."""
-    grid = Table(title="Conda", show_footer=True)
-    grid.add_column("parameter", f"{len(table)} parameters", overflow="fold")
-    for name in ("shape", "path", "layout", "computed", "basis", "owners"):
-        grid.add_column(name)
-    totals = {
-        "state": sum(row["state_bytes"] for row in table),
-        "step": sum(row["step_bytes"] for row in table),
-        "refresh": sum(row["refresh_bytes"] for row in table),
-    }
-    for name, total in totals.items():
-        grid.add_column(name, _bytes(total), justify="right")
+    """Prints the report, alike parameters of all layers in one line, to the terminal or elsewhere.
+
+    Args:
+        table: from :func:`rows`.
+        console: where to print; the terminal by default, or standard output in full width.
+    """
+    alike: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in table:
-        owners = sorted(set(row["owners"]))
-        grid.add_row(
-            row["name"],
-            "x".join(map(str, row["shape"])) or "scalar",
-            row["path"],
-            row["layout"],
-            "" if row["compute"] == row["layout"] else row["compute"],
-            row["basis"],
-            ",".join(map(str, owners[:4])) + ("..." if len(owners) > 4 else ""),
-            _bytes(row["state_bytes"]),
-            _bytes(row["step_bytes"]),
-            _bytes(row["refresh_bytes"]),
-        )
-    (console or Console()).print(grid)
+        moved = "" if row["compute"] == row["layout"] else f" -> {row['compute']}"
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", row["name"])
+        alike[name, shape, row["path"], row["layout"] + moved, row["basis"]].append(row)
+
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=180)
+    # What a narrow terminal can do without is left out, rather than folded beyond recognition.
+    wide = console.width >= 130
+    grid = Table(title="Conda: what each parameter gets on this rank", box=SIMPLE, show_footer=True)
+    grid.add_column("parameter", f"{len(table)} in all", overflow="fold")
+    texts = ("shape", "path", "stored -> computed", "basis", "refreshed by")
+    for name in texts if wide else texts[:2]:
+        grid.add_column(name, no_wrap=True)
+    for name, size in zip(("state", "sent a step", "a refresh"), _sizes(table), strict=True):
+        grid.add_column(name, size, justify="right", no_wrap=True)
+    for (name, *described), rows_alike in alike.items():
+        count = f"{len(rows_alike)} x " if len(rows_alike) > 1 else ""
+        described.append(_spans({owner for row in rows_alike for owner in row["owners"]}))
+        shown = described if wide else described[:2]
+        grid.add_row(count + name, *shown, *_sizes(rows_alike))
+    console.print(grid)
+
+
+def _sizes(table: Sequence[Row]) -> tuple[str, str, str]:
+    return (
+        _bytes(sum(row["state_bytes"] for row in table)),
+        _bytes(sum(row["step_bytes"] for row in table)),
+        _bytes(sum(row["refresh_bytes"] for row in table)),
+    )
+
+
+def _spans(ranks: Collection[int]) -> str:
+    """Ranks as in "0-3,8"."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and spans[-1][-1] == rank - 1:
+            spans[-1][1:] = [rank]
+        else:
+            spans.append([rank])
+    return ",".join("-".join(map(str, span)) for span in spans)
 
 
 def _bytes(count: float) -> str:

@@ -2,16 +2,16 @@
 
 import math
 
-import golden
 import pytest
-import ranks
 import torch
-from golden import Case
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
+import golden
+import ranks
 from conda_dist import Conda
 from conda_dist.reference import ReferenceConda
+from golden import Case
 
 ROWS, COLUMNS, ALL = Shard(0), Shard(1), Replicate()
 LAYOUTS: list[tuple[tuple[int, ...], tuple[Placement, ...]]] = [

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Everything that must pass: bash tests/run.sh [pytest arguments]
+#
+# Makes .venv in the checkout if absent, installs the package with the dev extra, lints,
+# type-checks and runs the tests. Arguments go to pytest: bash tests/run.sh tests/test_golden.py
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/launch/setup_env.sh" dev
+cd "$root"
+
+# Several processes share few cores here: more threads in each would only get in the way.
+export OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1
+
+ruff check .
+ruff format --check .
+bash tests/typecheck.sh
+exec python -m pytest "$@"
