@@ -1,0 +1,187 @@
+"""Layer: launch. Checkpoint folders: complete or not there at all, the newest few kept.
+
+A checkpoint is a folder `step-00000300` holding what the engine wrote and `trainer.json` with the
+rest of the run's state. It is written under another name and renamed once every rank is done, so
+a folder of that name is complete, whatever was killed when.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .runtime import JobError, World, from_main
+
+_FACTS = "trainer.json"
+_NAME = re.compile(r"step-\d{8,}")
+_WRITING = ".writing-"
+
+
+class CheckpointError(JobError):
+    """A checkpoint that cannot be used; the message says why and what can."""
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int, world: World) -> None:
+        """Looks after `folder`, keeping the `keep` newest checkpoints in it."""
+        self._folder, self._keep, self._world = folder, keep, world
+
+    def newest(self) -> Path | None:
+        """The complete checkpoint of the highest step, the same one on every rank."""
+
+        def find() -> Path | None:
+            complete = complete_checkpoints(self._folder)
+            return complete[-1] if complete else None
+
+        return from_main(self._world, "looking for checkpoints", find)
+
+    def save(self, step: int, facts: dict[str, Any], write: Callable[[Path], None]) -> Path:
+        """Saves the checkpoint of `step`; every rank calls it.
+
+        Args:
+            step: Steps taken.
+            facts: JSON-able state, equal on every rank.
+            write: Writes the rest into the folder it is given; called on every rank.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            JobError: On every rank, if writing failed on any; older checkpoints are intact.
+        """
+        final = self._folder / f"step-{step:08}"
+        writing = self._folder / f"{_WRITING}{final.name}"
+
+        def begin() -> None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left in self._folder.glob(f"{_WRITING}*"):  # of a run killed while saving
+                shutil.rmtree(left)
+            writing.mkdir()
+
+        def finish() -> None:
+            sizes = {name: (writing / name).stat().st_size for name in _files(writing)}
+            _write_durably(writing / _FACTS, {"facts": facts, "sizes": sizes})
+            if final.exists():
+                _discard(final)
+            writing.rename(final)
+            _sync_folder(self._folder)
+            for old in complete_checkpoints(self._folder)[: -self._keep]:
+                _discard(old)
+
+        from_main(self._world, "making the checkpoint's folder", begin)
+        write(writing)
+        from_main(self._world, "completing the checkpoint", finish)
+        return final
+
+    def abandon_after(self, step: int) -> list[Path]:
+        """Sets checkpoints of later steps aside: a run that goes on from `step` leaves them.
+
+        Otherwise they would be the newest ones, to resume from and to keep.
+
+        Returns:
+            The folders' new names.
+        """
+
+        def rename() -> list[Path]:
+            moved = []
+            for path in complete_checkpoints(self._folder):
+                if step_of(path) > step:
+                    aside = path.with_name(f"abandoned-{path.name}")
+                    if aside.exists():
+                        _discard(aside)
+                    moved.append(path.rename(aside))
+            return moved
+
+        return from_main(self._world, "setting later checkpoints aside", rename)
+
+    def read_facts(self, path: Path) -> dict[str, Any]:
+        """The facts of a checkpoint whose files all have their full size.
+
+        Raises:
+            CheckpointError: On every rank; it names the file at fault.
+        """
+
+        def verify() -> tuple[dict[str, Any] | None, str]:
+            return _verified_facts(path)
+
+        facts, problem = from_main(self._world, "reading the checkpoint's facts", verify)
+        if facts is None:
+            raise self.unusable(path, problem)
+        return facts
+
+    def unusable(self, path: Path, problem: str) -> CheckpointError:
+        """The error for a checkpoint with that problem, naming the one to use instead."""
+        there = complete_checkpoints(self._folder)
+        if _NAME.fullmatch(path.name) is None:
+            advice = "Checkpoints are folders such as RUN/checkpoints/step-00000300"
+        elif older := [other for other in there if step_of(other) < step_of(path)]:
+            advice = f"The one before it: continue from there with --resume {older[-1]}"
+        else:
+            advice = "There is no older one here: start again with another --output"
+        return CheckpointError(f"the checkpoint {path} cannot be used: {problem}. {advice}")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; none if it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted((entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of all files below a folder, relative to it."""
+    return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+
+
+def _verified_facts(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The facts, or None and what is wrong."""
+    file = path / _FACTS
+    try:
+        record = json.loads(file.read_text())
+        facts, sizes = dict(record["facts"]), dict(record["sizes"])
+    except OSError as error:
+        return None, f"{file}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return None, f"{file} is damaged"
+    for name, size in sizes.items():
+        part = path / name
+        if not part.exists():
+            return None, f"{part} is missing"
+        if part.stat().st_size != size:
+            return None, f"{part} has {part.stat().st_size} bytes, {size} were written"
+    return facts, ""
+
+
+def _discard(path: Path) -> None:
+    """Deletes a checkpoint so that a kill half-way leaves nothing that looks like one."""
+    doomed = path.with_name(f"{_WRITING}{path.name}-deleted")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _write_durably(path: Path, content: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,192 @@
+"""Layer: launch. Several optimizers on one config and the same data, in one picture and a table.
+
+    python -m conda_dist.launch.compare CONFIG --optimizers conda,adamw,muon --output DIR
+
+Each optimizer runs with its own settings from the config's [optimizer.NAME]; `--lr` makes a small
+sweep of it, of which the best run by final validation loss is drawn. Runs go one after another
+through the same pretraining job. Those already complete in DIR are kept, so that a comparison can
+be stopped, continued and extended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from . import options
+from .comparison import Outcome, draw, read_outcome, write_tables
+from .config import ConfigError, OptimizerName
+from .pretrain import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, RESOLVED_CONFIG
+from .report import SUMMARY
+from .signals import stop_requests
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run of the comparison."""
+
+    optimizer: str
+    lr: float
+    folder: Path
+    arguments: list[str]
+    """Of the pretraining job, the config's path first."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what is missing, then draws and tabulates; returns the exit code."""
+    try:
+        given, overrides = _parser().parse_known_args(arguments)
+        trials = plan(given.config, given.output, given.optimizers, given.lr, overrides)
+        failed = [trial for trial in trials if not _run(trial, given.nproc)]
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return EXIT_STOPPED
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    outcomes = [
+        read_outcome(trial.folder, trial.optimizer, trial.lr)
+        for trial in trials
+        if trial not in failed
+    ]
+    if outcomes:
+        _show(outcomes, given.output)
+    for trial in failed:
+        print(f"failed: {trial.folder} (its messages are above)", file=sys.stderr)
+    return EXIT_FAILED if failed else 0
+
+
+def plan(
+    config: str, output: Path, optimizers: Sequence[str], rates: Sequence[str], overrides: list[str]
+) -> list[Trial]:
+    """The runs that a comparison consists of.
+
+    Args:
+        config: Path of the common config.
+        output: Folder under which each run gets its own.
+        optimizers: Names, in the order of the runs.
+        rates: `NAME=RATE,RATE` for each optimizer to sweep.
+        overrides: `--section.key value` arguments for all runs; a key of one optimizer goes to
+            its runs only.
+
+    Raises:
+        ConfigError: An unknown optimizer, a malformed rate, or a config that cannot be run.
+    """
+    for name in optimizers:
+        if name not in get_args(OptimizerName):
+            raise ConfigError(f"unknown optimizer {name!r}: {', '.join(get_args(OptimizerName))}")
+    sweeps = _parse_rates(rates, optimizers)
+    trials = []
+    for name in optimizers:
+        common = [config, "--optimizer.name", name, *_overrides_for(name, overrides)]
+        configured = options.load(config, common[1:]).optimizer.chosen.lr
+        for lr in sweeps.get(name, [configured]):
+            folder = output / f"{name}-lr{lr:g}"
+            own = ["--optimizer.lr", repr(lr), "--output", str(folder), "--resume"]
+            trials.append(Trial(name, lr, folder, [*common, *own]))
+    return trials
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m conda_dist.launch.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Any --section.key of the pretraining job may follow; it applies to every run.",
+    )
+    names = ",".join(get_args(OptimizerName))
+    parser.add_argument("config", metavar="CONFIG", help="TOML file shared by all runs")
+    parser.add_argument(
+        "--optimizers", type=lambda text: text.split(","), default=names.split(","), help=names
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the comparison")
+    parser.add_argument("--nproc", type=int, default=2, help="processes per run (default 2)")
+    parser.add_argument(
+        "--lr",
+        action="append",
+        default=[],
+        metavar="NAME=RATE,...",
+        help="learning rates to try for an optimizer; may be repeated",
+    )
+    return parser
+
+
+def _parse_rates(rates: Sequence[str], optimizers: Sequence[str]) -> dict[str, list[float]]:
+    sweeps: dict[str, list[float]] = {}
+    for text in rates:
+        name, _, listed = text.partition("=")
+        try:
+            sweeps[name] = [float(rate) for rate in listed.split(",")]
+        except ValueError:
+            raise ConfigError(f"--lr {text}: NAME=RATE,RATE is wanted") from None
+        if name not in optimizers:
+            raise ConfigError(f"--lr {text}: {name!r} is not among the optimizers to run")
+    return sweeps
+
+
+def _overrides_for(optimizer: str, overrides: list[str]) -> list[str]:
+    """The overrides without keys of other optimizers."""
+    kept: list[str] = []
+    for name, text in options.split_arguments(overrides):
+        parts = name.split(".")
+        if parts[0] in ("output", "resume") or parts[:2] == ["optimizer", "name"]:
+            raise ConfigError(f"--{name} differs from run to run: compare sets it itself")
+        if parts[0] == "optimizer" and len(parts) == 2:
+            raise ConfigError(f"--{name}: of which optimizer? Give --optimizer.NAME.{parts[1]}")
+        if parts[0] != "optimizer" or parts[1] == optimizer:
+            kept.append(f"--{name}={text}")
+    return kept
+
+
+def _run(trial: Trial, processes: int) -> bool:
+    """Runs or continues a trial unless it is complete; returns whether it is now.
+
+    Raises:
+        ConfigError: Its folder holds a run of another configuration.
+        KeyboardInterrupt: A stop was asked for; the run was told, has saved and ended.
+    """
+    config = options.load(trial.arguments[0], trial.arguments[1:])
+    recorded = trial.folder / RESOLVED_CONFIG
+    if recorded.exists() and recorded.read_text() != options.to_toml(config):
+        raise ConfigError(
+            f"{trial.folder} holds a run of another configuration: give another --output"
+        )
+    if (trial.folder / SUMMARY).exists():
+        print(f"== {trial.folder}: complete already", flush=True)
+        return True
+    print(f"== {trial.folder}", flush=True)
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=300"]
+        launcher += [f"--nproc-per-node={processes}"]
+    command = [*launcher, "-m", "conda_dist.launch.pretrain", *trial.arguments]
+    # In a session of its own, the run hears of a stop once, from here and not from the terminal
+    # as well; and by SIGTERM, which torchrun passes on to its processes.
+    run = subprocess.Popen(command, env=_environment(processes), start_new_session=True)
+    with stop_requests(lambda number: run.terminate()) as stop:
+        code = run.wait()
+    if stop:
+        raise KeyboardInterrupt
+    return code == 0
+
+
+def _environment(processes: int) -> dict[str, str]:
+    """Threads shared out among the processes, as torchrun would do, without its warning."""
+    share = max(1, (os.cpu_count() or 1) // processes)
+    return {"OMP_NUM_THREADS": str(share), **os.environ}
+
+
+def _show(outcomes: list[Outcome], output: Path) -> None:
+    table = write_tables(outcomes, output)
+    print(table, f"curves in {draw(outcomes, output)}", sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

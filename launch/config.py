@@ -1,0 +1,307 @@
+"""Layer: launch. What a training job can be told: one frozen dataclass per section.
+
+Every key carries its own help line and bounds, so that the command line, the TOML reader, the
+help text and the validation (all in `options.py`) are derived from the declarations below and
+cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+OptimizerName = Literal["conda", "adamw", "muon"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says which key and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What the declaration of a key says besides its type and default.
+
+    The bounds apply to the value; to each item, where that is a list.
+    """
+
+    help: str
+    """One line for `--help`, with the unit where there is one."""
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape of the network, in the names Hugging Face's model configs use."""
+
+    architecture: Annotated[
+        Literal["llama", "gpt2"], Key("LlamaForCausalLM or GPT2LMHeadModel")
+    ] = "llama"
+    hidden_size: Annotated[int, Key("width of the residual stream", ge=1)] = 192
+    intermediate_size: Annotated[int, Key("width inside the MLP", ge=1)] = 512
+    num_hidden_layers: Annotated[int, Key("number of blocks", ge=1)] = 4
+    num_attention_heads: Annotated[int, Key("attention heads per block", ge=1)] = 6
+    num_key_value_heads: Annotated[
+        int | None, Key("llama: key/value heads (default: as many as attention heads)", ge=1)
+    ] = None
+    rope_theta: Annotated[float, Key("llama: base of the rotary embedding", gt=0)] = 10000.0
+    rms_norm_eps: Annotated[float, Key("llama: epsilon of the RMS norms", gt=0)] = 1e-6
+    dropout: Annotated[
+        float, Key("gpt2: dropout of embeddings, attention and residuals", ge=0, lt=1)
+    ] = 0.0
+    initializer_range: Annotated[float, Key("standard deviation of the initial weights", gt=0)] = (
+        0.02
+    )
+    tie_word_embeddings: Annotated[bool, Key("output head shares the embedding's weight")] = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerConfig:
+    """Byte-level BPE: trained once on the data and cached, or read from a file."""
+
+    path: Annotated[str, Key("a tokenizers JSON file to use instead of training one")] = ""
+    vocab_size: Annotated[int, Key("vocabulary to train, special token included", ge=257)] = 4096
+    sample_mb: Annotated[
+        float, Key("MB of text to train it on, from the start of the data", gt=0)
+    ] = 32.0
+    end_of_text: Annotated[str, Key("token put after each document")] = "<|endoftext|>"
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Where the text comes from. Neither `path` nor `hf`: Python's own standard library."""
+
+    path: Annotated[
+        tuple[str, ...], Key("files, folders or globs: .txt .py .md .jsonl[.gz] .parquet")
+    ] = ()
+    hf: Annotated[str, Key("a Hugging Face data set (name or folder), streamed")] = ""
+    hf_config: Annotated[str, Key("its configuration, e.g. en")] = ""
+    hf_revision: Annotated[str, Key("its revision, such as refs/convert/parquet")] = ""
+    hf_split: Annotated[str, Key("its split to train on")] = "train"
+    hf_val_split: Annotated[
+        str, Key("its validation split (default: val_fraction of hf_split)")
+    ] = ""
+    text_field: Annotated[str, Key("field or column of the text in JSONL, parquet and hf")] = "text"
+    text_separator: Annotated[
+        str, Key("cuts a plain-text file into documents (default: one a file)")
+    ] = ""
+    val_fraction: Annotated[
+        float, Key("share of the documents held out for validation", gt=0, lt=1)
+    ] = 0.05
+    shuffle_block: Annotated[int, Key("hf: sequences read ahead and shuffled together", ge=1)] = (
+        1024
+    )
+    cache: Annotated[
+        str, Key("folder for tokens and tokenizers (default: ~/.cache/conda_dist)")
+    ] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CondaConfig:
+    """Conda's own keys; the defaults are the paper's for LLaMA (arXiv 2509.24218)."""
+
+    lr: Annotated[float, Key("peak learning rate", gt=0)] = 1e-2
+    betas: Annotated[tuple[float, float], Key("decay of the two moments", ge=0, lt=1)] = (0.9, 0.99)
+    eps: Annotated[float, Key("added to the square root of the second moment", gt=0)] = 1e-8
+    weight_decay: Annotated[float, Key("decoupled weight decay", ge=0)] = 0.0
+    scale: Annotated[float, Key("multiplies the projected update", gt=0)] = 0.25
+    update_proj_gap: Annotated[int, Key("steps between refreshes of the bases", ge=1)] = 2000
+    correct_bias: Annotated[bool, Key("divide by 1 - beta^t as Adam does")] = True
+    adamw_lr: Annotated[
+        float | None, Key("peak rate of embeddings, head, norms (default: lr)", gt=0)
+    ] = None
+    matmul_dtype: Annotated[
+        Literal["", "bfloat16", "float32"],
+        Key("type of the projections' products (default: the state's)"),
+    ] = ""
+    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWConfig:
+    """torch.optim.AdamW's keys."""
+
+    lr: Annotated[float, Key("peak learning rate", gt=0)] = 1e-3
+    betas: Annotated[tuple[float, float], Key("decay of the two moments", ge=0, lt=1)] = (
+        0.9,
+        0.999,
+    )
+    eps: Annotated[float, Key("added to the square root of the second moment", gt=0)] = 1e-8
+    weight_decay: Annotated[float, Key("decoupled weight decay", ge=0)] = 0.0
+    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MuonConfig:
+    """torch.optim.Muon's keys for the blocks' matrices, AdamW's for everything else."""
+
+    lr: Annotated[float, Key("peak learning rate of the matrices", gt=0)] = 1e-3
+    momentum: Annotated[float, Key("decay of the momentum", ge=0, lt=1)] = 0.95
+    weight_decay: Annotated[float, Key("decoupled weight decay, of both parts", ge=0)] = 0.0
+    ns_steps: Annotated[int, Key("Newton-Schulz iterations", ge=1, lt=100)] = 5
+    adjust_lr: Annotated[
+        Literal["original", "match_rms_adamw"], Key("how the rate follows a matrix's shape")
+    ] = "match_rms_adamw"
+    adamw_lr: Annotated[float | None, Key("peak rate of the AdamW part (default: lr)", gt=0)] = None
+    adamw_betas: Annotated[tuple[float, float], Key("betas of the AdamW part", ge=0, lt=1)] = (
+        0.9,
+        0.95,
+    )
+    adamw_eps: Annotated[float, Key("eps of the AdamW part", gt=0)] = 1e-8
+    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerConfig:
+    """Which optimizer, and the settings of each, so that one file serves a comparison.
+
+    `optimizer.KEY` is short for `optimizer.NAME.KEY` of the chosen optimizer.
+    """
+
+    name: Annotated[OptimizerName, Key("the optimizer to train with")] = "conda"
+    conda: CondaConfig = field(default_factory=CondaConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
+
+    @property
+    def chosen(self) -> CondaConfig | AdamWConfig | MuonConfig:
+        """The settings of the optimizer that `name` selects."""
+        match self.name:
+            case "conda":
+                return self.conda
+            case "adamw":
+                return self.adamw
+            case "muon":
+                return self.muon
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleConfig:
+    """Learning rate over time, as a factor of each optimizer's peak rate."""
+
+    name: Annotated[
+        Literal["cosine", "linear", "constant"], Key("shape after the warmup; linear falls to zero")
+    ] = "cosine"
+    warmup_ratio: Annotated[
+        float, Key("linear warmup from zero, as a share of all steps", ge=0, le=1)
+    ] = 0.1
+    warmup_steps: Annotated[int | None, Key("the same in steps, instead of the share", ge=0)] = None
+    min_lr_ratio: Annotated[float, Key("cosine: final rate as a share of the peak", ge=0, le=1)] = (
+        0.1
+    )
+    min_lr: Annotated[
+        float | None, Key("cosine: final rate itself, instead of the share", ge=0)
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """The loop: how much, how often, in which precision."""
+
+    steps: Annotated[int, Key("optimizer steps", ge=1)] = 600
+    seed: Annotated[int, Key("of the initial weights, the data order and dropout", ge=0)] = 0
+    sequence_length: Annotated[int, Key("tokens per sequence", ge=2)] = 256
+    global_batch_size: Annotated[int, Key("sequences per step over all ranks", ge=1)] = 8
+    micro_batch_size: Annotated[int, Key("most sequences per rank and forward pass", ge=1)] = 4
+    compute_dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        Key("type of forward and backward; auto: bfloat16 where it is fast"),
+    ] = "auto"
+    hsdp_replicas: Annotated[
+        int, Key("copies of the sharded model (HSDP); 1: plain FSDP", ge=1)
+    ] = 1
+    lean_accumulation: Annotated[
+        bool, Key("keep weights and gradients sharded between micro-batches: more communication")
+    ] = False
+    activation_checkpointing: Annotated[bool, Key("recompute each block in the backward pass")] = (
+        False
+    )
+    compile: Annotated[bool, Key("torch.compile each block")] = False
+    val_interval: Annotated[int, Key("steps between validations", ge=1)] = 50
+    val_sequences: Annotated[int, Key("sequences in the fixed validation set", ge=1)] = 64
+    timeout_s: Annotated[
+        float, Key("seconds after which a stuck collective ends the job", gt=0)
+    ] = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """When the whole state is saved, and how much of it is kept."""
+
+    interval: Annotated[int, Key("steps between checkpoints; 0: only at the end", ge=0)] = 200
+    keep: Annotated[int, Key("newest checkpoints kept", ge=1)] = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsConfig:
+    """What is written while training."""
+
+    interval: Annotated[int, Key("steps between lines of metrics.jsonl", ge=1)] = 1
+    console_interval: Annotated[
+        int, Key("steps between printed lines where no bar can be drawn", ge=1)
+    ] = 20
+    tensorboard: Annotated[bool, Key("write TensorBoard scalars")] = True
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A whole job."""
+
+    output: Annotated[str, Key("folder of everything the run writes (shared by all hosts)")] = (
+        "runs/pretrain"
+    )
+    resume: Annotated[
+        str, Key("auto: the newest checkpoint in output, if any; or a checkpoint's path")
+    ] = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        """Refuses combinations that no single key's bounds can catch."""
+        for wrong, message in _conflicts(self):
+            if wrong:
+                raise ConfigError(message)
+
+
+def _conflicts(config: Config) -> list[tuple[bool, str]]:
+    """Pairs of (is it wrong, what to say), for rules that span several keys."""
+    model, data, schedule = config.model, config.data, config.schedule
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    peak = config.optimizer.chosen.lr
+    return [
+        (
+            bool(data.path) and bool(data.hf),
+            "data.path and data.hf are both set: the text comes from one of them",
+        ),
+        (
+            model.hidden_size % heads != 0,
+            f"model.hidden_size {model.hidden_size} is not a multiple of "
+            f"model.num_attention_heads {heads}",
+        ),
+        (
+            kv_heads is not None and heads % kv_heads != 0,
+            f"model.num_attention_heads {heads} is not a multiple of "
+            f"model.num_key_value_heads {kv_heads}",
+        ),
+        (
+            model.architecture == "llama" and model.dropout != 0,
+            f"model.dropout {model.dropout} has no effect with model.architecture llama: set it "
+            "to 0",
+        ),
+        (
+            model.architecture == "gpt2" and kv_heads is not None,
+            "model.num_key_value_heads has no effect with model.architecture gpt2: remove it",
+        ),
+        (
+            schedule.min_lr is not None and schedule.min_lr > peak,
+            f"schedule.min_lr {schedule.min_lr} is above the peak rate {peak}",
+        ),
+    ]

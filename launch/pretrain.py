@@ -1,0 +1,156 @@
+"""Layer: launch. The pretraining job: `python -m conda_dist.launch.pretrain CONFIG [--key value]`.
+
+Runs as one process or, started by torchrun, as many. Exit codes: 0 the run is complete; 1 it
+failed; 2 the configuration is wrong; 75 it was asked to stop (Ctrl-C, SIGTERM, SIGUSR1), saved a
+checkpoint and can be continued with `--resume`. torchrun passes the first two signals on, kills
+what has not ended after 30 s (`--shutdown-timeout`) and exits with a code of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import options, runtime
+from .batches import row_range
+from .checkpoint import Checkpoints
+from .config import Config, ConfigError
+from .data import open_data
+from .engine import Fsdp2Engine
+from .report import Reporter
+from .runtime import JobError, World
+from .signals import stop_requests
+from .trainer import Trainer
+
+EXIT_FAILED, EXIT_CONFIG = 1, 2
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: not finished, worth starting again."""
+
+RESOLVED_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
+
+_USAGE = """usage: python -m conda_dist.launch.pretrain CONFIG [--section.key value ...]
+       torchrun --standalone --nproc-per-node=N -m conda_dist.launch.pretrain CONFIG ...
+
+Pretrains a causal language model. CONFIG is a TOML file such as configs/llama_tiny.toml.
+
+--output DIR           folder of everything the run writes
+--resume [CHECKPOINT]  continue from the newest checkpoint in the output (or from that one)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the job and returns the process's exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(given):
+        print(_USAGE + "\n" + options.help_text())
+        return 0
+    try:
+        path = given.pop(0) if given and not given[0].startswith("--") else None
+        config = options.load(path, given)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    try:
+        world = runtime.join(config.training.timeout_s)
+        code = 0 if run(config, world) else EXIT_STOPPED
+    except (ConfigError, JobError) as error:
+        print(f"[rank {os.environ.get('RANK', 0)}] error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
+    # Both kinds of error are raised on every rank, so all of them come here. After any other
+    # exception a rank must not wait for the rest: it ends, and its launcher ends the job.
+    runtime.leave()
+    return code
+
+
+def run(config: Config, world: World) -> bool:
+    """Trains to the end; returns False if the job was asked to stop before.
+
+    Raises:
+        ConfigError: The configuration does not fit this job.
+        JobError: On every rank: ranks differ, a checkpoint cannot be used, a loss is not finite,
+            or something failed on one of them.
+    """
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    runtime.require_agreement(world, options.to_values(config) | versions)
+    row_range(config.training.global_batch_size, world.rank, world.size)
+    checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
+    source = find_checkpoint(config, checkpoints)
+    prepare_output(config, world)
+    data = open_data(config, world)
+    engine = Fsdp2Engine(config, data.vocab_size, world)
+    runtime.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
+    trainer = Trainer(config, world, engine, data, checkpoints)
+    notes = trainer.resume(source) if source is not None else []
+    hosts = ", ".join(f"{count} on {host}" for host, count in runtime.hosts(world).items())
+    with stop_requests() as stop:
+        reporter = Reporter(config, world, trainer.step)
+        reporter.facts(
+            {
+                "ranks": f"{world.size} ({hosts}), {world.device.type}",
+                "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+                **engine.describe(),
+                "data": data.description,
+                "output": config.output,
+                "start": f"step {trainer.step}, from {source or 'scratch'}",
+            }
+        )
+        if world.is_main:
+            engine.print_report()
+        for note in notes:
+            reporter.note(note)
+        with reporter.live():
+            complete = trainer.train(reporter, stop)
+        if complete:
+            reporter.complete(trainer.summary())
+        else:
+            reporter.note(f"stopped after step {trainer.step}; continue with --resume")
+    return complete
+
+
+def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
+    """The checkpoint to start from, or None to start from scratch.
+
+    Raises:
+        ConfigError: The output holds a run and `resume` does not say what to do with it.
+    """
+    if config.resume not in ("", "auto"):
+        return Path(config.resume)
+    newest = checkpoints.newest()
+    if newest is not None and not config.resume:
+        raise ConfigError(
+            f"{config.output} holds a run already ({newest.name}): continue it with --resume, "
+            "or give another --output"
+        )
+    return newest
+
+
+def prepare_output(config: Config, world: World) -> None:
+    """Writes the resolved config, and makes sure that every rank sees the same folder.
+
+    Raises:
+        JobError: On every rank: the folder cannot be written, or is not shared between hosts.
+    """
+    resolved = Path(config.output) / RESOLVED_CONFIG
+
+    def write() -> None:
+        resolved.parent.mkdir(parents=True, exist_ok=True)
+        resolved.write_text(options.to_toml(config))
+
+    runtime.from_main(world, "preparing the output folder", write)
+    with runtime.together(world, "looking into the output folder"):
+        if not resolved.exists():
+            raise FileNotFoundError(
+                f"rank 0 wrote {resolved.absolute()}, which this rank does not see: set output to "
+                "a folder on a file system that all hosts mount"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

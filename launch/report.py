@@ -1,0 +1,71 @@
+"""Layer: launch. Everything rank 0 tells the outside, so that the loop need not ask who it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .config import Config
+from .console import Display
+from .metrics import MetricsWriter, Record
+from .picture import draw_loss
+from .runtime import World
+
+SUMMARY = "summary.json"
+"""Written when a run is complete: its last step, validation loss and seconds of training."""
+
+
+class Reporter:
+    """Console, metrics.jsonl, TensorBoard and pictures on rank 0; silent on every other rank."""
+
+    def __init__(self, config: Config, world: World, step: int) -> None:
+        """Opens the files to continue after `step` steps."""
+        self._config, self._output = config, Path(config.output)
+        self._writer: MetricsWriter | None = None
+        self._display: Display | None = None
+        if world.is_main:
+            (self._output / SUMMARY).unlink(missing_ok=True)
+            metrics, steps = config.metrics, config.training.steps
+            self._writer = MetricsWriter(self._output, step=step, tensorboard=metrics.tensorboard)
+            self._display = Display(steps, step, metrics.console_interval)
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Shows the progress bar while the block runs, and closes the files after it."""
+        if self._display is None or self._writer is None:
+            yield
+            return
+        try:
+            with self._display:
+                yield
+        finally:
+            self._writer.close()
+
+    def facts(self, rows: Mapping[str, str]) -> None:
+        """Prints names and values, a line each."""
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            self.note(f"{name:<{width}}  {value}")
+
+    def note(self, message: str) -> None:
+        """Prints a line."""
+        if self._display is not None:
+            self._display.note(message)
+
+    def record(self, record: Record) -> None:
+        """Writes and shows a record."""
+        if self._writer is not None and self._display is not None:
+            self._writer.write(record)
+            self._display.update(record)
+
+    def complete(self, summary: Mapping[str, Any]) -> None:
+        """Draws the curves and marks the run as complete."""
+        if self._display is None:
+            return
+        title = f"{self._config.model.architecture}, {self._config.optimizer.name}"
+        picture = draw_loss(self._output, title)
+        (self._output / SUMMARY).write_text(json.dumps(dict(summary)) + "\n")
+        self.note(f"curves in {picture}")

@@ -1,0 +1,177 @@
+"""Layer: launch. The loop: batches in, engine steps, validation, checkpoints, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import options, runtime
+from .batches import micro_batches, row_range
+from .checkpoint import CheckpointError, Checkpoints
+from .config import Config
+from .data import Data
+from .engine import Engine, NonFiniteError, StepResult
+from .metrics import Meter
+from .report import Reporter
+from .runtime import JobError, World
+from .signals import StopRequest
+
+# A checkpoint's tensors or data position would mean something else under other values of these.
+_IDENTITY = (
+    "model.",
+    "optimizer.name",
+    "data.shuffle_block",
+    "training.seed",
+    "training.sequence_length",
+    "training.global_batch_size",
+)
+# These say where and how a job is started, not what it computes.
+_INCIDENTAL = ("output", "resume", "data.cache")
+
+
+class Trainer:
+    """One run: where it stands, and how it goes on from there."""
+
+    def __init__(
+        self, config: Config, world: World, engine: Engine, data: Data, checkpoints: Checkpoints
+    ) -> None:
+        """Starts at step 0; `resume` moves to where a checkpoint stood."""
+        self._config, self._world = config, world
+        self._engine, self._data, self._checkpoints = engine, data, checkpoints
+        training = config.training
+        self._tokens = training.global_batch_size * training.sequence_length
+        self._meter = Meter(self._tokens, train_s=0.0)
+        self._val_loss: float | None = None
+        self._saved_at = 0
+        self.step = 0
+        """Steps taken."""
+
+    def resume(self, path: Path) -> list[str]:
+        """Takes over a checkpoint, after making sure that it belongs to this config and data.
+
+        Returns:
+            Notes for the log: settings that have changed since, which the run follows from here
+            on, and checkpoints of later steps, which it leaves.
+
+        Raises:
+            CheckpointError: On every rank: it is damaged, or of another model, data or optimizer.
+        """
+        facts = self._checkpoints.read_facts(path)
+        saved, current = facts["config"], _jsonable(options.to_values(self._config))
+        changed = {
+            name: f"{name} ({saved.get(name)} there, {value} here)"
+            for name, value in current.items()
+            if saved.get(name) != value and name not in _INCIDENTAL
+        }
+        vital = [text for name, text in changed.items() if name.startswith(_IDENTITY)]
+        if vital:
+            raise CheckpointError(f"{path} was made with another {', '.join(vital)}")
+        if facts["fingerprint"] != self._data.fingerprint:
+            raise CheckpointError(
+                f"{path} was trained on other data: the text or the tokenizer has changed since"
+            )
+        try:
+            self._engine.load(path, facts["step"])
+        except JobError as error:
+            raise self._checkpoints.unusable(path, str(error)) from error
+        self._data.batches.load_state_dict(facts["data"])
+        self.step = self._saved_at = facts["step"]
+        self._meter.train_s, self._val_loss = facts["train_s"], facts["val_loss"]
+        notes = [f"changed since the checkpoint: {text}" for text in changed.values()]
+        abandoned = self._checkpoints.abandon_after(self.step)
+        return notes + [f"set aside, being of a later step: {folder}" for folder in abandoned]
+
+    def train(self, reporter: Reporter, stop: StopRequest) -> bool:
+        """Trains to the last step; returns False if asked to stop before.
+
+        Raises:
+            NonFiniteError: On every rank: the loss or the gradient is not finite.
+            JobError: On every rank: a checkpoint could not be saved.
+        """
+        training, saving = self._config.training, self._config.checkpoint.interval
+        reporting = self._config.metrics.interval
+        while self.step < training.steps:
+            if runtime.any_rank(self._world, bool(stop)):
+                self._save(reporter)
+                return False
+            loss, result = self._train_step()
+            val_loss = None
+            if self.step % training.val_interval == 0 or self.step == training.steps:
+                val_loss = self._val_loss = self._validate()
+            if self.step % reporting == 0 or val_loss is not None:
+                reporter.record(
+                    self._meter.record(
+                        self.step,
+                        loss=loss,
+                        lr=result.lr,
+                        grad_norm=result.grad_norm,
+                        val_loss=val_loss,
+                    )
+                )
+            if saving and self.step % saving == 0:
+                self._save(reporter)
+        self._save(reporter)
+        return True
+
+    def summary(self) -> dict[str, Any]:
+        """Where the run stands: step, last validation loss, seconds of training."""
+        return {"step": self.step, "val_loss": self._val_loss, "train_s": self._meter.train_s}
+
+    def _train_step(self) -> tuple[float, StepResult]:
+        """One step on the next global batch; returns its loss and the optimizer's report."""
+        training, world = self._config.training, self._world
+        started = time.perf_counter()
+        batch = training.global_batch_size
+        rows = self._data.batches.rows(self.step, *row_range(batch, world.rank, world.size))
+        # Random numbers (dropout's) depend on the step and the rank alone: no generator state to
+        # save, and a resume draws what the uninterrupted run would have drawn.
+        seed = np.random.SeedSequence([training.seed, self.step, world.rank])
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        most = -(-batch // world.size)
+        parts = micro_batches(rows, most, training.micro_batch_size)
+        try:
+            loss = self._engine.forward_backward(parts, self._tokens)
+            result = self._engine.step()
+        except NonFiniteError as error:
+            newest = self._checkpoints.newest()
+            kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+            raise NonFiniteError(
+                f"step {self.step + 1}: {error}. Nothing was updated; {kept}. A lower "
+                "optimizer.lr or an optimizer.grad_clip may help"
+            ) from None
+        self.step += 1
+        self._meter.add(time.perf_counter() - started, result.optimizer_s)
+        return loss, result
+
+    def _validate(self) -> float:
+        """Mean loss per token over the validation set, spread over the ranks."""
+        rows, world, training = self._data.validation, self._world, self._config.training
+        first, last = (rank * len(rows) // world.size for rank in (world.rank, world.rank + 1))
+        most = -(-len(rows) // world.size)
+        parts = micro_batches(rows[first:last], most, training.micro_batch_size)
+        return self._engine.evaluate(parts, len(rows) * training.sequence_length)
+
+    def _save(self, reporter: Reporter) -> None:
+        """Saves the whole state, once per step."""
+        if self._saved_at == self.step:
+            return
+        facts = {
+            **self.summary(),
+            "data": self._data.batches.state_dict(),
+            "fingerprint": self._data.fingerprint,
+            "config": options.to_values(self._config),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        }
+        path = self._checkpoints.save(self.step, facts, self._engine.save)
+        self._saved_at = self.step
+        reporter.note(f"saved {path}")
+
+
+def _jsonable(values: dict[str, Any]) -> Any:
+    """The values as they come back from a JSON file (tuples become lists)."""
+    return json.loads(json.dumps(values))
