@@ -210,7 +210,7 @@ def _numel(boxes: list[tuple[int, Block]]) -> int:
 
 def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:
     """The largest of each value over all ranks of a mesh; every rank must give as many."""
-    result = torch.tensor(values, dtype=torch.int64)
+    result = torch.tensor(values, dtype=torch.int64, device="cpu")
     for mesh_dim in mesh.shared_dims():
         result = result.to(mesh.device(mesh_dim, torch.device("cpu")))
         dist.all_reduce(result, dist.ReduceOp.MAX, group=mesh.groups[mesh_dim])

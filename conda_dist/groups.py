@@ -2,11 +2,14 @@
 
 import difflib
 import math
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conda_dist.routing import ADAMW, ALGORITHMS, CONDA, check_matrix, route
 
@@ -61,12 +64,12 @@ def check_hyperparameters(values: Mapping[str, Any], where: str = "") -> None:
 
 def _check_number(name: str, value: Any, where: str, below: float = math.inf) -> None:
     if name == "lr" and isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{where}lr must be a number or a tensor of one element")
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{where}lr must be a number or a tensor of one real element")
         return  # its value may change under us, and reading it may wait for a GPU
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{where}{name} must be a number, got {value!r}")
-    if not 0 <= value < below:
+    if not 0 <= value < below or value > sys.float_info.max:  # type: ignore[operator]
         limit = f" and below {below:g}" if below < math.inf else " and finite"
         raise ValueError(f"{where}{name} must be at least 0{limit}, got {value}")
 
@@ -83,6 +86,8 @@ def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         TypeError: something other than a parameter among ``params``, or a wrong type of value.
         ValueError: a parameter that cannot be optimized, or a value out of range.
     """
+    if not isinstance(group, Mapping):
+        raise TypeError(f"{where}a group must be a dict, got {type(group).__name__}")
     taken = ("params", "param_names", "proj_type", *DROPPED)
     options = {key: value for key, value in group.items() if key not in taken}
     check_hyperparameters(group, where)
@@ -93,8 +98,18 @@ def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         if options.pop(key, None):
             raise ValueError(f"{where}option {key!r} is not supported by Conda; leave it out.")
     named = _named(group, where)
+    seen: dict[Tensor, str | None] = {}
     for name, param in named:
-        _check_parameter(where + (name or f"parameter of shape {tuple(param.shape)}"), param)
+        if nn.parameter.is_lazy(param):
+            raise ValueError(
+                f"{where}{name or 'a parameter'} has no shape yet; initialize lazy modules with a "
+                "forward pass before making the optimizer."
+            )
+        full = where + (name or f"parameter of shape {tuple(param.shape)}")
+        _check_parameter(full, param)
+        if param in seen:
+            raise ValueError(f"{full} is in the group twice, also as {seen[param]}; list it once.")
+        seen[param] = name
 
     algorithm = options.pop("algorithm", None)
     parts: dict[str, list[tuple[str | None, Tensor]]] = {CONDA: [], ADAMW: []}
@@ -102,6 +117,13 @@ def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         if algorithm == CONDA:
             check_matrix(where + (name or "parameter"), param)
         parts[algorithm or route(name, param).algorithm].append((name, param))
+    if algorithm is None and len(parts[CONDA]) > 1 and parts[CONDA][0][0] is None:
+        warnings.warn(
+            f"{where}Conda got parameters without names, so it cannot tell embeddings, output "
+            "head and routers from the projections it is meant for and will treat them alike. "
+            "Pass model.named_parameters() or conda_dist.param_groups(model).",
+            stacklevel=5,
+        )
     return [
         {
             **options,
@@ -114,23 +136,36 @@ def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _named(group: Mapping[str, Any], where: str) -> list[tuple[str | None, Tensor]]:
+    if "params" not in group:
+        raise ValueError(f"{where}a group needs params, got only {', '.join(map(str, group))}")
     params = group["params"]
     if isinstance(params, set):
         raise TypeError(f"{where}params must be ordered, not a set: ranks must agree on the order")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"{where}params must be tensors, got {type(params).__name__}")
     params = [params] if isinstance(params, Tensor) else list(params)
-    names: Iterable[str | None] = group.get("param_names") or [None] * len(params)
+    names = list(group.get("param_names") or [None] * len(params))
+    if len(names) != len(params):
+        raise ValueError(f"{where}{len(names)} param_names for {len(params)} params")
     pairs = [
         item if isinstance(item, tuple) and len(item) == 2 else (name, item)
         for name, item in zip(names, params, strict=True)
     ]
-    for _, param in pairs:
+    named = sum(name is not None for name, _ in pairs)
+    if named not in (0, len(pairs)):
+        raise ValueError(f"{where}{named} of {len(pairs)} parameters have a name; name all or none")
+    for name, param in pairs:
+        if not isinstance(name, str | None) and isinstance(param, Tensor):
+            raise TypeError(f"{where}the name of a parameter must be a str, got {name!r}")
         if not isinstance(param, Tensor):
             raise TypeError(f"{where}params must be tensors, got {type(param).__name__}")
     return pairs
 
 
 def _check_parameter(name: str, param: Tensor) -> None:
-    if not param.dtype.is_floating_point:
+    if not (param.is_leaf or param.retains_grad):
+        raise ValueError(f"{name}: can't optimize a non-leaf Tensor; detach() it first.")
+    if not param.dtype.is_floating_point or param.dtype.itemsize < 2:
         raise ValueError(
             f"{name}: Conda optimizes real floating point parameters, got {param.dtype}"
             + ("; use torch.view_as_real." if param.dtype.is_complex else ".")

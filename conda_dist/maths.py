@@ -108,8 +108,10 @@ def project_back_and_apply_(
     a, b = (y, basis.mT) if right else (basis, y)
     if param.ndim == 2:
         param.addmm_(a, b, beta=keep, alpha=factor)
-    else:
-        matrices(param).baddbmm_(matrices(a), matrices(b), beta=keep, alpha=factor)
+    elif param.ndim == 3:
+        param.baddbmm_(a, b, beta=keep, alpha=factor)
+    else:  # its leading dimensions may be none that can be flattened without a copy
+        apply_(param, project_back(y, basis, right), step, hyper)
 
 
 class Outcome(IntEnum):

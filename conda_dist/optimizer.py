@@ -17,7 +17,7 @@ from conda_dist.groups import check_hyperparameters, split_group
 from conda_dist.options import Options
 from conda_dist.report import Row, print_table, rows
 from conda_dist.routing import CONDA, nothing_to_project
-from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up, signature
+from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up
 from conda_dist.weight import hyper_of
 
 
@@ -115,12 +115,21 @@ class Conda(torch.optim.Optimizer):
             refresh_bytes,
             max_refresh_failures,
         )
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}"
+            )
         self._process_group = process_group
         self._setup: Setup | None = None
         self._path: CondaPath | None = None
         self._routed = False  # whether a group was split for the caller
+        if isinstance(params, set | frozenset):
+            raise TypeError("params must be ordered, not a set: ranks must agree on the order")
         super().__init__(params, defaults)
-        if self._routed and not any(group["algorithm"] == CONDA for group in self.param_groups):
+        if self._routed and not any(
+            group["algorithm"] == CONDA and any(param.requires_grad for param in group["params"])
+            for group in self.param_groups
+        ):
             raise ValueError(nothing_to_project(self._named()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -132,10 +141,15 @@ class Conda(torch.optim.Optimizer):
             TypeError: see :class:`Conda`.
             ValueError: see :class:`Conda`.
         """
-        where = f"parameter group {len(self.param_groups)}: "
+        before = len(self.param_groups)
+        parts = split_group(param_group, f"parameter group {before}: ")
+        try:
+            for part in parts:
+                super().add_param_group(part)
+        except BaseException:
+            del self.param_groups[before:]
+            raise
         self._routed |= "algorithm" not in param_group
-        for part in split_group(param_group, where):
-            super().add_param_group(part)
         self._setup = None
 
     def _named(self) -> list[tuple[str, Tensor]]:
@@ -213,7 +227,7 @@ class Conda(torch.optim.Optimizer):
             agreeing: whether all ranks are here, and are to compare their plans and allocate.
         """
         setup, error = self._setup, None
-        if setup is None or self._path is None or setup.signature != signature(self.param_groups):
+        if setup is None or self._path is None or setup.outdated(self.param_groups, self.state):
             meshes = find_meshes(self.param_groups, self._process_group)
             try:
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
@@ -238,7 +252,7 @@ class Conda(torch.optim.Optimizer):
         """
         for i, mesh in enumerate(setup.meshes):
             if not setup.started[i]:
-                ours = (grads[member.param] for member in setup.members if member.mesh is mesh)
+                ours = (grads[member.param] for member in setup.members if member.mesh == mesh)
                 any_here = any(bool(grad.any()) for grad in ours if grad is not None)
                 setup.started[i] = bool(all_max(mesh, [any_here])[0])
         return {mesh for mesh, started in zip(setup.meshes, setup.started, strict=True) if started}

@@ -32,6 +32,12 @@ class Options:
                 raise TypeError(f"{name} must be a torch.dtype or None, got {dtype!r}")
             if dtype is not None and not dtype.is_floating_point:
                 raise ValueError(f"{name} must be a floating point dtype, got {dtype}")
+            if dtype is not None and dtype.itemsize < 2:
+                raise ValueError(f"{name} must have at least 16 bits, got {dtype}")
+        if self.state_dtype == torch.float16:
+            raise ValueError(
+                "state_dtype=torch.float16 loses the squares of small gradients; use bfloat16"
+            )
         if self.basis_placement not in PLACEMENTS:
             raise ValueError(
                 f"basis_placement must be one of {', '.join(PLACEMENTS)}; "

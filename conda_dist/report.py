@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from conda_dist.plan import plan_bucket, plan_wave
 from conda_dist.routing import route
@@ -46,6 +47,11 @@ class Row(TypedDict):
     refresh_bytes: int
 
 
+def _reason(name: str, param: Tensor, path: str) -> str:
+    found = route(name, param)
+    return found.reason if found.algorithm == path else "chosen by its group"
+
+
 def rows(setup: Setup) -> list[Row]:
     """The report of every trainable parameter; needs no communication."""
     plans = [weight.plan for weight in setup.weights]
@@ -59,7 +65,7 @@ def _adamw_row(plain: Plain) -> Row:
         name=plain.name,
         shape=plain.layout.shape,
         path="adamw",
-        reason=route(plain.name, plain.param).reason,
+        reason=_reason(plain.name, plain.param, "adamw"),
         layout=str(plain.layout),
         compute=str(plain.layout),
         basis="",
@@ -93,7 +99,7 @@ def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
         name=plan.name,
         shape=plan.storage.shape,
         path="conda",
-        reason=route(plan.name, weight.param).reason,
+        reason=_reason(plan.name, weight.param, "conda"),
         layout=str(plan.storage),
         compute=str(plan.compute),
         basis=str(plan.basis),

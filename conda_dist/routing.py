@@ -4,6 +4,7 @@ The paper projects the two-dimensional weights inside attention and MLP blocks; 
 output head, norms and biases take AdamW's step (arXiv 2509.24218, section 4).
 """
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 CONDA, ADAMW = "conda", "adamw"
 ALGORITHMS = (CONDA, ADAMW)
 
-EMBEDDINGS = frozenset({"wte", "wpe", "tok_embeddings", "pos_embeddings"})
+EMBEDDINGS = frozenset({"wte", "wpe", "shared"})
 HEADS = frozenset({"lm_head", "output", "head", "score", "classifier", "embed_out"})
 ROUTERS = frozenset({"router", "gate", "gate_network", "shared_expert_gate"})
 WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -55,11 +56,15 @@ def route(name: str | None, param: Tensor) -> Route:
 
 def _special(name: str) -> str | None:
     """What a weight is, if its name says that it is none of a block's projections."""
-    *path, owner = name.split(".")[:-1] or [name]
-    if owner in EMBEDDINGS or "embed" in owner.lower():
+    *path, leaf = name.split(".")
+    owner = path[-1] if path else leaf
+    if "bias" in leaf or "bias" in owner:
+        return "bias"
+    if owner in EMBEDDINGS or "embed" in owner.lower() or "embed" in leaf.lower():
         return "embedding"
     # An output projection inside a block may have a head's name; a block is known by its index.
-    if owner in HEADS and not any(part.isdigit() for part in path):
+    outside = itertools.takewhile(lambda part: not part.isdigit(), path)
+    if any(part in HEADS for part in outside):
         return "output head"
     if owner in ROUTERS:
         return "router"
@@ -95,6 +100,13 @@ def param_groups(
         ValueError: a pattern matches no parameter, or a conda pattern one that is no matrix; or
             no trainable weight is left for the conda path.
     """
+    for side, patterns in (("conda", conda), ("adamw", adamw)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{side} must be a list of patterns, got the text {patterns!r}")
+    options = {CONDA: conda_options or {}, ADAMW: adamw_options or {}}
+    for algorithm, chosen_options in options.items():
+        if undone := chosen_options.keys() & {"params", "param_names", "algorithm"}:
+            raise ValueError(f"{algorithm}_options cannot set {', '.join(sorted(undone))}")
     named = list(model.named_parameters())
     for pattern in (*conda, *adamw):
         if not any(fnmatchcase(clean_name(name), pattern) for name, _ in named):
@@ -119,7 +131,6 @@ def param_groups(
         groups[chosen].append((name, param))
     if not any(param.requires_grad for _, param in groups[CONDA]):
         raise ValueError(nothing_to_project(named))
-    options = {CONDA: conda_options or {}, ADAMW: adamw_options or {}}
     return [
         {"params": params, "algorithm": algorithm, **options[algorithm]}
         for algorithm, params in groups.items()

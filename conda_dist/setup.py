@@ -3,7 +3,7 @@
 Not at construction, because frameworks replace parameters between the two.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from conda_dist.exchange import Mesh
 from conda_dist.layout import Layout, Topology
 from conda_dist.options import Options
 from conda_dist.plan import deal_owners, plan_weight, replicated_basis_bytes
-from conda_dist.routing import CONDA, clean_name
+from conda_dist.routing import CONDA, check_matrix, clean_name
 from conda_dist.weight import Weight, basis_dtype, moment_dtype
 
 
@@ -30,7 +30,7 @@ class Plain:
         mesh: the ranks that share it.
         layout: where its elements, and its moments', are.
         group: the parameter group it is in.
-        state: ``optimizer.state[param]``.
+        states: ``optimizer.state``.
         options: the optimizer's options.
     """
 
@@ -39,8 +39,13 @@ class Plain:
     mesh: Mesh
     layout: Layout
     group: dict[str, Any]
-    state: dict[str, Any]
+    states: MutableMapping[Tensor, dict[str, Any]]
     options: Options
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Its state as it is now; empty before it is allocated."""
+        return self.states.get(self.param, {})
 
     def state_layouts(self) -> dict[str, Layout]:
         """Where the elements of each state are."""
@@ -50,11 +55,12 @@ class Plain:
         """Allocates the state, whole and at once; leaves it alone if it is there."""
         if self.state:
             return
+        state = self.states[self.param]
         local = storage.local(self.param)
-        self.state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name, layout in self.state_layouts().items():
             elements = torch.zeros_like(local, dtype=moment_dtype(self.param, self.options))
-            self.state[name] = storage.like(self.param, layout, elements)
+            state[name] = storage.like(self.param, layout, elements)
 
 
 @dataclass(slots=True)
@@ -89,6 +95,14 @@ class Setup:
         """All parameters."""
         return (*self.weights, *self.plains)
 
+    def outdated(self, groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
+        """Whether parameters were added, replaced or unfrozen, or state thrown away, since."""
+        return (
+            self.signature != signature(groups)
+            or any(member.states is not state for member in self.members[:1])
+            or (self.agreed and any(member.param not in state for member in self.members))
+        )
+
     def init_state(self) -> None:
         """Allocates what state is missing."""
         for member in self.members:
@@ -106,13 +120,13 @@ class Setup:
             for p in self.plains
             if p.mesh == mesh
         ]
-        return [*said, str((self.weights or self.plains)[0].options)]
+        return [*said, *{str(member.options) for member in self.members[:1]}]
 
 
 def signature(groups: Iterable[Mapping[str, Any]]) -> object:
     """What a setup was made for: changes when parameters are added, replaced or unfrozen."""
     return tuple(
-        (group["algorithm"], id(param), param.requires_grad)
+        (id(group), group["algorithm"], id(param), param.requires_grad)
         for group in groups
         for param in group["params"]
     )
@@ -142,7 +156,7 @@ def name_of(groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
 
 def set_up(
     groups: Sequence[dict[str, Any]],
-    state: Mapping[Tensor, dict[str, Any]],
+    state: MutableMapping[Tensor, dict[str, Any]],
     options: Options,
     meshes: Mapping[Tensor, Mesh],
 ) -> Setup:
@@ -164,11 +178,17 @@ def set_up(
             if param not in meshes:
                 continue
             name, mesh = name_of(groups, g, i), meshes[param]
+            if (known := state.get(param)) and ("basis" in known) != (group["algorithm"] == CONDA):
+                raise ValueError(
+                    f"{name}: its state was made on the other path than its group's algorithm, "
+                    f"{group['algorithm']!r}; drop the state first: del optimizer.state[param]."
+                )
             layout = storage.find_layout(name, param, mesh)
             if group["algorithm"] == CONDA:
+                check_matrix(name, param)  # it may have been replaced
                 weights.append((name, param, group, layout))
             else:
-                plains.append(Plain(name, param, mesh, layout, group, state[param], options))
+                plains.append(Plain(name, param, mesh, layout, group, state, options))
     shard = _shard_bases([(p, layout) for _, p, _, layout in weights], state, options)
     plans = deal_owners(
         [
@@ -178,7 +198,7 @@ def set_up(
     )
     return Setup(
         [
-            Weight(param, plan, meshes[param], group, state[param], options)
+            Weight(param, plan, meshes[param], group, state, options)
             for (_, param, group, _), plan in zip(weights, plans, strict=True)
         ],
         plains,
@@ -201,7 +221,7 @@ def _shard_bases(
     if options.basis_placement != "auto":
         return [options.basis_placement == "shard"] * len(weights)
     travels = [plan_weight("", Topology(), layout, False).travels for _, layout in weights]
-    fixed = [_basis_is_split(state[param], layout) for param, layout in weights]
+    fixed = [_basis_is_split(state.get(param, {}), layout) for param, layout in weights]
     shard, used = [False] * len(weights), 0
     for i in sorted(range(len(weights)), key=lambda i: (fixed[i] is None, travels[i])):
         param, layout = weights[i]

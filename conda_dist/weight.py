@@ -1,5 +1,6 @@
 """One weight on the conda path at run time: its plan, its tensors and its part of a step."""
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ NEVER = -1.0
 def hyper_of(group: dict[str, Any]) -> Hyper:
     """The hyperparameters a group has at this moment."""
     beta1, beta2 = group["betas"]
+    lr = group["lr"]
     return Hyper(
-        group["lr"],
+        lr.reshape(()) if isinstance(lr, Tensor) else lr,  # foreach kernels want it 0-d
         beta1,
         beta2,
         group["eps"],
@@ -51,7 +53,7 @@ class Weight:
         plan: its plan, the same on all ranks.
         mesh: the ranks that share it.
         group: the parameter group it is in, read at every step.
-        state: ``optimizer.state[param]``.
+        states: ``optimizer.state``.
         options: the optimizer's options.
     """
 
@@ -61,12 +63,17 @@ class Weight:
         plan: WeightPlan,
         mesh: Mesh,
         group: dict[str, Any],
-        state: dict[str, Any],
+        states: MutableMapping[Tensor, dict[str, Any]],
         options: Options,
     ) -> None:
         self.param, self.plan, self.mesh = param, plan, mesh
-        self.group, self.state, self.options = group, state, options
+        self.group, self.states, self.options = group, states, options
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Its state as it is now; empty before it is allocated."""
+        return self.states.get(self.param, {})
 
     @property
     def name(self) -> str:
@@ -82,24 +89,25 @@ class Weight:
         """Allocates the state, whole and at once; leaves it alone if it is there."""
         if self.state:
             return
+        state = self.states[self.param]
         device = storage.local(self.param).device
         batch = self.plan.storage.shape[:-2]
-        self.state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name, layout in self.state_layouts().items():
             shape = layout.local_shape(self.mesh.coordinate)
             if name == "basis":
-                elements = torch.zeros(shape, dtype=basis_dtype(self.param, self.options))
+                dtype = basis_dtype(self.param, self.options)
+                elements = torch.zeros(shape, dtype=dtype, device=device)
                 self._set_identity(elements)
-                elements = elements.to(device)
             else:
                 dtype = moment_dtype(self.param, self.options)
                 elements = torch.zeros(shape, dtype=dtype, device=device)
-            self.state[name] = storage.like(self.param, layout, elements)
-        self.state["basis_step"] = torch.full(batch, NEVER)
+            state[name] = storage.like(self.param, layout, elements)
+        state["basis_step"] = torch.full(batch, NEVER, dtype=torch.float32, device="cpu")
 
     def _set_identity(self, elements: Tensor) -> None:
         for block in self.plan.basis.blocks(self.mesh.coordinate):
-            rows = torch.arange(block.shape[-2])
+            rows = torch.arange(block.shape[-2], device=elements.device)
             elements[..., block.local[-2] + rows, block.start[-2] + rows] = 1
 
     @property

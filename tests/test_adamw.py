@@ -1,0 +1,157 @@
+"""The adamw path: the released code's rule for it, by torch's foreach kernels. One process."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import toys
+from conda_dist import Conda, adamw
+
+SHAPES = ((7, 3), (5,), (), (2, 3, 4), (1, 6), (2, 2, 3, 3))
+
+
+def _conda(params: list[torch.nn.Parameter], **options: Any) -> Conda:
+    return Conda([{"params": params, "algorithm": "adamw"}], **options)
+
+
+def _by_hand(
+    param: Tensor,
+    grads: list[Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    correct_bias: bool,
+) -> Tensor:
+    """The released code's rule, as one reads it there."""
+    m, v = torch.zeros_like(param), torch.zeros_like(param)
+    for t, grad in enumerate(grads, 1):
+        m = betas[0] * m + (1 - betas[0]) * grad
+        v = betas[1] * v + (1 - betas[1]) * grad * grad
+        step_size = lr
+        if correct_bias:
+            step_size = lr * math.sqrt(1 - betas[1] ** t) / (1 - betas[0] ** t)
+        param = param - step_size * m / (v.sqrt() + eps)
+        param = param - lr * weight_decay * param
+    return param
+
+
+@pytest.mark.parametrize("correct_bias", [True, False])
+@pytest.mark.parametrize("eps", [1e-8, 0.1])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_the_rule(weight_decay: float, eps: float, correct_bias: bool) -> None:
+    """eps joins the uncorrected root, decay follows the update, ``scale`` does not apply."""
+    options = {
+        "lr": 0.05,
+        "betas": (0.8, 0.95),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "correct_bias": correct_bias,
+    }
+    params = toys.parameters(*SHAPES, dtype=torch.float64)
+    starts, grads = toys.copies(params), toys.gradients(params, 9)
+    toys.take(_conda(params, **options, scale=7.0, update_proj_gap=1), params, grads)
+    for i, (param, start) in enumerate(zip(params, starts, strict=True)):
+        expected = _by_hand(start.detach(), [row[i] for row in grads], **options)
+        torch.testing.assert_close(param.detach(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_without_eps_and_decay_it_is_adamw() -> None:
+    params = toys.parameters(*SHAPES, dtype=torch.float64)
+    twins, grads = toys.copies(params), toys.gradients(params, 9)
+    toys.take(_conda(params, lr=0.05, betas=(0.9, 0.99), eps=0.0), params, grads)
+    theirs = torch.optim.AdamW(twins, lr=0.05, betas=(0.9, 0.99), eps=0.0, weight_decay=0.0)
+    toys.take(theirs, twins, grads)
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.float64])
+def test_dtypes(dtype: torch.dtype, state_dtype: torch.dtype | None) -> None:
+    params = toys.parameters(*SHAPES, dtype=dtype)
+    twins = [torch.nn.Parameter(param.detach().double()) for param in params]
+    starts, grads = toys.copies(twins), toys.gradients(params, 8)
+    optimizer = _conda(params, lr=0.05, state_dtype=state_dtype)
+    toys.take(optimizer, params, grads)
+    toys.take(_conda(twins, lr=0.05), twins, [[g.double() for g in row] for row in grads])
+    tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02, torch.float32: 1e-4}
+    if state_dtype == torch.bfloat16:
+        tolerance = dict.fromkeys(tolerance, 0.1)
+    moments = state_dtype or torch.float32
+    for param, twin, start in zip(params, twins, starts, strict=True):
+        state = optimizer.state[param]
+        assert param.dtype == dtype
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == moments
+        assert toys.error(param, twin, start) < tolerance[dtype]
+
+
+def test_small_steps_are_not_lost_to_rounding_of_the_moments() -> None:
+    """bfloat16 moments are computed in float32 and rounded once: b2 = 0.999 still moves v."""
+    params = toys.parameters((64,))
+    optimizer = _conda(params, betas=(0.9, 0.99), state_dtype=torch.bfloat16)
+    grads = [[torch.ones(64)] for _ in range(200)]
+    toys.take(optimizer, params, grads)
+    v = optimizer.state[params[0]]["exp_avg_sq"].float()
+    assert (v - (1 - 0.99**200)).abs().max() < 0.5
+
+
+def test_foreach_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for all parameters alike, not one for each."""
+    calls = []
+    lerp = torch._foreach_lerp_
+
+    def counting(tensors: list[Tensor], *args: Any, **kwargs: Any) -> None:
+        calls.append(len(tensors))
+        lerp(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", counting)
+    params = toys.parameters(*[(3, 2)] * 20)
+    toys.take(_conda(params), params, toys.gradients(params, 3))
+    assert calls == [20, 20, 20]
+    calls.clear()
+    mixed = toys.parameters((3,), (4,)) + toys.parameters((3,), (4,), dtype=torch.bfloat16)
+    optimizer = _conda(mixed)
+    toys.take(optimizer, mixed, toys.gradients(mixed, 1))
+    assert calls == [2, 2]
+
+
+def test_foreach_kernels_are_what_runs() -> None:
+    params = toys.parameters(*[(3, 2)] * 10)
+    optimizer = _conda(params)
+    toys.take(optimizer, params, toys.gradients(params, 2))
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        optimizer.step()
+    counts = {event.key: event.count for event in trace.key_averages()}
+    assert counts["aten::_foreach_lerp_"] == counts["aten::_foreach_addcmul_"] == 1
+
+
+def test_chunks_do_not_change_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for numel in (2**24, 30, 1):
+        monkeypatch.setattr(adamw, "CHUNK_NUMEL", numel)
+        params = toys.parameters(*SHAPES, (9, 9), (3,))
+        toys.take(_conda(params, weight_decay=0.1), params, toys.gradients(params, 4))
+        runs.append(params)
+    assert toys.same(runs[0], runs[1])
+    assert toys.same(runs[0], runs[2])
+
+
+def test_a_step_needs_memory_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "CHUNK_NUMEL", 4096)
+    params = toys.parameters(*[(64, 64)] * 12)
+    optimizer = _conda(params)
+    toys.take(optimizer, params, toys.gradients(params, 2))
+    assert 0 < toys.peak(optimizer.step) <= 3 * params[0].nbytes
+
+
+def test_empty_and_scalar_parameters() -> None:
+    params = toys.parameters((0,), (0, 5), (3, 0), (), (1,))
+    optimizer = _conda(params)
+    toys.take(optimizer, params, toys.gradients(params, 3))
+    assert [int(optimizer.state[param]["step"]) for param in params] == [3] * 5
+    assert all(param.isfinite().all() for param in params)
