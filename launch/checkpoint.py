@@ -7,6 +7,7 @@ a folder of that name is complete, whatever was killed when.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .runtime import JobError, World, from_main
+from .runtime import JobError, World, from_main, gather, together
 
 _FACTS = "trainer.json"
 _NAME = re.compile(r"step-\d{8,}")
@@ -66,8 +67,8 @@ class Checkpoints:
             writing.mkdir()
 
         def finish() -> None:
-            sizes = {name: (writing / name).stat().st_size for name in _files(writing)}
-            _write_durably(writing / _FACTS, {"facts": facts, "sizes": sizes})
+            record = {"facts": facts, "files": files}
+            _write_durably(writing / _FACTS, {**record, "sha256": record_hash(record)})
             if final.exists():
                 _discard(final)
             writing.rename(final)
@@ -77,6 +78,7 @@ class Checkpoints:
 
         from_main(self._world, "making the checkpoint's folder", begin)
         write(writing)
+        files = self._fingerprints(writing)
         from_main(self._world, "completing the checkpoint", finish)
         return final
 
@@ -102,19 +104,31 @@ class Checkpoints:
         return from_main(self._world, "setting later checkpoints aside", rename)
 
     def read_facts(self, path: Path) -> dict[str, Any]:
-        """The facts of a checkpoint whose files all have their full size.
+        """The facts of a checkpoint, after comparing all its files with what was written.
 
         Raises:
             CheckpointError: On every rank; it names the file at fault.
         """
 
-        def verify() -> tuple[dict[str, Any] | None, str]:
-            return _verified_facts(path)
+        def read() -> tuple[dict[str, Any], dict[str, Any], str]:
+            return _read_record(path / _FACTS)
 
-        facts, problem = from_main(self._world, "reading the checkpoint's facts", verify)
-        if facts is None:
-            raise self.unusable(path, problem)
+        facts, files, problem = from_main(self._world, "reading the checkpoint's facts", read)
+        shared = sorted(files)[self._world.rank :: self._world.size]
+        differences = (_difference(path / name, files[name]) for name in shared)
+        found = gather(self._world, problem or next(filter(None, differences), ""))
+        if any(found):
+            raise self.unusable(path, next(filter(None, found)))
         return facts
+
+    def _fingerprints(self, folder: Path) -> dict[str, Any]:
+        """Size and hash of each file below a folder, the work shared out among the ranks."""
+        shared: dict[str, Any] = {}
+        names = from_main(self._world, "listing the checkpoint", lambda: _files(folder))
+        with together(self._world, "reading the checkpoint back"):
+            for name in names[self._world.rank :: self._world.size]:
+                shared[name] = _fingerprint(folder / name)
+        return {name: own for part in gather(self._world, shared) for name, own in part.items()}
 
     def unusable(self, path: Path, problem: str) -> CheckpointError:
         """The error for a checkpoint with that problem, naming the one to use instead."""
@@ -140,28 +154,47 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def record_hash(record: dict[str, Any]) -> str:
+    """Hash of what trainer.json says, whatever the order and spacing."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _files(folder: Path) -> list[str]:
     """Paths of all files below a folder, relative to it."""
-    return [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
-def _verified_facts(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The facts, or None and what is wrong."""
-    file = path / _FACTS
+def _read_record(file: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """The facts and the fingerprints of the files, or what is wrong."""
     try:
         record = json.loads(file.read_text())
-        facts, sizes = dict(record["facts"]), dict(record["sizes"])
+        if record.pop("sha256") == record_hash(record):
+            return record["facts"], record["files"], ""
     except OSError as error:
-        return None, f"{file}: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
-        return None, f"{file} is damaged"
-    for name, size in sizes.items():
-        part = path / name
-        if not part.exists():
-            return None, f"{part} is missing"
-        if part.stat().st_size != size:
-            return None, f"{part} has {part.stat().st_size} bytes, {size} were written"
-    return facts, ""
+        return {}, {}, f"{file}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass  # not what was written, as a wrong hash would say, too
+    return {}, {}, f"{file} is damaged"
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    # torch does not look at the check sums in its own format: a flipped bit would pass unseen.
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _difference(file: Path, written: dict[str, Any]) -> str:
+    """How a file differs from what was written; "" if it does not."""
+    try:
+        size = file.stat().st_size
+        if size != written["bytes"]:
+            return f"{file} has {size} bytes, {written['bytes']} were written"
+        return "" if _fingerprint(file) == written else f"{file} is damaged"
+    except FileNotFoundError:
+        return f"{file} is missing"
+    except OSError as error:
+        return f"{file}: {error.strerror}"
 
 
 def _discard(path: Path) -> None:

@@ -1,0 +1,126 @@
+"""Comparing optimizers: what is run, what is kept, what the table says."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conda_dist.launch import compare, comparison
+from conda_dist.launch.comparison import Outcome, Point, tabulate
+from conda_dist.launch.config import ConfigError
+
+import launch_jobs
+
+OPTIMIZERS = ["conda", "adamw", "muon"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch_jobs.write_config(tmp_path_factory.mktemp("compare"))
+
+
+def plan(config: Path, rates: list[str], overrides: list[str]) -> list[compare.Trial]:
+    return compare.plan(str(config), Path("out"), OPTIMIZERS, rates, overrides)
+
+
+def test_a_sweep_is_one_run_per_rate(config: Path) -> None:
+    trials = plan(config, ["conda=5e-3,1e-2", "adamw=2e-3"], [])
+    assert [str(trial.folder) for trial in trials] == [
+        "out/conda-lr0.005",
+        "out/conda-lr0.01",
+        "out/adamw-lr0.002",
+        "out/muon-lr0.01",
+    ]
+
+
+def test_an_optimizer_s_key_goes_to_its_runs_only(config: Path) -> None:
+    overrides = ["--optimizer.conda.scale", "0.5", "--training.steps=5"]
+    arguments = [trial.arguments for trial in plan(config, [], overrides)]
+    assert all("--training.steps=5" in each for each in arguments)
+    assert ["--optimizer.conda.scale=0.5" in each for each in arguments] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("rates", "overrides", "words"),
+    [
+        ([], ["--optimizer.lr", "1"], "of which optimizer"),
+        ([], ["--optimizer.name", "adamw"], "compare sets it itself"),
+        ([], ["--output", "x"], "compare sets it itself"),
+        ([], ["--training.step", "1"], "Did you mean 'training.steps'"),
+        (["conda=fast"], [], "NAME=RATE,RATE is wanted"),
+        (["sgd=1"], [], "not among the optimizers"),
+    ],
+)
+def test_refusals(config: Path, rates: list[str], overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        plan(config, rates, overrides)
+    with pytest.raises(ConfigError, match="unknown optimizer 'sgd'"):
+        compare.plan(str(config), Path("out"), ["sgd"], [], [])
+
+
+def outcome(name: str, lr: float, losses: list[float], seconds: float) -> Outcome:
+    """A run of 100 steps with validations spread evenly over it."""
+    every = 100 // len(losses)
+    points = [
+        Point(every * i, seconds * every * i / 100, loss) for i, loss in enumerate(losses, start=1)
+    ]
+    return Outcome(name, lr, tuple(points), optimizer_s=0.01, step_s=seconds / 100)
+
+
+def test_the_table_measures_against_adamw_s_best_run() -> None:
+    rows = tabulate(
+        [
+            outcome("conda", 1e-2, [5.0, 4.0, 3.0, 2.5], seconds=20.0),
+            outcome("adamw", 1e-3, [5.5, 5.0, 4.5, 4.2], seconds=10.0),
+            outcome("adamw", 2e-3, [5.5, 4.9, 4.4, 4.0], seconds=10.0),
+            outcome("muon", 1e-3, [6.0, 5.0, 4.5, 4.1], seconds=15.0),
+        ]
+    )
+    assert [row.best for row in rows] == [True, False, True, True]
+    assert [row.steps_to_baseline for row in rows] == [50, None, 100, None]
+    assert rows[0].steps_ratio == 0.5
+    assert rows[0].seconds_to_baseline == pytest.approx(10.0)
+    assert rows[0].seconds_ratio == pytest.approx(1.0)
+    assert rows[0].optimizer_share == pytest.approx(0.05)
+
+
+def test_without_adamw_the_first_optimizer_is_the_measure() -> None:
+    rows = tabulate(
+        [outcome("muon", 1e-3, [5.0, 4.0], 10.0), outcome("conda", 1e-2, [4.0, 3.0], 10.0)]
+    )
+    assert [row.steps_to_baseline for row in rows] == [100, 50]
+
+
+def test_a_comparison_runs_draws_and_continues(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(config), "--output", str(tmp_path), "--nproc", "1"]
+    arguments += ["--optimizers", "conda,adamw", "--training.steps", "12"]
+    assert compare.main(arguments) == 0
+    printed = capfd.readouterr().out
+    assert "**conda**" in printed
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["baseline"] == "adamw"
+    assert [run["optimizer"] for run in found["runs"]] == ["conda", "adamw"]
+    for run, name in zip(found["runs"], ("conda-lr0.01", "adamw-lr0.01"), strict=True):
+        lines = launch_jobs.metrics(tmp_path / name)
+        assert run["val_loss"] == lines[-1]["val_loss"]
+    picture = tmp_path / "comparison.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "comparison.md").read_text() in printed
+    # Both saw the same batches.
+    first = [launch_jobs.metrics(tmp_path / n)[0]["loss"] for n in ("conda-lr0.01", "adamw-lr0.01")]
+    assert first[0] == first[1]
+
+    # Extended by one run, the two complete ones are not repeated; a failed one is reported.
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/metrics.jsonl")}
+    assert compare.main([*arguments, "--lr", "adamw=1e-2,1e30"]) == 1
+    captured = capfd.readouterr()
+    assert captured.out.count("complete already") == 2
+    assert "failed" in captured.err
+    assert "adamw-lr1e+30" in captured.err
+    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
+    assert comparison.read_outcome(tmp_path / "adamw-lr0.01", "adamw", 0.01).final.step == 12
+
+    # The folders of another configuration are not taken for this one's.
+    assert compare.main([*arguments[:-1], "14"]) == 2
+    assert "holds a run of another configuration" in capfd.readouterr().err

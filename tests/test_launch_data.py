@@ -1,0 +1,353 @@
+"""Documents, tokens and batches: the same ones for every rank count, source format and resume."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+from conda_dist.launch import cache, data, options, sources
+from conda_dist.launch import tokenizer as bpe
+from conda_dist.launch.batches import StreamBatches, TokenBatches, micro_batches, row_range
+from conda_dist.launch.config import Config, ConfigError, DataConfig
+from conda_dist.launch.runtime import World
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+import launch_jobs
+import ranks
+from launch_jobs import LIBRARY, train
+
+DOCUMENTS = [file.read_text() for file in sorted((LIBRARY / "email").glob("*.py"))] + [""]
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """A job of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield World(0, 1, 0, torch.device("cpu"), group, group)
+    dist.destroy_process_group()
+
+
+def load(folder: Path, *arguments: Any) -> Config:
+    small = ["--tokenizer.vocab_size", "400", "--training.sequence_length", "32"]
+    small += ["--data.val_fraction", "0.2", "--data.cache", str(folder / "cache")]
+    return options.load(None, [*small, *map(str, arguments)])
+
+
+def texts(folder: Path, *arguments: Any) -> list[str]:
+    return list(sources.FileSource(load(folder, *arguments).data).documents())
+
+
+# Which rows belong to whom.
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 16))
+def test_rows_are_dealt_out_whole(batch: int, size: int, micro: int) -> None:
+    if size > batch:
+        with pytest.raises(ConfigError, match=f"at least {size}"):
+            row_range(batch, 0, size)
+        return
+    dealt, passes = [], set()
+    for rank in range(size):
+        first, last = row_range(batch, rank, size)
+        rows = np.arange(first, last)[:, None]
+        parts = micro_batches(rows, -(-batch // size), micro)
+        assert all(len(part) <= micro for part in parts)
+        assert sum(map(len, parts)) == last - first
+        passes.add(len(parts))
+        dealt += [int(row) for part in parts for row in part[:, 0]]
+    assert dealt == list(range(batch))
+    assert len(passes) == 1  # every rank runs as many forward passes as the others
+
+
+@given(st.integers(2, 400), st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
+def test_an_epoch_is_every_window_once(count: int, length: int, batch: int, seed: int) -> None:
+    tokens = np.arange(count, dtype=np.uint16)
+    if count <= length:
+        with pytest.raises(ConfigError, match="fewer than one sequence"):
+            TokenBatches(tokens, length, batch, seed)
+        return
+    batches = TokenBatches(tokens, length, batch, seed)
+    steps = -(-batches.windows // batch)
+    rows = np.concatenate([batches.rows(step, 0, batch) for step in range(steps)])
+    assert rows.shape == (steps * batch, length + 1)
+    assert (np.diff(rows) == 1).all()  # a window is consecutive tokens
+    starts = rows[: batches.windows, 0]
+    assert sorted(starts) == [length * window for window in range(batches.windows)]
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    tokens = np.arange(1000, dtype=np.uint16)
+    ours, again, other = (TokenBatches(tokens, 10, 8, seed) for seed in (1, 1, 2))
+    whole = [ours.rows(step, 0, 8) for step in range(40)]  # more than three epochs
+    assert np.array_equal(again.rows(39, 0, 8), whole[39])
+    for size in (2, 3, 5):
+        shares = [again.rows(17, *row_range(8, rank, size)) for rank in range(size)]
+        assert np.array_equal(np.concatenate(shares), whole[17])
+    assert not np.array_equal(other.rows(0, 0, 8), whole[0])
+    assert not np.array_equal(ours.rows(0, 0, 8), ours.rows(100, 0, 8))  # epochs differ in order
+
+
+# Where documents come from.
+
+
+def test_formats_hold_the_same_documents(tmp_path: Path) -> None:
+    for index, text in enumerate(DOCUMENTS):
+        (tmp_path / "plain").mkdir(exist_ok=True)
+        (tmp_path / "plain" / f"{index:03}.txt").write_text(text)
+    lines = "".join(json.dumps({"n": 1, "body": text}) + "\n" for text in DOCUMENTS)
+    (tmp_path / "lines.jsonl").write_text(lines + "\n")
+    with gzip.open(tmp_path / "lines.jsonl.gz", "wt") as file:
+        file.write(lines)
+    pq.write_table(pa.table({"body": DOCUMENTS}), tmp_path / "table.parquet")
+    (tmp_path / "one.txt").write_text("\n<cut>\n".join(DOCUMENTS))
+    expected = [text for text in DOCUMENTS if text]
+    field = ("--data.text_field", "body")
+    assert texts(tmp_path, "--data.path", tmp_path / "plain") == expected
+    assert texts(tmp_path, "--data.path", tmp_path / "lines.jsonl", *field) == expected
+    assert texts(tmp_path, "--data.path", tmp_path / "lines.jsonl.gz", *field) == expected
+    assert texts(tmp_path, "--data.path", tmp_path / "table.parquet", *field) == expected
+    assert texts(tmp_path, "--data.path", tmp_path / "*.parquet", *field) == expected
+    cut = ("--data.text_separator", "\n<cut>\n")
+    assert texts(tmp_path, "--data.path", tmp_path / "one.txt", *cut) == expected
+    both = f"{tmp_path / 'one.txt'},{tmp_path / 'plain'}"
+    assert texts(tmp_path, "--data.path", both, *cut) == expected + expected
+
+
+def test_the_default_is_the_standard_library(tmp_path: Path) -> None:
+    found = texts(tmp_path)
+    assert (LIBRARY / "json" / "decoder.py").read_text() in found
+    assert 5e6 < sum(map(len, found)) < 5e7
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"text": 1}\n', "'text' is a int, not a text"),
+        ("a.jsonl", '{"text": "b"}\n{"body": "c"}\n', r"line 2 has no field 'text'; found body"),
+        ("a.jsonl", '{"text": "b"}\n{"text', "line 2, is not JSON"),
+        ("a.csv", "text\n", "is not one of"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, name: str, content: str, words: str) -> None:
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=words) as caught:
+        texts(tmp_path, "--data.path", file)
+    assert str(file) in str(caught.value)
+
+
+def test_paths_that_hold_nothing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="names no file"):
+        texts(tmp_path, "--data.path", tmp_path / "absent")
+    table = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"body": ["a"]}), table)
+    with pytest.raises(ConfigError, match="no column 'text'; it has body"):
+        texts(tmp_path, "--data.path", table)
+
+
+def test_the_split_is_by_content() -> None:
+    held_out = [text for text in DOCUMENTS * 2 if sources.in_validation(text, 0.3)]
+    assert 0 < len(held_out) < len(DOCUMENTS)
+    assert all(held_out.count(text) == 2 for text in held_out if text)
+    wider = [text for text in DOCUMENTS if sources.in_validation(text, 0.6)]
+    assert set(held_out) < set(wider)
+
+
+# Tokens.
+
+
+def test_tokens_are_the_documents(tmp_path: Path, alone: World) -> None:
+    config = load(tmp_path, "--data.path", LIBRARY / "email" / "*.py")
+    opened = data.open_data(config, alone)
+    (entry,) = (tmp_path / "cache").glob("tokens-*")
+    tokenizer = bpe.read(entry / "tokenizer.json")
+    for name, validation in (("train", False), ("val", True)):
+        decoded = tokenizer.decode(
+            np.fromfile(entry / f"{name}.bin", np.uint16), skip_special_tokens=False
+        )
+        expected = [
+            text for text in DOCUMENTS if text and sources.in_validation(text, 0.2) == validation
+        ]
+        assert decoded.split("<|endoftext|>") == [*expected, ""]
+    assert opened.vocab_size == 400
+    assert opened.validation.shape[1] == 33
+
+
+def test_the_cache_is_built_once_and_renewed_when_the_text_changes(
+    tmp_path: Path, alone: World
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("\n\n".join(DOCUMENTS))
+    config = load(tmp_path, "--data.path", file, "--data.text_separator", "\n\n")
+    first = data.open_data(config, alone)
+    entries = {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "cache").iterdir()}
+    assert sorted(entry.name.split("-")[0] for entry in entries) == ["tokenizer", "tokens"]
+    assert data.open_data(config, alone).fingerprint == first.fingerprint
+    now = {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "cache").iterdir()}
+    assert now == entries
+    file.write_text("\n\n".join(reversed(DOCUMENTS)))
+    assert data.open_data(config, alone).fingerprint != first.fingerprint
+
+
+def test_a_damaged_cache_entry_is_rebuilt(tmp_path: Path, alone: World) -> None:
+    config = load(tmp_path, "--data.path", LIBRARY / "email")
+    first = data.open_data(config, alone)
+    rows = first.batches.rows(3, 0, 8)
+    (entry,) = (tmp_path / "cache").glob("tokens-*")
+    (entry / "train.bin").unlink()
+    (entry / "train.bin").write_bytes(b"cut short")
+    again = data.open_data(config, alone)
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.batches.rows(3, 0, 8), rows)
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def build(entry: Path) -> dict[str, Any]:
+    def fill(building: Path) -> dict[str, Any]:
+        (building / "content").write_bytes(b"x" * 1000)
+        dist.barrier()  # all builders are half-way before any of them finishes
+        return {"answer": 42}
+
+    return cache.build_entry(entry, fill)
+
+
+def test_concurrent_builders_agree(tmp_path: Path) -> None:
+    assert ranks.run(3, build, tmp_path / "entry") == [{"answer": 42}] * 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["entry"]
+    assert cache.read_entry(tmp_path / "entry") == {"answer": 42}
+
+
+def test_a_builder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def fail(building: Path) -> dict[str, Any]:
+        (building / "half").write_text("")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        cache.build_entry(tmp_path / "entry", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_to_prepare_ends_all_ranks(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\nnot json\n')
+    config = launch_jobs.write_config(tmp_path, broken)
+    for result in train(2, config, "--output", tmp_path / "out"):
+        assert result.code == 1
+        assert "preparing the data failed on rank 0" in result.err
+        assert "broken.jsonl, line 2, is not JSON" in result.err
+
+
+def test_a_pretrained_tokenizer(tmp_path: Path, alone: World) -> None:
+    settings = load(tmp_path).tokenizer
+    file = tmp_path / "bpe.json"
+    bpe.train(DOCUMENTS, settings).save(str(file))
+    arguments = ("--data.path", LIBRARY / "json", "--tokenizer.path", file)
+    assert data.open_data(load(tmp_path, *arguments), alone).vocab_size == 400
+    assert not list((tmp_path / "cache").glob("tokenizer-*"))
+    with pytest.raises(RuntimeError, match=r"no token '</s>'.*tokenizer\.end_of_text"):
+        data.open_data(load(tmp_path, *arguments, "--tokenizer.end_of_text", "</s>"), alone)
+    file.write_text("{}")
+    with pytest.raises(RuntimeError, match=r"bpe\.json is not a tokenizers JSON file"):
+        data.open_data(load(tmp_path, *arguments), alone)
+
+
+def test_too_little_text_is_refused(tmp_path: Path, alone: World) -> None:
+    file = tmp_path / "short.txt"
+    file.write_text("a single document")
+    with pytest.raises(RuntimeError, match=r"raise data\.val_fraction"):
+        data.open_data(load(tmp_path, "--data.path", file), alone)
+
+
+# Streams.
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of two JSONL shards, as `datasets` reads them from a folder or a hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    paragraphs = [part for text in DOCUMENTS for part in text.split("\n\n") if part.strip()]
+    for shard in range(2):
+        with (folder / f"train-{shard}.jsonl").open("w") as file:
+            for text in paragraphs[shard::2]:
+                file.write(json.dumps({"text": text}) + "\n")
+    return folder
+
+
+def stream(hub: Path, folder: Path, block: int) -> StreamBatches:
+    config = load(folder, "--data.hf", hub, "--data.shuffle_block", block)
+    tokenizer = bpe.train(DOCUMENTS, config.tokenizer)
+    return StreamBatches(config.data, tokenizer, 0, length=32, batch=8, seed=0)
+
+
+@pytest.mark.parametrize("block", [5, 8, 64])
+def test_a_stream_continues_exactly(hub: Path, tmp_path: Path, block: int) -> None:
+    whole = stream(hub, tmp_path, block)
+    steps = 400  # the data set is read more than once
+    rows = [whole.rows(step, 0, 8) for step in range(steps)]
+    assert len({row.tobytes() for step in rows for row in step}) > 1000
+    for stop in (1, 37, 250):
+        before = stream(hub, tmp_path, block)
+        for step in range(stop):
+            before.rows(step, 0, 4)
+        state = json.loads(json.dumps(before.state_dict()))
+        after = stream(hub, tmp_path, block)
+        after.load_state_dict(state)
+        for step in range(stop, min(stop + 60, steps)):
+            # On another number of ranks, too: rows 2 to 5 of the same global batch.
+            assert np.array_equal(after.rows(step, 2, 6), rows[step][2:6])
+
+
+def whole_documents(tokenizer: Tokenizer, windows: np.ndarray[Any, Any]) -> list[str]:
+    """The documents that begin and end inside one window."""
+    decoded = [tokenizer.decode(window, skip_special_tokens=False) for window in windows]
+    return [text for window in decoded for text in window.split("<|endoftext|>")[1:-1]]
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_stream_holds_its_validation_documents_out(
+    hub: Path, tmp_path: Path, alone: World, split: str
+) -> None:
+    arguments = ["--data.hf", hub, "--data.hf_val_split", split, "--data.shuffle_block", 16]
+    opened = data.open_data(load(tmp_path, *arguments, "--training.sequence_length", 256), alone)
+    (entry,) = (tmp_path / "cache").glob("stream-*")
+    tokenizer = bpe.read(entry / "tokenizer.json")
+    windows = [opened.batches.rows(step, 0, 8) for step in range(20)]
+    validation = whole_documents(tokenizer, opened.validation)
+    training = whole_documents(tokenizer, np.concatenate(windows))
+    assert len(validation) > 10
+    assert len(training) > 100
+    held_out = [[sources.in_validation(t, 0.2) for t in texts] for texts in (validation, training)]
+    if split:  # a split of its own holds what it holds
+        assert any(held_out[0])
+        assert any(held_out[1])
+        assert not all(held_out[0])
+    else:
+        assert all(held_out[0])
+        assert not any(held_out[1])
+
+
+def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
+    config = DataConfig(hf=str(tmp_path / "absent"))
+    with pytest.raises(ConfigError, match=r"cannot open .*absent, split train"):
+        sources.open_hf(config, "train")
+
+
+def test_a_streamed_run_resumes_exactly(hub: Path, tmp_path: Path) -> None:
+    config = launch_jobs.write_config(tmp_path)
+    streamed = (config, "--data.path", "", "--data.hf", hub, "--data.shuffle_block", 11)
+    launch_jobs.succeed(2, *streamed, "--output", tmp_path / "whole")
+    launch_jobs.succeed(2, *streamed, "--output", tmp_path / "parts")
+    (tmp_path / "parts" / "checkpoints" / "step-00000008").rename(tmp_path / "gone")
+    launch_jobs.succeed(2, *streamed, "--output", tmp_path / "parts", "--resume")
+    assert launch_jobs.curve(tmp_path / "parts") == launch_jobs.curve(tmp_path / "whole")

@@ -1,0 +1,175 @@
+"""The pretraining job from start to end, stopped and continued, on one rank and on several."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import launch_jobs
+from launch_jobs import curve, metrics, succeed, train
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by a name with its parts joined by dots."""
+    file = run / f"step-{step}.pt"
+    dcp_to_torch_save(run / "checkpoints" / f"step-{step:08}", file)
+    flat: dict[str, torch.Tensor] = {}
+
+    def collect(prefix: str, tree: object) -> None:
+        if isinstance(tree, dict):
+            for name, child in tree.items():
+                collect(f"{prefix}.{name}", child)
+        else:
+            assert isinstance(tree, torch.Tensor)
+            flat[prefix] = tree
+
+    collect("", torch.load(file))
+    return flat
+
+
+def assert_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch_jobs.write_config(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> Path:
+    """Conda on 2 ranks, 8 steps without a stop."""
+    output = config.parent / "whole"
+    succeed(2, config, "--output", output, "--metrics.tensorboard", "true")
+    return output
+
+
+def test_a_run_leaves_its_results(whole: Path) -> None:
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["step"] for line in lines if line["val_loss"] is not None] == [4, 8]
+    assert lines[-1]["tokens"] == 8 * 8 * 32
+    assert all(0 < line["optimizer_s"] < line["step_s"] for line in lines)
+    assert lines[-1]["train_s"] == pytest.approx(sum(line["step_s"] for line in lines))
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["step"] == 8
+    assert summary["val_loss"] == lines[-1]["val_loss"]
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((whole / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("optimizer", ["conda", "adamw", "muon"])
+def test_loss_falls_and_does_not_depend_on_the_number_of_ranks(
+    config: Path, tmp_path: Path, optimizer: str
+) -> None:
+    steps = ("--training.steps", 30, "--optimizer.name", optimizer)
+    for world in (1, 2, 3):
+        succeed(world, config, "--output", tmp_path / str(world), *steps)
+    alone, two, three = (metrics(tmp_path / str(world)) for world in (1, 2, 3))
+    losses = [line["loss"] for line in alone]
+    assert sum(losses[-3:]) / 3 < losses[0] - 1.0
+    # Global batches of 8 on 3 ranks are dealt 2, 3, 3: the loss is a mean over tokens, not ranks.
+    for other in (two, three):
+        assert [line["loss"] for line in other] == pytest.approx(losses, abs=2e-3)
+        assert other[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
+        assert other[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], abs=2e-3)
+
+
+def test_replicas_train_the_same_model(config: Path, tmp_path: Path) -> None:
+    steps = ("--training.steps", 4, "--optimizer.name", "adamw")
+    succeed(2, config, "--output", tmp_path / "fsdp", *steps)
+    succeed(2, config, "--output", tmp_path / "hsdp", *steps, "--training.hsdp_replicas", 2)
+    one, other = metrics(tmp_path / "fsdp"), metrics(tmp_path / "hsdp")
+    for key in ("loss", "grad_norm"):
+        assert [a[key] for a in one] == pytest.approx([b[key] for b in other], rel=1e-4)
+    (refused, _) = train(2, config, "--output", tmp_path / "three", "--training.hsdp_replicas", 3)
+    assert refused.code == 2
+    assert "hsdp_replicas 3 does not divide the 2 ranks" in refused.err
+
+
+@pytest.mark.parametrize("lean", ["true", "false"])
+def test_accumulation_changes_nothing(config: Path, whole: Path, tmp_path: Path, lean: str) -> None:
+    small_parts = ("--training.micro_batch_size", 3, "--training.lean_accumulation", lean)
+    succeed(2, config, "--output", tmp_path, *small_parts)
+    small, usual = metrics(tmp_path), metrics(whole)
+    assert [a["loss"] for a in small] == pytest.approx([b["loss"] for b in usual], abs=1e-3)
+    assert small[0]["grad_norm"] == pytest.approx(usual[0]["grad_norm"], rel=1e-5)
+
+
+def test_resume_is_bit_identical(config: Path, whole: Path, tmp_path: Path) -> None:
+    succeed(2, config, "--output", tmp_path, "--training.steps", 8)
+    # A run cut off after step 5 has written a metric that its resume must not repeat.
+    later = tmp_path / "checkpoints" / "step-00000008"
+    later.rename(tmp_path / "gone")
+    printed = succeed(2, config, "--output", tmp_path, "--resume")
+    assert "start" in printed
+    assert "step-00000004" in printed
+    assert curve(tmp_path) == curve(whole)
+    assert_identical(weights(tmp_path, 8), weights(whole, 8))
+
+
+def test_dropout_resumes_bit_identically(config: Path, tmp_path: Path) -> None:
+    gpt2 = ("--model.architecture", "gpt2", "--model.dropout", 0.1, "--optimizer.name", "muon")
+    gpt2 += ("--model.tie_word_embeddings", "true")
+    succeed(2, config, "--output", tmp_path / "whole", *gpt2)
+    succeed(2, config, "--output", tmp_path / "parts", *gpt2)
+    (tmp_path / "parts" / "checkpoints" / "step-00000008").rename(tmp_path / "gone")
+    succeed(2, config, "--output", tmp_path / "parts", *gpt2, "--resume")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert_identical(weights(tmp_path / "parts", 8), weights(tmp_path / "whole", 8))
+
+
+def test_resume_on_other_numbers_of_ranks(config: Path, tmp_path: Path) -> None:
+    steady = (config, "--schedule.name", "constant", "--schedule.warmup_steps", 2)
+    succeed(2, *steady, "--output", tmp_path / "whole")
+    moving = (*steady, "--output", tmp_path / "moving", "--resume", "--training.steps")
+    for world, steps in ((2, 3), (1, 5), (3, 8)):
+        succeed(world, *moving, steps)
+    ours, usual = metrics(tmp_path / "moving"), metrics(tmp_path / "whole")
+    assert [a["step"] for a in ours] == list(range(1, 9))
+    assert [a["loss"] for a in ours] == pytest.approx([b["loss"] for b in usual], abs=1e-3)
+
+
+def test_settings_changed_on_resume_are_followed(config: Path, tmp_path: Path) -> None:
+    adamw = (config, "--output", tmp_path, "--optimizer.name", "adamw")
+    succeed(1, *adamw, "--training.steps", 4, "--schedule.name", "constant")
+    changed = ("--training.steps", 6, "--schedule.name", "constant", "--optimizer.lr", 5e-3)
+    printed = succeed(1, *adamw, *changed, "--resume")
+    assert "training.steps (4 there, 6 here)" in printed
+    assert [line["lr"] for line in metrics(tmp_path)][-2:] == [5e-3, 5e-3]
+
+
+def test_a_second_run_does_not_overwrite_the_first(config: Path, whole: Path) -> None:
+    for result in train(2, config, "--output", whole):
+        assert result.code == 2
+        assert "holds a run already" in result.err
+        assert "--resume" in result.err
+
+
+def test_activation_checkpointing_changes_nothing(
+    config: Path, whole: Path, tmp_path: Path
+) -> None:
+    succeed(2, config, "--output", tmp_path, "--training.activation_checkpointing", "true")
+    assert curve(tmp_path) == curve(whole)
+
+
+def test_bfloat16_compute_trains(config: Path, whole: Path, tmp_path: Path) -> None:
+    succeed(2, config, "--output", tmp_path, "--training.compute_dtype", "bfloat16")
+    ours, usual = metrics(tmp_path), metrics(whole)
+    assert [a["loss"] for a in ours] == pytest.approx([b["loss"] for b in usual], abs=0.05)
+    assert curve(tmp_path) != curve(whole)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path, 8).values())
+
+
+def test_a_loss_that_is_not_finite_ends_the_job_before_any_update(
+    config: Path, tmp_path: Path
+) -> None:
+    hot = ("--optimizer.name", "adamw", "--optimizer.lr", 1e30, "--schedule.warmup_ratio", 0)
+    for result in train(2, config, "--output", tmp_path, *hot, "--checkpoint.interval", 1):
+        assert result.code == 1
+        assert "step 2: the loss is nan" in result.err or "step 3" in result.err
+        assert "Nothing was updated" in result.err
