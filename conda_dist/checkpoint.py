@@ -5,8 +5,8 @@ of bfloat16 parameters, and takes whatever it is given. Here the state of anothe
 other shapes is refused before anything is changed.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from copy import deepcopy
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,68 +15,140 @@ from torch.distributed.tensor import DTensor
 
 from conda_dist import storage
 from conda_dist.layout import Coordinate, Layout
-from conda_dist.routing import CONDA
+from conda_dist.routing import CONDA, clean_name
 from conda_dist.setup import Setup, name_of
 
 
 def match_state(
     groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]
-) -> dict[Tensor, Mapping[str, Any]]:
+) -> tuple[dict[Tensor, Mapping[str, Any]], dict[str, Any]]:
     """Finds the saved state of each parameter, and refuses what this optimizer did not save.
+
+    By name where both sides have names, else by position, as torch does.
 
     Args:
         groups: the optimizer's parameter groups.
         incoming: a state dict as of ``Optimizer.state_dict``.
 
+    Returns:
+        What was saved of each parameter, and ``incoming`` for torch's own loader: without state,
+        and with the parameters' names as they are here.
+
     Raises:
         ValueError: the state dict was written by another optimizer, for other parameters, or
             misses something.
     """
+    _check_groups(groups, incoming)
     saved_groups, saved_state = incoming["param_groups"], incoming["state"]
+    sources = _sources(groups, saved_groups)
+    matched: dict[Tensor, Mapping[str, Any]] = {}
+    for g, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            name = name_of(groups, g, i)
+            saved_id, saved_group = sources[param]
+            if saved_id in saved_state:
+                state = saved_state[saved_id]
+                saved_algorithm = CONDA if "basis" in state else saved_group["algorithm"]
+                _check_state(name, tuple(param.shape), group["algorithm"], saved_algorithm, state)
+                matched[param] = state
+            elif saved_state and param.requires_grad:
+                raise ValueError(
+                    f"{name}: its state is missing from the checkpoint, which has states for "
+                    f"{len(saved_state)} of {len(sources)} parameters."
+                )
+    named = [
+        {**saved, "algorithm": ours["algorithm"], "param_names": ours.get("param_names")}
+        for ours, saved in zip(groups, saved_groups, strict=True)
+    ]
+    named = [{k: v for k, v in g.items() if k != "param_names" or v is not None} for g in named]
+    return matched, {**incoming, "state": {}, "param_groups": named}
+
+
+def _check_groups(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]) -> None:
+    """Refuses what is not a state dict of this optimizer with these groups."""
+    if not {"param_groups", "state"} <= incoming.keys():
+        some = ", ".join(map(repr, list(incoming)[:3]))
+        raise ValueError(
+            f"this is not the state dict of an optimizer, which has 'state' and 'param_groups': "
+            f"it has {some or 'nothing'}{', ...' if len(incoming) > 3 else ''}."
+        )
+    saved_groups = incoming["param_groups"]
+    if not any("algorithm" in saved for saved in saved_groups):
+        keys = sorted({str(key) for state in incoming["state"].values() for key in state})
+        raise ValueError(
+            "the checkpoint was not written by Conda: its parameter groups name no algorithm, and "
+            f"its states have {', '.join(keys) or 'nothing'}. Load a checkpoint of this optimizer, "
+            "or start with fresh optimizer state."
+        )
     ours, theirs = ([len(g["params"]) for g in some] for some in (groups, saved_groups))
     if ours != theirs:
         raise ValueError(
             f"the checkpoint has parameter groups of {theirs} parameters, this optimizer of "
             f"{ours}: build it from the same model, with the same groups."
         )
-    matched: dict[Tensor, Mapping[str, Any]] = {}
-    for g, saved_group in enumerate(saved_groups):
-        for i, saved_id in enumerate(saved_group["params"]):
-            param, name = groups[g]["params"][i], name_of(groups, g, i)
-            if saved_id in saved_state:
-                state = saved_state[saved_id]
-                algorithms = groups[g]["algorithm"], saved_group.get("algorithm")
-                _check_state(name, tuple(param.shape), *algorithms, state)
-                matched[param] = state
-            elif saved_state and param.requires_grad:
+    for g, saved in enumerate(saved_groups):
+        if "algorithm" not in saved:
+            first = name_of(groups, g, 0) if groups[g]["params"] else "no parameter"
+            raise ValueError(
+                f"the checkpoint divides the parameters among groups otherwise than this "
+                f"optimizer: it has no hyperparameters for group {g} (of {first}, ...). Give "
+                "param_groups the same patterns as when it was saved, or start with fresh "
+                "optimizer state."
+            )
+
+
+def _sources(
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+) -> dict[Tensor, tuple[Any, Mapping[str, Any]]]:
+    """For each parameter, the key of its saved state and its saved group."""
+    by_place = {
+        param: (saved_id, saved)
+        for ours, saved in zip(groups, saved_groups, strict=True)
+        for param, saved_id in zip(ours["params"], saved["params"], strict=True)
+    }
+    # torch.distributed.checkpoint's keys are names already, in our order; the param_names it gives
+    # are those of another group if the groups differ.
+    by_number = all(isinstance(saved_id, int) for saved_id, _ in by_place.values())
+    if not by_number or not all(g.get("param_names") for g in (*groups, *saved_groups)):
+        return by_place
+    saved_names = {
+        clean_name(name): (saved_id, saved)
+        for saved in saved_groups
+        for name, saved_id in zip(saved["param_names"], saved["params"], strict=True)
+    }
+    sources = {}
+    for g, group in enumerate(groups):
+        for i, param in enumerate(group["params"]):
+            if (name := name_of(groups, g, i)) not in saved_names:
+                near = difflib.get_close_matches(name, saved_names, n=1, cutoff=0)
                 raise ValueError(
-                    f"{name}: its state is missing from the checkpoint, which has states for "
-                    f"{len(saved_state)} of {sum(theirs)} parameters."
+                    f"{name} is not in the checkpoint, whose nearest name is {near[0]}: it is of "
+                    "another model. To load by position instead, remove 'param_names' from its "
+                    "parameter groups."
                 )
-    return matched
+            sources[param] = saved_names[name]
+    return sources
 
 
 def _check_state(
     name: str,
     shape: tuple[int, ...],
     algorithm: str,
-    saved_algorithm: str | None,
+    saved_algorithm: str,
     saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
-    needed = _state_shapes(shape, algorithm)
-    if saved_algorithm not in (None, algorithm):
+    if saved_algorithm != algorithm:
         raise ValueError(
             f"{name}: in the checkpoint it is on the {saved_algorithm} path, here on the "
             f"{algorithm} path, and the moments of the two live in different coordinates. Give "
             f'its group algorithm="{saved_algorithm}", or start with fresh optimizer state.'
         )
-    if saved_algorithm is None or not needed.keys() <= saved.keys():
+    needed = _state_shapes(shape, algorithm)
+    if not needed.keys() <= saved.keys():
         raise ValueError(
-            f"{name}: the checkpoint was not written by Conda: the state has "
-            f"{', '.join(sorted(map(str, saved)))} where {', '.join(needed)} are needed"
-            f"{'' if saved_algorithm else ', and its group names no algorithm'}. Load a "
-            "checkpoint of this optimizer, or start with fresh optimizer state."
+            f"{name}: the checkpoint has {', '.join(sorted(map(str, saved))) or 'nothing'} of its "
+            f"state, where {', '.join(needed)} are needed: it is damaged."
         )
     for key, expected in needed.items():
         found = tuple(getattr(saved[key], "shape", ()))
@@ -96,16 +168,11 @@ def _state_shapes(shape: tuple[int, ...], algorithm: str) -> dict[str, tuple[int
     return shapes
 
 
-def fill_state(
-    setup: Setup,
-    state: MutableMapping[Tensor, Any],
-    saved: Mapping[Tensor, Mapping[str, Any]],
-) -> None:
+def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
     """Copies saved states into allocated ones, which keep their dtypes and layouts.
 
     Args:
         setup: the resolved parameters, their states allocated.
-        state: the optimizer's state; gets copies of what was saved for frozen parameters.
         saved: from :func:`match_state`.
     """
     for member in setup.members:
@@ -116,9 +183,6 @@ def fill_state(
                 _copy(target, layouts[key], member.mesh.coordinate, value)
             else:  # small, and whole on every rank
                 target.copy_(torch.as_tensor(value))
-    members = {member.param for member in setup.members}
-    for param in saved.keys() - members:
-        state[param] = {key: deepcopy(value) for key, value in saved[param].items()}
 
 
 def _copy(target: Tensor, layout: Layout, coordinate: Coordinate, value: Any) -> None:

@@ -29,11 +29,13 @@ class Mesh:
         topology: the ranks.
         coordinate: this rank's position.
         groups: for each mesh dimension the process group that varies along it alone.
+        names: of the mesh dimensions; () if they have none.
     """
 
     topology: Topology = field(default_factory=Topology)
     coordinate: Coordinate = ()
     groups: tuple[dist.ProcessGroup, ...] = ()
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of_device_mesh(cls, mesh: DeviceMesh) -> "Mesh":
@@ -47,7 +49,8 @@ class Mesh:
             raise ValueError(f"rank {dist.get_rank()} is not part of the parameter's mesh {mesh}")
         ranks = tuple(mesh.mesh.flatten().tolist())
         groups = tuple(mesh.get_all_groups())
-        return cls(Topology(tuple(mesh.mesh.shape), ranks), tuple(coordinate), groups)
+        topology = Topology(tuple(mesh.mesh.shape), ranks)
+        return cls(topology, tuple(coordinate), groups, tuple(mesh.mesh_dim_names or ()))
 
     @classmethod
     def of_group(cls, group: dist.ProcessGroup) -> "Mesh":
@@ -65,6 +68,11 @@ class Mesh:
     def rank(self) -> int:
         """Global rank of this process, 0 without torch.distributed."""
         return self.topology.rank_at(self.coordinate)
+
+    @property
+    def sort_key(self) -> tuple[object, ...]:
+        """Puts meshes in an order that all their ranks share, however they met them."""
+        return (self.topology.ranks, self.topology.sizes, self.names)
 
     def device(self, mesh_dim: int, preferred: torch.device) -> torch.device:
         """``preferred`` if the group's backend carries its tensors, else where to stage them.

@@ -7,7 +7,7 @@ dimensions that must be crossed to get there.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -35,6 +35,18 @@ class Topology:
         for size, i in zip(self.sizes, coordinate, strict=True):
             index = index * size + i
         return self.ranks[index]
+
+
+def nested(topologies: Iterable[Topology]) -> list[tuple[Topology, list[Topology]]]:
+    """Every topology once, the largest first, with those before it that contain all its ranks.
+
+    What is decided for a topology may depend on those only: its other ranks may not know more.
+    """
+    ordered = sorted(set(topologies), key=lambda t: (-len(t.ranks), t.ranks, t.sizes))
+    return [
+        (topology, [t for t in ordered[:i] if set(topology.ranks) <= set(t.ranks)])
+        for i, topology in enumerate(ordered)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -291,16 +291,19 @@ class Conda(torch.optim.Optimizer):
         # As hooks, so that the user's own find what torch promises them: these run last of those
         # before and first of those after.
         def take(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            saved.update(match_state(self.param_groups, incoming))
-            return {**incoming, "state": {}}
+            matched, rest = match_state(self.param_groups, incoming)
+            saved.update(matched)
+            return rest
 
         def fill(_: torch.optim.Optimizer) -> None:
             # What is allocated is filled, not replaced: loading needs no memory of its own.
             self.state.update({param: before[param] for param in saved if param in before})
             if saved:
-                setup = self._resolve()[0]
+                # Frozen ones too: their state must be in place when they are unfrozen.
+                meshes = find_meshes(self.param_groups, self._process_group, saved)
+                setup = set_up(self.param_groups, self.state, self._options, meshes)
                 setup.init_state()
-                fill_state(setup, self.state, saved)
+                fill_state(setup, saved)
                 self._setup = None  # its meshes have started
 
         hooks = (

@@ -17,6 +17,7 @@ from conda_dist.layout import (
     Split,
     Topology,
     kept_dim,
+    nested,
     reverse,
     to_compute,
     to_whole,
@@ -145,27 +146,32 @@ def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
     """Deals the decompositions out: the costliest first, each to the least loaded rank.
 
     Equal costs so go round-robin. Ties are broken by name and by order in the mesh, replicas of
-    a weight count as ranks like any others, and experts stay with the ranks that hold them.
+    a weight count as ranks like any others, and experts stay with the ranks that hold them. A
+    rank's load counts what it owns on meshes that contain the one at hand, of which all ranks
+    there know.
     """
-    load: dict[int, int] = defaultdict(int)
-    queued: dict[int, int] = defaultdict(int)
+    loads: dict[Topology, dict[int, int]] = {}
     owners: dict[tuple[int, int], tuple[Coordinate, int]] = {}
 
     def key(seat: Seat) -> tuple[int, str, int]:
         return -plans[seat.weight].cost, plans[seat.weight].name, seat.matrix
 
-    for seat in sorted(_seats(plans), key=key):
-        plan = plans[seat.weight]
-        owner = min(seat.candidates, key=lambda c: load[plan.topology.rank_at(c)])
-        rank = plan.topology.rank_at(owner)
-        owners[seat.weight, seat.matrix] = owner, queued[rank]
-        load[rank] += plan.cost
-        queued[rank] += 1
+    for topology, containing in nested(plan.topology for plan in plans):
+        load = {rank: sum(loads[t][rank] for t in containing) for rank in topology.ranks}
+        before, queued = dict(load), dict.fromkeys(topology.ranks, 0)
+        seats = (s for s in _seats(plans) if plans[s.weight].topology == topology)
+        for seat in sorted(seats, key=key):
+            owner = min(seat.candidates, key=lambda c: load[topology.rank_at(c)])
+            rank = topology.rank_at(owner)
+            owners[seat.weight, seat.matrix] = owner, queued[rank]
+            load[rank] += plans[seat.weight].cost
+            queued[rank] += 1
+        loads[topology] = {rank: load[rank] - before[rank] for rank in topology.ranks}
     dealt = []
     for index, plan in enumerate(plans):
         count = math.prod(plan.storage.shape[:-2])
-        seats, turns = zip(*(owners[index, matrix] for matrix in range(count)), strict=True)
-        dealt.append(replace(plan, owners=seats, turns=turns))
+        who, turns = zip(*(owners[index, matrix] for matrix in range(count)), strict=True)
+        dealt.append(replace(plan, owners=who, turns=turns))
     return dealt
 
 
@@ -311,6 +317,11 @@ def fill_buckets(
     return [tuple(bucket) for bucket in buckets]
 
 
+def _wave_order(plan: WeightPlan, index: int) -> tuple[object, ...]:
+    # Mesh after mesh: ranks that share one of several must not wait for each other in a circle.
+    return (plan.topology.ranks, plan.topology.sizes, max(plan.turns), index)
+
+
 def fill_waves(
     plans: Sequence[WeightPlan], weights: Iterable[int], itemsize: int, limit: int
 ) -> list[tuple[int, ...]]:
@@ -321,7 +332,7 @@ def fill_waves(
     """
     waves: list[list[int]] = []
     current: dict[Topology, tuple[list[int], dict[int, int]]] = {}
-    for index in sorted(weights, key=lambda i: (max(plans[i].turns), i)):
+    for index in sorted(weights, key=lambda i: _wave_order(plans[i], i)):
         plan = plans[index]
         size = plan.matrix_numel * itemsize
         added: dict[int, int] = defaultdict(int)

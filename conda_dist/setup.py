@@ -3,7 +3,7 @@
 Not at construction, because frameworks replace parameters between the two.
 """
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conda_dist import storage
 from conda_dist.exchange import Mesh
-from conda_dist.layout import Layout, Topology
+from conda_dist.layout import Layout, Topology, nested
 from conda_dist.options import Options
 from conda_dist.plan import deal_owners, plan_weight, replicated_basis_bytes
 from conda_dist.routing import CONDA, check_matrix, clean_name
@@ -68,9 +68,9 @@ class Setup:
     """An optimizer's parameters, resolved.
 
     Attributes:
-        weights: those on the conda path, in the order of the parameters.
+        weights: those on the conda path, mesh after mesh, in the order of the parameters.
         plains: those on the adamw path.
-        meshes: the meshes they are on, in the order in which they appear.
+        meshes: the meshes they are on, in the order in which all ranks use them.
         signature: of the parameters all this was made for.
         agreed: whether the ranks have found their plans to be the same.
         started: for each mesh whether a step of its parameters has counted.
@@ -108,6 +108,23 @@ class Setup:
         for member in self.members:
             member.init_state()
 
+    def check_state(self) -> None:
+        """Holds the states that are there against the plan.
+
+        Raises:
+            ValueError: one is not where the plan has it.
+        """
+        for member in (m for m in self.members if m.state):
+            for key, layout in member.state_layouts().items():
+                held = tuple(storage.local(member.state[key]).shape)
+                if held != (expected := layout.local_shape(member.mesh.coordinate)):
+                    raise ValueError(
+                        f"{member.name}: rank {member.mesh.rank} holds {held} of its {key}, and "
+                        f"should hold {expected}: the parameter was moved or resharded after its "
+                        "state was made. Drop the state (del optimizer.state[param]) or load a "
+                        "checkpoint after moving it."
+                    )
+
     def lines(self, mesh: Mesh) -> list[str]:
         """The plan of one mesh as text, for the ranks to compare."""
         said = [
@@ -133,19 +150,25 @@ def signature(groups: Iterable[Mapping[str, Any]]) -> object:
 
 
 def find_meshes(
-    groups: Iterable[Mapping[str, Any]], process_group: dist.ProcessGroup | None
+    groups: Iterable[Mapping[str, Any]],
+    process_group: dist.ProcessGroup | None,
+    frozen: Container[Tensor] = (),
 ) -> dict[Tensor, Mesh]:
-    """The mesh of every trainable parameter; equal meshes are one object."""
+    """The mesh of every parameter that is trainable or in ``frozen``; equal meshes are one object.
+
+    In the order of the meshes: parameters may have been listed in different orders on ranks that
+    share several meshes, which must not wait for each other on two of them at once.
+    """
     known: dict[Any, Mesh] = {}
     meshes: dict[Tensor, Mesh] = {}
     for group in groups:
         for param in group["params"]:
-            if param.requires_grad:
+            if param.requires_grad or param in frozen:
                 key = getattr(param, "device_mesh", None)
                 if key not in known:
                     known[key] = storage.find_mesh(param, process_group)
                 meshes[param] = known[key]
-    return meshes
+    return dict(sorted(meshes.items(), key=lambda item: item[1].sort_key))
 
 
 def name_of(groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
@@ -160,43 +183,45 @@ def set_up(
     options: Options,
     meshes: Mapping[Tensor, Mesh],
 ) -> Setup:
-    """Plans every trainable parameter.
+    """Plans parameters.
 
     Args:
         groups: the optimizer's parameter groups.
         state: its state.
         options: its options.
-        meshes: from :func:`find_meshes`.
+        meshes: from :func:`find_meshes`: the parameters to plan.
 
     Raises:
-        ValueError: a parameter's layout is none that can be planned.
+        ValueError: a parameter's layout is none that can be planned, or not that of its state.
     """
+    places = {
+        param: (group, name_of(groups, g, i))
+        for g, group in enumerate(groups)
+        for i, param in enumerate(group["params"])
+    }
     weights: list[tuple[str, Tensor, dict[str, Any], Layout]] = []
     plains: list[Plain] = []
-    for g, group in enumerate(groups):
-        for i, param in enumerate(group["params"]):
-            if param not in meshes:
-                continue
-            name, mesh = name_of(groups, g, i), meshes[param]
-            if (known := state.get(param)) and ("basis" in known) != (group["algorithm"] == CONDA):
-                raise ValueError(
-                    f"{name}: its state was made on the other path than its group's algorithm, "
-                    f"{group['algorithm']!r}; drop the state first: del optimizer.state[param]."
-                )
-            layout = storage.find_layout(name, param, mesh)
-            if group["algorithm"] == CONDA:
-                check_matrix(name, param)  # it may have been replaced
-                weights.append((name, param, group, layout))
-            else:
-                plains.append(Plain(name, param, mesh, layout, group, state, options))
-    shard = _shard_bases([(p, layout) for _, p, _, layout in weights], state, options)
+    for param, mesh in meshes.items():
+        group, name = places[param]
+        if (known := state.get(param)) and ("basis" in known) != (group["algorithm"] == CONDA):
+            raise ValueError(
+                f"{name}: its state was made on the other path than its group's algorithm, "
+                f"{group['algorithm']!r}; drop the state first: del optimizer.state[param]."
+            )
+        layout = storage.find_layout(name, param, mesh)
+        if group["algorithm"] == CONDA:
+            check_matrix(name, param)  # it may have been replaced
+            weights.append((name, param, group, layout))
+        else:
+            plains.append(Plain(name, param, mesh, layout, group, state, options))
+    shard = _shard_bases([(p, meshes[p], layout) for _, p, _, layout in weights], state, options)
     plans = deal_owners(
         [
             plan_weight(name, meshes[param].topology, layout, sharded)
             for (name, param, _, layout), sharded in zip(weights, shard, strict=True)
         ]
     )
-    return Setup(
+    setup = Setup(
         [
             Weight(param, plan, meshes[param], group, state, options)
             for (_, param, group, _), plan in zip(weights, plans, strict=True)
@@ -205,36 +230,43 @@ def set_up(
         list(dict.fromkeys(meshes.values())),
         signature(groups),
     )
+    setup.check_state()
+    return setup
 
 
 def _shard_bases(
-    weights: Sequence[tuple[Tensor, Layout]],
+    weights: Sequence[tuple[Tensor, Mesh, Layout]],
     state: Mapping[Tensor, dict[str, Any]],
     options: Options,
 ) -> list[bool]:
     """Which weights keep their bases split over the ranks.
 
-    "auto" replicates bases while they fit ``basis_budget``: first those of weights that otherwise
-    step without a word to other ranks, so that they go on doing so. A basis that exists already
-    stays where it is.
+    "auto" replicates bases while they fit ``basis_budget``: on each mesh first those of weights
+    that otherwise step without a word to other ranks, so that they go on doing so. A basis that
+    exists already stays where it is.
     """
     if options.basis_placement != "auto":
         return [options.basis_placement == "shard"] * len(weights)
-    travels = [plan_weight("", Topology(), layout, False).travels for _, layout in weights]
-    fixed = [_basis_is_split(state.get(param, {}), layout) for param, layout in weights]
-    shard, used = [False] * len(weights), 0
-    for i in sorted(range(len(weights)), key=lambda i: (fixed[i] is None, travels[i])):
-        param, layout = weights[i]
-        size = replicated_basis_bytes(layout, basis_dtype(param, options).itemsize)
-        known = fixed[i]
-        shard[i] = used + size > options.basis_budget if known is None else known
-        used += 0 if shard[i] else size
+    travels = [plan_weight("", mesh.topology, at, False).travels for _, mesh, at in weights]
+    fixed = [_basis_is_split(state.get(param, {})) for param, _, _ in weights]
+    shard = [False] * len(weights)
+    spent: dict[Topology, int] = {}
+    for topology, containing in nested(mesh.topology for _, mesh, _ in weights):
+        used = sum(spent[t] for t in containing)
+        here = [i for i, (_, mesh, _) in enumerate(weights) if mesh.topology == topology]
+        for i in sorted(here, key=lambda i: (fixed[i] is None, travels[i])):
+            param, _, layout = weights[i]
+            size = replicated_basis_bytes(layout, basis_dtype(param, options).itemsize)
+            known = fixed[i]
+            shard[i] = used + size > options.basis_budget if known is None else known
+            used += 0 if shard[i] else size
+        spent[topology] = used - sum(spent[t] for t in containing)
     return shard
 
 
-def _basis_is_split(state: Mapping[str, Any], layout: Layout) -> bool | None:
+def _basis_is_split(state: Mapping[str, Any]) -> bool | None:
     basis = state.get("basis")
     if basis is None:
         return None
-    r = min(layout.shape[-2:])
-    return tuple(storage.local(basis).shape[-2:]) != (r, r)
+    # Along the batch the bases of experts are split in any case.
+    return storage.is_split(basis, range(basis.ndim - 2, basis.ndim))

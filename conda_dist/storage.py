@@ -1,5 +1,7 @@
 """Between torch's tensors and layouts: what a plain tensor or a DTensor holds on this rank."""
 
+from collections.abc import Container
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -56,7 +58,7 @@ def _split(name: str, tensor: DTensor, placement: Placement) -> Split | None:
     if isinstance(placement, Shard):
         return Split(placement.dim % tensor.ndim)
     raise ValueError(
-        f"{name}: placement {placement} cannot be updated by an optimizer; redistribute the "
+        f"{name}: placement {placement!r} cannot be updated by an optimizer; redistribute the "
         "parameter to Shard or Replicate first."
     )
 
@@ -70,6 +72,13 @@ def placements(layout: Layout) -> tuple[Placement, ...]:
         if split.stride == 1
         else _StridedShard(split.dim, split_factor=split.stride)
         for split in layout.placements
+    )
+
+
+def is_split(tensor: Tensor, dims: Container[int]) -> bool:
+    """Whether any of these dimensions of a tensor is split over ranks."""
+    return isinstance(tensor, DTensor) and any(
+        isinstance(p, Shard | _StridedShard) and p.dim in dims for p in tensor.placements
     )
 
 

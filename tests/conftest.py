@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-import ranks
 import torch
+
+import ranks
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,376 @@
+"""Faults in the maths: zero and broken momenta, decompositions that fail, on several ranks."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.linalg import LinAlgError
+
+import models
+import ranks
+from models import GAP, Layout
+
+LAYOUTS: list[Layout] = [("fsdp", (2,)), ("fsdp", (3,)), ("hsdp", (2, 2)), ("ddp", (2,))]
+ON_ALL = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+SQUARE, WIDE, BATCH = "blocks.0.q.weight", "blocks.1.down.weight", "blocks.0.experts"
+
+
+def _run(layout: Layout, function: Callable[..., Any], *args: Any) -> list[Any]:
+    return ranks.run(torch.Size(layout[1]).numel(), function, layout, *args, timeout=60)
+
+
+def _state(model: Any, optimizer: Any, name: str) -> dict[str, Tensor]:
+    return optimizer.state[dict(model.named_parameters())[name]]
+
+
+def _only(snapshot: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {key: value for key, value in snapshot.items() if key.split(":")[0] in names}
+
+
+def _without(snapshot: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return {key: value for key, value in snapshot.items() if key.split(":")[0] not in names}
+
+
+def _zero_first(layout: Layout) -> list[str]:
+    """All gradients are zero at first: as if those steps had not been."""
+    model, optimizer = models.build(layout)
+    start = models.snapshot(model, optimizer)
+    models.train(model, optimizer, range(50, 53), "")  # every name ends with ""
+    after = models.snapshot(model, optimizer)
+    problems = models.unequal({name: after[name] for name in start}, start)
+    problems += [k for k, v in after.items() if k.endswith(":step") and v != 0]
+    problems += [k for k, v in after.items() if k.endswith("basis_step") and (v != -1).any()]
+    twin, other = models.build(layout)
+    for with_ in ((model, optimizer), (twin, other)):
+        models.train(*with_, range(GAP + 2))
+    return problems + models.unequal(
+        models.snapshot(model, optimizer), models.snapshot(twin, other)
+    )
+
+
+@ON_ALL
+def test_a_first_step_of_zeros_does_not_count(layout: Layout) -> None:
+    for problems in _run(layout, _zero_first):
+        assert not problems
+
+
+def _zero_for_one(layout: Layout) -> list[str]:
+    """Two matrices have zero gradients while the others train, then train too."""
+    late = (SQUARE, WIDE)
+    model, optimizer = models.build(layout)
+    start = models.snapshot(model, optimizer)
+    models.train(model, optimizer, range(GAP + 1), *late)
+    after = models.snapshot(model, optimizer)
+    problems = models.unequal(_only(start, *late), {name: after[name] for name in late})
+    for name in late:
+        state = _state(model, optimizer, name)
+        if state["step"] != 0 or state["basis_step"] != -1:
+            problems.append(f"{name}: counted")
+    if _state(model, optimizer, BATCH)["step"] != GAP + 1:
+        problems.append("the others were held up")
+    # What they do then is what they do in a run in which they had no gradient until then, and
+    # the refresh is at their own first step.
+    twin, other = models.build(layout)
+    for name, param in twin.named_parameters():
+        param.requires_grad_(name not in late)
+    models.train(twin, other, range(GAP + 1))
+    for param in twin.parameters():
+        param.requires_grad_(True)
+    for with_ in ((model, optimizer), (twin, other)):
+        models.train(*with_, range(GAP + 1, GAP + 3))
+    for name in late:
+        if _state(model, optimizer, name)["basis_step"] != 0:
+            problems.append(f"{name}: no basis at its first step")
+    return problems + models.unequal(
+        models.snapshot(model, optimizer), models.snapshot(twin, other)
+    )
+
+
+@ON_ALL
+def test_a_matrix_with_no_gradient_yet_waits_for_its_own(layout: Layout) -> None:
+    for problems in _run(layout, _zero_for_one):
+        assert not problems
+
+
+def _zero_expert(layout: Layout, until: int, last: int) -> tuple[dict[str, Tensor], list[str]]:
+    """An expert that gets no tokens at first."""
+    model, optimizer = models.build(layout)
+    param = dict(model.named_parameters())[BATCH]
+    state, problems = None, []
+    for step in range(last):
+        whole = models.whole(models.gradient(BATCH, param, step))
+        if step < until:
+            whole[1] = 0
+        param.grad = models.like(param, whole)
+        optimizer.step()
+        state = optimizer.state[param]
+        basis, momentum = models.whole(state["basis"]), models.whole(state["exp_avg"])
+        taken = state["basis_step"].tolist()
+        since = step - step % GAP
+        expected = [since, -1 if step < until else until if since < until else since, since]
+        if taken != expected:
+            problems.append(f"step {step}: bases taken at {taken}, not {expected}")
+        if step < until and not torch.equal(basis[1], torch.eye(6)):
+            problems.append(f"step {step}: a basis was made up of nothing")
+        if step == until:  # of its own momentum: projected, that has orthogonal columns
+            gram = momentum[1].T @ momentum[1]
+            if (gram - gram.diag().diag()).abs().max() > 1e-5 * gram.max():
+                problems.append("the basis is not that of the momentum")
+    return {BATCH: models.whole(param)}, problems
+
+
+@pytest.mark.parametrize("layout", [("fsdp", (2,)), ("fsdp", (4,)), ("ddp", (2,))], ids=str)
+@pytest.mark.parametrize("until", [1, GAP + 1])
+def test_an_expert_without_tokens_waits_for_its_own(layout: Layout, until: int) -> None:
+    start = models.build(models.PLAIN)[0].state_dict()
+    alone, problems = _zero_expert(models.PLAIN, until, 2 * GAP + 2)
+    assert not problems
+    for ended, problems in _run(layout, _zero_expert, until, 2 * GAP + 2):
+        assert not problems
+        assert models.farthest(ended, alone, start) < 1e-4
+
+
+def _spoil(optimizer: Any, model: Any, names: tuple[str, ...], value: float) -> dict[str, Tensor]:
+    """Spoils the first element of momenta wherever it is held; returns them as they were."""
+    kept = {}
+    for name in names:
+        momentum = _state(model, optimizer, name)["exp_avg"]
+        kept[name] = models.local(momentum)
+        spoilt = models.whole(momentum)
+        spoilt.view(-1)[0] = value
+        _fill(momentum, models.local(models.like(momentum, spoilt)))
+    return kept
+
+
+def _repair(optimizer: Any, model: Any, kept: dict[str, Tensor]) -> None:
+    for name, value in kept.items():
+        _fill(_state(model, optimizer, name)["exp_avg"], value)
+
+
+def _fill(tensor: Tensor, value: Tensor) -> None:
+    (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(value)
+
+
+def _step(model: Any, optimizer: Any, step: int) -> list[str]:
+    """Takes a step; what it warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        models.train(model, optimizer, [step])
+    return [str(w.message) for w in caught if "basis" in str(w.message)]
+
+
+def _broken_momentum(layout: Layout, value: float) -> list[str]:
+    """Momenta that are not finite, repaired before it is too late, then broken for good."""
+    names = (SQUARE, WIDE, BATCH)
+    model, optimizer = models.build(layout)
+    twin, other = models.build(layout)
+    models.train(model, optimizer, range(GAP))
+    models.train(twin, other, range(GAP))
+    kept = _spoil(optimizer, model, names, value)
+    bases = _only(models.snapshot(model, optimizer), *names)
+    bases = {key: v for key, v in bases.items() if key.endswith(":basis")}
+    first, problems = dist.get_rank() == 0, []
+
+    def check(true: bool, what: str) -> None:
+        if not true:
+            problems.append(what)
+
+    for step in (GAP, GAP + 1):
+        said = _step(model, optimizer, step)
+        _step(twin, other, step)
+        if first:
+            check(len(said) == 1, f"step {step}: said {said}")
+            check(all(n in said[0] for n in names), f"step {step}: {said} names not all")
+            check("not finite" in said[0], f"step {step}: {said}")
+        now = models.snapshot(model, optimizer)
+        wrong = {key: now[key] for key in bases if not key.startswith(BATCH)}
+        check(not models.unequal(wrong, {k: bases[k] for k in wrong}), "a basis was changed")
+        whole = models.whole(_state(model, optimizer, BATCH)["basis"])
+        old = models.whole(_state(twin, other, BATCH)["basis"])
+        check(not torch.equal(whole[0], old[0]), "the broken matrix of the batch was refreshed")
+        check(torch.equal(whole[1:], old[1:]), "the sound matrices of the batch were held up")
+        taken = _state(model, optimizer, SQUARE)["basis_step"]
+        check(taken == 0, f"step {step}: counted as refreshed")
+        check(_state(model, optimizer, BATCH)["basis_step"].tolist() == [0, GAP, GAP], "batch")
+        lost = models.unequal(_without(now, *names), _without(models.snapshot(twin, other), *names))
+        check(not lost, f"others were touched: {lost}")
+
+    _repair(optimizer, model, kept)
+    check(_step(model, optimizer, GAP + 2) == [], "warned of a sound momentum")
+    for name in names:
+        taken = _state(model, optimizer, name)["basis_step"].flatten()[0]
+        check(taken == GAP + 2, f"{name}: not refreshed as soon as it could be")
+    now = models.snapshot(model, optimizer)
+    check(bool(models.unequal({k: now[k] for k in bases}, bases)), "the bases are the old ones")
+
+    # The count began anew: two failures are behind it, and three in a row are needed again.
+    _spoil(optimizer, model, names[:1], value)
+    for step in (2 * GAP, 2 * GAP + 1):
+        said = _step(model, optimizer, step)
+        check(not first or SQUARE in said[0], f"{said}")
+    said = models.attempt(_step, model, optimizer, 2 * GAP + 2)
+    check(said.startswith("RuntimeError") and SQUARE in said, f"raised {said!r}")
+    check("max_refresh_failures" in said, f"does not say what to do: {said!r}")
+    return problems
+
+
+@ON_ALL
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_broken_momentum_gives_no_basis(layout: Layout, value: float) -> None:
+    for problems in _run(layout, _broken_momentum, value):
+        assert not problems
+
+
+def _broken_first_gradient(layout: Layout) -> list[str]:
+    """NaN from the first step on: the identity stays, until all ranks raise together."""
+    model, optimizer = models.build(layout, max_refresh_failures=2)
+    param = dict(model.named_parameters())[WIDE]
+    said = []
+    for step in range(2):
+        grad = models.gradient(WIDE, param, step)
+        _fill(grad, torch.full_like(models.local(grad), float("nan")))
+        param.grad = grad
+        said.append(models.attempt(optimizer.step))
+    return said
+
+
+@ON_ALL
+def test_a_first_gradient_of_nan_ends_the_run_on_all_ranks(layout: Layout) -> None:
+    for first, second in _run(layout, _broken_first_gradient):
+        assert first == "nothing was raised"
+        assert WIDE in second
+
+
+SVD = torch.linalg.svd
+
+
+@contextmanager
+def _svd(replacement: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Has the SVD ask first whether to raise; None goes on as ever."""
+
+    def svd(A: Tensor, *args: Any, **kwargs: Any) -> Any:
+        instead = replacement(A)
+        return SVD(A, *args, **kwargs) if instead is None else instead
+
+    torch.linalg.svd = svd
+    try:
+        yield
+    finally:
+        torch.linalg.svd = SVD
+
+
+def _no_float32(A: Tensor) -> None:
+    if A.dtype == torch.float32:
+        raise LinAlgError("linalg.svd: the algorithm failed to converge")
+
+
+def _nan_in_float32(A: Tensor) -> Any:
+    """As some GPU drivers: no error, but NaN."""
+    found = SVD(A, full_matrices=False)
+    if A.dtype == torch.float32:
+        for part in found:
+            part.fill_(float("nan"))
+    return found
+
+
+def _retried(layout: Layout, silently: bool) -> tuple[list[str], float]:
+    """An SVD that fails in float32; warnings, and how far from a run in which it does not."""
+    model, optimizer = models.build(layout)
+    twin, other = models.build(layout)
+    start = models.snapshot(model, optimizer, models.whole)
+    models.train(twin, other, range(GAP + 2))
+    said = []
+    fault = _nan_in_float32 if silently else _no_float32
+    with _svd(fault):
+        for step in range(GAP + 2):
+            said += _step(model, optimizer, step)
+    ended = models.snapshot(model, optimizer, models.whole)
+    return said, models.farthest(ended, models.snapshot(twin, other, models.whole), start)
+
+
+@ON_ALL
+@pytest.mark.parametrize("silently", [False, True])
+def test_an_svd_that_fails_is_tried_again_in_float64(layout: Layout, silently: bool) -> None:
+    for said, distance in _run(layout, _retried, silently):
+        assert not said
+        assert distance < 1e-4
+
+
+def _no_svd(A: Tensor) -> None:
+    raise LinAlgError("linalg.svd: the algorithm failed to converge")
+
+
+def _never_converges(layout: Layout) -> tuple[list[str], list[str], list[str], str]:
+    """On rank 1 no SVD converges, in any precision.
+
+    Returns:
+        Names of the matrices it decomposes, names of those not refreshed, warnings, error.
+    """
+    model, optimizer = models.build(layout)
+    models.train(model, optimizer, range(GAP))
+    before = models.snapshot(model, optimizer)
+    theirs = [row["name"] for row in optimizer.report(show=False) if 1 in row["owners"]]
+    with _svd(_no_svd if dist.get_rank() == 1 else lambda _: None):
+        said = _step(model, optimizer, GAP)
+        now = models.snapshot(model, optimizer)
+        old = [
+            name.split(":")[0]
+            for name, value in now.items()
+            if name.endswith("basis_step") and (value != GAP).any()
+        ]
+        kept = [f"{name}:basis" for name in old if name != BATCH and "experts" not in name]
+        if models.unequal({k: now[k] for k in kept}, {k: before[k] for k in kept}):
+            said.append("a basis was changed")
+        said += _step(model, optimizer, GAP + 1)
+        error = models.attempt(models.train, model, optimizer, [GAP + 2])
+    return sorted(theirs), sorted(old), said, error
+
+
+@ON_ALL
+def test_an_svd_that_never_converges_keeps_the_old_basis(layout: Layout) -> None:
+    answers = _run(layout, _never_converges)
+    for theirs, old, said, error in answers:
+        assert theirs
+        assert old == theirs
+        assert "a basis was changed" not in said
+        assert error.startswith("RuntimeError")
+        assert all(name in error for name in theirs)
+    said = answers[0][2]
+    assert len(said) == 2
+    assert all(name in said[0] and name in said[1] for name in answers[0][0])
+    assert "converge" in said[0]
+
+
+def _one_rank_fails(layout: Layout) -> tuple[str, float, list[str], str]:
+    """Rank 1 raises in the midst of its decompositions; then nothing is wrong any more."""
+
+    def fire(A: Tensor) -> None:
+        raise MemoryError("no room for a workspace")
+
+    model, optimizer = models.build(layout)
+    models.train(model, optimizer, range(GAP))
+    theirs = [row["name"] for row in optimizer.report(show=False) if 1 in row["owners"]]
+    begun = time.monotonic()
+    with _svd(fire if dist.get_rank() == 1 else lambda _: None):
+        said = models.attempt(models.train, model, optimizer, [GAP])
+    took = time.monotonic() - begun
+    return said, took, theirs, models.attempt(models.train, model, optimizer, [GAP, GAP + 1])
+
+
+@ON_ALL
+def test_an_error_on_one_rank_is_raised_on_all(layout: Layout) -> None:
+    for said, took, theirs, afterwards in _run(layout, _one_rank_fails):
+        assert said.startswith("RuntimeError")
+        assert "rank 1" in said
+        assert "rank 0" not in said
+        assert "MemoryError: no room for a workspace" in said
+        assert any(name in said for name in theirs)
+        assert took < 10
+        assert afterwards == "nothing was raised"
