@@ -17,6 +17,7 @@ from conda_dist import storage
 from conda_dist.layout import Coordinate, Layout
 from conda_dist.routing import CONDA, clean_name
 from conda_dist.setup import Setup, name_of
+from conda_dist.weight import basis_key
 
 
 def match_state(
@@ -48,8 +49,8 @@ def match_state(
             saved_id, saved_group = sources[param]
             if saved_id in saved_state:
                 state = saved_state[saved_id]
-                saved_algorithm = CONDA if "basis" in state else saved_group["algorithm"]
-                _check_state(name, tuple(param.shape), group["algorithm"], saved_algorithm, state)
+                _check_path(name, group, saved_group, state)
+                _check_state(name, tuple(param.shape), group, state)
                 matched[param] = state
             elif saved_state and param.requires_grad:
                 raise ValueError(
@@ -57,7 +58,7 @@ def match_state(
                     f"{len(saved_state)} of {len(sources)} parameters."
                 )
     named = [
-        {**saved, "algorithm": ours["algorithm"], "param_names": ours.get("param_names")}
+        {**saved, **{key: ours.get(key) for key in ("algorithm", "splits", "param_names")}}
         for ours, saved in zip(groups, saved_groups, strict=True)
     ]
     named = [{k: v for k, v in g.items() if k != "param_names" or v is not None} for g in named]
@@ -130,21 +131,34 @@ def _sources(
     return sources
 
 
-def _check_state(
+def _check_path(
     name: str,
-    shape: tuple[int, ...],
-    algorithm: str,
-    saved_algorithm: str,
+    group: Mapping[str, Any],
+    saved_group: Mapping[str, Any],
     saved: Mapping[str, Any],
 ) -> None:
-    """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
-    if saved_algorithm != algorithm:
+    """Refuses a parameter's saved state if it is of another path, or of other parts."""
+    algorithm, splits = group["algorithm"], group["splits"]
+    has_basis = any(str(key).startswith("basis") for key in saved)
+    if (saved_algorithm := CONDA if has_basis else saved_group["algorithm"]) != algorithm:
         raise ValueError(
             f"{name}: in the checkpoint it is on the {saved_algorithm} path, here on the "
             f"{algorithm} path, and the moments of the two live in different coordinates. Give "
             f'its group algorithm="{saved_algorithm}", or start with fresh optimizer state.'
         )
-    needed = _state_shapes(shape, algorithm)
+    saved_splits = saved_group.get("splits")
+    if (saved_splits and tuple(saved_splits)) != (splits and tuple(splits)):
+        raise ValueError(
+            f"{name}: the checkpoint was written with splits={saved_splits}, this optimizer has "
+            f"splits={splits}; give param_groups the same, or start with fresh optimizer state."
+        )
+
+
+def _check_state(
+    name: str, shape: tuple[int, ...], group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
+    needed = _state_shapes(shape, group["algorithm"], group["splits"])
     if not needed.keys() <= saved.keys():
         raise ValueError(
             f"{name}: the checkpoint has {', '.join(sorted(map(str, saved))) or 'nothing'} of its "
@@ -159,12 +173,17 @@ def _check_state(
             )
 
 
-def _state_shapes(shape: tuple[int, ...], algorithm: str) -> dict[str, tuple[int, ...]]:
+def _state_shapes(
+    shape: tuple[int, ...], algorithm: str, splits: Sequence[int] | None
+) -> dict[str, tuple[int, ...]]:
     """Global shape of each state of a parameter."""
-    shapes: dict[str, tuple[int, ...]] = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    parts = () if splits is None else (len(splits),)
+    shapes: dict[str, tuple[int, ...]] = {"step": parts, "exp_avg": shape, "exp_avg_sq": shape}
     if algorithm == CONDA:
-        r = min(shape[-2:])
-        shapes |= {"basis": (*shape[:-2], r, r), "basis_step": shape[:-2]}
+        for part, rows in enumerate(splits or shape[-2:-1]):
+            r = min(rows, shape[-1])
+            shapes[basis_key(None if splits is None else part)] = (*shape[:-2], r, r)
+        shapes["basis_step"] = (*parts, *shape[:-2])
     return shapes
 
 
@@ -176,13 +195,11 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         saved: from :func:`match_state`.
     """
     for member in setup.members:
-        layouts = member.state_layouts()
-        for key, target in member.state.items():
-            value = saved[member.param][key]
-            if key in layouts:
-                _copy(target, layouts[key], member.mesh.coordinate, value)
-            else:  # small, and whole on every rank
-                target.copy_(torch.as_tensor(value))
+        state, source = member.state, saved[member.param]
+        for key, layout in member.state_layouts().items():
+            _copy(state[key], layout, member.mesh.coordinate, source[key])
+        for key in state.keys() & {"step", "basis_step"}:  # small, and whole on every rank
+            state[key].copy_(torch.as_tensor(source[key]))
 
 
 def _copy(target: Tensor, layout: Layout, coordinate: Coordinate, value: Any) -> None:

@@ -98,7 +98,7 @@ class CondaPath:
         coming = deque(self._forward(bucket, grads) for bucket in buckets[:1])
         for i in schedule.solo:
             weight = self.weights[i]
-            basis = weight.local("basis")
+            basis = weight.basis
             weight.advance(basis, weight.project(grads[i], basis))
         going: deque[tuple[Bucket, Exchange]] = deque()
         for k, bucket in enumerate(buckets):
@@ -131,23 +131,38 @@ class CondaPath:
     def _forward(self, bucket: Bucket, grads: dict[int, Tensor]) -> Exchange:
         """Starts gradients to the compute layout, and bases to every rank."""
         weights = [self.weights[i] for i in bucket.weights]
-        tensors = [grads[i] for i in bucket.weights] + [w.local("basis") for w in weights]
+        tensors = [grads[i] for i in bucket.weights] + [w.basis for w in weights]
+        device = tensors[-1].device
+        tensors += [moment for i in bucket.travellers for moment in weights[i].kept]
         dtypes = [tensor.dtype for tensor in tensors]
-        return Exchange(weights[0].mesh, bucket.forward, tensors, dtypes, tensors[-1].device)
+        return Exchange(weights[0].mesh, bucket.forward, tensors, dtypes, device)
 
     def _arrived(self, bucket: Bucket, exchange: Exchange) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients in compute layout and the whole bases."""
         tensors = [tensor for tensor in exchange.wait() if tensor is not None]
-        return tensors[: len(bucket.weights)], tensors[len(bucket.weights) :]
+        count = len(bucket.weights)
+        arrived = iter(tensors[2 * count :])
+        for i, first, second in zip(bucket.travellers, arrived, arrived, strict=False):
+            self.weights[bucket.weights[i]].borrow(first, second)
+        return tensors[:count], tensors[count : 2 * count]
 
     def _backward(self, bucket: Bucket, updates: list[Tensor | None]) -> Exchange:
         """Starts updates to the storage layout."""
         weights = [self.weights[i] for i in bucket.weights]
         dtypes = [weight.param.dtype for weight in weights]
-        device = weights[0].local("basis").device
+        for i in bucket.travellers:
+            moments = weights[i].moments
+            updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]
+        device = weights[0].basis.device
         return Exchange(weights[0].mesh, bucket.backward, updates, dtypes, device)
 
     def _apply(self, bucket: Bucket, returning: Exchange) -> None:
-        for i, update in zip(bucket.weights, returning.wait(), strict=True):
+        tensors = returning.wait()
+        for i, update in zip(bucket.weights, tensors, strict=False):
             if update is not None:
                 self.weights[i].apply(update)
+        arrived = iter(tensors[len(bucket.weights) :])
+        for i, first, second in zip(bucket.travellers, arrived, arrived, strict=False):
+            assert first is not None
+            assert second is not None
+            self.weights[bucket.weights[i]].give_back(first, second)

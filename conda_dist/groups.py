@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conda_dist.routing import ADAMW, ALGORITHMS, CONDA, check_matrix, route
+from conda_dist.routing import ADAMW, ALGORITHMS, CONDA, check_matrix, check_splits, route
 
 HYPERPARAMETERS = (
     "lr",
@@ -21,6 +21,7 @@ HYPERPARAMETERS = (
     "scale",
     "update_proj_gap",
     "correct_bias",
+    "splits",
 )
 RESERVED = ("params", "param_names", "algorithm", *HYPERPARAMETERS)
 DROPPED = ("foreach", "fused")  # how AdamW computes; frameworks add them to any group
@@ -51,6 +52,15 @@ def check_hyperparameters(values: Mapping[str, Any], where: str = "") -> None:
             raise ValueError(f"{where}update_proj_gap must be at least 1 step, got {gap}")
     if not isinstance(values.get("correct_bias", True), bool):
         raise TypeError(f"{where}correct_bias must be a bool, got {values['correct_bias']!r}")
+    splits = values.get("splits")
+    if splits is not None and not (
+        isinstance(splits, tuple | list)
+        and splits
+        and all(isinstance(rows, int) and rows > 0 for rows in splits)
+    ):
+        raise TypeError(
+            f"{where}splits must be rows of parts, such as (4096, 1024), got {splits!r}"
+        )
     if values.get("proj_type", "std") != "std":
         raise ValueError(
             f"{where}proj_type={values['proj_type']!r} is not supported: of the released code's "
@@ -111,11 +121,13 @@ def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             raise ValueError(f"{full} is in the group twice, also as {seen[param]}; list it once.")
         seen[param] = name
 
-    algorithm = options.pop("algorithm", None)
+    algorithm, splits = options.pop("algorithm", None), options.pop("splits", None)
     parts: dict[str, list[tuple[str | None, Tensor]]] = {CONDA: [], ADAMW: []}
     for name, param in named:
         if algorithm == CONDA:
             check_matrix(where + (name or "parameter"), param)
+        if splits is not None and (algorithm or route(name, param).algorithm) == CONDA:
+            check_splits(where + (name or "parameter"), param, splits)
         parts[algorithm or route(name, param).algorithm].append((name, param))
     if algorithm is None and len(parts[CONDA]) > 1 and parts[CONDA][0][0] is None:
         warnings.warn(
@@ -129,6 +141,7 @@ def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             **options,
             "params": [param if name is None else (name, param) for name, param in part],
             "algorithm": chosen,
+            "splits": splits if chosen == CONDA else None,
         }
         for chosen, part in parts.items()
         if part or algorithm == chosen

@@ -2,8 +2,8 @@
 
 A :class:`Layout` says which elements of a global tensor each coordinate of a device mesh holds.
 DTensor placements, a plain tensor (no mesh) and DDP (replicated over one mesh dimension) are all
-layouts. :func:`compute_layout` and :func:`move` derive the layout Conda computes in and the mesh
-dimensions that must be crossed to get there.
+layouts. :func:`to_compute` derives the layout Conda computes in, as the :class:`Move` s along one
+mesh dimension each that lead there.
 """
 
 import math
@@ -88,11 +88,38 @@ class Layout:
         mesh: sizes of the mesh dimensions; ``()`` for a tensor of one process.
         placements: for each mesh dimension what it splits, or None where it replicates. Applied
             from left to right, as DTensor does.
+        window: for a block of rows (dimension -2) of a larger tensor, which is what the placements
+            split: its first row there, and how many rows there are.
     """
 
     shape: tuple[int, ...]
     mesh: tuple[int, ...]
     placements: tuple[Split | None, ...]
+    window: tuple[int, int] | None = None
+
+    def rows(self, start: int, stop: int) -> "Layout":
+        """Rows [start, stop) of a tensor (..., m, n) as a tensor of their own, where they are."""
+        shape = (*self.shape[:-2], stop - start, self.shape[-1])
+        return replace(self, shape=shape, window=(start, self.shape[-2]))
+
+    @property
+    def whole(self) -> "Layout":
+        """The layout of the larger tensor that this is a block of rows of; else this one."""
+        return replace(self, shape=self.split_shape, window=None)
+
+    @property
+    def split_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that the placements split."""
+        if self.window is None:
+            return self.shape
+        return (*self.shape[:-2], self.window[1], self.shape[-1])
+
+    def offset(self, coordinate: Coordinate) -> int:
+        """Where a block of rows begins among the rows that a coordinate holds of the larger one."""
+        if self.window is None:
+            return 0
+        held = _split_runs(self, coordinate)[-2]
+        return sum(len(run[: max(self.window[0] - run.start, 0)]) for run in held)
 
     def move(self, mesh_dim: int, placement: Split | None) -> "Layout":
         """This layout with the placement of one mesh dimension exchanged for another."""
@@ -155,7 +182,8 @@ class Layout:
             else f"_StridedShard({placement.dim}, sf={placement.stride})"
             for placement in self.placements
         ]
-        return f"[{', '.join(names)}]" if names else "plain"
+        rows = f" of {self.window[1]} rows" if self.window else ""
+        return (f"[{', '.join(names)}]" if names else "plain") + rows
 
 
 def _chunk(runs: tuple[range, ...], pieces: int, index: int) -> tuple[range, ...]:
@@ -182,7 +210,16 @@ def _slice(runs: tuple[range, ...], start: int, stop: int) -> tuple[range, ...]:
 @lru_cache(maxsize=65536)
 def _runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ...], ...]:
     """For each tensor dimension the runs of indices held at a coordinate."""
-    runs: list[tuple[range, ...]] = [(range(size),) if size else () for size in layout.shape]
+    runs = list(_split_runs(layout, coordinate))
+    if layout.window is not None:
+        start, stop = layout.window[0], layout.window[0] + layout.shape[-2]
+        parts = (range(max(run.start, start), min(run.stop, stop)) for run in runs[-2])
+        runs[-2] = tuple(range(part.start - start, part.stop - start) for part in parts if part)
+    return tuple(runs)
+
+
+def _split_runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ...], ...]:
+    runs: list[tuple[range, ...]] = [(range(size),) if size else () for size in layout.split_shape]
     for size, index, placement in zip(layout.mesh, coordinate, layout.placements, strict=True):
         if placement is None:
             continue
@@ -289,7 +326,7 @@ def _through_whole(storage: Layout) -> tuple[Move, ...]:
 def _stays_in_group(move: Move) -> bool:
     """Whether every rank finds all it needs on the ranks that differ in ``move.mesh_dim`` only."""
     source, target, mesh_dim = move.source, move.target, move.mesh_dim
-    if all(size % math.prod(source.mesh) == 0 for size in source.shape[-2:]):
+    if all(size % math.prod(source.mesh) == 0 for size in source.split_shape[-2:]):
         return True
 
     def found(coordinate: Coordinate) -> int:

@@ -43,7 +43,9 @@ class Conda(torch.optim.Optimizer):
     State of a parameter, tensors like the parameter (DTensors on its mesh): ``step`` (0-d, on the
     CPU), ``exp_avg`` (m, n), projected on the conda path, ``exp_avg_sq`` (m, n) and there too
     ``basis`` (r, r) and ``basis_step`` (one number for each matrix of a batch, on the CPU: the
-    step its basis was taken at, -1 before the first).
+    step its basis was taken at, -1 before the first). A weight that its group's ``splits`` cut into
+    blocks of rows (see :func:`conda_dist.param_groups`) has ``step`` and ``basis_step`` with one
+    entry more for each part in front, and ``basis_0``, ``basis_1``, ... in the place of ``basis``.
 
     Args:
         params: tensors, (name, tensor) pairs or group dicts.
@@ -104,6 +106,7 @@ class Conda(torch.optim.Optimizer):
             "scale": scale,
             "update_proj_gap": update_proj_gap,
             "correct_bias": correct_bias,
+            "splits": None,
         }
         check_hyperparameters({**defaults, "proj_type": proj_type})
         self._options = Options(
@@ -190,7 +193,7 @@ class Conda(torch.optim.Optimizer):
         live = self._live(setup, grads)
         path.step(
             {
-                i: grad
+                i: weight.rows(grad)
                 for i, weight in enumerate(setup.weights)
                 if weight.mesh in live and (grad := grads[weight.param]) is not None
             }
@@ -219,6 +222,10 @@ class Conda(torch.optim.Optimizer):
         if show:
             print_table(table)
         return table
+
+    def meshes(self) -> list[Mesh]:
+        """The ranks that share parameters, and this rank's place among them."""
+        return list(self._resolve()[0].meshes)
 
     def _resolve(self, *, agreeing: bool = False) -> tuple[Setup, CondaPath]:
         """The parameters with their plans, made anew if they have changed.

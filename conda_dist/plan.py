@@ -36,6 +36,7 @@ class WeightPlan:
         compute: where gradient, moments and update are during the step: whole rows or columns.
         moves: stages from storage to there; empty where they agree on every rank.
         basis: where the elements of its basis, shape (..., r, r), are kept.
+        part: which block of rows of a stored weight this is; None for a weight of its own.
         owners: for each matrix of the batch the coordinate that decomposes its momentum.
         turns: for each matrix its place in its owner's queue.
     """
@@ -46,8 +47,23 @@ class WeightPlan:
     compute: Layout
     moves: tuple[Move, ...]
     basis: Layout
+    part: int | None = None
     owners: tuple[Coordinate, ...] = ()
     turns: tuple[int, ...] = ()
+
+    @property
+    def moments(self) -> Layout:
+        """Where its moments are kept: where they are used, but with a part's stored weight.
+
+        No DTensor describes the compute layout of a block of rows, so its moments have the layout
+        of the weight's rows, and travel with the gradient if that does.
+        """
+        return self.compute if self.part is None else self.storage
+
+    @property
+    def moments_travel(self) -> bool:
+        """Whether the moments go to the compute layout and back in every step."""
+        return self.part is not None and bool(self.moves)
 
     @property
     def right(self) -> bool:
@@ -79,7 +95,9 @@ class WeightPlan:
         )
 
 
-def plan_weight(name: str, topology: Topology, storage: Layout, shard_basis: bool) -> WeightPlan:
+def plan_weight(
+    name: str, topology: Topology, storage: Layout, shard_basis: bool, part: int | None = None
+) -> WeightPlan:
     """The plan of a weight (..., m, n) before owners are dealt.
 
     Args:
@@ -89,6 +107,7 @@ def plan_weight(name: str, topology: Topology, storage: Layout, shard_basis: boo
         shard_basis: whether to keep the basis split over the ranks that split the weight; it is
             then gathered for each step. A basis is replicated over replicas in either case, and
             the experts of a 3-D weight keep theirs with them.
+        part: which block of rows of a stored weight this is, if it is one.
     """
     moves = to_compute(storage)
     compute = moves[-1].target if moves else storage
@@ -103,7 +122,7 @@ def plan_weight(name: str, topology: Topology, storage: Layout, shard_basis: boo
     placements = tuple(map(place, compute.placements))
     basis = Layout((*storage.shape[:-2], r, r), storage.mesh, placements)
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
-    return WeightPlan(name, topology, storage, compute, exchanged, basis)
+    return WeightPlan(name, topology, storage, compute, exchanged, basis, part)
 
 
 def replicated_basis_bytes(storage: Layout, itemsize: int) -> int:
@@ -181,12 +200,16 @@ class Bucket:
 
     Attributes:
         weights: their indices.
+        travellers: positions among them of those whose moments travel too.
         forward: exchanges before the step. Items: the gradients of ``weights``, storage to
-            compute layout, then as many bases, kept to whole.
-        backward: exchanges after it. Items: the updates, compute to storage layout.
+            compute layout; as many bases, kept to whole; first and second moment of each of
+            ``travellers``, storage to compute layout.
+        backward: exchanges after it. Items: the updates, compute to storage layout; the moments
+            of ``travellers``.
     """
 
     weights: tuple[int, ...]
+    travellers: tuple[int, ...]
     forward: tuple[Hop, ...]
     backward: tuple[Hop, ...]
 
@@ -235,7 +258,15 @@ def plan_bucket(
     grads = [redistribution(plan.moves) for plan in chosen]
     bases = [redistribution(to_whole(plan.basis, _matrix_dims(plan.basis))) for plan in chosen]
     updates = [redistribution(reverse(plan.moves)) for plan in chosen]
-    return Bucket(weights, plan_hops(grads + bases, coordinate), plan_hops(updates, coordinate))
+    travellers = tuple(i for i, plan in enumerate(chosen) if plan.moments_travel)
+    there = [grads[i] for i in travellers for _ in range(2)]
+    back = [updates[i] for i in travellers for _ in range(2)]
+    return Bucket(
+        weights,
+        travellers,
+        plan_hops(grads + bases + there, coordinate),
+        plan_hops(updates + back, coordinate),
+    )
 
 
 def _matrix_dims(layout: Layout) -> tuple[int, int]:
@@ -284,6 +315,7 @@ def _gather_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
             Split(p.dim - batch_dims, p.stride) if p is not None and p.dim >= batch_dims else None
             for p in plan.compute.placements
         ),
+        plan.compute.window,
     )
     fixed = tuple(d for d, placement in enumerate(matrix.placements) if placement is None)
     return gather_to(matrix, (0, 1), owner, fixed)
@@ -307,7 +339,8 @@ def fill_buckets(
     current: dict[Topology, tuple[list[int], int]] = {}
     for index in weights:
         plan = plans[index]
-        size = math.prod(plan.storage.shape) * itemsize // len(plan.topology.ranks)
+        tensors = 3 if plan.moments_travel else 1
+        size = tensors * math.prod(plan.storage.shape) * itemsize // len(plan.topology.ranks)
         bucket, used = current.get(plan.topology, (None, 0))
         if bucket is None or used + size > limit:
             bucket, used = [], 0

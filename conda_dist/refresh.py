@@ -37,8 +37,8 @@ def refresh(
     """
     mesh = weights[0].mesh
     momenta = [_local_momentum(weights[m.position], m) for m in wave.matrices]
-    moment_dtypes = [weights[m.position].local("exp_avg").dtype for m in wave.matrices]
-    device = weights[0].local("exp_avg").device
+    moment_dtypes = [weights[m.position].moments[0].dtype for m in wave.matrices]
+    device = weights[0].moments[0].device
     whole = Exchange(mesh, wave.gather, momenta, moment_dtypes, device).wait()
 
     found, ours, error = _decompose_mine(wave, weights, bases, whole)
@@ -62,7 +62,7 @@ def refresh(
 def _local_momentum(weight: Weight, matrix: Matrix) -> Tensor | None:
     if matrix.local is None:
         return None
-    return matrices(weight.local("exp_avg"))[matrix.local]
+    return matrices(weight.moments[0])[matrix.local]
 
 
 def _decompose_mine(

@@ -91,10 +91,11 @@ def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
             for item, itemsize in enumerate(itemsizes)
         )
 
-    step = sent(bucket.forward, [param, basis]) + sent(bucket.backward, [param])
+    two = [moments, moments]  # of a part's, that travel with its gradient
+    step = sent(bucket.forward, [param, basis, *two]) + sent(bucket.backward, [param, *two])
     matrices = len(plan.owners)
     refresh = sent(wave.gather, [moments] * matrices) + sent(wave.scatter, [basis] * matrices)
-    numel = plan.compute.numel(coordinate)
+    numel = plan.moments.numel(coordinate)
     return Row(
         name=plan.name,
         shape=plan.storage.shape,

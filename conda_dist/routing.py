@@ -76,6 +76,7 @@ def param_groups(
     *,
     conda: Sequence[str] = (),
     adamw: Sequence[str] = (),
+    splits: Mapping[str, int | Sequence[int]] | None = None,
     conda_options: Mapping[str, Any] | None = None,
     adamw_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -90,30 +91,102 @@ def param_groups(
         conda: patterns (as of :mod:`fnmatch`) of parameter names to put on the conda path
             whatever their names say, such as ``"*.router.weight"``.
         adamw: patterns of names to keep off it. Wins over ``conda``.
+        splits: patterns of fused weights, each with the rows (dimension -2) of its parts, such as
+            ``{"*.qkv_proj.weight": (4096, 1024, 1024)}``, or the number of equal parts, such as
+            ``{"*.gate_up_proj.weight": 2}``. Each part then is a matrix of its own, with its own
+            basis; the parameter stays whole. The first pattern that matches counts.
         conda_options: hyperparameters of the conda group, such as ``{"weight_decay": 0.1}``.
         adamw_options: hyperparameters of the adamw group, such as ``{"lr": 1e-3}``.
 
     Returns:
-        One group dict for each algorithm that has parameters, named.
+        One group dict, named, for each algorithm that has parameters, and for each way in which
+        weights are split.
 
     Raises:
-        ValueError: a pattern matches no parameter, or a conda pattern one that is no matrix; or
-            no trainable weight is left for the conda path.
+        ValueError: a pattern matches no parameter, or a conda pattern one that is no matrix, or a
+            splits pattern one that has other rows or is not on the conda path; or no trainable
+            weight is left for the conda path.
+    """
+    options = {CONDA: conda_options or {}, ADAMW: adamw_options or {}}
+    for algorithm, chosen_options in options.items():
+        if undone := chosen_options.keys() & {"params", "param_names", "algorithm", "splits"}:
+            raise ValueError(f"{algorithm}_options cannot set {', '.join(sorted(undone))}")
+    groups, unmatched = divide(model, conda, adamw)
+    named = list(model.named_parameters())
+    if unmatched:
+        raise ValueError(
+            f"pattern {unmatched[0]!r} matches no parameter of {type(model).__name__}; names look "
+            f"like {', '.join(repr(clean_name(name)) for name, _ in named[:3])}"
+        )
+    if not any(param.requires_grad for _, param in groups[CONDA]):
+        raise ValueError(nothing_to_project(named))
+    cut, unmatched = split(groups[CONDA], splits or {})
+    if unmatched:
+        raise ValueError(
+            f"splits pattern {unmatched[0]!r} matches no parameter on the conda path of "
+            f"{type(model).__name__}"
+        )
+    return [
+        {"params": params, "algorithm": algorithm, "splits": rows, **options[algorithm]}
+        for algorithm, rows, params in (
+            *((CONDA, rows, params) for rows, params in cut.items()),
+            (ADAMW, None, groups[ADAMW]),
+        )
+        if params
+    ]
+
+
+def split(
+    named: Sequence[tuple[str, Tensor]], splits: Mapping[str, int | Sequence[int]]
+) -> tuple[dict[tuple[int, ...] | None, list[tuple[str, Tensor]]], list[str]]:
+    """The weights of the conda path by the rows of their parts, None for those that stay whole.
+
+    Args:
+        named: the weights, named.
+        splits: as of :func:`param_groups`.
+
+    Returns:
+        The weights, and the patterns that match none of them.
+
+    Raises:
+        ValueError: a matching weight has other rows.
+    """
+    cut: dict[tuple[int, ...] | None, list[tuple[str, Tensor]]] = {None: []}
+    matched = set[str]()
+    for name, param in named:
+        hits = [pattern for pattern in splits if fnmatchcase(clean_name(name), pattern)]
+        matched.update(hits)
+        rows = _rows(clean_name(name), param, splits[hits[0]]) if hits else None
+        cut.setdefault(rows, []).append((name, param))
+    return cut, [pattern for pattern in splits if pattern not in matched]
+
+
+def _rows(name: str, param: Tensor, rule: int | Sequence[int]) -> tuple[int, ...]:
+    rows = param.shape[-2]
+    if isinstance(rule, int):
+        if rule < 1 or rows % rule:
+            raise ValueError(f"{name}: {rows} rows cannot be split into {rule} equal parts")
+        rule = [rows // rule] * rule
+    check_splits(name, param, rule)
+    return tuple(rule)
+
+
+def divide(
+    model: nn.Module, conda: Sequence[str], adamw: Sequence[str]
+) -> tuple[dict[str, list[tuple[str, Tensor]]], list[str]]:
+    """The named parameters of each path, and the patterns that match none of them.
+
+    For models of which only a part is here, such as a pipeline stage: there neither an empty path
+    nor a pattern without a match is an error yet. See :func:`param_groups` for the arguments.
+
+    Raises:
+        TypeError: patterns are a text instead of a list.
+        ValueError: a conda pattern matches a parameter that is no matrix.
     """
     for side, patterns in (("conda", conda), ("adamw", adamw)):
         if isinstance(patterns, str):
             raise TypeError(f"{side} must be a list of patterns, got the text {patterns!r}")
-    options = {CONDA: conda_options or {}, ADAMW: adamw_options or {}}
-    for algorithm, chosen_options in options.items():
-        if undone := chosen_options.keys() & {"params", "param_names", "algorithm"}:
-            raise ValueError(f"{algorithm}_options cannot set {', '.join(sorted(undone))}")
     named = list(model.named_parameters())
-    for pattern in (*conda, *adamw):
-        if not any(fnmatchcase(clean_name(name), pattern) for name, _ in named):
-            raise ValueError(
-                f"pattern {pattern!r} matches no parameter of {type(model).__name__}; names look "
-                f"like {', '.join(repr(clean_name(name)) for name, _ in named[:3])}"
-            )
     embeddings = {
         id(param)
         for module in model.modules()
@@ -129,13 +202,9 @@ def param_groups(
             check_matrix(clean_name(name), param)
             chosen = CONDA
         groups[chosen].append((name, param))
-    if not any(param.requires_grad for _, param in groups[CONDA]):
-        raise ValueError(nothing_to_project(named))
-    return [
-        {"params": params, "algorithm": algorithm, **options[algorithm]}
-        for algorithm, params in groups.items()
-        if params
-    ]
+    names = [clean_name(name) for name, _ in named]
+    unmatched = [p for p in (*conda, *adamw) if not any(fnmatchcase(name, p) for name in names)]
+    return groups, unmatched
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -152,6 +221,20 @@ def check_matrix(name: str, param: Tensor) -> None:
         raise ValueError(
             f"{name}: a parameter of shape {tuple(param.shape)} cannot take the conda path, which "
             'projects matrices; put it in a group with algorithm="adamw".'
+        )
+
+
+def check_splits(name: str, param: Tensor, splits: Sequence[int]) -> None:
+    """Refuses what cannot be cut into these blocks of rows.
+
+    Raises:
+        ValueError: they are not all of the weight's rows, or it has more than three dimensions.
+    """
+    if sum(splits) != param.shape[-2] or param.ndim > 3:
+        raise ValueError(
+            f"{name}: splits {tuple(splits)} make {sum(splits)} rows, but the weight is "
+            f"{tuple(param.shape)}: they must be all rows of a matrix, or of each matrix of a "
+            "three-dimensional weight."
         )
 
 

@@ -3,6 +3,7 @@
 Not at construction, because frameworks replace parameters between the two.
 """
 
+import itertools
 from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,8 @@ from conda_dist.exchange import Mesh
 from conda_dist.layout import Layout, Topology, nested
 from conda_dist.options import Options
 from conda_dist.plan import deal_owners, plan_weight, replicated_basis_bytes
-from conda_dist.routing import CONDA, check_matrix, clean_name
-from conda_dist.weight import Weight, basis_dtype, moment_dtype
+from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
+from conda_dist.weight import Weight, basis_dtype, basis_key, moment_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Setup:
         """Takes up from the states there are."""
         self.started = [False] * len(self.meshes)
         for member in self.members:
-            if member.state and member.state["step"]:
+            if member.state and member.state["step"].any():
                 self.started[self.meshes.index(member.mesh)] = True
 
     @property
@@ -199,11 +200,12 @@ def set_up(
         for g, group in enumerate(groups)
         for i, param in enumerate(group["params"])
     }
-    weights: list[tuple[str, Tensor, dict[str, Any], Layout]] = []
+    sites: list[_Site] = []
     plains: list[Plain] = []
     for param, mesh in meshes.items():
         group, name = places[param]
-        if (known := state.get(param)) and ("basis" in known) != (group["algorithm"] == CONDA):
+        had_basis = any(key.startswith("basis") for key in state.get(param, {}))
+        if state.get(param) and had_basis != (group["algorithm"] == CONDA):
             raise ValueError(
                 f"{name}: its state was made on the other path than its group's algorithm, "
                 f"{group['algorithm']!r}; drop the state first: del optimizer.state[param]."
@@ -211,20 +213,20 @@ def set_up(
         layout = storage.find_layout(name, param, mesh)
         if group["algorithm"] == CONDA:
             check_matrix(name, param)  # it may have been replaced
-            weights.append((name, param, group, layout))
+            sites += _sites(name, param, mesh, group, layout)
         else:
             plains.append(Plain(name, param, mesh, layout, group, state, options))
-    shard = _shard_bases([(p, meshes[p], layout) for _, p, _, layout in weights], state, options)
+    shard = _shard_bases(sites, state, options)
     plans = deal_owners(
         [
-            plan_weight(name, meshes[param].topology, layout, sharded)
-            for (name, param, _, layout), sharded in zip(weights, shard, strict=True)
+            plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part)
+            for site, sharded in zip(sites, shard, strict=True)
         ]
     )
     setup = Setup(
         [
-            Weight(param, plan, meshes[param], group, state, options)
-            for (_, param, group, _), plan in zip(weights, plans, strict=True)
+            Weight(site.param, plan, site.mesh, site.group, state, options)
+            for site, plan in zip(sites, plans, strict=True)
         ],
         plains,
         list(dict.fromkeys(meshes.values())),
@@ -234,10 +236,33 @@ def set_up(
     return setup
 
 
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A weight, or one of the parts its group splits it into, before it has a plan."""
+
+    name: str
+    param: Tensor
+    mesh: Mesh
+    group: dict[str, Any]
+    layout: Layout
+    part: int | None
+
+
+def _sites(
+    name: str, param: Tensor, mesh: Mesh, group: dict[str, Any], layout: Layout
+) -> list[_Site]:
+    if group["splits"] is None:
+        return [_Site(name, param, mesh, group, layout, None)]
+    check_splits(name, param, group["splits"])
+    ends = list(itertools.accumulate(group["splits"]))
+    return [
+        _Site(f"{name}[{start}:{stop}]", param, mesh, group, layout.rows(start, stop), part)
+        for part, (start, stop) in enumerate(itertools.pairwise([0, *ends]))
+    ]
+
+
 def _shard_bases(
-    weights: Sequence[tuple[Tensor, Mesh, Layout]],
-    state: Mapping[Tensor, dict[str, Any]],
-    options: Options,
+    sites: Sequence[_Site], state: Mapping[Tensor, dict[str, Any]], options: Options
 ) -> list[bool]:
     """Which weights keep their bases split over the ranks.
 
@@ -246,26 +271,26 @@ def _shard_bases(
     exists already stays where it is.
     """
     if options.basis_placement != "auto":
-        return [options.basis_placement == "shard"] * len(weights)
-    travels = [plan_weight("", mesh.topology, at, False).travels for _, mesh, at in weights]
-    fixed = [_basis_is_split(state.get(param, {})) for param, _, _ in weights]
-    shard = [False] * len(weights)
+        return [options.basis_placement == "shard"] * len(sites)
+    travels = [plan_weight("", s.mesh.topology, s.layout, False).travels for s in sites]
+    fixed = [_basis_is_split(site, state) for site in sites]
+    shard = [False] * len(sites)
     spent: dict[Topology, int] = {}
-    for topology, containing in nested(mesh.topology for _, mesh, _ in weights):
-        used = sum(spent[t] for t in containing)
-        here = [i for i, (_, mesh, _) in enumerate(weights) if mesh.topology == topology]
+    for topology, containing in nested(site.mesh.topology for site in sites):
+        before = used = sum(spent[t] for t in containing)
+        here = [i for i, site in enumerate(sites) if site.mesh.topology == topology]
         for i in sorted(here, key=lambda i: (fixed[i] is None, travels[i])):
-            param, _, layout = weights[i]
-            size = replicated_basis_bytes(layout, basis_dtype(param, options).itemsize)
+            itemsize = basis_dtype(sites[i].param, options).itemsize
+            size = replicated_basis_bytes(sites[i].layout, itemsize)
             known = fixed[i]
             shard[i] = used + size > options.basis_budget if known is None else known
             used += 0 if shard[i] else size
-        spent[topology] = used - sum(spent[t] for t in containing)
+        spent[topology] = used - before
     return shard
 
 
-def _basis_is_split(state: Mapping[str, Any]) -> bool | None:
-    basis = state.get("basis")
+def _basis_is_split(site: _Site, state: Mapping[Tensor, Mapping[str, Any]]) -> bool | None:
+    basis = state.get(site.param, {}).get(basis_key(site.part))
     if basis is None:
         return None
     # Along the batch the bases of experts are split in any case.

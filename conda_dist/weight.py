@@ -45,8 +45,16 @@ def basis_dtype(param: Tensor, options: Options) -> torch.dtype:
     return torch.promote_types(moment_dtype(param, options), torch.float32)
 
 
+def basis_key(part: int | None) -> str:
+    """Name of the state that is a weight's basis, or that of one of its parts."""
+    return "basis" if part is None else f"basis_{part}"
+
+
 class Weight:
-    """A weight (..., m, n) on the conda path.
+    """A weight (..., m, n) on the conda path, or a block of rows of one.
+
+    Parts of a weight share its parameter and its state: the moments are those of all rows, ``step``
+    and ``basis_step`` have an entry for each part, and each part has a basis of its own.
 
     Args:
         param: the parameter.
@@ -69,10 +77,12 @@ class Weight:
         self.param, self.plan, self.mesh = param, plan, mesh
         self.group, self.states, self.options = group, states, options
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
+        self._borrowed: tuple[Tensor, Tensor] | None = None
+        self._basis_key = basis_key(plan.part)
 
     @property
     def state(self) -> dict[str, Any]:
-        """Its state as it is now; empty before it is allocated."""
+        """Its parameter's state as it is now; empty before it is allocated."""
         return self.states.get(self.param, {})
 
     @property
@@ -81,21 +91,25 @@ class Weight:
         return self.plan.name
 
     def state_layouts(self) -> dict[str, Layout]:
-        """Where the elements of each sharded state are."""
-        compute = self.plan.compute
-        return {"exp_avg": compute, "exp_avg_sq": compute, "basis": self.plan.basis}
+        """Where the elements of each sharded state are; the first part speaks for the moments."""
+        layouts = {self._basis_key: self.plan.basis}
+        if not self.plan.part:
+            moments = self.plan.moments.whole
+            layouts = {"exp_avg": moments, "exp_avg_sq": moments, **layouts}
+        return layouts
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves it alone if it is there."""
-        if self.state:
+        if self._basis_key in self.state:
             return
         state = self.states[self.param]
         device = storage.local(self.param).device
-        batch = self.plan.storage.shape[:-2]
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        parts = () if self.plan.part is None else (len(self.group["splits"]),)
+        if not self.plan.part:
+            state["step"] = torch.zeros(parts, dtype=torch.float32, device="cpu")
         for name, layout in self.state_layouts().items():
             shape = layout.local_shape(self.mesh.coordinate)
-            if name == "basis":
+            if name == self._basis_key:
                 dtype = basis_dtype(self.param, self.options)
                 elements = torch.zeros(shape, dtype=dtype, device=device)
                 self._set_identity(elements)
@@ -103,33 +117,76 @@ class Weight:
                 dtype = moment_dtype(self.param, self.options)
                 elements = torch.zeros(shape, dtype=dtype, device=device)
             state[name] = storage.like(self.param, layout, elements)
-        state["basis_step"] = torch.full(batch, NEVER, dtype=torch.float32, device="cpu")
+        if not self.plan.part:
+            taken = (*parts, *self.plan.storage.shape[:-2])
+            state["basis_step"] = torch.full(taken, NEVER, dtype=torch.float32, device="cpu")
 
     def _set_identity(self, elements: Tensor) -> None:
         for block in self.plan.basis.blocks(self.mesh.coordinate):
             rows = torch.arange(block.shape[-2], device=elements.device)
             elements[..., block.local[-2] + rows, block.start[-2] + rows] = 1
 
+    def _counts(self, key: str) -> Tensor:
+        """This part's entries of ``step`` or ``basis_step``; a view."""
+        counts: Tensor = self.state[key]
+        return (counts if self.plan.part is None else counts[self.plan.part]).view(-1)
+
     @property
     def step(self) -> int:
         """Steps taken."""
-        return int(self.state["step"])
+        return int(self._counts("step"))
 
     def due(self) -> tuple[int, ...]:
         """Matrices whose decomposition is due: at every multiple of the gap, or still owed."""
         step = self.step
         last = step - step % self.group["update_proj_gap"]
-        steps = self.state["basis_step"].flatten().tolist()
-        return tuple(i for i, taken in enumerate(steps) if taken < last)
+        return tuple(
+            i for i, taken in enumerate(self._counts("basis_step").tolist()) if taken < last
+        )
 
-    def local(self, name: str) -> Tensor:
-        """This rank's elements of a state."""
-        return storage.local(self.state[name])
+    def rows(self, elements: Tensor) -> Tensor:
+        """What this part has of a tensor (..., m, n) laid out as the parameter is; a view."""
+        if self.plan.part is None:
+            return elements
+        coordinate = self.mesh.coordinate
+        rows = self.plan.storage.local_shape(coordinate)[-2]
+        return elements.narrow(-2, self.plan.storage.offset(coordinate), rows)
+
+    @property
+    def local(self) -> Tensor:
+        """This rank's elements of the parameter."""
+        return self.rows(storage.local(self.param))
+
+    @property
+    def basis(self) -> Tensor:
+        """This rank's elements of the basis."""
+        return storage.local(self.state[self._basis_key])
+
+    @property
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """This rank's elements of the two moments, where they are kept."""
+        first, second = (storage.local(self.state[key]) for key in ("exp_avg", "exp_avg_sq"))
+        return self.rows(first), self.rows(second)
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """This rank's elements of the two moments in compute layout."""
+        return self._borrowed or self.kept
+
+    def borrow(self, first: Tensor, second: Tensor) -> None:
+        """Takes copies of the moments in compute layout to work on."""
+        self._borrowed = first, second
+
+    def give_back(self, first: Tensor, second: Tensor) -> None:
+        """Takes the moments back to where they are kept."""
+        self._borrowed = None
+        for kept, moment in zip(self.kept, (first, second), strict=True):
+            kept.copy_(moment)
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         """Projects the gradient, in compute layout, and updates the first moment with it."""
         projected = maths.project(grad, basis, self.plan.right, self.options.matmul_dtype)
-        maths.average_(self.local("exp_avg"), projected, self.group["betas"][0])
+        maths.average_(self.moments[0], projected, self.group["betas"][0])
         return projected
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
@@ -141,10 +198,10 @@ class Weight:
             rotations: P (r, r) by place in this rank's batch.
         """
         for place, rotation in rotations.items():
-            for tensor in (self.local("exp_avg"), projected):
+            for tensor in (self.moments[0], projected):
                 maths.rotate_(matrices(tensor)[place], rotation, self.plan.right)
             maths.rotate_(matrices(basis)[place], rotation, right=True)
-        kept = self.local("basis")
+        kept = self.basis
         if rotations and kept.data_ptr() != basis.data_ptr():  # sharded: keep our rows of it
             for block in self.plan.basis.blocks(self.mesh.coordinate):
                 here, there = block.local[-2], block.start[-2]
@@ -163,9 +220,9 @@ class Weight:
             which it is wherever storage and compute layout agree.
         """
         hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.matmul_dtype
-        self.state["step"] += 1
-        y = maths.normalise_(projected, self.local("exp_avg"), self.local("exp_avg_sq"), hyper)
-        param = storage.local(self.param)
+        self._counts("step").add_(1)
+        y = maths.normalise_(projected, *self.moments, hyper)
+        param = self.local
         if self.plan.moves or dtype not in (None, param.dtype) or basis.dtype != param.dtype:
             # Rounded to the parameter's dtype in every layout, so that all compute the same.
             update = maths.project_back(y, basis, right, dtype).to(param.dtype)
@@ -187,11 +244,11 @@ class Weight:
         """Adds an update in storage layout to the parameter; the step is already counted."""
         if not self.step:
             return
-        maths.apply_(storage.local(self.param), update, self.step, hyper_of(self.group))
+        maths.apply_(self.local, update, self.step, hyper_of(self.group))
 
     def taken(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis, or ``NEVER``."""
-        return float(self.state["basis_step"].view(-1)[matrix])
+        return float(self._counts("basis_step")[matrix])
 
     def settle(self, matrix: int, outcome: Outcome) -> str | None:
         """Takes note of what came of a matrix's refresh; the same on all ranks.
@@ -200,7 +257,7 @@ class Weight:
             What has to be said of it, if it failed.
         """
         if outcome == Outcome.DONE:
-            self.state["basis_step"].view(-1)[matrix] = self.step
+            self._counts("basis_step")[matrix] = self.step
             self.failures.pop(matrix, None)
         if outcome in (Outcome.DONE, Outcome.ZERO):
             return None
