@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any, overload
 
 import torch
@@ -327,6 +328,14 @@ class Conda(torch.optim.Optimizer):
         """What a copy or a pickle keeps; plans are made anew."""
         kept = {name: self.__dict__[name] for name in ("_options", "_process_group", "_routed")}
         return {**super().__getstate__(), **kept}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Conda":
+        """A copy among the same ranks: a process group is nothing that could be copied."""
+        memo[id(self._process_group)] = self._process_group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes up a copy, a pickle or (called by torch) a loaded state dict."""

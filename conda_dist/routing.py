@@ -238,8 +238,13 @@ def check_splits(name: str, param: Tensor, splits: Sequence[int]) -> None:
         )
 
 
-def nothing_to_project(named: Sequence[tuple[str, Tensor]]) -> str:
-    """The error for a model none of whose matrices would reach the conda path."""
+HOW = (
+    'Name weights with param_groups(model, conda=["pattern"]) or give their group algorithm="conda"'
+)
+
+
+def nothing_to_project(named: Sequence[tuple[str, Tensor]], how: str = HOW) -> str:
+    """The error for a model none of whose matrices would reach the conda path; ``how`` to mend."""
     listed = [
         f"{clean_name(name)} {tuple(param.shape)}"
         f"{'' if param.requires_grad else ', frozen'}: {route(name, param).reason}"
@@ -248,6 +253,5 @@ def nothing_to_project(named: Sequence[tuple[str, Tensor]]) -> str:
     return (
         "no trainable matrix would reach the conda path, so this would be AdamW under another "
         f"name. Found {len(named)} parameters: {'; '.join(listed)}"
-        f"{'; ...' if len(named) > 8 else ''}. Name weights with "
-        'param_groups(model, conda=["pattern"]) or give their group algorithm="conda".'
+        f"{'; ...' if len(named) > 8 else ''}. {how}."
     )

@@ -85,7 +85,7 @@ class DataConfig:
     ] = ""
     text_field: Annotated[str, Key("field or column of the text in JSONL, parquet and hf")] = "text"
     text_separator: Annotated[
-        str, Key("cuts a plain-text file into documents (default: one a file)")
+        str, Key(r"cuts plain-text files into documents, such as '\n\n' (default: one a file)")
     ] = ""
     val_fraction: Annotated[
         float, Key("share of the documents held out for validation", gt=0, lt=1)
@@ -299,6 +299,11 @@ def _conflicts(config: Config) -> list[tuple[bool, str]]:
         (
             model.architecture == "gpt2" and kv_heads is not None,
             "model.num_key_value_heads has no effect with model.architecture gpt2: remove it",
+        ),
+        (
+            (schedule.warmup_steps or 0) > config.training.steps,
+            f"schedule.warmup_steps {schedule.warmup_steps} is more than training.steps "
+            f"{config.training.steps}, so the peak rate would never be reached: lower it",
         ),
         (
             schedule.min_lr is not None and schedule.min_lr > peak,

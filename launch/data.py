@@ -117,8 +117,8 @@ def _open_files(config: Config, entry: Path, facts: dict[str, Any]) -> Data:
     if val_windows < 1:
         raise ConfigError(
             f"the validation split has {facts['val_tokens']} tokens (of {facts['documents']} "
-            f"documents), fewer than one sequence of {length}: raise data.val_fraction, or set "
-            "data.text_separator if the text is one long file"
+            f"documents), fewer than one sequence of {length}: raise data.val_fraction, "
+            "give more text, or set data.text_separator where files hold many documents"
         )
     # Evenly spaced over the split, so that a small set still sees all of it.
     chosen = np.linspace(0, val_windows - 1, min(training.val_sequences, val_windows)).astype(int)

@@ -101,7 +101,10 @@ def lookup(name: str) -> Declared:
     """The key of that dotted name; raises ConfigError with the nearest name there is."""
     if name in SCHEMA:
         return SCHEMA[name]
-    nearest = difflib.get_close_matches(name, SCHEMA, n=1, cutoff=0.0)[0]
+    # Keys of the chosen optimizer have a short form, which a key of that length is meant to be.
+    short = {f"optimizer.{key.rpartition('.')[2]}" for key in SCHEMA if key.count(".") == 2}
+    known = [*SCHEMA, *sorted(short)] if name.count(".") == 1 else SCHEMA
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     siblings = [key for key in SCHEMA if key.rpartition(".")[0] == name.rpartition(".")[0]]
     listed = f" The keys there are: {', '.join(siblings)}." if siblings else ""
     raise ConfigError(f"unknown key {name!r}. Did you mean {nearest!r}?{listed}")

@@ -2,8 +2,9 @@
 
 Runs as one process or, started by torchrun, as many. Exit codes: 0 the run is complete; 1 it
 failed; 2 the configuration is wrong; 75 it was asked to stop (Ctrl-C, SIGTERM, SIGUSR1), saved a
-checkpoint and can be continued with `--resume`. torchrun passes the first two signals on, kills
-what has not ended after 30 s (`--shutdown-timeout`) and exits with a code of its own.
+checkpoint and can be continued with `--resume`. torchrun passes on the first two signals, the
+third if `--signals-to-handle` has it, kills what has not ended after 30 s (`--shutdown-timeout`),
+and exits with a code of its own. `launch/train.sh` sets both options.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from .config import ConfigError, DataConfig
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _PLAIN = {".txt", ".md", ".py", ".rst"}
+_PIECE = 4096  # characters
 _READABLE = (*sorted(_PLAIN), ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -37,7 +38,9 @@ class FileSource:
 
     def __init__(self, config: DataConfig) -> None:
         """Lists the files; raises ConfigError if a path is missing or holds nothing readable."""
-        self._field, self._separator = config.text_field, config.text_separator
+        self._field = config.text_field
+        # Shells pass a backslash and an n where a line end is meant.
+        self._separator = config.text_separator.replace("\\n", "\n").replace("\\t", "\t")
         if config.path:
             self._files = [file for path in config.path for file in _expand(path)]
         else:
@@ -69,7 +72,12 @@ class FileSource:
             yield from self._read_json_lines(file)
         else:
             text = file.read_text(encoding="utf-8", errors="replace")
-            yield from text.split(self._separator) if self._separator else [text]
+            if self._separator:
+                yield from text.split(self._separator)
+            elif len(self._files) == 1:
+                yield from _paragraphs(text)
+            else:
+                yield text
 
     def _read_json_lines(self, file: Path) -> Iterator[str]:
         opener = gzip.open if file.suffix == ".gz" else open
@@ -97,12 +105,26 @@ class FileSource:
                 yield text_of({self._field: text}, self._field, str(file))
 
 
+def _paragraphs(text: str) -> Iterator[str]:
+    """A text that is all there is, cut at blank lines, so that some of it can be held out."""
+    piece: list[str] = []
+    for paragraph in text.split("\n\n"):
+        piece.append(paragraph)
+        if sum(map(len, piece)) >= _PIECE:
+            yield "\n\n".join(piece)
+            piece = []
+    if piece:
+        yield "\n\n".join(piece)
+
+
 def text_of(record: Any, field: str, where: str) -> str:
-    """The text of one record; raises ConfigError naming `where` and the fields there are."""
+    """The text of one record, "" where it is null; raises ConfigError naming `where` otherwise."""
     if not isinstance(record, dict) or field not in record:
         found = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
         raise ConfigError(f"{where} has no field {field!r}; found {found}: set data.text_field")
     text = record[field]
+    if text is None:
+        return ""
     if not isinstance(text, str):
         raise ConfigError(f"{where}: {field!r} is a {type(text).__name__}, not a text")
     return text

@@ -13,6 +13,7 @@ if [[ ${1-} == *.toml ]]; then
     shift
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# A stopped job may take its time to save.
+# A stopped job may take its time to save; Slurm's warning signal (SIGUSR1) stops it too.
 exec torchrun --standalone --nproc-per-node="${NPROC:-2}" --shutdown-timeout=300 \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m conda_dist.launch.pretrain "$config" "$@"

@@ -7,9 +7,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conda_dist.launch import pretrain
-
 import ranks
+from conda_dist.launch import pretrain
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 

@@ -30,6 +30,8 @@ LAYOUTS: list[tuple[tuple[int, ...], tuple[Placement, ...]]] = [
     ((2, 2), (COLUMNS, ROWS)),
     ((2, 2), (ROWS, ROWS)),
     ((2, 2), (COLUMNS, COLUMNS)),
+    ((2, 2), (COLUMNS, ALL)),
+    ((2, 2), (ALL, ALL)),
     ((3, 2), (ROWS, COLUMNS)),
     ((3, 2), (COLUMNS, COLUMNS)),
 ]

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conda_dist.launch.checkpoint import complete_checkpoints, record_hash, step_of
 
 import launch_jobs
+from conda_dist.launch.checkpoint import complete_checkpoints, record_hash, step_of
 from launch_jobs import metrics, succeed, train
 
 Damage = Callable[[Path], None]

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+
+import launch_jobs
 from conda_dist.launch import compare, comparison
 from conda_dist.launch.comparison import Outcome, Point, tabulate
 from conda_dist.launch.config import ConfigError
-
-import launch_jobs
 
 OPTIMIZERS = ["conda", "adamw", "muon"]
 

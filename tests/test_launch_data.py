@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-from conda_dist.launch import cache, data, options, sources
-from conda_dist.launch import tokenizer as bpe
-from conda_dist.launch.batches import StreamBatches, TokenBatches, micro_batches, row_range
-from conda_dist.launch.config import Config, ConfigError, DataConfig
-from conda_dist.launch.runtime import World
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import launch_jobs
 import ranks
+from conda_dist.launch import cache, data, options, sources
+from conda_dist.launch import tokenizer as bpe
+from conda_dist.launch.batches import StreamBatches, TokenBatches, micro_batches, row_range
+from conda_dist.launch.config import Config, ConfigError, DataConfig
+from conda_dist.launch.runtime import World
 from launch_jobs import LIBRARY, train
 
 DOCUMENTS = [file.read_text() for file in sorted((LIBRARY / "email").glob("*.py"))] + [""]
@@ -351,3 +351,25 @@ def test_a_streamed_run_resumes_exactly(hub: Path, tmp_path: Path) -> None:
     (tmp_path / "parts" / "checkpoints" / "step-00000008").rename(tmp_path / "gone")
     launch_jobs.succeed(2, *streamed, "--output", tmp_path / "parts", "--resume")
     assert launch_jobs.curve(tmp_path / "parts") == launch_jobs.curve(tmp_path / "whole")
+
+
+def test_one_file_is_cut_so_that_some_of_it_is_held_out(tmp_path: Path) -> None:
+    file = tmp_path / "book.txt"
+    file.write_text("\n\n".join(f"Paragraph {i} of a book. " * 8 for i in range(2000)))
+    documents = texts(tmp_path, "--data.path", file)
+    assert "\n\n".join(documents) == file.read_text()
+    assert len(documents) > 50
+    assert {sources.in_validation(text, 0.1) for text in documents} == {True, False}
+
+
+def test_separator_as_a_shell_passes_it(tmp_path: Path) -> None:
+    file = tmp_path / "many.txt"
+    file.write_text("one\n\ntwo\n\nthree")
+    cut = ("--data.text_separator", r"\n\n")
+    assert texts(tmp_path, "--data.path", file, *cut) == ["one", "two", "three"]
+
+
+def test_null_texts_are_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    assert texts(tmp_path, "--data.path", file) == ["one", "two"]

@@ -4,11 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from conda_dist.launch import options, runtime, schedule
-from conda_dist.launch.config import Config, ScheduleConfig
-from conda_dist.launch.model import build_model
-from conda_dist.launch.muon import ShardedMuon
-from conda_dist.launch.optimizers import build_optimizers, describe
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,6 +11,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import ranks
+from conda_dist.launch import options, runtime, schedule
+from conda_dist.launch.config import Config, ScheduleConfig
+from conda_dist.launch.model import build_model
+from conda_dist.launch.muon import ShardedMuon
+from conda_dist.launch.optimizers import build_optimizers, describe
 
 SMALL = ["--model.hidden_size", "24", "--model.num_attention_heads", "2"]
 SMALL += ["--model.intermediate_size", "40", "--model.num_hidden_layers", "2"]

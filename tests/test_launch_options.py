@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
-from conda_dist.launch import options, pretrain
-from conda_dist.launch.config import Config, ConfigError
 from hypothesis import given
 from hypothesis import strategies as st
+
+from conda_dist.launch import options, pretrain
+from conda_dist.launch.config import Config, ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -51,6 +52,8 @@ def test_values_on_the_command_line(argument: str, text: str, value: object) -> 
     [
         (["--training.step", "5"], ["training.step", "Did you mean 'training.steps'"]),
         (["--trainnig.steps", "5"], ["Did you mean 'training.steps'"]),
+        (["--optimizer.lrr", "5"], ["Did you mean 'optimizer.lr'"]),
+        (["--schedule.warmup_steps", "9", "--training.steps", "5"], ["peak rate", "lower it"]),
         (["--training.steps", "many"], ["training.steps many", "a whole number"]),
         (["--training.steps", "1.5"], ["a whole number"]),
         (["--training.steps", "0"], ["training.steps = 0: must be >= 1"]),

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conda_dist.launch.checkpoint import complete_checkpoints, step_of
-from conda_dist.launch.pretrain import EXIT_STOPPED
 
 import launch_jobs
+from conda_dist.launch.checkpoint import complete_checkpoints, step_of
+from conda_dist.launch.pretrain import EXIT_STOPPED
 from launch_jobs import curve, metrics, succeed
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -104,6 +104,20 @@ def test_one_process_stops_on_a_signal(config: Path, tmp_path: Path, number: int
     assert "Traceback" not in said
     reached = metrics(tmp_path)[-1]["step"]
     assert step_of(complete_checkpoints(tmp_path / "checkpoints")[-1]) == reached
+
+
+def test_torchrun_passes_on_what_slurm_sends(config: Path, tmp_path: Path) -> None:
+    """With the options that launch/train.sh gives it: by itself it would die of SIGUSR1 alone."""
+    script = (Path(__file__).parents[1] / "launch" / "train.sh").read_text()
+    options = [word for word in script.split() if word.startswith(("--signals", "--shutdown"))]
+    assert len(options) == 2
+    job = ("-m", "conda_dist.launch.pretrain", *endless(config, tmp_path))
+    with started(*TORCHRUN, *options, *job, "--checkpoint.interval", 0) as torchrun:
+        wait_for_step(tmp_path, 3, torchrun)
+        torchrun.send_signal(signal.SIGUSR1)
+        said, _ = torchrun.communicate(timeout=DEADLINE)
+    assert "continue with --resume" in said
+    assert len(complete_checkpoints(tmp_path / "checkpoints")) == 1
 
 
 def test_killed_while_saving(config: Path, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Layer: integrations. FSDP2: shards laid so that no Conda step moves a gradient."""
+
+import weakref
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from conda_dist import storage
+from conda_dist.exchange import Mesh
+from conda_dist.layout import kept_dim
+from conda_dist.routing import CONDA, clean_name, divide
+
+
+def conda_shard_placement(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    conda: Sequence[str] = (),
+    adamw: Sequence[str] = (),
+    strict: bool = False,
+) -> Callable[[nn.Parameter], Shard | None]:
+    """A ``shard_placement_fn`` for ``fully_shard``: wide matrices by columns, all else by rows.
+
+    Conda leaves the columns of a wide matrix (m < n) alone and the rows of any other, so shards of
+    them step without a word to other ranks::
+
+        place = conda_shard_placement(model, mesh)
+        for block in model.layers:
+            fully_shard(block, mesh=mesh, shard_placement_fn=place)
+        fully_shard(model, mesh=mesh, shard_placement_fn=place)
+
+    FSDP2 shards a dimension other than the first only where it divides evenly. A wide matrix that
+    does not is left to rows: its step then exchanges the gradient, as :meth:`Conda.report` shows.
+    What is decided depends on shapes and placements only, and so is the same on all ranks.
+
+    Args:
+        model: the module, its parameters those that ``fully_shard`` is going to see: after
+            tensor parallelism, before any ``fully_shard``.
+        mesh: the mesh given to ``fully_shard``; its last dimension is the one that shards.
+        conda: as of :func:`conda_dist.param_groups`.
+        adamw: as of :func:`conda_dist.param_groups`.
+        strict: whether a wide matrix that does not divide evenly is an error.
+
+    Raises:
+        TypeError: ``mesh`` is no DeviceMesh.
+        ValueError: the mesh has more than two dimensions; a pattern matches no parameter; or,
+            with ``strict``, a wide matrix does not divide.
+    """
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
+    if mesh.ndim > 2:
+        raise ValueError(
+            f"fully_shard takes a mesh of one dimension (shard) or two (replicate, shard), got "
+            f"{mesh.ndim}: {mesh}"
+        )
+    groups, unmatched = divide(model, conda, adamw)
+    if unmatched:
+        raise ValueError(f"pattern {unmatched[0]!r} matches no parameter of {type(model).__name__}")
+    ways = mesh.size(mesh.ndim - 1)
+    # Weak, for fully_shard frees the whole parameters it shards, and their ids may come again.
+    columns: dict[int, tuple[weakref.ref[nn.Parameter], Shard]] = {}
+    for name, param in groups[CONDA]:
+        assert isinstance(param, nn.Parameter)
+        dim = kept_dim(tuple(param.shape))
+        if dim != param.ndim - 1:
+            continue
+        sizes = _column_sizes(clean_name(name), param)
+        if all(size % ways == 0 for size in sizes):
+            columns[id(param)] = weakref.ref(param), Shard(dim)
+        elif strict:
+            raise ValueError(
+                f"{clean_name(name)}: {tuple(param.shape)} is wide, but its columns "
+                f"{sorted(sizes)} do not divide by {ways} ranks, and FSDP2 shards no dimension but "
+                "the first unevenly. Choose another number of ranks, or strict=False to leave it "
+                "to rows."
+            )
+
+    def place(param: nn.Parameter) -> Shard | None:
+        known, shard = columns.get(id(param), (lambda: None, None))
+        return shard if known() is param else None
+
+    return place
+
+
+def _column_sizes(name: str, param: nn.Parameter) -> set[int]:
+    """Columns that the ranks of a tensor-parallel mesh hold, each of which FSDP2 would shard."""
+    if not isinstance(param, DTensor):
+        return {param.shape[-1]}
+    mesh = Mesh.of_device_mesh(param.device_mesh)
+    layout = storage.find_layout(name, param, mesh)
+    return {layout.local_shape(coordinate)[-1] for coordinate in layout.coordinates()}

@@ -1,0 +1,228 @@
+"""Layer: integrations. torchtitan's optimizer container with Conda in it, and its config."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch import nn
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config.override import derive
+from torchtitan.tools.logging import logger
+
+from conda_dist.exchange import Mesh, all_max
+from conda_dist.optimizer import Conda
+from conda_dist.report import print_table
+from conda_dist.routing import ADAMW, CONDA, clean_name, divide, nothing_to_project, split
+
+OPTIONS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "scale",
+    "update_proj_gap",
+    "correct_bias",
+    "basis_placement",
+    "basis_budget",
+    "bucket_bytes",
+    "refresh_bytes",
+    "max_refresh_failures",
+)
+DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
+    """One :class:`conda_dist.Conda` for each model part, or torchtitan's own optimizers.
+
+    Args:
+        config: the config.
+        model_parts: the model, or the pipeline stages this rank holds, after parallelization.
+
+    Raises:
+        ValueError: an option is out of its range; a pattern matches no parameter of any stage; no
+            matrix of any stage would be on the conda path. On all ranks alike.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):  # type: ignore[misc]
+        """torchtitan's optimizer config with Conda's arguments beside it.
+
+        ``param_groups`` and ``implementation`` are torchtitan's and without effect on Conda. The
+        other arguments, if not described here, are those of :class:`conda_dist.Conda`.
+        """
+
+        name: Literal["stock", "conda"] = "stock"
+        """"conda", or "stock" for the optimizers that the config's param_groups name."""
+
+        lr: float = 1e-2
+        betas: tuple[float, float] = (0.9, 0.99)
+        eps: float = 1e-8
+        weight_decay: float = 0.0
+        scale: float = 0.25
+        update_proj_gap: int = 2000
+        correct_bias: bool = True
+        state_dtype: Literal["float32", "bfloat16"] | None = None
+        matmul_dtype: Literal["float32", "bfloat16"] | None = None
+        basis_placement: Literal["auto", "replicate", "shard"] = "auto"
+        basis_budget: int = 4 * 2**30
+        bucket_bytes: int = 64 * 2**20
+        refresh_bytes: int = 512 * 2**20
+        max_refresh_failures: int = 3
+
+        conda_params: list[str] = field(default_factory=list)
+        """Patterns (as of fnmatch) of parameters to project whatever their names say."""
+
+        adamw_params: list[str] = field(default_factory=list)
+        """Patterns of parameters to keep off the conda path."""
+
+        splits: list[str] = field(default_factory=list)
+        """Fused weights: "PATTERN=ROWS+ROWS+..." or "PATTERN=PARTS", as of param_groups."""
+
+        adamw_lr: float | None = None
+        """Learning rate of the adamw path; by default that of the conda path, as in the paper."""
+
+        adamw_weight_decay: float | None = None
+        """Weight decay of the adamw path; by default that of the conda path."""
+
+    def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
+        self._config = config
+        if config.name == "conda":
+            _check_stages(config, model_parts)
+        else:
+            _check_unused(config)
+        super().__init__(config, model_parts=model_parts)
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Conda):
+                _log_table(optimizer)
+
+    def _build_param_groups(
+        self, model: nn.Module, param_group_configs: Sequence[Any], impl_kwargs: Mapping[str, Any]
+    ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[str]]]:
+        """Groups by path, of any model part: a stage may have parameters of one path only."""
+        config = self._config
+        if config.name == "stock":
+            built: tuple[dict[str, list[dict[str, Any]]], dict[str, list[str]]] = (
+                super()._build_param_groups(model, param_group_configs, impl_kwargs)
+            )
+            return built
+        own = {"lr": config.adamw_lr, "weight_decay": config.adamw_weight_decay}
+        options = {CONDA: {}, ADAMW: {key: v for key, v in own.items() if v is not None}}
+        divided, _ = divide(model, config.conda_params, config.adamw_params)
+        cut, _ = split(divided[CONDA], _splits(config.splits))
+        ways = [(CONDA, rows, named) for rows, named in cut.items()]
+        groups = []
+        for algorithm, rows, named in (*ways, (ADAMW, None, divided[ADAMW])):
+            trainable = {clean_name(n): param for n, param in named if param.requires_grad}
+            if trainable:  # names apart from parameters, as torchtitan has them
+                names, params = list(trainable), list(trainable.values())
+                group = {"params": params, "param_names": names, "algorithm": algorithm}
+                groups.append({**group, "splits": rows, **options[algorithm]})
+        return {"Conda": groups}, {"Conda": [f"{group['algorithm']} path" for group in groups]}
+
+    def _resolve_optimizer_factory(self, name: str) -> Callable[..., torch.optim.Optimizer]:
+        """Conda by its config; torchtitan's own by name."""
+        if self._config.name == "stock":
+            factory: Callable[..., torch.optim.Optimizer] = super()._resolve_optimizer_factory(name)
+            return factory
+        config = self._config
+        options = {option: getattr(config, option) for option in OPTIONS}
+        for option in ("state_dtype", "matmul_dtype"):
+            options[option] = DTYPES[getattr(config, option)]
+        return lambda groups: Conda(groups, **options)
+
+
+def conda_config(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
+    """A torchtitan optimizer config as one of :class:`CondaOptimizersContainer`.
+
+    Args:
+        config: an ``OptimizersContainer.Config``.
+        options: fields to set.
+
+    Raises:
+        ValueError: the config is of another container, whose ``step`` is not torchtitan's own
+            (TorchFT's); or has no such field.
+    """
+    known = (OptimizersContainer.Config, CondaOptimizersContainer.Config)
+    if type(config) not in known:
+        raise ValueError(
+            f"--optimizer.name conda replaces torchtitan's own OptimizersContainer, but this "
+            f"config's optimizer is a {type(config).__qualname__} "
+            f"({type(config).__module__}), which wraps the optimizer's step and state in its own "
+            "way and was not tried with Conda. Use a config without it."
+        )
+    made: CondaOptimizersContainer.Config = derive(
+        config, CondaOptimizersContainer.Config, **options
+    )
+    return made
+
+
+def _splits(given: Sequence[str]) -> dict[str, int | list[int]]:
+    """The splits of a command line as :func:`conda_dist.param_groups` takes them.
+
+    Raises:
+        ValueError: one is not of the form "PATTERN=ROWS+ROWS" or "PATTERN=PARTS".
+    """
+    splits: dict[str, int | list[int]] = {}
+    for text in given:
+        pattern, _, rows = text.rpartition("=")
+        try:
+            numbers = [int(number) for number in rows.split("+")]
+        except ValueError:
+            numbers = []
+        if not pattern or not numbers:
+            raise ValueError(
+                f"--optimizer.splits {text!r}: give PATTERN=ROWS+ROWS+... or PATTERN=PARTS, such "
+                "as '*.wqkv.weight=4096+1024+1024' or '*.w13.weight=2'"
+            )
+        splits[pattern] = numbers if len(numbers) > 1 else numbers[0]
+    return splits
+
+
+def _check_stages(config: CondaOptimizersContainer.Config, parts: Sequence[nn.Module]) -> None:
+    """Raises on all ranks for what would be an error in a model that were not cut into stages."""
+    splits = _splits(config.splits)
+    patterns = [*config.conda_params, *config.adamw_params, *splits]
+    matched, projected = set[str](), False
+    for part in parts:
+        groups, unmatched = divide(part, config.conda_params, config.adamw_params)
+        matched |= set(patterns) - {*unmatched, *split(groups[CONDA], splits)[1]}
+        projected |= any(param.requires_grad for _, param in groups[CONDA])
+    found = [pattern in matched for pattern in patterns]
+    if (world := dist.group.WORLD) is not None:
+        found = [bool(f) for f in all_max(Mesh.of_group(world), [*found, projected])]
+        projected = found.pop()
+    names = [pair for part in parts for pair in part.named_parameters()]
+    for pattern, anywhere in zip(patterns, found, strict=True):
+        if not anywhere:
+            raise ValueError(
+                f"pattern {pattern!r} matches no such parameter of any pipeline stage; names look "
+                f"like {', '.join(repr(clean_name(name)) for name, _ in names[:3])}"
+            )
+    if not projected:
+        how = "Name weights with --optimizer.conda_params, or fewer with --optimizer.adamw_params"
+        raise ValueError(nothing_to_project(names, how))
+
+
+def _check_unused(config: CondaOptimizersContainer.Config) -> None:
+    """Refuses options of Conda's that would be ignored."""
+    default = CondaOptimizersContainer.Config()
+    theirs = {f.name for f in fields(OptimizersContainer.Config)}
+    for name in (f.name for f in fields(default) if f.name not in theirs):
+        if getattr(config, name) != getattr(default, name):
+            raise ValueError(
+                f"--optimizer.{name} is an option of Conda's: add --optimizer.name conda to use it"
+            )
+
+
+def _log_table(optimizer: Conda) -> None:
+    """Logs what went where, once for each model part: on the first rank that holds it."""
+    table = optimizer.report(show=False)
+    if any(any(mesh.coordinate) for mesh in optimizer.meshes()):
+        return
+    text = io.StringIO()
+    print_table(table, Console(file=text, width=180))
+    logger.info("Conda's parameters\n%s", text.getvalue())

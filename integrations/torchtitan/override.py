@@ -1,0 +1,30 @@
+"""Layer: integrations. Conda by ``--override.imports``, torchtitan's way to swap a component."""
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config.override import override
+
+from conda_dist.integrations.torchtitan.container import CondaOptimizersContainer, conda_config
+
+
+@override(target=OptimizersContainer.Config, description="Conda (arXiv 2509.24218)")  # type: ignore[untyped-decorator]
+def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
+    """Conda for whatever the config's optimizer is.
+
+    Args:
+        config: the config's optimizer.
+        options: fields of :class:`CondaOptimizersContainer.Config`, such as ``lr``.
+
+    Raises:
+        ValueError: there is no such field, or the config's optimizer cannot be replaced.
+    """
+    names = [f.name for f in fields(CondaOptimizersContainer.Config)]
+    for option in options.keys() - set(names):
+        near = difflib.get_close_matches(option, names, n=1, cutoff=0)
+        raise ValueError(f"Conda has no option {option!r}; the nearest is {near[0]!r}")
+    if "betas" in options:
+        options["betas"] = tuple(options["betas"])  # JSON has lists only
+    return conda_config(config, **{"name": "conda", **options})

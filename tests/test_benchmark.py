@@ -1,0 +1,32 @@
+"""The benchmark measures what it says: real steps, in turns, of optimizers that have begun."""
+
+import pytest
+import torch
+
+from conda_dist.launch import benchmark
+
+
+def test_every_contender_steps_in_every_round() -> None:
+    sizes = benchmark.shapes(16, 24, 1)
+    assert sizes == [(16, 16)] * 4 + [(24, 16)] * 2 + [(16, 24)]
+    steps = benchmark.contenders(sizes)
+    assert next(iter(steps)) == "pytorch_optimizer.Conda"
+    params = [
+        group["params"]
+        for s in steps.values()
+        if hasattr(s, "__self__")
+        for group in s.__self__.param_groups
+    ]
+    before = [[param.detach().clone() for param in some] for some in params]
+    taken = benchmark.measure(steps, 3)
+    assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys(steps, 3)
+    assert len(params) == 4
+    for some, were in zip(params, before, strict=True):
+        assert not any(map(torch.equal, some, were))
+
+
+def test_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(["--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2"])
+    said = capsys.readouterr().out
+    assert "7 matrices, width 16, MLP 24" in said
+    assert "torch.optim.AdamW" in said
