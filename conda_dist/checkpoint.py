@@ -180,8 +180,9 @@ def _state_shapes(
     parts = () if splits is None else (len(splits),)
     shapes: dict[str, tuple[int, ...]] = {"step": parts, "exp_avg": shape, "exp_avg_sq": shape}
     if algorithm == CONDA:
+        repeats = 1 if splits is None else shape[-2] // sum(splits)
         for part, rows in enumerate(splits or shape[-2:-1]):
-            r = min(rows, shape[-1])
+            r = min(rows * repeats, shape[-1])
             shapes[basis_key(None if splits is None else part)] = (*shape[:-2], r, r)
         shapes["basis_step"] = (*parts, *shape[:-2])
     return shapes

@@ -97,9 +97,7 @@ class CondaPath:
         buckets = schedule.buckets
         coming = deque(self._forward(bucket, grads) for bucket in buckets[:1])
         for i in schedule.solo:
-            weight = self.weights[i]
-            basis = weight.basis
-            weight.advance(basis, weight.project(grads[i], basis))
+            self._solo(self.weights[i], grads[i])
         going: deque[tuple[Bucket, Exchange]] = deque()
         for k, bucket in enumerate(buckets):
             tensors, bases = self._arrived(bucket, coming.popleft())
@@ -114,6 +112,17 @@ class CondaPath:
             going.append((bucket, self._backward(bucket, updates)))
         if going:
             self._apply(*going.popleft())
+
+    def _solo(self, weight: Weight, grad: Tensor) -> None:
+        """The step of a weight that needs no other rank."""
+        borrows, basis = weight.plan.borrows, weight.basis
+        if borrows:
+            weight.borrow(*weight.kept)
+        update = weight.advance(basis, weight.project(grad, basis))
+        if update is not None:
+            weight.apply(update)
+        if borrows:
+            weight.give_back(*weight.moments)
 
     def _refreshing(self, wave: Wave, grads: dict[int, Tensor]) -> None:
         """The step of weights that take new bases."""
@@ -133,7 +142,7 @@ class CondaPath:
         weights = [self.weights[i] for i in bucket.weights]
         tensors = [grads[i] for i in bucket.weights] + [w.basis for w in weights]
         device = tensors[-1].device
-        tensors += [moment for i in bucket.travellers for moment in weights[i].kept]
+        tensors += [moment for i in bucket.borrowers for moment in weights[i].kept]
         dtypes = [tensor.dtype for tensor in tensors]
         return Exchange(weights[0].mesh, bucket.forward, tensors, dtypes, device)
 
@@ -142,7 +151,7 @@ class CondaPath:
         tensors = [tensor for tensor in exchange.wait() if tensor is not None]
         count = len(bucket.weights)
         arrived = iter(tensors[2 * count :])
-        for i, first, second in zip(bucket.travellers, arrived, arrived, strict=False):
+        for i, first, second in zip(bucket.borrowers, arrived, arrived, strict=False):
             self.weights[bucket.weights[i]].borrow(first, second)
         return tensors[:count], tensors[count : 2 * count]
 
@@ -150,7 +159,7 @@ class CondaPath:
         """Starts updates to the storage layout."""
         weights = [self.weights[i] for i in bucket.weights]
         dtypes = [weight.param.dtype for weight in weights]
-        for i in bucket.travellers:
+        for i in bucket.borrowers:
             moments = weights[i].moments
             updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]
         device = weights[0].basis.device
@@ -162,7 +171,7 @@ class CondaPath:
             if update is not None:
                 self.weights[i].apply(update)
         arrived = iter(tensors[len(bucket.weights) :])
-        for i, first, second in zip(bucket.travellers, arrived, arrived, strict=False):
+        for i, first, second in zip(bucket.borrowers, arrived, arrived, strict=False):
             assert first is not None
             assert second is not None
             self.weights[bucket.weights[i]].give_back(first, second)

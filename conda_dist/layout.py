@@ -88,23 +88,23 @@ class Layout:
         mesh: sizes of the mesh dimensions; ``()`` for a tensor of one process.
         placements: for each mesh dimension what it splits, or None where it replicates. Applied
             from left to right, as DTensor does.
-        window: for a block of rows (dimension -2) of a larger tensor, which is what the placements
-            split: its first row there, and how many rows there are.
+        window: for some rows (dimension -2) of a larger tensor, which is what the placements
+            split: which rows, ascending, and how many there are in all.
     """
 
     shape: tuple[int, ...]
     mesh: tuple[int, ...]
     placements: tuple[Split | None, ...]
-    window: tuple[int, int] | None = None
+    window: tuple[tuple[range, ...], int] | None = None
 
-    def rows(self, start: int, stop: int) -> "Layout":
-        """Rows [start, stop) of a tensor (..., m, n) as a tensor of their own, where they are."""
-        shape = (*self.shape[:-2], stop - start, self.shape[-1])
-        return replace(self, shape=shape, window=(start, self.shape[-2]))
+    def rows(self, rows: tuple[range, ...]) -> "Layout":
+        """Some rows of a tensor (..., m, n) as a tensor of their own, where they are."""
+        shape = (*self.shape[:-2], sum(map(len, rows)), self.shape[-1])
+        return replace(self, shape=shape, window=(rows, self.shape[-2]))
 
     @property
     def whole(self) -> "Layout":
-        """The layout of the larger tensor that this is a block of rows of; else this one."""
+        """The layout of the larger tensor of which these are some rows; else this one."""
         return replace(self, shape=self.split_shape, window=None)
 
     @property
@@ -114,12 +114,25 @@ class Layout:
             return self.shape
         return (*self.shape[:-2], self.window[1], self.shape[-1])
 
-    def offset(self, coordinate: Coordinate) -> int:
-        """Where a block of rows begins among the rows that a coordinate holds of the larger one."""
-        if self.window is None:
-            return 0
-        held = _split_runs(self, coordinate)[-2]
-        return sum(len(run[: max(self.window[0] - run.start, 0)]) for run in held)
+    def spans(self, coordinate: Coordinate) -> tuple[tuple[int, int], ...]:
+        """Where these rows are among those a coordinate holds of the larger tensor.
+
+        Returns:
+            First row in the local tensor and number of rows, of each run.
+        """
+        assert self.window is not None
+        spans: list[tuple[int, int]] = []
+        offset = 0
+        for run in _split_runs(self, coordinate)[-2]:
+            for rows in self.window[0]:
+                if common := range(max(run.start, rows.start), min(run.stop, rows.stop)):
+                    start = offset + common.start - run.start
+                    if spans and sum(spans[-1]) == start:
+                        spans[-1] = (spans[-1][0], spans[-1][1] + len(common))
+                    else:
+                        spans.append((start, len(common)))
+            offset += len(run)
+        return tuple(spans)
 
     def move(self, mesh_dim: int, placement: Split | None) -> "Layout":
         """This layout with the placement of one mesh dimension exchanged for another."""
@@ -212,9 +225,15 @@ def _runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ...], ..
     """For each tensor dimension the runs of indices held at a coordinate."""
     runs = list(_split_runs(layout, coordinate))
     if layout.window is not None:
-        start, stop = layout.window[0], layout.window[0] + layout.shape[-2]
-        parts = (range(max(run.start, start), min(run.stop, stop)) for run in runs[-2])
-        runs[-2] = tuple(range(part.start - start, part.stop - start) for part in parts if part)
+        parts = []
+        for run in runs[-2]:
+            offset = 0
+            for rows in layout.window[0]:
+                if common := range(max(run.start, rows.start), min(run.stop, rows.stop)):
+                    shift = offset - rows.start
+                    parts.append(range(common.start + shift, common.stop + shift))
+                offset += len(rows)
+        runs[-2] = _slice(tuple(parts), 0, sum(map(len, parts)))
     return tuple(runs)
 
 

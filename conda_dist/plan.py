@@ -61,9 +61,15 @@ class WeightPlan:
         return self.compute if self.part is None else self.storage
 
     @property
-    def moments_travel(self) -> bool:
-        """Whether the moments go to the compute layout and back in every step."""
-        return self.part is not None and bool(self.moves)
+    def in_place(self) -> bool:
+        """Whether the local rows of the stored weight are, in one piece, what a step works on."""
+        window = self.storage.window
+        return not self.moves and (window is None or len(window[0]) == 1)
+
+    @property
+    def borrows(self) -> bool:
+        """Whether a step works on copies of the moments."""
+        return self.part is not None and not self.in_place
 
     @property
     def right(self) -> bool:
@@ -200,16 +206,16 @@ class Bucket:
 
     Attributes:
         weights: their indices.
-        travellers: positions among them of those whose moments travel too.
+        borrowers: positions among them of those that step on copies of their moments.
         forward: exchanges before the step. Items: the gradients of ``weights``, storage to
             compute layout; as many bases, kept to whole; first and second moment of each of
-            ``travellers``, storage to compute layout.
+            ``borrowers``, storage to compute layout.
         backward: exchanges after it. Items: the updates, compute to storage layout; the moments
-            of ``travellers``.
+            of ``borrowers``.
     """
 
     weights: tuple[int, ...]
-    travellers: tuple[int, ...]
+    borrowers: tuple[int, ...]
     forward: tuple[Hop, ...]
     backward: tuple[Hop, ...]
 
@@ -258,12 +264,12 @@ def plan_bucket(
     grads = [redistribution(plan.moves) for plan in chosen]
     bases = [redistribution(to_whole(plan.basis, _matrix_dims(plan.basis))) for plan in chosen]
     updates = [redistribution(reverse(plan.moves)) for plan in chosen]
-    travellers = tuple(i for i, plan in enumerate(chosen) if plan.moments_travel)
-    there = [grads[i] for i in travellers for _ in range(2)]
-    back = [updates[i] for i in travellers for _ in range(2)]
+    borrowers = tuple(i for i, plan in enumerate(chosen) if plan.borrows)
+    there = [grads[i] for i in borrowers for _ in range(2)]
+    back = [updates[i] for i in borrowers for _ in range(2)]
     return Bucket(
         weights,
-        travellers,
+        borrowers,
         plan_hops(grads + bases + there, coordinate),
         plan_hops(updates + back, coordinate),
     )
@@ -339,7 +345,7 @@ def fill_buckets(
     current: dict[Topology, tuple[list[int], int]] = {}
     for index in weights:
         plan = plans[index]
-        tensors = 3 if plan.moments_travel else 1
+        tensors = 3 if plan.borrows else 1
         size = tensors * math.prod(plan.storage.shape) * itemsize // len(plan.topology.ranks)
         bucket, used = current.get(plan.topology, (None, 0))
         if bucket is None or used + size > limit:

@@ -93,8 +93,10 @@ def param_groups(
         adamw: patterns of names to keep off it. Wins over ``conda``.
         splits: patterns of fused weights, each with the rows (dimension -2) of its parts, such as
             ``{"*.qkv_proj.weight": (4096, 1024, 1024)}``, or the number of equal parts, such as
-            ``{"*.gate_up_proj.weight": 2}``. Each part then is a matrix of its own, with its own
-            basis; the parameter stays whole. The first pattern that matches counts.
+            ``{"*.gate_up_proj.weight": 2}``. Rows that make up a fraction of the weight repeat
+            down it, and what they stand for is a part together: ``(512, 128, 128)`` for four query
+            heads, a key and a value head, again and again. Each part is a matrix of its own, with
+            its own basis; the parameter stays whole. The first pattern that matches counts.
         conda_options: hyperparameters of the conda group, such as ``{"weight_decay": 0.1}``.
         adamw_options: hyperparameters of the adamw group, such as ``{"lr": 1e-3}``.
 
@@ -228,13 +230,14 @@ def check_splits(name: str, param: Tensor, splits: Sequence[int]) -> None:
     """Refuses what cannot be cut into these blocks of rows.
 
     Raises:
-        ValueError: they are not all of the weight's rows, or it has more than three dimensions.
+        ValueError: they do not fit into the weight's rows a whole number of times, or it has more
+            than three dimensions.
     """
-    if sum(splits) != param.shape[-2] or param.ndim > 3:
+    if param.shape[-2] % sum(splits) or param.ndim > 3:
         raise ValueError(
             f"{name}: splits {tuple(splits)} make {sum(splits)} rows, but the weight is "
-            f"{tuple(param.shape)}: they must be all rows of a matrix, or of each matrix of a "
-            "three-dimensional weight."
+            f"{tuple(param.shape)}: they must be all rows, or a block that repeats down all rows, "
+            "of a matrix or of each matrix of a three-dimensional weight."
         )
 
 

@@ -254,11 +254,15 @@ def _sites(
     if group["splits"] is None:
         return [_Site(name, param, mesh, group, layout, None)]
     check_splits(name, param, group["splits"])
+    total, period = layout.shape[-2], sum(group["splits"])
+    again = f" of every {period}" if total > period else ""
     ends = list(itertools.accumulate(group["splits"]))
-    return [
-        _Site(f"{name}[{start}:{stop}]", param, mesh, group, layout.rows(start, stop), part)
-        for part, (start, stop) in enumerate(itertools.pairwise([0, *ends]))
-    ]
+    sites = []
+    for part, (start, stop) in enumerate(itertools.pairwise([0, *ends])):
+        rows = tuple(range(i + start, i + stop) for i in range(0, total, period))
+        full = f"{name}[{start}:{stop}{again}]"
+        sites.append(_Site(full, param, mesh, group, layout.rows(rows), part))
+    return sites
 
 
 def _shard_bases(

@@ -50,11 +50,17 @@ def basis_key(part: int | None) -> str:
     return "basis" if part is None else f"basis_{part}"
 
 
+def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
+    """The rows of a part cut as its views are."""
+    return torch.split(rows, [view.shape[-2] for view in views], dim=-2)
+
+
 class Weight:
-    """A weight (..., m, n) on the conda path, or a block of rows of one.
+    """A weight (..., m, n) on the conda path, or some rows of one.
 
     Parts of a weight share its parameter and its state: the moments are those of all rows, ``step``
-    and ``basis_step`` have an entry for each part, and each part has a basis of its own.
+    and ``basis_step`` have an entry for each part, and each part has a basis of its own. Where a
+    part's rows are not in one piece in the local tensor, or travel, it steps on copies of them.
 
     Args:
         param: the parameter.
@@ -144,18 +150,17 @@ class Weight:
             i for i, taken in enumerate(self._counts("basis_step").tolist()) if taken < last
         )
 
-    def rows(self, elements: Tensor) -> Tensor:
-        """What this part has of a tensor (..., m, n) laid out as the parameter is; a view."""
+    def views(self, elements: Tensor) -> list[Tensor]:
+        """This part's rows in a tensor (..., m, n) laid out as the parameter is, piece by piece."""
         if self.plan.part is None:
-            return elements
-        coordinate = self.mesh.coordinate
-        rows = self.plan.storage.local_shape(coordinate)[-2]
-        return elements.narrow(-2, self.plan.storage.offset(coordinate), rows)
+            return [elements]
+        spans = self.plan.storage.spans(self.mesh.coordinate) or ((0, 0),)
+        return [elements.narrow(-2, start, count) for start, count in spans]
 
-    @property
-    def local(self) -> Tensor:
-        """This rank's elements of the parameter."""
-        return self.rows(storage.local(self.param))
+    def rows(self, elements: Tensor) -> Tensor:
+        """This part's rows in such a tensor; a view of it if they are in one piece."""
+        pieces = self.views(elements)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
     @property
     def basis(self) -> Tensor:
@@ -164,7 +169,7 @@ class Weight:
 
     @property
     def kept(self) -> tuple[Tensor, Tensor]:
-        """This rank's elements of the two moments, where they are kept."""
+        """This rank's elements of the two moments, where they are kept, or copies of them."""
         first, second = (storage.local(self.state[key]) for key in ("exp_avg", "exp_avg_sq"))
         return self.rows(first), self.rows(second)
 
@@ -180,8 +185,10 @@ class Weight:
     def give_back(self, first: Tensor, second: Tensor) -> None:
         """Takes the moments back to where they are kept."""
         self._borrowed = None
-        for kept, moment in zip(self.kept, (first, second), strict=True):
-            kept.copy_(moment)
+        for key, moment in (("exp_avg", first), ("exp_avg_sq", second)):
+            views = self.views(storage.local(self.state[key]))
+            for view, part in zip(views, _pieces(moment, views), strict=True):
+                view.copy_(part)
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         """Projects the gradient, in compute layout, and updates the first moment with it."""
@@ -222,29 +229,32 @@ class Weight:
         hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.matmul_dtype
         self._counts("step").add_(1)
         y = maths.normalise_(projected, *self.moments, hyper)
-        param = self.local
-        if self.plan.moves or dtype not in (None, param.dtype) or basis.dtype != param.dtype:
+        param = storage.local(self.param)
+        if not self.plan.in_place or dtype not in (None, param.dtype) or basis.dtype != param.dtype:
             # Rounded to the parameter's dtype in every layout, so that all compute the same.
             update = maths.project_back(y, basis, right, dtype).to(param.dtype)
-            if self.plan.moves:
+            if not self.plan.in_place:
                 return update
-            maths.apply_(param, update, self.step, hyper)
+            maths.apply_(self.rows(param), update, self.step, hyper)
         elif isinstance(hyper.lr, Tensor):
-            maths.apply_(param, maths.project_back(y, basis, right), self.step, hyper)
+            update = maths.project_back(y, basis, right)
+            maths.apply_(self.rows(param), update, self.step, hyper)
         else:
-            maths.project_back_and_apply_(param, y, basis, right, self.step, hyper)
+            maths.project_back_and_apply_(self.rows(param), y, basis, right, self.step, hyper)
         return None
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""
         dtype = self.param.dtype
-        return projected.new_zeros(projected.shape, dtype=dtype) if self.plan.moves else None
+        return None if self.plan.in_place else projected.new_zeros(projected.shape, dtype=dtype)
 
     def apply(self, update: Tensor) -> None:
         """Adds an update in storage layout to the parameter; the step is already counted."""
         if not self.step:
             return
-        maths.apply_(self.local, update, self.step, hyper_of(self.group))
+        hyper, views = hyper_of(self.group), self.views(storage.local(self.param))
+        for view, part in zip(views, _pieces(update, views), strict=True):
+            maths.apply_(view, part, self.step, hyper)
 
     def taken(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis, or ``NEVER``."""

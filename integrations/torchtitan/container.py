@@ -11,9 +11,10 @@ from rich.console import Console
 from torch import nn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import derive
+from torchtitan.models.common import FusedQKVLinear
 from torchtitan.tools.logging import logger
 
-from conda_dist.exchange import Mesh, all_max
+from conda_dist.exchange import Mesh, agree, all_max
 from conda_dist.optimizer import Conda
 from conda_dist.report import print_table
 from conda_dist.routing import ADAMW, CONDA, clean_name, divide, nothing_to_project, split
@@ -80,7 +81,8 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         """Patterns of parameters to keep off the conda path."""
 
         splits: list[str] = field(default_factory=list)
-        """Fused weights: "PATTERN=ROWS+ROWS+..." or "PATTERN=PARTS", as of param_groups."""
+        """Fused weights: "PATTERN=ROWS+ROWS+..." or "PATTERN=PARTS", as of param_groups. That q, k
+        and v are fused in torchtitan's ``wqkv`` is known; "*.wqkv.weight=1" keeps it one matrix."""
 
         adamw_lr: float | None = None
         """Learning rate of the adamw path; by default that of the conda path, as in the paper."""
@@ -112,7 +114,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         own = {"lr": config.adamw_lr, "weight_decay": config.adamw_weight_decay}
         options = {CONDA: {}, ADAMW: {key: v for key, v in own.items() if v is not None}}
         divided, _ = divide(model, config.conda_params, config.adamw_params)
-        cut, _ = split(divided[CONDA], _splits(config.splits))
+        cut, _ = split(divided[CONDA], {**_splits(config.splits), **_fused_qkv(model)})
         ways = [(CONDA, rows, named) for rows, named in cut.items()]
         groups = []
         for algorithm, rows, named in (*ways, (ADAMW, None, divided[ADAMW])):
@@ -176,25 +178,41 @@ def _splits(given: Sequence[str]) -> dict[str, int | list[int]]:
         if not pattern or not numbers:
             raise ValueError(
                 f"--optimizer.splits {text!r}: give PATTERN=ROWS+ROWS+... or PATTERN=PARTS, such "
-                "as '*.wqkv.weight=4096+1024+1024' or '*.w13.weight=2'"
+                "as '*.w13.weight=2', or '*.wqkv.weight=512+128+128' for a block that repeats"
             )
         splits[pattern] = numbers if len(numbers) > 1 else numbers[0]
     return splits
 
 
+def _fused_qkv(model: nn.Module) -> dict[str, int | list[int]]:
+    """How torchtitan fuses q, k and v: for each group of heads its queries, its key, its value."""
+    return {
+        f"{clean_name(name)}.wqkv.weight": [
+            module.heads_per_kv * module.head_dim,
+            module.head_dim,
+            module.head_dim,
+        ]
+        for name, module in model.named_modules()
+        if isinstance(module, FusedQKVLinear)
+    }
+
+
 def _check_stages(config: CondaOptimizersContainer.Config, parts: Sequence[nn.Module]) -> None:
     """Raises on all ranks for what would be an error in a model that were not cut into stages."""
+    world = Mesh() if dist.group.WORLD is None else Mesh.of_group(dist.group.WORLD)
     splits = _splits(config.splits)
     patterns = [*config.conda_params, *config.adamw_params, *splits]
-    matched, projected = set[str](), False
+    matched, projected, error = set[str](), False, None
     for part in parts:
-        groups, unmatched = divide(part, config.conda_params, config.adamw_params)
-        matched |= set(patterns) - {*unmatched, *split(groups[CONDA], splits)[1]}
+        try:
+            groups, unmatched = divide(part, config.conda_params, config.adamw_params)
+            matched |= set(patterns) - {*unmatched, *split(groups[CONDA], splits)[1]}
+        except ValueError as caught:  # other stages need not know the parameter
+            error = caught
+            break
         projected |= any(param.requires_grad for _, param in groups[CONDA])
-    found = [pattern in matched for pattern in patterns]
-    if (world := dist.group.WORLD) is not None:
-        found = [bool(f) for f in all_max(Mesh.of_group(world), [*found, projected])]
-        projected = found.pop()
+    agree(world, [], error)
+    *found, projected_anywhere = all_max(world, [*(p in matched for p in patterns), projected])
     names = [pair for part in parts for pair in part.named_parameters()]
     for pattern, anywhere in zip(patterns, found, strict=True):
         if not anywhere:
@@ -202,7 +220,7 @@ def _check_stages(config: CondaOptimizersContainer.Config, parts: Sequence[nn.Mo
                 f"pattern {pattern!r} matches no such parameter of any pipeline stage; names look "
                 f"like {', '.join(repr(clean_name(name)) for name, _ in names[:3])}"
             )
-    if not projected:
+    if not projected_anywhere:
         how = "Name weights with --optimizer.conda_params, or fewer with --optimizer.adamw_params"
         raise ValueError(nothing_to_project(names, how))
 
