@@ -195,8 +195,7 @@ class Layout:
             else f"_StridedShard({placement.dim}, sf={placement.stride})"
             for placement in self.placements
         ]
-        rows = f" of {self.window[1]} rows" if self.window else ""
-        return (f"[{', '.join(names)}]" if names else "plain") + rows
+        return f"[{', '.join(names)}]" if names else "plain"
 
 
 def _chunk(runs: tuple[range, ...], pieces: int, index: int) -> tuple[range, ...]:
