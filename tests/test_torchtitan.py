@@ -1,0 +1,158 @@
+"""torchtitan's real Trainer with Conda: every layout follows the one-process run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ranks
+import titan_cpu
+import titan_data
+import titan_jobs
+from titan_jobs import CONDA, EP, EP_TP, FSDP, FSDP_TP, HSDP, ONE, OVERRIDE, PP, Layout
+
+DENSE, MOE = 1e-4, 1e-3
+"""Relative tolerances of losses; measured 1e-6 and 2e-5.
+
+A router takes the largest logits, so that a rounding can send a token to another expert. Cutting
+the batch in two on one process moves these losses as far as two processes do."""
+
+BACKENDS = ("spmd_types", "partial_dtensor", "full_dtensor")
+
+
+def check(layout: Layout, config: str, tolerance: float, *options: str) -> None:
+    found = titan_jobs.trajectory(layout, config, *options)
+    expected = titan_jobs.trajectory(ONE, config)
+    assert len(found) == titan_jobs.STEPS
+    assert titan_jobs.distance(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", [FSDP, PP, HSDP, FSDP_TP], ids=str)
+def test_dense_layouts_follow_one_process(layout: Layout, backend: str) -> None:
+    check(layout, "llama3", DENSE, f"--parallelism.spmd_backend={backend}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expert_parallel_follows_one_process(backend: str) -> None:
+    check(EP, "qwen3_moe", MOE, f"--parallelism.spmd_backend={backend}")
+
+
+@pytest.mark.parametrize(
+    ("layout", "config"),
+    [(FSDP, "qwen3_moe"), (EP, "deepseek_v3"), (EP_TP, "deepseek_v3")],
+    ids=str,
+)
+def test_moe_layouts_follow_one_process(layout: Layout, config: str) -> None:
+    check(layout, config, MOE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--optimizer.basis_placement=shard",),
+        ("--training.enable_cpu_offload",),
+        ("--training.global_batch_size=4", "--training.local_batch_size=1"),
+    ],
+    ids=["sharded basis", "CPU offload", "gradient accumulation"],
+)
+def test_options_that_change_no_result(options: tuple[str, ...]) -> None:
+    check(FSDP, "llama3", DENSE, *options)
+
+
+@pytest.mark.parametrize("layout", [FSDP, PP, FSDP_TP], ids=str)
+def test_split_weights_follow_one_process(layout: Layout) -> None:
+    """Each head of the fused projection by itself, and two halves of another weight."""
+    option = "--optimizer.splits=*.wqkv.weight=12,*.w1.weight=80+80"
+    found = titan_jobs.trajectory(layout, "llama3", option)
+    expected = titan_jobs.trajectory(ONE, "llama3", option)
+    assert titan_jobs.distance(found, expected) < DENSE
+    assert titan_jobs.distance(expected, titan_jobs.trajectory(ONE, "llama3")) > 10 * DENSE
+
+
+def test_the_losses_depend_on_what_the_tests_compare() -> None:
+    """Else the tolerances above would say nothing."""
+    losses = titan_jobs.trajectory(ONE, "llama3")
+    for change in ("--optimizer.update_proj_gap=2000", "--optimizer.scale=0.0"):
+        changed = titan_jobs.trajectory(ONE, "llama3", change)
+        assert titan_jobs.distance(changed, losses) > 100 * DENSE, change
+    moe = titan_jobs.trajectory(ONE, "qwen3_moe")
+    changed = titan_jobs.trajectory(ONE, "qwen3_moe", "--optimizer.scale=0.0")
+    assert titan_jobs.distance(changed, moe) > 10 * MOE
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--training.dtype=bfloat16",
+        "--training.mixed_precision_param=bfloat16",
+        "--optimizer.matmul_dtype=bfloat16",
+    ],
+)
+def test_bfloat16_trains_alike(option: str) -> None:
+    check(FSDP, "llama3", 3e-2, option)
+
+
+def test_registry_and_override_are_the_launcher() -> None:
+    expected = titan_jobs.trajectory(ONE, "llama3")
+    registry = ["--module=conda_dist.integrations.torchtitan", "--config=titan_configs.llama3"]
+    for options in ((*registry, *CONDA), OVERRIDE):
+        runs = titan_jobs.run(ONE, "llama3", *options, route="torchtitan")
+        assert titan_jobs.losses(runs) == expected
+        assert "layers.*.feed_forward.w2.weight" in titan_jobs.messages(runs)
+
+
+def test_without_its_name_torchtitan_is_untouched() -> None:
+    stock = titan_jobs.run(FSDP, "llama3", route="torchtitan")
+    launched = titan_jobs.run(FSDP, "llama3")
+    named = titan_jobs.run(FSDP, "llama3", "--optimizer.name=stock")
+    for runs in (launched, named):
+        assert [run.steps for run in runs] == [run.steps for run in stock]
+        assert "Optimizer AdamW" in titan_jobs.messages(runs)
+    assert "Conda" not in titan_jobs.messages(launched)
+
+
+def test_learning_rates_follow_the_schedule() -> None:
+    (stock,) = titan_jobs.run(ONE, "llama3")
+    (conda,) = titan_jobs.run(ONE, "llama3", *CONDA, "--optimizer.adamw_lr=1e-3")
+    assert len({tuple(step.lrs) for step in stock.steps}) > 5
+    for ours, theirs in zip(conda.steps, stock.steps, strict=True):
+        factor = theirs.lrs[0] / stock.steps[1].lrs[0]
+        *projected, adamw = ours.lrs
+        assert projected == pytest.approx([5e-3 * factor] * len(projected))
+        assert adamw == pytest.approx(1e-3 * factor)
+
+
+def test_table_is_logged_once_for_each_stage() -> None:
+    counts = [
+        titan_jobs.messages([run]).count("Conda: what each parameter gets")
+        for run in titan_jobs.run(PP, "llama3", *CONDA, "--training.steps=1")
+    ]
+    assert counts == [2, 2]
+    runs = titan_jobs.run(FSDP, "llama3", *CONDA, "--training.steps=1")
+    counts = [titan_jobs.messages([run]).count("Conda: what each parameter gets") for run in runs]
+    assert counts == [1, 0]
+
+
+def test_torchrun_trains_the_stock_debug_model(tmp_path: Path) -> None:
+    """A user's command, on torchtitan's own config and data set, in processes of its own."""
+    arguments = [
+        *("--module", "llama3", "--config", "llama3_debugmodel", "--optimizer.name", "conda"),
+        *("--optimizer.lr", "5e-3", "--optimizer.betas", "0.9", "0.99"),
+        *("--optimizer.update_proj_gap", "2", "--optimizer.adamw_params", "layers.0.*,*.wo.weight"),
+        *("--training.steps", "3", "--training.seq_len", str(titan_data.SEQUENCE)),
+        *("--training.local_batch_size", "2", "--validator.no-enable", "--debug.seed", "1"),
+    ]
+    record = tmp_path / "steps.json"
+    script = Path(titan_cpu.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(script), "--record", str(record), *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    cwd = titan_jobs.folder()
+    subprocess.run(command, cwd=cwd, env=env, timeout=200, check=True, capture_output=True)
+    expected = ranks.run(2, titan_cpu.job, "launcher", cwd, arguments)[-1]
+    assert json.loads(record.read_text()) == [step._asdict() for step in expected.steps]
+    assert len(expected.steps) == 3
