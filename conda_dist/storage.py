@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from conda_dist.exchange import Mesh
 from conda_dist.layout import Layout, Split
@@ -33,9 +34,15 @@ def find_layout(name: str, tensor: Tensor, mesh: Mesh) -> Layout:
 
     Raises:
         ValueError: its placements are none that an optimizer can update, or they do not describe
-            the local tensor.
+            the local tensor, or that is a tensor subclass.
     """
     shape = tuple(tensor.shape)
+    if is_traceable_wrapper_subclass(local(tensor)):
+        raise ValueError(
+            f"{name}: its elements are a {type(local(tensor)).__name__}, whose arithmetic is not "
+            "that of the numbers it stands for; Conda updates plain floating-point tensors. Leave "
+            "the conversion (such as float8 all-gather) of this parameter out."
+        )
     if not isinstance(tensor, DTensor):
         return Layout(shape, mesh.topology.sizes, (None,) * len(mesh.topology.sizes))
     splits = tuple(_split(name, tensor, placement) for placement in tensor.placements)

@@ -1,0 +1,106 @@
+"""Tensor, expert and hybrid parallelism, uneven and empty shards, against one process."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.testing._internal.two_tensor import TwoTensor
+
+import models
+import ranks
+from conda_dist import Conda
+
+S0, S1, S2, ALL = Shard(0), Shard(1), Shard(2), Replicate()
+
+
+def _strided(dim: int, factor: int) -> Placement:
+    return _StridedShard(dim, split_factor=factor)
+
+
+MATRICES = {"square": (7, 7), "tall": (13, 5), "wide": (5, 13), "even": (8, 16), "short": (2, 9)}
+EXPERTS = {"up": (3, 9, 4), "down": (3, 4, 9), "even": (4, 8, 6), "one": (1, 5, 8)}
+STEPS = 5
+Layout = tuple[tuple[int, ...], list[Placement]]
+
+DENSE: list[Layout] = [
+    ((2, 2), [_strided(0, 2), S0]),  # FSDP over column-wise TP
+    ((2, 2), [_strided(1, 2), S1]),  # FSDP by columns over row-wise TP
+    ((2, 2), [S0, S1]),  # FSDP over row-wise TP
+    ((2, 2), [S0, ALL]),  # FSDP over what TP replicates
+    ((2, 3), [_strided(0, 3), S0]),
+    ((2, 2, 2), [ALL, _strided(0, 2), S0]),  # HSDP over column-wise TP
+    ((2, 2, 2), [ALL, S0, S1]),  # HSDP over row-wise TP
+    ((2, 1, 2), [S0, ALL, S1]),
+]
+BATCHES: list[Layout] = [
+    ((4,), [S0]),  # more ranks than experts
+    ((2, 2), [S0, S1]),
+    ((2, 2), [S0, S2]),
+    ((2, 2), [_strided(0, 2), S0]),  # expert parallelism
+    ((2, 2), [S1, S0]),  # the same with more ranks than experts
+    ((2, 2), [S2, S0]),
+    ((2, 2, 2), [S1, _strided(0, 2), S0]),
+]
+
+
+def _train(layout: Layout | None, shapes: dict[str, tuple[int, ...]], options: Any) -> Any:
+    params: dict[str, nn.Parameter] = {}
+    for name, shape in shapes.items():
+        whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(params)))
+        if layout is not None:
+            mesh = init_device_mesh("cpu", layout[0])
+            start = [ALL] * mesh.ndim
+            replicated = DTensor.from_local(whole, mesh, start, run_check=False)
+            whole = replicated.redistribute(mesh, layout[1])
+        params[name] = nn.Parameter(whole)
+    group = {"params": list(params.items()), "algorithm": "conda"}
+    optimizer = Conda([group], lr=0.02, weight_decay=0.1, update_proj_gap=2, **options)
+    for step in range(STEPS):
+        for name, param in params.items():
+            generator = torch.Generator().manual_seed(100 * step + len(name))
+            grad = torch.randn(param.shape, generator=generator)
+            if isinstance(param, DTensor):
+                partial = grad / param.device_mesh.size()
+                grad = DTensor.from_local(
+                    partial, param.device_mesh, [Partial()] * param.device_mesh.ndim
+                ).redistribute(placements=_gradient_placements(param))
+            param.grad = grad
+        optimizer.step()
+    return {name: models.whole(param) for name, param in params.items()}
+
+
+def _gradient_placements(param: DTensor) -> list[Placement]:
+    """Those of the parameter, but what is replicated is not summed up yet."""
+    return [Partial() if p.is_replicate() else p for p in param.placements]
+
+
+def _far(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"basis_placement": "shard", "bucket_bytes": 1}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "shapes"),
+    [*((at, MATRICES) for at in DENSE), *((at, EXPERTS) for at in BATCHES)],
+    ids=str,
+)
+def test_follows_one_process(
+    layout: Layout, shapes: dict[str, tuple[int, ...]], options: dict[str, Any]
+) -> None:
+    alone = _train(None, shapes, {})
+    world = torch.Size(layout[0]).numel()
+    for ended in ranks.run(world, _train, layout, shapes, options, timeout=90):
+        assert _far(ended, alone) < 1e-5
+
+
+def test_elements_that_are_not_numbers_are_refused() -> None:
+    """Such as weights that are cast to float8 as they are gathered."""
+    inner = torch.randn(4, 4)
+    param = nn.Parameter(TwoTensor(inner, inner.clone()))
+    optimizer = Conda([{"params": [("w", param)], "algorithm": "conda"}])
+    with pytest.raises(ValueError, match="w: its elements are a TwoTensor"):
+        optimizer.report(show=False)
