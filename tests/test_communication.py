@@ -19,15 +19,22 @@ from conda_dist import Conda
 from traffic import Call, recorded
 
 WIDTH, MLP, LAYERS = 32, 88, 2
-LLAMA = [
-    (f"layers.{layer}.{name}", shape)
-    for layer in range(LAYERS)
-    for name, shape in [
-        *((f"{proj}_proj", (WIDTH, WIDTH)) for proj in "qkvo"),
-        *((f"{proj}_proj", (MLP, WIDTH)) for proj in ("gate", "up")),
-        ("down_proj", (WIDTH, MLP)),
+
+
+def _llama(width: int, mlp: int, layers: int) -> list[tuple[str, tuple[int, int]]]:
+    """The projections of LLaMA blocks, by name."""
+    return [
+        (f"layers.{layer}.{name}", shape)
+        for layer in range(layers)
+        for name, shape in [
+            *((f"{proj}_proj", (width, width)) for proj in "qkvo"),
+            *((f"{proj}_proj", (mlp, width)) for proj in ("gate", "up")),
+            ("down_proj", (width, mlp)),
+        ]
     ]
-]
+
+
+LLAMA = _llama(WIDTH, MLP, LAYERS)
 TALL = [(name, shape) for name, shape in LLAMA if shape[0] >= shape[1]]
 WIDE = [(name, shape) for name, shape in LLAMA if shape[0] < shape[1]]
 F32 = 4
@@ -163,13 +170,22 @@ def test_buckets_bound_what_is_exchanged_at_once() -> None:
         assert max(call.sent for call in steady) <= limit
 
 
-def _state_bytes(p: int, placement: str) -> tuple[int, int]:
-    shapes = [*LLAMA, ("embed_tokens", (256, WIDTH)), ("lm_head", (256, WIDTH))]
+def _model(width: int, mlp: int, layers: int, vocabulary: int) -> list[tuple[str, Any]]:
+    """The matrices of a LLaMA, by name."""
+    embeddings = [(name, (vocabulary, width)) for name in ("embed_tokens", "lm_head")]
+    return _llama(width, mlp, layers) + embeddings
+
+
+MODELS = {"tiny": _model(WIDTH, MLP, LAYERS, 256), "60M": _model(512, 1376, 8, 32000)}
+
+
+def _state_bytes(p: int, model: str, placement: str) -> tuple[int, int]:
     mesh = init_device_mesh("cpu", (p,))
-    named = [
-        (f"{name}.weight", nn.Parameter(distribute_tensor(torch.zeros(s), mesh, [Shard(0)])))
-        for name, s in shapes
-    ]
+
+    def zeros(shape: tuple[int, ...]) -> torch.Tensor:
+        return distribute_tensor(torch.zeros(shape), mesh, [Shard(0)], src_data_rank=None)
+
+    named = [(f"{name}.weight", nn.Parameter(zeros(shape))) for name, shape in MODELS[model]]
     optimizer = Conda(named, basis_placement=placement)
     optimizer.init_state()
     small = ("step", "basis_step")
@@ -190,11 +206,12 @@ def _state_bytes(p: int, placement: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("placement", ["shard", "replicate"])
 @pytest.mark.parametrize("p", [1, 2, 4])
-def test_state_is_sharded(p: int, placement: str) -> None:
-    n = sum(m * k for _, (m, k) in LLAMA) + 2 * 256 * WIDTH
-    bases = sum(min(s) ** 2 for _, s in LLAMA)
+@pytest.mark.parametrize("model", MODELS)
+def test_state_is_sharded(p: int, model: str, placement: str) -> None:
+    n = sum(m * k for _, (m, k) in MODELS[model])
+    bases = sum(min(shape) ** 2 for name, shape in MODELS[model] if name.endswith("_proj"))
     expected = F32 * (2 * n // p + (bases // p if placement == "shard" else bases))
-    for held, reported in ranks.run(p, _state_bytes, p, placement):
+    for held, reported in ranks.run(p, _state_bytes, p, model, placement):
         assert held == reported == expected
 
 

@@ -120,3 +120,23 @@ def _check(
 ) -> None:
     for errors in ranks.run(math.prod(shape), _replay_all, shape, placements, options):
         assert max(errors.values()) < golden.TOLERANCE, errors
+
+
+def _table() -> None:
+    """Prints the worst error of each layout over all cases and steps."""
+    for shape, placements in LAYOUTS:
+        for options in OPTIONS:
+            answers = ranks.run(math.prod(shape), _replay_all, shape, placements, options)
+            error, name = max((e, n) for errors in answers for n, e in errors.items())
+            print(f"{shape} {placements} {options}: {error:.1e} ({name})", flush=True)
+
+
+if __name__ == "__main__":
+    for name in golden.FLOAT32:
+        case = Case.load(name)
+        for optimizer_class in (ReferenceConda, Conda):
+            param = torch.nn.Parameter(case.tensors["param"].clone())
+            error = case.replay(param, optimizer_class([case.group(param)]))
+            print(f"{optimizer_class.__name__} {name}: {error:.1e}")
+    _table()
+    ranks.close()
