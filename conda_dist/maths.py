@@ -125,8 +125,8 @@ class Outcome(IntEnum):
     ERROR = 5
 
 
-def decompose(exp_avg: Tensor, right: bool) -> tuple[Outcome, Tensor | None]:
-    """Rotation P (r, r) from the basis in use to that of the SVD of the momentum.
+def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcome, Tensor | None]:
+    """Rotation P (r, r) from the basis in use to the next.
 
     If proj(M) = A S P^T (right) then V(M) = Q P; left likewise, with U. The singular vectors
     come in descending order and with free signs.
@@ -134,11 +134,13 @@ def decompose(exp_avg: Tensor, right: bool) -> tuple[Outcome, Tensor | None]:
     Args:
         exp_avg: the whole projected momentum of one matrix, (m, n).
         right: whether m >= n.
+        method: "svd"; "eigh64", the eigenvectors of the Gram matrix in float64, for which its
+            squared condition number leaves enough bits; or "orthogonal_iteration", one step of
+            subspace iteration, which approaches them from the basis in use.
 
     Returns:
         The outcome and, if it is DONE, P in at least float32. A momentum that is exactly zero or
-        not finite has no basis to give. An SVD that does not converge is tried once more in
-        float64.
+        not finite has no basis to give. What does not converge is tried once more in float64.
     """
     tall = (exp_avg if right else exp_avg.mT).to(torch.promote_types(exp_avg.dtype, torch.float32))
     # A sum of squares of finite float32 values may overflow; max and isfinite cannot.
@@ -146,14 +148,42 @@ def decompose(exp_avg: Tensor, right: bool) -> tuple[Outcome, Tensor | None]:
         return Outcome.NOT_FINITE, None
     if not tall.any():
         return Outcome.ZERO, None
+    find = {
+        "svd": _right_singular_vectors,
+        "eigh64": _eigenvectors,
+        "orthogonal_iteration": _iterated,
+    }[method]
     for attempt in (tall, tall.double()):
         try:
-            rotation = _right_singular_vectors(attempt)
+            rotation = find(attempt)
         except LinAlgError:
             continue
         if torch.isfinite(rotation).all():  # some GPU drivers give NaN instead of an error
             return Outcome.DONE, rotation.to(tall.dtype)
     return Outcome.NOT_CONVERGED, None
+
+
+def _gram(tall: Tensor) -> Tensor:
+    """``A^T A`` up to a factor that keeps it in range."""
+    scaled = tall / tall.abs().max()
+    return scaled.mT @ scaled
+
+
+def _eigenvectors(tall: Tensor) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(_gram(tall.double())).eigenvectors
+    return vectors.flip(-1)  # ascending, but slot i of the second moment is the i-th largest
+
+
+def _iterated(tall: Tensor) -> Tensor:
+    """The orthogonal factor of the Gram matrix, its signs such that it is near the identity.
+
+    One step of orthogonal iteration (Golub and Van Loan 2013, section 8.2.4), warm-started: the
+    momentum is in the coordinates of the basis in use, in which that is the identity.
+    """
+    q, r = torch.linalg.qr(_gram(tall))
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    rotation: Tensor = q * signs
+    return rotation
 
 
 def _right_singular_vectors(tall: Tensor) -> Tensor:

@@ -69,6 +69,11 @@ class Conda(torch.optim.Optimizer):
         refresh_bytes: most bytes of momenta an owner gathers at once, and at least one matrix.
         max_refresh_failures: refreshes of one matrix that may fail in a row before all ranks
             raise.
+        refresh_method: how a basis is taken from the momentum after the first, which is always by
+            "svd", the paper's way. "orthogonal_iteration" is one step of subspace iteration from
+            the basis in use: a fraction of the time, and enough where ``update_proj_gap`` is
+            small, for bases then move little. "eigh64" takes the eigenvectors of the momentum's
+            Gram matrix in float64.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
 
@@ -97,6 +102,7 @@ class Conda(torch.optim.Optimizer):
         bucket_bytes: int = 64 * 2**20,
         refresh_bytes: int = 512 * 2**20,
         max_refresh_failures: int = 3,
+        refresh_method: str = "svd",
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -118,6 +124,7 @@ class Conda(torch.optim.Optimizer):
             bucket_bytes,
             refresh_bytes,
             max_refresh_failures,
+            refresh_method,
         )
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(

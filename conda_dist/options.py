@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 PLACEMENTS = ("auto", "replicate", "shard")
+REFRESH_METHODS = ("svd", "orthogonal_iteration", "eigh64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Options:
     bucket_bytes: int = 64 * 2**20
     refresh_bytes: int = 512 * 2**20
     max_refresh_failures: int = 3
+    refresh_method: str = "svd"
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant.
@@ -42,6 +44,11 @@ class Options:
             raise ValueError(
                 f"basis_placement must be one of {', '.join(PLACEMENTS)}; "
                 f"got {self.basis_placement!r}"
+            )
+        if self.refresh_method not in REFRESH_METHODS:
+            raise ValueError(
+                f"refresh_method must be one of {', '.join(REFRESH_METHODS)}; "
+                f"got {self.refresh_method!r}"
             )
         for name, least in (
             ("basis_budget", 0),

@@ -84,10 +84,12 @@ def _decompose_mine(
         basis = matrices(bases[matrix.position])[matrix.local]
         found[i] = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
         try:
-            outcome, rotation = maths.decompose(momentum, weight.plan.right)
+            first = weight.taken(matrix.index) == NEVER
+            method = "svd" if first else weight.options.refresh_method
+            outcome, rotation = maths.decompose(momentum, weight.plan.right, method)
             if rotation is not None:
                 rotation = rotation.to(basis.dtype)
-                if weight.taken(matrix.index) != NEVER:
+                if not first:
                     rotation = maths.orthonormal(rotation, basis)
                 found[i] = rotation.contiguous()
         except Exception as caught:  # the other ranks are waiting: tell them first

@@ -112,6 +112,9 @@ class CondaConfig:
     adamw_lr: Annotated[
         float | None, Key("peak rate of embeddings, head, norms (default: lr)", gt=0)
     ] = None
+    refresh_method: Annotated[
+        Literal["svd", "orthogonal_iteration", "eigh64"], Key("how bases are refreshed")
+    ] = "svd"
     matmul_dtype: Annotated[
         Literal["", "bfloat16", "float32"],
         Key("type of the projections' products (default: the state's)"),

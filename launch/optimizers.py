@@ -58,6 +58,7 @@ def _conda(model: nn.Module, settings: CondaConfig) -> Conda:
         scale=settings.scale,
         update_proj_gap=settings.update_proj_gap,
         correct_bias=settings.correct_bias,
+        refresh_method=settings.refresh_method,
         matmul_dtype=getattr(torch, settings.matmul_dtype) if settings.matmul_dtype else None,
     )
 

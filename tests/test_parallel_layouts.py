@@ -47,7 +47,7 @@ BATCHES: list[Layout] = [
 ]
 
 
-def _train(layout: Layout | None, shapes: dict[str, tuple[int, ...]], options: Any) -> Any:
+def train(layout: Layout | None, shapes: dict[str, tuple[int, ...]], options: Any) -> Any:
     params: dict[str, nn.Parameter] = {}
     for name, shape in shapes.items():
         whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(params)))
@@ -78,7 +78,7 @@ def _gradient_placements(param: DTensor) -> list[Placement]:
     return [Partial() if p.is_replicate() else p for p in param.placements]
 
 
-def _far(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def far(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs)
 
 
@@ -91,10 +91,10 @@ def _far(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 def test_follows_one_process(
     layout: Layout, shapes: dict[str, tuple[int, ...]], options: dict[str, Any]
 ) -> None:
-    alone = _train(None, shapes, {})
+    alone = train(None, shapes, {})
     world = torch.Size(layout[0]).numel()
-    for ended in ranks.run(world, _train, layout, shapes, options, timeout=90):
-        assert _far(ended, alone) < 1e-5
+    for ended in ranks.run(world, train, layout, shapes, options, timeout=90):
+        assert far(ended, alone) < 1e-5
 
 
 def test_elements_that_are_not_numbers_are_refused() -> None:

@@ -32,6 +32,7 @@ OPTIONS = (
     "bucket_bytes",
     "refresh_bytes",
     "max_refresh_failures",
+    "refresh_method",
 )
 DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,6 +74,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         bucket_bytes: int = 64 * 2**20
         refresh_bytes: int = 512 * 2**20
         max_refresh_failures: int = 3
+        refresh_method: Literal["svd", "orthogonal_iteration", "eigh64"] = "svd"
 
         conda_params: list[str] = field(default_factory=list)
         """Patterns (as of fnmatch) of parameters to project whatever their names say."""
