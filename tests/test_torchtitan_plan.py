@@ -87,13 +87,13 @@ def test_paths(plans: dict[str, Any]) -> None:
     assert all(row["step_bytes"] == 0 and row["refresh_bytes"] == 0 for row in experts)
 
 
-@pytest.mark.parametrize("script", sorted(COMMANDS.glob("*.sh")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", sorted(COMMANDS.glob("*_*.sh")), ids=lambda path: path.stem)
 def test_ready_commands(script: Path, tmp_path: Path) -> None:
     """With a torchrun that prints its arguments instead, which torchtitan then must accept."""
     (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "torchrun").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
-    command = ["bash", str(script), "--training.steps", "7"]
+    command = ["bash", str(script), "--training.steps", "7", "--optimizer.lr", "0.02"]
     ended = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, check=True)
     arguments = ended.stdout.splitlines()
     module = arguments.index("-m")
@@ -102,6 +102,7 @@ def test_ready_commands(script: Path, tmp_path: Path) -> None:
     assert config.optimizer.name == "conda"
     assert config.optimizer.matmul_dtype == "bfloat16"
     assert config.training.steps == 7
+    assert config.optimizer.lr == 0.02
     comment = script.read_text().splitlines()[1]
     ranks = math.prod(int(argument.partition("=")[2]) for argument in arguments[:2])
     assert f"on {ranks} GPUs" in comment

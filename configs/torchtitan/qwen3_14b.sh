@@ -1,16 +1,8 @@
 #!/usr/bin/env bash
 # Qwen3 14B on 16 GPUs: FSDP 8 x TP 2.
 #
-# bash configs/torchtitan/qwen3_14b.sh [any torchtitan option]
-# NNODES, RDZV (host:port) and NGPU are torchrun's. The tokenizer is looked for in ./assets/hf, as by
-# torchtitan's own config.
-set -euo pipefail
-
-exec torchrun --nnodes="${NNODES:-2}" --nproc-per-node="${NGPU:-8}" \
-    --rdzv-backend=c10d --rdzv-endpoint="${RDZV:-localhost:29500}" \
-    -m conda_dist.integrations.torchtitan.train \
-    --module qwen3 --config qwen3_14b \
+# bash configs/torchtitan/qwen3_14b.sh [any torchtitan option]; see run.sh
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run.sh" 2 --module qwen3 --config qwen3_14b \
     --parallelism.data_parallel_shard_degree 8 \
     --parallelism.tensor_parallel_degree 2 \
-    --optimizer.name conda --optimizer.lr 0.01 --optimizer.update_proj_gap 2000 \
-    --optimizer.matmul_dtype bfloat16 "$@"
+    "$@"
