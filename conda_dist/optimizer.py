@@ -221,19 +221,21 @@ class Conda(torch.optim.Optimizer):
         """What each trainable parameter gets: path, layout, owners, bytes.
 
         Args:
-            show: whether to print it as a table too.
+            show: whether to print it as a table too, on the first of the ranks that share the
+                parameters.
 
         Returns:
             A dict for each parameter; see :class:`conda_dist.report.Row`.
         """
         table = rows(self._resolve()[0])
-        if show:
+        if show and self.is_first:
             print_table(table)
         return table
 
-    def meshes(self) -> list[Mesh]:
-        """The ranks that share parameters, and this rank's place among them."""
-        return list(self._resolve()[0].meshes)
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of the ranks that share the parameters; always without any."""
+        return not any(any(mesh.coordinate) for mesh in self._resolve()[0].meshes)
 
     def _resolve(self, *, agreeing: bool = False) -> tuple[Setup, CondaPath]:
         """The parameters with their plans, made anew if they have changed.

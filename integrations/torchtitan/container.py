@@ -241,7 +241,7 @@ def _check_unused(config: CondaOptimizersContainer.Config) -> None:
 def _log_table(optimizer: Conda) -> None:
     """Logs what went where, once for each model part: on the first rank that holds it."""
     table = optimizer.report(show=False)
-    if any(any(mesh.coordinate) for mesh in optimizer.meshes()):
+    if not optimizer.is_first:
         return
     text = io.StringIO()
     print_table(table, Console(file=text, width=180))
