@@ -307,6 +307,7 @@ def kept_dim(shape: tuple[int, ...]) -> int:
     return len(shape) - 2 if shape[-2] >= shape[-1] else len(shape) - 1
 
 
+@lru_cache(maxsize=4096)
 def to_compute(storage: Layout) -> tuple[Move, ...]:
     """Stages from the storage layout of an (..., m, n) weight to its compute layout.
 

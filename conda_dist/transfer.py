@@ -8,6 +8,8 @@ rank which boxes of its local tensors go to each peer and come from it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TypeAlias
 
 from conda_dist.layout import Block, Coordinate, Layout, Move, intersect
 
@@ -106,34 +108,46 @@ def plan_hops(routes: Sequence[tuple[Leg, ...]], coordinate: Coordinate) -> tupl
 
 def _transfer(item: int, leg: Leg, coordinate: Coordinate) -> Transfer:
     mesh_dim, size = leg.move.mesh_dim, leg.move.source.mesh[leg.move.mesh_dim]
-    here = coordinate[mesh_dim]
     if any(coordinate[dim] != index for dim, index in leg.among.items()):
         return Transfer(item, None, ((),) * size, ((),) * size)
+    sends, receives = _boxes(leg.move, leg.sender, leg.receiver, coordinate)
+    holds = leg.receiver is None or leg.receiver == coordinate[mesh_dim]
+    shape = leg.move.target.local_shape(coordinate) if holds else None
+    return Transfer(item, shape, sends, receives)
 
-    def peer(index: int) -> Coordinate:
-        return (*coordinate[:mesh_dim], index, *coordinate[mesh_dim + 1 :])
 
-    source, target = leg.move.source, leg.move.target
-    sends = [_common(source, target, coordinate, peer(i), leg)[0] for i in range(size)]
-    receives = [_common(source, target, peer(i), coordinate, leg)[1] for i in range(size)]
-    holds = leg.receiver is None or leg.receiver == here
-    return Transfer(
-        item,
-        target.local_shape(coordinate) if holds else None,
-        tuple(sends),
-        tuple(receives),
-    )
+Boxes: TypeAlias = tuple[tuple[Block, ...], ...]
+
+
+@lru_cache(maxsize=65536)  # the layers of a model are alike
+def _boxes(
+    move: Move, sender: int | None, receiver: int | None, coordinate: Coordinate
+) -> tuple[Boxes, Boxes]:
+    """What one rank sends to each peer, and what it receives from each."""
+    mesh_dim = move.mesh_dim
+    peers = [
+        (*coordinate[:mesh_dim], index, *coordinate[mesh_dim + 1 :])
+        for index in range(move.source.mesh[mesh_dim])
+    ]
+    ends = (sender, receiver)
+    sends = tuple(_common(move, coordinate, peer, *ends)[0] for peer in peers)
+    receives = tuple(_common(move, peer, coordinate, *ends)[1] for peer in peers)
+    return sends, receives
 
 
 def _common(
-    source: Layout, target: Layout, sender: Coordinate, receiver: Coordinate, leg: Leg
+    move: Move,
+    sender: Coordinate,
+    receiver: Coordinate,
+    only_sender: int | None,
+    only_receiver: int | None,
 ) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
     """Boxes that go from one rank to another: in the sender's tensor and in the receiver's."""
-    mesh_dim = leg.move.mesh_dim
-    if leg.receiver is not None and receiver[mesh_dim] != leg.receiver:
+    mesh_dim, source, target = move.mesh_dim, move.source, move.target
+    if only_receiver is not None and receiver[mesh_dim] != only_receiver:
         return (), ()
-    if leg.sender is not None:
-        if sender[mesh_dim] != leg.sender:
+    if only_sender is not None:
+        if sender[mesh_dim] != only_sender:
             return (), ()
     elif source.placements[mesh_dim] is None and sender != receiver:
         return (), ()  # the receiver has its own copy
