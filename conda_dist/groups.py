@@ -52,15 +52,6 @@ def check_hyperparameters(values: Mapping[str, Any], where: str = "") -> None:
             raise ValueError(f"{where}update_proj_gap must be at least 1 step, got {gap}")
     if not isinstance(values.get("correct_bias", True), bool):
         raise TypeError(f"{where}correct_bias must be a bool, got {values['correct_bias']!r}")
-    splits = values.get("splits")
-    if splits is not None and not (
-        isinstance(splits, tuple | list)
-        and splits
-        and all(isinstance(rows, int) and rows > 0 for rows in splits)
-    ):
-        raise TypeError(
-            f"{where}splits must be rows of parts, such as (4096, 1024), got {splits!r}"
-        )
     if values.get("proj_type", "std") != "std":
         raise ValueError(
             f"{where}proj_type={values['proj_type']!r} is not supported: of the released code's "
@@ -128,6 +119,8 @@ def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             check_matrix(where + (name or "parameter"), param)
         if splits is not None and (algorithm or route(name, param).algorithm) == CONDA:
             check_splits(where + (name or "parameter"), param, splits)
+        elif splits is not None and algorithm:
+            raise ValueError(f"{where}splits {splits!r} have no meaning on the adamw path")
         parts[algorithm or route(name, param).algorithm].append((name, param))
     if algorithm is None and len(parts[CONDA]) > 1 and parts[CONDA][0][0] is None:
         warnings.warn(

@@ -197,7 +197,10 @@ class Conda(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         setup, path = self._resolve(agreeing=True)
-        grads = {m.param: storage.local_gradient(m.name, m.param) for m in setup.members}
+        grads: dict[Tensor, Tensor | None] = {}
+        for member in setup.members:  # parts share a parameter, whose gradient is reduced once
+            if member.param not in grads:
+                grads[member.param] = storage.local_gradient(member.name, member.param)
         live = self._live(setup, grads)
         path.step(
             {
@@ -218,14 +221,14 @@ class Conda(torch.optim.Optimizer):
         self._resolve()[0].init_state()
 
     def report(self, *, show: bool = True) -> list[Row]:
-        """What each trainable parameter gets: path, layout, owners, bytes.
+        """What each trainable parameter gets, or each part of one: path, layout, owners, bytes.
 
         Args:
             show: whether to print it as a table too, on the first of the ranks that share the
                 parameters.
 
         Returns:
-            A dict for each parameter; see :class:`conda_dist.report.Row`.
+            A dict for each parameter or part; see :class:`conda_dist.report.Row`.
         """
         table = rows(self._resolve()[0])
         if show and self.is_first:
@@ -269,7 +272,8 @@ class Conda(torch.optim.Optimizer):
         """
         for i, mesh in enumerate(setup.meshes):
             if not setup.started[i]:
-                ours = (grads[member.param] for member in setup.members if member.mesh == mesh)
+                params = {member.param for member in setup.members if member.mesh == mesh}
+                ours = (grads[param] for param in params)
                 any_here = any(bool(grad.any()) for grad in ours if grad is not None)
                 setup.started[i] = bool(all_max(mesh, [any_here])[0])
         return {mesh for mesh, started in zip(setup.meshes, setup.started, strict=True) if started}

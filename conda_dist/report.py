@@ -18,7 +18,7 @@ from conda_dist.weight import Weight, basis_dtype, moment_dtype
 
 
 class Row(TypedDict):
-    """One parameter.
+    """One parameter, or one of the parts that its group's ``splits`` make of it.
 
     Attributes:
         name: its fully qualified name, or where it stands in the groups.
@@ -53,7 +53,7 @@ def _reason(name: str, param: Tensor, path: str) -> str:
 
 
 def rows(setup: Setup) -> list[Row]:
-    """The report of every trainable parameter; needs no communication."""
+    """The report of every trainable parameter or part; needs no communication."""
     plans = [weight.plan for weight in setup.weights]
     conda = [_conda_row(weight, plans, i) for i, weight in enumerate(setup.weights)]
     return conda + [_adamw_row(plain) for plain in setup.plains]
@@ -132,7 +132,7 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
     # What a narrow terminal can do without is left out, rather than folded beyond recognition.
     wide = console.width >= 130
     grid = Table(title="Conda: what each parameter gets on this rank", box=SIMPLE, show_footer=True)
-    grid.add_column("parameter", f"{len(table)} in all", overflow="fold")
+    grid.add_column("parameter", f"{len(table)} in all", overflow="fold", min_width=24)
     texts = ("shape", "path", "stored -> computed", "basis", "refreshed by")
     for name in texts if wide else texts[:2]:
         grid.add_column(name, no_wrap=True)
@@ -162,7 +162,8 @@ def _spans(ranks: Collection[int]) -> str:
             spans[-1][1:] = [rank]
         else:
             spans.append([rank])
-    return ",".join("-".join(map(str, span)) for span in spans)
+    text = ",".join("-".join(map(str, span)) for span in spans)
+    return text if len(text) <= 18 else f"{len(ranks)} of {min(ranks)}-{max(ranks)}"
 
 
 def _bytes(count: float) -> str:

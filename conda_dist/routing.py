@@ -82,9 +82,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for :class:`conda_dist.Conda` from a module, by name, type and shape.
 
-    Matrices inside the model's blocks go to conda; embeddings, output head, routers, norms,
-    biases and kernels to adamw. Call it after ``fully_shard`` or whatever else replaces
-    parameters. Tied weights appear once, under their first name.
+    Matrices go to conda, but those whose name or module says that they are embeddings, the output
+    head or routers; norms, biases and kernels go to adamw. Call it after ``fully_shard`` or
+    whatever else replaces parameters. Tied weights appear once, under their first name.
 
     Args:
         model: the module.
@@ -105,6 +105,7 @@ def param_groups(
         weights are split.
 
     Raises:
+        TypeError: patterns or splits of the wrong type.
         ValueError: a pattern matches no parameter, or a conda pattern one that is no matrix, or a
             splits pattern one that has other rows or is not on the conda path; or no trainable
             weight is left for the conda path.
@@ -151,10 +152,13 @@ def split(
         The weights, and the patterns that match none of them.
 
     Raises:
+        TypeError: splits of the wrong type.
         ValueError: a matching weight has other rows.
     """
     cut: dict[tuple[int, ...] | None, list[tuple[str, Tensor]]] = {None: []}
     matched = set[str]()
+    if not isinstance(splits, Mapping):
+        raise TypeError(f"splits must be a dict of patterns and rows, got {splits!r}")
     for name, param in named:
         hits = [pattern for pattern in splits if fnmatchcase(clean_name(name), pattern)]
         matched.update(hits)
@@ -165,12 +169,12 @@ def split(
 
 def _rows(name: str, param: Tensor, rule: int | Sequence[int]) -> tuple[int, ...]:
     rows = param.shape[-2]
-    if isinstance(rule, int):
-        if rule < 1 or rows % rule:
-            raise ValueError(f"{name}: {rows} rows cannot be split into {rule} equal parts")
-        rule = [rows // rule] * rule
-    check_splits(name, param, rule)
-    return tuple(rule)
+    if not isinstance(rule, int) or isinstance(rule, bool):
+        check_splits(name, param, rule)
+        return tuple(rule)  # type: ignore[arg-type]
+    if rule < 1 or rows % rule:
+        raise ValueError(f"{name}: {rows} rows cannot be split into {rule} equal parts")
+    return (rows // rule,) * rule
 
 
 def divide(
@@ -226,13 +230,22 @@ def check_matrix(name: str, param: Tensor) -> None:
         )
 
 
-def check_splits(name: str, param: Tensor, splits: Sequence[int]) -> None:
+def check_splits(name: str, param: Tensor, splits: Any) -> None:
     """Refuses what cannot be cut into these blocks of rows.
 
     Raises:
+        TypeError: they are no sequence of positive integers.
         ValueError: they do not fit into the weight's rows a whole number of times, or it has more
             than three dimensions.
     """
+    if (
+        not isinstance(splits, tuple | list)
+        or not splits
+        or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in splits)
+    ):
+        raise TypeError(
+            f"{name}: splits must be rows of parts, such as (4096, 1024), got {splits!r}"
+        )
     if param.shape[-2] % sum(splits) or param.ndim > 3:
         raise ValueError(
             f"{name}: splits {tuple(splits)} make {sum(splits)} rows, but the weight is "

@@ -142,9 +142,9 @@ class Setup:
 
 
 def signature(groups: Iterable[Mapping[str, Any]]) -> object:
-    """What a setup was made for: changes when parameters are added, replaced or unfrozen."""
+    """What a setup was made for: changes when parameters are added, replaced, unfrozen or split."""
     return tuple(
-        (id(group), group["algorithm"], id(param), param.requires_grad)
+        (id(group), group["algorithm"], str(group["splits"]), id(param), param.requires_grad)
         for group in groups
         for param in group["params"]
     )
@@ -213,6 +213,7 @@ def set_up(
         layout = storage.find_layout(name, param, mesh)
         if group["algorithm"] == CONDA:
             check_matrix(name, param)  # it may have been replaced
+            _check_bases(name, state.get(param, {}), group["splits"])
             sites += _sites(name, param, mesh, group, layout)
         else:
             plains.append(Plain(name, param, mesh, layout, group, state, options))
@@ -234,6 +235,18 @@ def set_up(
     )
     setup.check_state()
     return setup
+
+
+def _check_bases(name: str, state: Mapping[str, Any], splits: Sequence[int] | None) -> None:
+    """Refuses a state whose bases are those of other parts."""
+    held = {key for key in state if key.startswith("basis") and key != "basis_step"}
+    needed = {"basis"} if splits is None else {basis_key(part) for part in range(len(splits))}
+    if held and held != needed:
+        raise ValueError(
+            f"{name}: its state has {', '.join(sorted(held))}, but its group's splits are "
+            f"{splits}; they cannot change once there is state: drop it first "
+            "(del optimizer.state[param])."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ def conda_shard_placement(
     adamw: Sequence[str] = (),
     strict: bool = False,
 ) -> Callable[[nn.Parameter], Shard | None]:
-    """A ``shard_placement_fn`` for ``fully_shard``: wide matrices by columns, all else by rows.
+    """A ``shard_placement_fn`` for ``fully_shard``: wide matrices by columns, all else by dim 0.
 
     Conda leaves the columns of a wide matrix (m < n) alone and the rows of any other, so shards of
     them step without a word to other ranks::
@@ -33,11 +33,13 @@ def conda_shard_placement(
 
     FSDP2 shards a dimension other than the first only where it divides evenly. A wide matrix that
     does not is left to rows: its step then exchanges the gradient, as :meth:`Conda.report` shows.
-    What is decided depends on shapes and placements only, and so is the same on all ranks.
+    What is decided depends on shapes and placements only, and so is the same on all ranks. Weights
+    of three dimensions are left to the first, along which whole matrices are dealt out. Parts of
+    weights that ``param_groups`` splits have shapes of their own, which this does not know.
 
     Args:
         model: the module, its parameters those that ``fully_shard`` is going to see: after
-            tensor parallelism, before any ``fully_shard``.
+            tensor parallelism and ``to_empty``, before any ``fully_shard``.
         mesh: the mesh given to ``fully_shard``; its last dimension is the one that shards.
         conda: as of :func:`conda_dist.param_groups`.
         adamw: as of :func:`conda_dist.param_groups`.
@@ -46,7 +48,8 @@ def conda_shard_placement(
     Raises:
         TypeError: ``mesh`` is no DeviceMesh.
         ValueError: the mesh has more than two dimensions; a pattern matches no parameter; or,
-            with ``strict``, a wide matrix does not divide.
+            with ``strict``, a wide matrix does not divide. From ``fully_shard``: a parameter is
+            not one that ``model`` had.
     """
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"mesh must be a DeviceMesh, got {type(mesh).__name__}")
@@ -60,15 +63,17 @@ def conda_shard_placement(
         raise ValueError(f"pattern {unmatched[0]!r} matches no parameter of {type(model).__name__}")
     ways = mesh.size(mesh.ndim - 1)
     # Weak, for fully_shard frees the whole parameters it shards, and their ids may come again.
-    columns: dict[int, tuple[weakref.ref[nn.Parameter], Shard]] = {}
+    known: dict[int, tuple[weakref.ref[nn.Parameter], Shard | None]] = {
+        id(param): (weakref.ref(param), None) for param in model.parameters()
+    }
     for name, param in groups[CONDA]:
         assert isinstance(param, nn.Parameter)
         dim = kept_dim(tuple(param.shape))
-        if dim != param.ndim - 1:
+        if dim != param.ndim - 1 or param.ndim > 2:
             continue
         sizes = _column_sizes(clean_name(name), param)
         if all(size % ways == 0 for size in sizes):
-            columns[id(param)] = weakref.ref(param), Shard(dim)
+            known[id(param)] = weakref.ref(param), Shard(dim)
         elif strict:
             raise ValueError(
                 f"{clean_name(name)}: {tuple(param.shape)} is wide, but its columns "
@@ -78,8 +83,14 @@ def conda_shard_placement(
             )
 
     def place(param: nn.Parameter) -> Shard | None:
-        known, shard = columns.get(id(param), (lambda: None, None))
-        return shard if known() is param else None
+        seen, shard = known.get(id(param), (lambda: None, None))
+        if seen() is not param:
+            raise ValueError(
+                f"fully_shard got a parameter of shape {tuple(param.shape)} that the model did not "
+                "have when conda_shard_placement was called: call it after parallelize_module and "
+                "to_empty, and before the first fully_shard."
+            )
+        return shard
 
     return place
 

@@ -49,6 +49,7 @@ def test_no_step_moves_a_gradient(shape: tuple[int, ...]) -> None:
         assert layouts["blocks.0.down.weight"].endswith("Shard(1)]")
         assert layouts["blocks.0.up.weight"].endswith("Shard(0)]")
         assert layouts["head.weight"].endswith("Shard(0)]")
+        assert layouts["blocks.0.experts"].endswith("Shard(0)]")
         assert models.farthest(ended, expected, start) < 1e-4
 
 
@@ -90,6 +91,21 @@ def test_over_tensor_parallelism() -> None:
     for found, in_place in ranks.run(4, _tensor_parallel):
         assert found == [Shard(1), None]
         assert in_place == "{'even': True, 'uneven': False}"
+
+
+def _replaced() -> str:
+    with torch.device("meta"):
+        model = models.Tiny(width=12, hidden=24)
+    mesh = init_device_mesh("cpu", (2,))
+    place = conda_shard_placement(model, mesh)
+    model.to_empty(device="cpu")
+    return models.attempt(lambda: fully_shard(model, mesh=mesh, shard_placement_fn=place))
+
+
+def test_parameters_that_came_later_are_refused() -> None:
+    """By rows they would train as well, but not as was asked for."""
+    for said in ranks.run(2, _replaced):
+        assert "after parallelize_module and to_empty" in said
 
 
 def test_refusals() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import models
@@ -223,6 +224,52 @@ def test_param_groups_cut_what_patterns_name() -> None:
 def test_impossible_splits(splits: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         param_groups(_Fused(), splits=splits)
+
+
+@pytest.mark.parametrize(
+    "rows", [(), (0,), (8, -2, 6), "3", ("a",), 3.0, None, True, (True, 11)], ids=str
+)
+def test_rows_of_the_wrong_type(rows: Any) -> None:
+    with pytest.raises(TypeError, match=r"qkv.weight: splits must be rows of parts"):
+        param_groups(_Fused(), splits={"*qkv.weight": rows})
+
+
+def test_splits_that_are_no_dict() -> None:
+    with pytest.raises(TypeError, match="splits must be a dict"):
+        param_groups(_Fused(), splits=[("*qkv.weight", 3)])  # type: ignore[arg-type]
+
+
+def test_splits_on_the_adamw_path() -> None:
+    group = {"params": list(_fused(PLAIN).items()), "algorithm": "adamw", "splits": ROWS}
+    with pytest.raises(ValueError, match="no meaning on the adamw path"):
+        Conda([group])
+
+
+def test_splits_cannot_change_under_a_state() -> None:
+    params = _fused(PLAIN)
+    optimizer = _optimizer(params)
+    _take(params, optimizer, range(1))
+    optimizer.param_groups[0]["splits"] = (9, 8)
+    with pytest.raises(ValueError, match="qkv: its state has basis_0, basis_1, basis_2, but"):
+        _take(params, optimizer, range(1, 2))
+    optimizer.param_groups[0]["splits"] = ROWS
+    _take(params, optimizer, range(1, 2))
+
+
+def _reductions(splits: tuple[int, ...] | None) -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    param = nn.Parameter(DTensor.from_local(_start("qkv"), mesh, [Replicate()]))
+    group = {"params": [("qkv", param)], "algorithm": "conda", "splits": splits}
+    optimizer = Conda([group], update_proj_gap=100)
+    for _ in range(2):
+        param.grad = DTensor.from_local(_start("qkv"), mesh, [Partial()])
+        with CommDebugMode() as counted:
+            optimizer.step()
+    return [f"{name} {count}" for name, count in counted.get_comm_counts().items()]
+
+
+def test_a_partial_gradient_is_reduced_once() -> None:
+    assert ranks.run(2, _reductions, ROWS) == ranks.run(2, _reductions, None)
 
 
 @pytest.mark.parametrize("splits", [3, (), (8, 0, 4), "8,4", (8.0, 4.0)], ids=str)

@@ -38,6 +38,27 @@ def test_wrong_option_is_refused(options: list[str], said: list[str]) -> None:
         assert word in refusal
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ('{"state_dtype": "float16"}', "state_dtype must be one of float32, bfloat16"),
+        ('{"betas": 0.9}', "betas must be a pair"),
+        ('{"name": "stock"}', "Conda has no option 'name'"),
+        ('{"splits": "*.w1.weight=2"}', "splits must be a list"),
+    ],
+)
+def test_wrong_values_of_the_override(options: str, said: str) -> None:
+    given = ["--override.imports", f"conda_dist.integrations.torchtitan.override.conda={options}"]
+    for refusal in titan_jobs.refusals(ONE, "llama3", *given):
+        assert said in refusal
+
+
+def test_bfloat16_state_of_torchtitan_is_not_ours() -> None:
+    option = "--optimizer.implementation=fused_opt_states_bf16"
+    for refusal in titan_jobs.refusals(ONE, "llama3", *CONDA, option):
+        assert "--optimizer.state_dtype bfloat16" in refusal
+
+
 def test_wrong_option_of_the_override_is_refused() -> None:
     override = 'conda_dist.integrations.torchtitan.override.conda={"update_proj_gapp": 5}'
     given = ["--override.imports", override]
@@ -65,7 +86,11 @@ def test_pattern_of_one_pipeline_stage_is_none() -> None:
 
 
 def test_option_wrong_on_one_stage_only_is_refused_on_every_rank() -> None:
-    for option in ("splits=layers.0.*wqkv.weight=100+100", "conda_params=norm.weight"):
+    for option in (
+        "splits=layers.0.*wqkv.weight=100+100",
+        "splits=layers.0.*wqkv.weight=0+0",
+        "conda_params=norm.weight",
+    ):
         refusals = titan_jobs.refusals(PP, "llama3", *CONDA, f"--optimizer.{option}", timeout=30)
         assert not [refusal for refusal in refusals if "Timed out" in refusal]
 

@@ -1,8 +1,10 @@
 """Jobs of 16 ranks, planned by one process: torchtitan's real models on the meta device."""
 
+import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from torchtitan.config import ConfigManager
 
 from conda_dist.integrations.torchtitan.train import rewrite
+from conda_dist.report import print_table
 
 COMMANDS = Path(__file__).parents[1] / "configs" / "torchtitan"
 
@@ -73,6 +77,19 @@ def test_state_of_sharded_bases_is_a_sixteenth(plans: dict[str, Any]) -> None:
     elements += sum(min(row["shape"]) ** 2 for row in table if _is_matrix(row))
     held = sum(row["state_bytes"] - counters[row["name"]] for row in table)
     assert held == elements * 4 // 16
+
+
+def test_the_table_names_everything(plans: dict[str, Any]) -> None:
+    """However many ranks share the work: only the columns beside the name may be cut."""
+    table = [
+        {**row, "owners": [rank * 7 % 256 for rank in range(len(row["owners"]))]}
+        for row in plans["671B 0"][0]
+    ]
+    printed = io.StringIO()
+    print_table(table, Console(file=printed, width=180))
+    said = "".join(line[:40].strip() for line in printed.getvalue().splitlines())
+    for name in {re.sub(r"\.\d+\.", ".*.", row["name"]) for row in table}:
+        assert name in said.replace(" ", ""), printed.getvalue()
 
 
 def test_paths(plans: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
+from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import derive
 from torchtitan.models.common import FusedQKVLinear
@@ -95,6 +96,11 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         self._config = config
         if config.name == "conda":
+            if config.implementation == "fused_opt_states_bf16":
+                raise ValueError(
+                    "--optimizer.implementation fused_opt_states_bf16 is for torchtitan's own "
+                    "optimizers; Conda's moments are bfloat16 by --optimizer.state_dtype bfloat16"
+                )
             _check_stages(config, model_parts)
         else:
             _check_unused(config)
@@ -120,9 +126,9 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         ways = [(CONDA, rows, named) for rows, named in cut.items()]
         groups = []
         for algorithm, rows, named in (*ways, (ADAMW, None, divided[ADAMW])):
-            trainable = {clean_name(n): param for n, param in named if param.requires_grad}
+            trainable = [(canonical_fqn(n), param) for n, param in named if param.requires_grad]
             if trainable:  # names apart from parameters, as torchtitan has them
-                names, params = list(trainable), list(trainable.values())
+                names, params = map(list, zip(*trainable, strict=True))
                 group = {"params": params, "param_names": names, "algorithm": algorithm}
                 groups.append({**group, "splits": rows, **options[algorithm]})
         return {"Conda": groups}, {"Conda": [f"{group['algorithm']} path" for group in groups]}
@@ -177,7 +183,7 @@ def _splits(given: Sequence[str]) -> dict[str, int | list[int]]:
             numbers = [int(number) for number in rows.split("+")]
         except ValueError:
             numbers = []
-        if not pattern or not numbers:
+        if not pattern or not numbers or min(numbers) < 1:
             raise ValueError(
                 f"--optimizer.splits {text!r}: give PATTERN=ROWS+ROWS+... or PATTERN=PARTS, such "
                 "as '*.w13.weight=2', or '*.wqkv.weight=512+128+128' for a block that repeats"
@@ -209,7 +215,7 @@ def _check_stages(config: CondaOptimizersContainer.Config, parts: Sequence[nn.Mo
         try:
             groups, unmatched = divide(part, config.conda_params, config.adamw_params)
             matched |= set(patterns) - {*unmatched, *split(groups[CONDA], splits)[1]}
-        except ValueError as caught:  # other stages need not know the parameter
+        except Exception as caught:  # other stages need not know the parameter
             error = caught
             break
         projected |= any(param.requires_grad for _, param in groups[CONDA])
@@ -240,9 +246,9 @@ def _check_unused(config: CondaOptimizersContainer.Config) -> None:
 
 def _log_table(optimizer: Conda) -> None:
     """Logs what went where, once for each model part: on the first rank that holds it."""
-    table = optimizer.report(show=False)
     if not optimizer.is_first:
         return
+    table = optimizer.report(show=False)
     text = io.StringIO()
     print_table(table, Console(file=text, width=180))
     logger.info("Conda's parameters\n%s", text.getvalue())

@@ -7,7 +7,11 @@ from typing import Any
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import override
 
-from conda_dist.integrations.torchtitan.container import CondaOptimizersContainer, conda_config
+from conda_dist.integrations.torchtitan.container import (
+    DTYPES,
+    CondaOptimizersContainer,
+    conda_config,
+)
 
 
 @override(target=OptimizersContainer.Config, description="Conda (arXiv 2509.24218)")  # type: ignore[untyped-decorator]
@@ -21,10 +25,17 @@ def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
     Raises:
         ValueError: there is no such field, or the config's optimizer cannot be replaced.
     """
-    names = [f.name for f in fields(CondaOptimizersContainer.Config)]
+    names = [f.name for f in fields(CondaOptimizersContainer.Config) if f.name != "name"]
     for option in options.keys() - set(names):
         near = difflib.get_close_matches(option, names, n=1, cutoff=0)
         raise ValueError(f"Conda has no option {option!r}; the nearest is {near[0]!r}")
-    if "betas" in options:
+    if isinstance(options.get("betas"), list):
         options["betas"] = tuple(options["betas"])  # JSON has lists only
-    return conda_config(config, **{"name": "conda", **options})
+    for option in ("conda_params", "adamw_params", "splits"):
+        if not isinstance(options.get(option, []), list):
+            raise ValueError(f"{option} must be a list, got {options[option]!r}")
+    for option in ("state_dtype", "matmul_dtype"):
+        if options.get(option) not in DTYPES:
+            known = ", ".join(name for name in DTYPES if name)
+            raise ValueError(f"{option} must be one of {known}; got {options[option]!r}")
+    return conda_config(config, name="conda", **options)

@@ -107,6 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="operations a device does in an SVD, 10^12 a second (default 1: an assumption)",
     )
     given, rest = parser.parse_known_args(arguments)
+    if not 0 <= given.rank < given.ranks:
+        parser.error(f"--rank {given.rank} is none of --ranks {given.ranks}")
+    if given.svd_tflops <= 0:
+        parser.error(f"--svd-tflops must be above 0, got {given.svd_tflops}")
+    if any(word.partition("=")[0] == "--optimizer.name" for word in rest):
+        parser.error("--optimizer.name is conda here; leave it out")
     table = plan(rest, given.ranks, given.rank)
     print_table(table)
     work = refresh_flops(table)

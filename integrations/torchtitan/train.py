@@ -7,6 +7,7 @@ All options are torchtitan's, and Conda's under ``--optimizer``. Without ``--opt
 command line is handed on as it is.
 """
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "torchtitan is not installed: pip install 'conda_dist[torchtitan]'"
         ) from error
     sys.argv[1:] = rewrite(sys.argv[1:] if argv is None else argv)
+    if REGISTRY in sys.argv:
+        # torchtitan would take an error in here for a config that does not exist.
+        importlib.import_module(f"{REGISTRY}.config_registry")
     train()
 
 
