@@ -51,17 +51,26 @@ def nested(topologies: Iterable[Topology]) -> list[tuple[Topology, list[Topology
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A mesh dimension that splits a tensor dimension, as ``torch.chunk`` would.
+    """A mesh dimension that splits a tensor dimension, as ``torch.chunk`` would or where told.
 
     Attributes:
         dim: the tensor dimension, not negative.
         stride: 1, or the number of equal pieces that later mesh dimensions cut the tensor
             dimension into before this one splits each piece: DTensor's ``_StridedShard``, whose
             ``split_factor`` this is. FSDP over tensor parallelism produces it.
+        bounds: () for ``torch.chunk``'s pieces, else where they begin and the last one ends: one
+            number more than there are ranks, ascending. Only with a stride of 1.
     """
 
     dim: int
     stride: int = 1
+    bounds: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.stride > 1:
+            return f"_StridedShard({self.dim}, sf={self.stride})"
+        cuts = f" at {','.join(map(str, self.bounds))}" if self.bounds else ""
+        return f"Shard({self.dim}{cuts})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +80,15 @@ class Block:
     Attributes:
         start: first index of the box in the global tensor.
         shape: extent of the box.
-        local: first index of the box in the rank's local tensor.
+        local: first index of the box in the rank's local tensor; the offset of its first element
+            where that tensor is flat.
+        strides: None, or for a box in a flat tensor its strides there.
     """
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
     local: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,15 +199,60 @@ class Layout:
         return product(*map(range, self.mesh))
 
     def __str__(self) -> str:
-        names = [
-            "Replicate()"
-            if placement is None
-            else f"Shard({placement.dim})"
-            if placement.stride == 1
-            else f"_StridedShard({placement.dim}, sf={placement.stride})"
-            for placement in self.placements
-        ]
+        names = ["Replicate()" if split is None else str(split) for split in self.placements]
         return f"[{', '.join(names)}]" if names else "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Flat(Layout):
+    """A tensor, flattened row by row, of which each rank of one mesh dimension holds a range.
+
+    ZeRO's partitions are such ranges. The local tensor is flat: shape ``(elements,)``.
+
+    Attributes:
+        bounds: rank i holds the elements [bounds[i], bounds[i + 1]); ascending, from 0 to all.
+    """
+
+    bounds: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], bounds: tuple[int, ...]) -> "Flat":
+        """The layout of a tensor cut at ``bounds``.
+
+        Raises:
+            ValueError: the bounds do not ascend from 0 to the number of elements.
+        """
+        if list(bounds) != sorted(bounds) or (bounds[0], bounds[-1]) != (0, math.prod(shape)):
+            raise ValueError(f"ranges cut at {bounds} do not make up a tensor of shape {shape}")
+        return cls(shape, (len(bounds) - 1,), (Split(0),), None, bounds)
+
+    def range(self, coordinate: Coordinate) -> tuple[int, int]:
+        """First element held at a coordinate, and the one after the last."""
+        return self.bounds[coordinate[0]], self.bounds[coordinate[0] + 1]
+
+    def local_shape(self, coordinate: Coordinate) -> tuple[int, ...]:
+        """Shape of the local tensor at a coordinate."""
+        start, stop = self.range(coordinate)
+        return (stop - start,)
+
+    def blocks(self, coordinate: Coordinate) -> tuple[Block, ...]:
+        """The boxes held at a coordinate, in order: the rest of a row, whole rows, part of one."""
+        return _flat_blocks(self.shape, *self.range(coordinate))
+
+    def move(self, mesh_dim: int, placement: Split | None) -> Layout:
+        """A layout of shaped local tensors with this placement of the one mesh dimension."""
+        return Layout(self.shape, self.mesh, (placement,))
+
+    def rows(self, rows: tuple[range, ...]) -> Layout:
+        """Not to be had: parts of a flat weight are no ranges.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("blocks of rows of a weight in flat partitions are not supported")
+
+    def __str__(self) -> str:
+        return f"[Flat({','.join(map(str, self.bounds))})]"
 
 
 def _chunk(runs: tuple[range, ...], pieces: int, index: int) -> tuple[range, ...]:
@@ -241,6 +298,10 @@ def _split_runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ..
     for size, index, placement in zip(layout.mesh, coordinate, layout.placements, strict=True):
         if placement is None:
             continue
+        if placement.bounds:
+            start, stop = placement.bounds[index : index + 2]
+            runs[placement.dim] = _slice(runs[placement.dim], start, stop)
+            continue
         pieces = [_chunk(runs[placement.dim], placement.stride, i) for i in range(placement.stride)]
         parts = tuple(run for piece in pieces for run in _chunk(piece, size, index))
         runs[placement.dim] = _slice(parts, 0, sum(map(len, parts)))
@@ -266,6 +327,36 @@ def _blocks(layout: Layout, coordinate: Coordinate) -> tuple[Block, ...]:
     )
 
 
+@lru_cache(maxsize=65536)
+def _flat_blocks(shape: tuple[int, ...], start: int, stop: int) -> tuple[Block, ...]:
+    """The elements [start, stop) of a flattened tensor as boxes; offsets count from ``start``."""
+    strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    blocks: list[Block] = []
+
+    def add(prefix: tuple[int, ...], first: int, last: int) -> None:
+        """Adds elements [first, last) of what ``prefix`` selects."""
+        if first >= last:
+            return
+        dim = len(prefix)
+        inner = strides[dim]
+        if -(-first // inner) > last // inner:  # all inside one row
+            index = first // inner
+            add((*prefix, index), first - index * inner, last - index * inner)
+            return
+        if first % inner:
+            add((*prefix, first // inner), first % inner, inner)
+        whole = -(-first // inner), last // inner
+        if whole[0] < whole[1]:
+            begin = (*prefix, whole[0], *(0 for _ in shape[dim + 1 :]))
+            extent = (*(1 for _ in prefix), whole[1] - whole[0], *shape[dim + 1 :])
+            offset = sum(i * stride for i, stride in zip(begin, strides, strict=True)) - start
+            blocks.append(Block(begin, extent, (offset,), strides))
+        add((*prefix, last // inner), 0, last % inner)
+
+    add((), start, stop)
+    return tuple(blocks)
+
+
 def intersect(ours: Block, theirs: Block) -> tuple[Block, Block] | None:
     """The common box of two blocks, as a part of each, or None where they share no element."""
     start = tuple(map(max, ours.start, theirs.start))
@@ -278,6 +369,10 @@ def intersect(ours: Block, theirs: Block) -> tuple[Block, Block] | None:
         return None
 
     def part(block: Block) -> Block:
+        if block.strides is not None:
+            steps = zip(start, block.start, block.strides, strict=True)
+            offset = block.local[0] + sum((s - b) * stride for s, b, stride in steps)
+            return Block(start, shape, (offset,), block.strides)
         local = (o + s - b for o, s, b in zip(block.local, start, block.start, strict=True))
         return Block(start, shape, tuple(local))
 
