@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from conda_dist.flat import Flat
 from conda_dist.layout import (
     Coordinate,
-    Flat,
     Layout,
     Move,
     Split,

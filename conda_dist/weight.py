@@ -8,7 +8,8 @@ from torch import Tensor
 
 from conda_dist import maths, storage
 from conda_dist.exchange import Mesh
-from conda_dist.layout import Flat, Layout
+from conda_dist.flat import Flat
+from conda_dist.layout import Layout
 from conda_dist.maths import Hyper, Outcome, matrices
 from conda_dist.options import Options
 from conda_dist.plan import WeightPlan
@@ -114,7 +115,7 @@ class Weight:
         device = storage.local(self.param).device
         parts = () if self.plan.part is None else (len(self.group["splits"]),)
         if not self.plan.part:
-            state["step"] = torch.zeros(parts, dtype=torch.float32, device="cpu")
+            state.setdefault("step", torch.zeros(parts, dtype=torch.float32, device="cpu"))
         for name, layout in self.state_layouts().items():
             if name in state:  # moments in flat partitions are whoever's made the partition
                 continue

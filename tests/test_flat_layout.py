@@ -16,7 +16,8 @@ import ranks
 from conda_dist import Conda
 from conda_dist.conda_path import CondaPath
 from conda_dist.exchange import Mesh
-from conda_dist.layout import Flat, Layout, Topology, reverse
+from conda_dist.flat import Flat
+from conda_dist.layout import Layout, Topology, reverse
 from conda_dist.options import Options
 from conda_dist.plan import deal_owners, plan_weight
 from conda_dist.transfer import plan_hops, redistribution
@@ -66,7 +67,7 @@ def _box(tensor: Tensor, block: Any) -> Tensor:
 def test_blocks_are_the_ranges(flat: Flat) -> None:
     tensor = torch.arange(math.prod(flat.shape)).view(flat.shape)
     for coordinate in flat.coordinates():
-        start, stop = flat.range(coordinate)
+        start, stop = flat.held(coordinate)
         assert torch.equal(_local(flat, coordinate, tensor), torch.arange(start, stop))
         assert len(flat.blocks(coordinate)) <= 2 * len(flat.shape) - 1
 
@@ -158,7 +159,7 @@ def _flat_run(kind: str, options: Options) -> dict[str, Tensor]:
     flats = {n: Flat.of(s, _bounds(math.prod(s), world, kind)) for n, s in SHAPES.items()}
     shard = options.basis_placement == "shard"
     plans = deal_owners([plan_weight(n, mesh.topology, f, shard) for n, f in flats.items()])
-    pieces = {n: _start(n).flatten()[slice(*f.range((rank,)))].clone() for n, f in flats.items()}
+    pieces = {n: _start(n).flatten()[slice(*f.held((rank,)))].clone() for n, f in flats.items()}
     weights = []
     for (name, flat), plan in zip(flats.items(), plans, strict=True):
         states[pieces[name]] = {}
@@ -170,7 +171,7 @@ def _flat_run(kind: str, options: Options) -> dict[str, Tensor]:
         grads = {n: models.gradient(n, _start(n), step).flatten() for n in SHAPES}
         path.step(
             {
-                i: w.rows(grads[w.name][slice(*flats[w.name].range((rank,)))].clone())
+                i: w.rows(grads[w.name][slice(*flats[w.name].held((rank,)))].clone())
                 for i, w in enumerate(weights)
             }
         )

@@ -1,0 +1,131 @@
+"""DeepSpeed's engine on the processes of ``ranks``, with the model of ``models``."""
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import models
+from conda_dist import Conda, param_groups
+
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "update_proj_gap": 3, "eps": 1e-4}
+BATCH, LENGTH, STEPS = 24, 8, 7
+"""Any number of ranks up to 4 divides the batch; its gradients have full rank."""
+
+
+def tokens(step: int) -> Tensor:
+    """The batch of a step, the same on all ranks."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(models.VOCABULARY, (BATCH, LENGTH), generator=generator)
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    """Of predicting a permutation of the tokens."""
+    wanted = (5 * batch + batch.roll(1, -1)) % models.VOCABULARY
+    return nn.functional.cross_entropy(model(batch).float().flatten(0, 1), wanted.flatten())
+
+
+def settle() -> Any:
+    """DeepSpeed, made to forget the process groups of earlier calls."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    os.environ.update(
+        DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.utils import groups, logger
+
+        import conda_dist.integrations.deepspeed  # noqa: F401
+    logger.setLevel("WARNING")
+    sys.modules["deepspeed.comm.comm"].cdb = None
+    # Ranks must number parameters alike, and have not all taken part in the same calls before.
+    deepspeed.zero.Init.param_id = 0
+    offload = sys.modules["deepspeed.runtime.zero.parameter_offload"].DeepSpeedZeRoOffload
+    offload._register_deepspeed_module.__defaults__[0][0] = 0
+    for name in [n for n in vars(groups) if n.startswith("_") and n.isupper()]:
+        if isinstance(getattr(groups, name), dict):
+            getattr(groups, name).clear()
+        else:
+            setattr(groups, name, None)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def config(stage: int, dtype: str = "fp32", **others: Any) -> dict[str, Any]:
+    """A DeepSpeed config; ``others`` replace or add to its entries, ``zero`` to ZeRO's own."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **others.pop("zero", {})}
+    made = {
+        "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "optimizer": {"type": "Conda", "params": {**SETTINGS, **others.pop("params", {})}},
+        **({dtype: {"enabled": True}} if dtype != "fp32" else {}),
+        **others,
+    }
+    return made
+
+
+def build(made: dict[str, Any], model: nn.Module | None = None, **arguments: Any) -> Any:
+    """An engine of the small model."""
+    deepspeed = settle()
+    torch.manual_seed(0)
+    model = models.Tiny() if model is None else model
+    engine, *_ = deepspeed.initialize(
+        model=model, config=made, dist_init_required=False, **arguments
+    )
+    return engine
+
+
+def train(engine: Any, steps: Iterable[int]) -> list[float]:
+    """Takes steps; returns this rank's losses."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    losses = []
+    for step in steps:
+        value = loss(engine, tokens(step).chunk(world)[rank])
+        engine.backward(value)
+        engine.step()
+        losses.append(value.item())
+    return losses
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    """The master weights, whole, in float32."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    whole = {}
+    for name, param in engine.module.named_parameters():
+        value = safe_get_full_fp32_param(param)
+        whole[name] = (param if value is None else value).detach().float().clone()
+    return whole
+
+
+def alone(grouped: Any = None, **options: Any) -> dict[str, Tensor]:
+    """One process with conda_dist.Conda on the same data."""
+    torch.manual_seed(0)
+    model = models.Tiny()
+    groups = param_groups(model)
+    if grouped is not None:
+        chosen = {n: g["algorithm"] for g in groups for n, _ in g["params"]}
+        groups = [
+            {**group, "params": [pair], "algorithm": chosen[pair[0]]}
+            for group in grouped(list(model.named_parameters()))
+            for pair in group["params"]
+        ]
+    optimizer = Conda(groups, **{**SETTINGS, **options})
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss(model, tokens(step)).backward()
+        optimizer.step()
+    return {name: param.detach().clone() for name, param in model.named_parameters()}
+
+
+def start() -> dict[str, Tensor]:
+    """The weights that all begin with."""
+    torch.manual_seed(0)
+    return {name: param.detach().clone() for name, param in models.Tiny().named_parameters()}
