@@ -53,6 +53,8 @@ def settle() -> Any:
             getattr(groups, name).clear()
         else:
             setattr(groups, name, None)
+    # DeepSpeed refuses fp16 on CPUs, whose torch has long had it.
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     return deepspeed
 

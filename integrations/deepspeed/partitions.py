@@ -172,7 +172,7 @@ def verify(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> None:
     ends: dict[int, int] = {}
     for piece in sorted(pieces, key=lambda p: (p.index, p.start or 0)):
         name, tensor = piece.member.name, tensors[piece.index]
-        if piece.start is not None:
+        if piece.start is not None and piece.count:
             if piece.start < ends.get(piece.index, 0) or tensor.numel() < piece.start + piece.count:
                 raise ValueError(
                     f"{name}: elements {piece.start} to {piece.start + piece.count} are not its own"
