@@ -1,5 +1,6 @@
 """DeepSpeed's engine on the processes of ``ranks``, with the model of ``models``."""
 
+import copy
 import os
 import sys
 import warnings
@@ -14,6 +15,7 @@ import models
 from conda_dist import Conda, param_groups
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "update_proj_gap": 3, "eps": 1e-4}
+LINEAR = nn.functional.linear
 BATCH, LENGTH, STEPS = 24, 8, 7
 """Any number of ranks up to 4 divides the batch; its gradients have full rank."""
 
@@ -53,6 +55,8 @@ def settle() -> Any:
             getattr(groups, name).clear()
         else:
             setattr(groups, name, None)
+    # ZeRO-3 leaves its own in the place of torch's; ranks would then reduce in different orders.
+    nn.functional.linear = LINEAR
     # DeepSpeed refuses fp16 on CPUs, whose torch has long had it.
     deepspeed.get_accelerator().is_fp16_supported = lambda: True
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
@@ -63,7 +67,7 @@ def config(stage: int, dtype: str = "fp32", **others: Any) -> dict[str, Any]:
     """A DeepSpeed config; ``others`` replace or add to its entries, ``zero`` to ZeRO's own."""
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **others.pop("zero", {})}
     made = {
-        "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
+        "train_batch_size": BATCH,
         "gradient_clipping": 0.0,
         "zero_optimization": zero,
         "optimizer": {"type": "Conda", "params": {**SETTINGS, **others.pop("params", {})}},
@@ -89,10 +93,12 @@ def train(engine: Any, steps: Iterable[int]) -> list[float]:
     rank, world = dist.get_rank(), dist.get_world_size()
     losses = []
     for step in steps:
-        value = loss(engine, tokens(step).chunk(world)[rank])
-        engine.backward(value)
-        engine.step()
-        losses.append(value.item())
+        mine = tokens(step).chunk(world)[rank].chunk(engine.gradient_accumulation_steps())
+        for micro in mine:
+            value = loss(engine, micro)
+            engine.backward(value)
+            engine.step()
+            losses.append(value.item())
     return losses
 
 
@@ -100,17 +106,27 @@ def weights(engine: Any) -> dict[str, Tensor]:
     """The master weights, whole, in float32."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    whole = {}
-    for name, param in engine.module.named_parameters():
-        value = safe_get_full_fp32_param(param)
-        whole[name] = (param if value is None else value).detach().float().clone()
-    return whole
+    named = dict(engine.module.named_parameters())
+    if engine.zero_optimization_stage() == 0:
+        groups = getattr(engine.optimizer, "fp32_groups", [named.values()])
+        values = [master for group in groups for master in group]
+    elif engine.zero_optimization_stage() < 3 and engine.get_data_types()[0] == torch.float32:
+        # DeepSpeed's own way to the masters is wrong with round_robin_gradients.
+        values = list(named.values())
+    else:
+        values = [safe_get_full_fp32_param(param) for param in named.values()]
+    return {name: value.detach().float().clone() for name, value in zip(named, values, strict=True)}
 
 
-def alone(grouped: Any = None, **options: Any) -> dict[str, Tensor]:
-    """One process with conda_dist.Conda on the same data."""
+def alone(
+    grouped: Any = None, dtype: torch.dtype = torch.float32, **options: Any
+) -> dict[str, Tensor]:
+    """One process with conda_dist.Conda on the same data.
+
+    Gradients are those of the weights rounded to ``dtype``.
+    """
     torch.manual_seed(0)
-    model = models.Tiny()
+    model = models.Tiny().to(dtype).float()
     groups = param_groups(model)
     if grouped is not None:
         chosen = {n: g["algorithm"] for g in groups for n, _ in g["params"]}
@@ -120,14 +136,19 @@ def alone(grouped: Any = None, **options: Any) -> dict[str, Tensor]:
             for pair in group["params"]
         ]
     optimizer = Conda(groups, **{**SETTINGS, **options})
+    low = copy.deepcopy(model).to(dtype)
     for step in range(STEPS):
-        optimizer.zero_grad()
-        loss(model, tokens(step)).backward()
+        low.load_state_dict(model.state_dict())
+        low.zero_grad()
+        loss(low, tokens(step)).backward()
+        for ours, theirs in zip(model.parameters(), low.parameters(), strict=True):
+            ours.grad = theirs.grad.float()
         optimizer.step()
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
 
-def start() -> dict[str, Tensor]:
+def start(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The weights that all begin with."""
     torch.manual_seed(0)
-    return {name: param.detach().clone() for name, param in models.Tiny().named_parameters()}
+    model = models.Tiny().to(dtype).float()
+    return {name: param.detach().clone() for name, param in model.named_parameters()}

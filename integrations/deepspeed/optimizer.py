@@ -172,7 +172,7 @@ class Conda(torch.optim.Optimizer):
         self, key: tuple[int, ...], tensors: list[Tensor], groups: list[dict[str, Any]]
     ) -> Unit:
         """Finds out what the tensors of a call hold, and agrees on it with the other ranks."""
-        pieces, error, unit = [], None, None
+        pieces, error, unit, lines = [], None, None, list[str]()
         mesh = self._mesh(groups)
         try:
             for group in {id(group): group for group in groups}.values():
@@ -190,9 +190,9 @@ class Conda(torch.optim.Optimizer):
             options = replace(options, basis_budget=max(options.basis_budget - spent, 0))
             unit = Unit(tensors, groups, pieces, mesh, options)
             unit.init_state(self.state, self._loaded)
+            lines = unit.setup(groups).lines(mesh)
         except Exception as caught:
             error = caught
-        lines = unit.setup(groups).lines(mesh) if unit is not None else []
         agree(mesh, lines, error)
         assert unit is not None
         taken = unit.kept()
