@@ -207,6 +207,9 @@ class _Packed:
 
 
 def _view(tensor: Tensor, block: Block) -> Tensor:
+    if block.strides is not None:
+        offset = tensor.storage_offset() + block.local[0]
+        return tensor.as_strided(block.shape, block.strides, offset)
     for dim, (start, length) in enumerate(zip(block.local, block.shape, strict=True)):
         tensor = tensor.narrow(dim, start, length)
     return tensor

@@ -51,17 +51,26 @@ def nested(topologies: Iterable[Topology]) -> list[tuple[Topology, list[Topology
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A mesh dimension that splits a tensor dimension, as ``torch.chunk`` would.
+    """A mesh dimension that splits a tensor dimension, as ``torch.chunk`` would or where told.
 
     Attributes:
         dim: the tensor dimension, not negative.
         stride: 1, or the number of equal pieces that later mesh dimensions cut the tensor
             dimension into before this one splits each piece: DTensor's ``_StridedShard``, whose
             ``split_factor`` this is. FSDP over tensor parallelism produces it.
+        bounds: () for ``torch.chunk``'s pieces, else where they begin and the last one ends: one
+            number more than there are ranks, ascending. Only with a stride of 1.
     """
 
     dim: int
     stride: int = 1
+    bounds: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        if self.stride > 1:
+            return f"_StridedShard({self.dim}, sf={self.stride})"
+        cuts = f" at {','.join(map(str, self.bounds))}" if self.bounds else ""
+        return f"Shard({self.dim}{cuts})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +80,15 @@ class Block:
     Attributes:
         start: first index of the box in the global tensor.
         shape: extent of the box.
-        local: first index of the box in the rank's local tensor.
+        local: first index of the box in the rank's local tensor; the offset of its first element
+            where that tensor is flat.
+        strides: None, or for a box in a flat tensor its strides there.
     """
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
     local: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +199,7 @@ class Layout:
         return product(*map(range, self.mesh))
 
     def __str__(self) -> str:
-        names = [
-            "Replicate()"
-            if placement is None
-            else f"Shard({placement.dim})"
-            if placement.stride == 1
-            else f"_StridedShard({placement.dim}, sf={placement.stride})"
-            for placement in self.placements
-        ]
+        names = ["Replicate()" if split is None else str(split) for split in self.placements]
         return f"[{', '.join(names)}]" if names else "plain"
 
 
@@ -241,6 +246,10 @@ def _split_runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ..
     for size, index, placement in zip(layout.mesh, coordinate, layout.placements, strict=True):
         if placement is None:
             continue
+        if placement.bounds:
+            start, stop = placement.bounds[index : index + 2]
+            runs[placement.dim] = _slice(runs[placement.dim], start, stop)
+            continue
         pieces = [_chunk(runs[placement.dim], placement.stride, i) for i in range(placement.stride)]
         parts = tuple(run for piece in pieces for run in _chunk(piece, size, index))
         runs[placement.dim] = _slice(parts, 0, sum(map(len, parts)))
@@ -278,6 +287,10 @@ def intersect(ours: Block, theirs: Block) -> tuple[Block, Block] | None:
         return None
 
     def part(block: Block) -> Block:
+        if block.strides is not None:
+            steps = zip(start, block.start, block.strides, strict=True)
+            offset = block.local[0] + sum((s - b) * stride for s, b, stride in steps)
+            return Block(start, shape, (offset,), block.strides)
         local = (o + s - b for o, s, b in zip(block.local, start, block.start, strict=True))
         return Block(start, shape, tuple(local))
 

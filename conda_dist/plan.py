@@ -5,11 +5,13 @@ same for a mesh of thousands of ranks that is only imagined. Nothing here depend
 asks but the boxes inside the hops.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from conda_dist.flat import Flat
 from conda_dist.layout import (
     Coordinate,
     Layout,
@@ -53,12 +55,17 @@ class WeightPlan:
 
     @property
     def moments(self) -> Layout:
-        """Where its moments are kept: where they are used, but with a part's stored weight.
+        """Where its moments are kept: where they are used, or else with the stored weight.
 
         No DTensor describes the compute layout of a block of rows, so its moments have the layout
-        of the weight's rows, and travel with the gradient if that does.
+        of the weight's rows, and travel with the gradient if that does. So do those of a flat
+        weight: ZeRO's checkpoints know moments only as partitions like the parameters'.
         """
-        return self.compute if self.part is None else self.storage
+        return self.storage if self._moments_stay else self.compute
+
+    @property
+    def _moments_stay(self) -> bool:
+        return self.part is not None or isinstance(self.storage, Flat)
 
     @property
     def in_place(self) -> bool:
@@ -69,7 +76,7 @@ class WeightPlan:
     @property
     def borrows(self) -> bool:
         """Whether a step works on copies of the moments."""
-        return self.part is not None and not self.in_place
+        return self._moments_stay and not self.in_place
 
     @property
     def right(self) -> bool:
@@ -115,8 +122,11 @@ def plan_weight(
             the experts of a 3-D weight keep theirs with them.
         part: which block of rows of a stored weight this is, if it is one.
     """
-    moves = to_compute(storage)
-    compute = moves[-1].target if moves else storage
+    if isinstance(storage, Flat):
+        compute, moves = _flat_to_compute(storage)
+    else:
+        moves = to_compute(storage)
+        compute = moves[-1].target if moves else storage
     batch_dims = len(storage.shape) - 2
     r = min(storage.shape[-2:])
 
@@ -129,6 +139,33 @@ def plan_weight(
     basis = Layout((*storage.shape[:-2], r, r), storage.mesh, placements)
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
     return WeightPlan(name, topology, storage, compute, exchanged, basis, part)
+
+
+def _flat_to_compute(storage: Flat) -> tuple[Layout, tuple[Move, ...]]:
+    """The compute layout of a flat weight, and the move to it if any element has to move.
+
+    Rows of a tall weight, and matrices of a batch, are computed where their first element is: so
+    only those that a boundary cuts travel. The columns of a wide one are shared out evenly among
+    those that hold any of it.
+    """
+    shape, bounds = storage.shape, storage.bounds
+    if len(shape) == 2 and kept_dim(shape) == 1:
+        cuts = _columns(shape[-1], bounds)
+        stays = sum(a < b for a, b in itertools.pairwise(bounds)) == 1
+        compute = storage.move(0, Split(1, bounds=cuts))
+    else:
+        inner = math.prod(shape[1:])
+        cuts = tuple(-(-bound // inner) for bound in bounds)
+        stays = all(cut * inner == bound for cut, bound in zip(cuts, bounds, strict=True))
+        compute = storage.move(0, Split(0, bounds=cuts))
+    return compute, () if stays else (Move(0, storage, compute),)
+
+
+def _columns(count: int, bounds: tuple[int, ...]) -> tuple[int, ...]:
+    """Where to cut columns so that all ranks with a range of elements get about as many."""
+    holding = [start < stop for start, stop in itertools.pairwise(bounds)]
+    before = itertools.accumulate(holding, initial=0)
+    return tuple(count * rank // sum(holding) for rank in before)
 
 
 def replicated_basis_bytes(storage: Layout, itemsize: int) -> int:
@@ -318,7 +355,7 @@ def _gather_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
         plan.compute.shape[-2:],
         plan.compute.mesh,
         tuple(
-            Split(p.dim - batch_dims, p.stride) if p is not None and p.dim >= batch_dims else None
+            replace(p, dim=p.dim - batch_dims) if p is not None and p.dim >= batch_dims else None
             for p in plan.compute.placements
         ),
         plan.compute.window,

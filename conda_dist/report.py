@@ -1,14 +1,15 @@
 """What each parameter gets, as plain data and as a table."""
 
+import io
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any, TypedDict
 
+import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from conda_dist.plan import plan_bucket, plan_wave
 from conda_dist.routing import route
@@ -47,8 +48,8 @@ class Row(TypedDict):
     refresh_bytes: int
 
 
-def _reason(name: str, param: Tensor, path: str) -> str:
-    found = route(name, param)
+def _reason(name: str, shape: tuple[int, ...], path: str) -> str:
+    found = route(name, torch.empty(shape, device="meta"))
     return found.reason if found.algorithm == path else "chosen by its group"
 
 
@@ -65,7 +66,7 @@ def _adamw_row(plain: Plain) -> Row:
         name=plain.name,
         shape=plain.layout.shape,
         path="adamw",
-        reason=_reason(plain.name, plain.param, "adamw"),
+        reason=_reason(plain.name, plain.layout.shape, "adamw"),
         layout=str(plain.layout),
         compute=str(plain.layout),
         basis="",
@@ -100,7 +101,7 @@ def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
         name=plan.name,
         shape=plan.storage.shape,
         path="conda",
-        reason=_reason(plan.name, weight.param, "conda"),
+        reason=_reason(plan.name, plan.storage.split_shape, "conda"),
         layout=str(plan.storage),
         compute=str(plan.compute),
         basis=str(plan.basis),
@@ -144,6 +145,13 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         shown = described if wide else described[:2]
         grid.add_row(count + name, *shown, *_sizes(rows_alike))
     console.print(grid)
+
+
+def as_text(table: Sequence[Row]) -> str:
+    """The report as :func:`print_table` prints it, in full width, for a log."""
+    text = io.StringIO()
+    print_table(table, Console(file=text, width=180))
+    return text.getvalue()
 
 
 def _sizes(table: Sequence[Row]) -> tuple[str, str, str]:

@@ -5,7 +5,7 @@ output head, norms and biases take AdamW's step (arXiv 2509.24218, section 4).
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -189,16 +189,36 @@ def divide(
         TypeError: patterns are a text instead of a list.
         ValueError: a conda pattern matches a parameter that is no matrix.
     """
-    for side, patterns in (("conda", conda), ("adamw", adamw)):
-        if isinstance(patterns, str):
-            raise TypeError(f"{side} must be a list of patterns, got the text {patterns!r}")
-    named = list(model.named_parameters())
     embeddings = {
         id(param)
         for module in model.modules()
         if isinstance(module, nn.Embedding | nn.EmbeddingBag)
         for param in module.parameters(recurse=False)
     }
+    return assign(list(model.named_parameters()), embeddings, conda, adamw)
+
+
+def assign(
+    named: Sequence[tuple[str, Tensor]],
+    embeddings: Container[int],
+    conda: Sequence[str],
+    adamw: Sequence[str],
+) -> tuple[dict[str, list[tuple[str, Tensor]]], list[str]]:
+    """The named parameters of each path, and the patterns that match none of them.
+
+    Args:
+        named: names with parameters, or with anything of their shapes.
+        embeddings: ids of those that are embeddings.
+        conda: see :func:`param_groups`.
+        adamw: see :func:`param_groups`.
+
+    Raises:
+        TypeError: patterns are a text instead of a list.
+        ValueError: a conda pattern matches a parameter that is no matrix.
+    """
+    for side, patterns in (("conda", conda), ("adamw", adamw)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{side} must be a list of patterns, got the text {patterns!r}")
     groups: dict[str, list[tuple[str, Tensor]]] = {CONDA: [], ADAMW: []}
     for name, param in named:
         chosen = route(name, param).algorithm

@@ -200,7 +200,7 @@ def set_up(
         for g, group in enumerate(groups)
         for i, param in enumerate(group["params"])
     }
-    sites: list[_Site] = []
+    sites: list[Site] = []
     plains: list[Plain] = []
     for param, mesh in meshes.items():
         group, name = places[param]
@@ -217,22 +217,8 @@ def set_up(
             sites += _sites(name, param, mesh, group, layout)
         else:
             plains.append(Plain(name, param, mesh, layout, group, state, options))
-    shard = _shard_bases(sites, state, options)
-    plans = deal_owners(
-        [
-            plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part)
-            for site, sharded in zip(sites, shard, strict=True)
-        ]
-    )
-    setup = Setup(
-        [
-            Weight(site.param, plan, site.mesh, site.group, state, options)
-            for site, plan in zip(sites, plans, strict=True)
-        ],
-        plains,
-        list(dict.fromkeys(meshes.values())),
-        signature(groups),
-    )
+    weights = plan_sites(sites, state, options)
+    setup = Setup(weights, plains, list(dict.fromkeys(meshes.values())), signature(groups))
     setup.check_state()
     return setup
 
@@ -250,7 +236,7 @@ def _check_bases(name: str, state: Mapping[str, Any], splits: Sequence[int] | No
 
 
 @dataclass(frozen=True, slots=True)
-class _Site:
+class Site:
     """A weight, or one of the parts its group splits it into, before it has a plan."""
 
     name: str
@@ -258,14 +244,31 @@ class _Site:
     mesh: Mesh
     group: dict[str, Any]
     layout: Layout
-    part: int | None
+    part: int | None = None
+
+
+def plan_sites(
+    sites: Sequence[Site], state: MutableMapping[Tensor, dict[str, Any]], options: Options
+) -> list[Weight]:
+    """Plans the weights of the conda path together: who decomposes what, whose bases are split."""
+    shard = _shard_bases(sites, state, options)
+    plans = deal_owners(
+        [
+            plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part)
+            for site, sharded in zip(sites, shard, strict=True)
+        ]
+    )
+    return [
+        Weight(site.param, plan, site.mesh, site.group, state, options)
+        for site, plan in zip(sites, plans, strict=True)
+    ]
 
 
 def _sites(
     name: str, param: Tensor, mesh: Mesh, group: dict[str, Any], layout: Layout
-) -> list[_Site]:
+) -> list[Site]:
     if group["splits"] is None:
-        return [_Site(name, param, mesh, group, layout, None)]
+        return [Site(name, param, mesh, group, layout, None)]
     check_splits(name, param, group["splits"])
     total, period = layout.shape[-2], sum(group["splits"])
     again = f" of every {period}" if total > period else ""
@@ -274,12 +277,12 @@ def _sites(
     for part, (start, stop) in enumerate(itertools.pairwise([0, *ends])):
         rows = tuple(range(i + start, i + stop) for i in range(0, total, period))
         full = f"{name}[{start}:{stop}{again}]"
-        sites.append(_Site(full, param, mesh, group, layout.rows(rows), part))
+        sites.append(Site(full, param, mesh, group, layout.rows(rows), part))
     return sites
 
 
 def _shard_bases(
-    sites: Sequence[_Site], state: Mapping[Tensor, dict[str, Any]], options: Options
+    sites: Sequence[Site], state: Mapping[Tensor, dict[str, Any]], options: Options
 ) -> list[bool]:
     """Which weights keep their bases split over the ranks.
 
@@ -306,7 +309,7 @@ def _shard_bases(
     return shard
 
 
-def _basis_is_split(site: _Site, state: Mapping[Tensor, Mapping[str, Any]]) -> bool | None:
+def _basis_is_split(site: Site, state: Mapping[Tensor, Mapping[str, Any]]) -> bool | None:
     basis = state.get(site.param, {}).get(basis_key(site.part))
     if basis is None:
         return None

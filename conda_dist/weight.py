@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conda_dist import maths, storage
 from conda_dist.exchange import Mesh
+from conda_dist.flat import Flat
 from conda_dist.layout import Layout
 from conda_dist.maths import Hyper, Outcome, matrices
 from conda_dist.options import Options
@@ -52,6 +53,8 @@ def basis_key(part: int | None) -> str:
 
 def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
     """The rows of a part cut as its views are."""
+    if len(views) == 1:
+        return (rows,)
     return torch.split(rows, [view.shape[-2] for view in views], dim=-2)
 
 
@@ -63,7 +66,7 @@ class Weight:
     part's rows are not in one piece in the local tensor, or travel, it steps on copies of them.
 
     Args:
-        param: the parameter.
+        param: the parameter; of one in flat partitions this rank's range of elements, (elements,).
         plan: its plan, the same on all ranks.
         mesh: the ranks that share it.
         group: the parameter group it is in, read at every step.
@@ -105,15 +108,17 @@ class Weight:
         return layouts
 
     def init_state(self) -> None:
-        """Allocates the state, whole and at once; leaves it alone if it is there."""
+        """Allocates the state, whole and at once; leaves alone what is there."""
         if self._basis_key in self.state:
             return
         state = self.states[self.param]
         device = storage.local(self.param).device
         parts = () if self.plan.part is None else (len(self.group["splits"]),)
         if not self.plan.part:
-            state["step"] = torch.zeros(parts, dtype=torch.float32, device="cpu")
+            state.setdefault("step", torch.zeros(parts, dtype=torch.float32, device="cpu"))
         for name, layout in self.state_layouts().items():
+            if name in state:  # moments in flat partitions are whoever's made the partition
+                continue
             shape = layout.local_shape(self.mesh.coordinate)
             if name == self._basis_key:
                 dtype = basis_dtype(self.param, self.options)
@@ -151,7 +156,12 @@ class Weight:
         )
 
     def views(self, elements: Tensor) -> list[Tensor]:
-        """This part's rows in a tensor (..., m, n) laid out as the parameter is, piece by piece."""
+        """This part's rows in a tensor (..., m, n) laid out as the parameter is, piece by piece.
+
+        Of a flat weight its range of elements, as rows or columns if that is what they are.
+        """
+        if isinstance(self.plan.storage, Flat) and self.plan.in_place:
+            return [elements.view(self.plan.compute.local_shape(self.mesh.coordinate))]
         if self.plan.part is None:
             return [elements]
         spans = self.plan.storage.spans(self.mesh.coordinate) or ((0, 0),)
@@ -272,7 +282,8 @@ class Weight:
         if outcome in (Outcome.DONE, Outcome.ZERO):
             return None
         self.failures[matrix] = self.failures.get(matrix, 0) + 1
-        which = f" (matrix {matrix} of the batch)" if self.param.ndim > 2 else ""
+        batch = len(self.plan.storage.shape) > 2
+        which = f" (matrix {matrix} of the batch)" if batch else ""
         found = {
             Outcome.NOT_FINITE: "its momentum is not finite: look for NaN or inf in the "
             "gradients, clip them, lower the learning rate or skip such steps",

@@ -14,6 +14,7 @@ FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 ORDER = (
     "maths",
     "layout",
+    "flat",
     "transfer",
     "plan",
     "exchange",
@@ -25,7 +26,7 @@ ORDER = (
 )
 """From the bottom to the top; a module may import those before it."""
 
-PURE = ("maths", "layout", "transfer", "plan", "reference")
+PURE = ("maths", "layout", "flat", "transfer", "plan", "reference")
 """No communication: not even torch.distributed's names."""
 
 FILE_LINES, FUNCTION_LINES = 450, 75
@@ -88,7 +89,7 @@ def test_the_bottom_imports_nothing_of_the_package(name: str) -> None:
 
 
 def test_layouts_and_plans_need_no_torch() -> None:
-    for name in ("layout", "transfer", "plan"):
+    for name in ("layout", "flat", "transfer", "plan"):
         assert not [i for i in _imports(FILES[name]) if i.split(".")[0] == "torch"]
 
 

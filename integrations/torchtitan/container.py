@@ -1,13 +1,11 @@
 """Layer: integrations. torchtitan's optimizer container with Conda in it, and its config."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import nn
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import OptimizersContainer
@@ -17,7 +15,7 @@ from torchtitan.tools.logging import logger
 
 from conda_dist.exchange import Mesh, agree, all_max
 from conda_dist.optimizer import Conda
-from conda_dist.report import print_table
+from conda_dist.report import as_text
 from conda_dist.routing import ADAMW, CONDA, clean_name, divide, nothing_to_project, split
 
 OPTIONS = (
@@ -249,6 +247,4 @@ def _log_table(optimizer: Conda) -> None:
     if not optimizer.is_first:
         return
     table = optimizer.report(show=False)
-    text = io.StringIO()
-    print_table(table, Console(file=text, width=180))
-    logger.info("Conda's parameters\n%s", text.getvalue())
+    logger.info("Conda's parameters\n%s", as_text(table))

@@ -1,0 +1,86 @@
+"""Layer: integrations. What a DeepSpeed JSON may say about Conda, checked."""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from conda_dist.groups import check_hyperparameters
+from conda_dist.optimizer import Conda
+from conda_dist.options import Options
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Conda.__init__).parameters.items()
+    if name not in ("self", "params", "process_group")
+}
+"""Conda's own arguments with their defaults; DeepSpeed's engine knows the process group."""
+
+PATTERNS = ("conda_params", "adamw_params")
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What an optimizer was asked for.
+
+    Attributes:
+        defaults: hyperparameters of its groups.
+        options: what holds for the whole optimizer.
+        conda: patterns (as of :mod:`fnmatch`) of names to project whatever their names say.
+        adamw: patterns of names to keep off the conda path.
+    """
+
+    defaults: dict[str, Any]
+    options: Options
+    conda: tuple[str, ...]
+    adamw: tuple[str, ...]
+
+
+def parse(given: Mapping[str, Any]) -> Arguments:
+    """Checks the "params" of an optimizer's JSON.
+
+    Raises:
+        TypeError: a value is of the wrong type.
+        ValueError: there is no such key, or a value is out of its range.
+    """
+    known = [*ARGUMENTS, *PATTERNS]
+    for key in given.keys() - set(known):
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+        raise ValueError(f"Conda has no param {key!r}; the nearest is {near[0]!r}")
+    values = {**ARGUMENTS, **given}
+    names = [f.name for f in fields(Options)]
+    defaults = {k: v for k, v in values.items() if k not in (*names, *PATTERNS, "proj_type")}
+    check_hyperparameters({**defaults, "proj_type": values["proj_type"]})
+    options = {name: values[name] for name in names}
+    for name in ("state_dtype", "matmul_dtype"):
+        options[name] = _dtype(name, options[name])
+    if isinstance(defaults["lr"], torch.Tensor):
+        raise TypeError("lr must be a number: DeepSpeed's schedulers set it anew")
+    defaults["betas"] = tuple(defaults["betas"])  # JSON has lists only
+    conda, adamw = (_patterns(name, given.get(name, ())) for name in PATTERNS)
+    return Arguments(defaults, Options(**options), conda, adamw)
+
+
+def _dtype(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value  # Options has an opinion on it
+    if value not in DTYPES:
+        near = difflib.get_close_matches(value, DTYPES, n=1, cutoff=0)
+        raise ValueError(
+            f"{name} must be one of {', '.join(DTYPES)} or null; got {value!r}, the "
+            f"nearest is {near[0]!r}"
+        )
+    return DTYPES[value]
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a list of patterns of parameter names, got {value!r}")
+    for pattern in value:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{name} must be a list of texts, got {pattern!r} in it")
+    return tuple(value)

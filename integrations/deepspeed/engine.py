@@ -1,0 +1,113 @@
+"""Layer: integrations. How DeepSpeed's engine comes to know Conda, and what it tells in return."""
+
+import functools
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from torch import Tensor, nn
+
+_engine: ContextVar[Any] = ContextVar("engine that configures its optimizer", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What an engine knows of the parameters of its optimizer.
+
+    Attributes:
+        names: the parameters' names.
+        embeddings: ids of those of embedding modules.
+        replicas: at stage 0 the ranks whose copies and gradients are equal.
+    """
+
+    names: dict[Tensor, str] = field(default_factory=dict)
+    embeddings: frozenset[int] = frozenset()
+    replicas: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, engine: Any) -> "Known":
+        """What this engine knows.
+
+        Raises:
+            ValueError: its config asks for something that Conda does not support.
+        """
+        refuse(engine)
+        modules = [m for m in engine.module.modules() if isinstance(m, nn.Embedding)]
+        embeddings = (p for module in modules for p in module.parameters(recurse=False))
+        group = engine.seq_data_parallel_group
+        return cls(dict(engine.param_names), frozenset(map(id, embeddings)), group)
+
+
+def current() -> Known | None:
+    """What is known from the engine that is making its optimizer, if one is."""
+    engine = _engine.get()
+    return None if engine is None else Known.of(engine)
+
+
+def refuse(engine: Any) -> None:
+    """Refuses what was not tried, before it can go wrong in silence.
+
+    Raises:
+        ValueError: the engine's config asks for it.
+    """
+    config, zero = engine._config, engine._config.zero_config
+    offload, params = zero.offload_optimizer, zero.offload_param
+    nvme = [o for o in (offload, params) if o is not None and o.device == "nvme"]
+    twin = offload is not None and offload.ratio != 1.0
+    reasons = {
+        "offloading to NVMe resizes the states it swaps": bool(nvme),
+        "super_offload replaces the optimizer's step": bool(offload and offload.super_offload),
+        "offload_optimizer.ratio splits the step between two optimizers": twin,
+        "zenflow replaces the optimizer's step": zero.zenflow is not None,
+        "elastic_checkpoint saves moments without their bases": zero.elastic_checkpoint,
+        "experts have data-parallel groups of their own": engine.has_moe_layers,
+        "pipeline parallelism was not tried": engine.pipeline_parallelism,
+        "a model-parallel mpu was not tried": engine.mpu is not None,
+        "tensor parallelism was not tried": engine.autotp_size() > 1,
+        "hierarchical partitions (hpZ) were not tried": zero.zero_hpz_partition_size > 1,
+        "quantized weights or gradients were not tried": (
+            zero.zero_quantized_weights
+            or zero.zero_quantized_nontrainable_weights
+            or zero.zero_quantized_gradients
+        ),
+        "its low-precision master weights lose the update": (
+            engine.fp16_master_weights_and_gradients() or engine.bf16_master_weights_and_gradients()
+        ),
+        "torch_autocast steps through a gradient scaler of its own": (
+            config.torch_autocast_enabled
+        ),
+    }
+    for reason, asked in reasons.items():
+        if asked:
+            raise ValueError(
+                f"Conda does not support this DeepSpeed config: {reason}. Leave it out, or use "
+                "another optimizer."
+            )
+
+
+def register() -> None:
+    """Makes Conda known: to the JSON's "type" and to the engine's list of optimizers for ZeRO."""
+    from conda_dist.integrations.deepspeed.optimizer import Conda
+
+    if Conda in ZERO_SUPPORTED_OPTIMIZERS:
+        return
+    ZERO_SUPPORTED_OPTIMIZERS.append(Conda)
+    for name in ("Conda", "conda"):  # where the engine looks for types it does not know
+        setattr(torch.optim, name, Conda)
+    configure = DeepSpeedEngine._configure_optimizer
+
+    @functools.wraps(configure)
+    def knowing(self: Any, client_optimizer: Any, model_parameters: Any) -> Any:
+        token = _engine.set(self)
+        try:
+            if isinstance(client_optimizer, Conda):
+                client_optimizer.attach(Known.of(self))
+            return configure(self, client_optimizer, model_parameters)
+        finally:
+            _engine.reset(token)
+
+    DeepSpeedEngine._configure_optimizer = knowing

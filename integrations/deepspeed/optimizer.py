@@ -1,0 +1,266 @@
+"""Layer: integrations. The optimizer that DeepSpeed's engine sees."""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from deepspeed.utils import log_dist
+from torch import Tensor
+
+from conda_dist.exchange import Mesh, agree
+from conda_dist.groups import check_hyperparameters
+from conda_dist.integrations.deepspeed import checkpoint, engine
+from conda_dist.integrations.deepspeed.arguments import parse
+from conda_dist.integrations.deepspeed.partitions import (
+    Member,
+    find_pieces,
+    replica_mesh,
+    verify,
+)
+from conda_dist.integrations.deepspeed.unit import Unit, allocate
+from conda_dist.report import Row, as_text, rows
+from conda_dist.routing import CONDA, assign, clean_name, nothing_to_project
+from conda_dist.setup import Setup
+
+HOW = 'Name weights with "conda_params": ["pattern"] among the optimizer\'s params'
+
+
+class Conda(torch.optim.Optimizer):
+    """Conda for DeepSpeed's engine, at ZeRO stages 0 to 3.
+
+    Made by the engine from ``"optimizer": {"type": "Conda", "params": {...}}``, or by the script,
+    from ``model.named_parameters()``, and handed to ``deepspeed.initialize``. The arithmetic is
+    that of :class:`conda_dist.Conda`.
+
+    The engine replaces the parameters by flat partitions; the state of each is ``step``, and
+    ``exp_avg`` and ``exp_avg_sq``, as long as the partition, in which elements of projected moments
+    are where the weight's elements are. The bases are not among them, but in ``state_dict()`` under
+    "conda".
+
+    Args:
+        params: what torch's optimizers take.
+        given: the arguments of :class:`conda_dist.Conda` except ``process_group``, dtypes as
+            texts or torch's; ``conda_params`` and ``adamw_params``: lists of patterns (as of
+            :mod:`fnmatch`) of names to project, or not to, whatever their names say.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: there is no such argument, or its value is out of range; a pattern matches no
+            parameter; no matrix would be on the conda path; the engine's config asks for what is
+            not supported.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        **given: Any,
+    ) -> None:
+        self._arguments = parse(given)
+        super().__init__(params, dict(self._arguments.defaults))
+        for group in self.param_groups:
+            check_hyperparameters(group)
+            group["betas"] = tuple(group["betas"])
+        # The engine shows us one group at a time at stages 1 and 2, and filters the list in place.
+        self._groups = self.param_groups
+        self._given = [list(group["params"]) for group in self.param_groups]
+        self._known = engine.Known()
+        self._members: dict[Tensor, Member] = {}
+        self._units: dict[tuple[int, ...], Unit] = {}
+        self._verified = set[tuple[int, ...]]()
+        self._loaded: checkpoint.Weights = {}
+        self._shown = self._named = False
+        names = [group.pop("param_names", [None] * len(group["params"])) for group in self._groups]
+        pairs = zip(self._given, names, strict=True)
+        own = {p: n for params, named in pairs for p, n in zip(params, named, strict=True) if n}
+        known = engine.current()
+        if known is not None or own:
+            self.attach(known or engine.Known(), own)
+
+    def attach(self, known: engine.Known, own: dict[Tensor, str] | None = None) -> None:
+        """Routes the parameters by what the engine knows of them.
+
+        Args:
+            known: what that is.
+            own: the names the optimizer was given, which count more.
+
+        Raises:
+            ValueError: see :class:`Conda`.
+        """
+        self._known = known
+        before = {param: member.name for param, member in self._members.items() if self._named}
+        self._route({**known.names, **before, **(own or {})})
+
+    def _route(self, names: dict[Tensor, str]) -> None:
+        """Decides which path each parameter takes."""
+        places = [
+            (f"param_groups[{g}]['params'][{i}]", param)
+            for g, params in enumerate(self._given)
+            for i, param in enumerate(params)
+        ]
+        self._named = all(param in names for _, param in places)
+        if not self._named:
+            warnings.warn(
+                "Conda got parameters without names, so it cannot tell embeddings, output head and "
+                "routers from the projections it is meant for and will treat them alike.",
+                stacklevel=4,
+            )
+            names = {}
+        # Stand-ins of the shapes the parameters had before ZeRO took them apart.
+        shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for _, p in places}
+        stand_ins = {
+            param: torch.empty(shape, device="meta", requires_grad=param.requires_grad)
+            for param, shape in shapes.items()
+        }
+        named = [(names.get(param, place), stand_ins[param]) for place, param in places]
+        embeddings = {id(stand_ins[p]) for _, p in places if id(p) in self._known.embeddings}
+        routed, unmatched = assign(named, embeddings, self._arguments.conda, self._arguments.adamw)
+        if unmatched:
+            raise ValueError(
+                f"pattern {unmatched[0]!r} matches no parameter; names look like "
+                f"{', '.join(repr(clean_name(name)) for name, _ in named[:3])}"
+            )
+        if not any(stand_in.requires_grad for _, stand_in in routed[CONDA]):
+            raise ValueError(nothing_to_project(named, HOW))
+        conda = {id(stand_in) for _, stand_in in routed[CONDA]}
+        self._members = {
+            param: Member(
+                clean_name(names.get(param, place)),
+                shapes[param],
+                CONDA if id(stand_ins[param]) in conda else "adamw",
+            )
+            for place, param in places
+        }
+        count = sum(s.requires_grad for _, s in routed[CONDA])
+        log_dist(f"Conda: {count} weights of {len(named)} are on the conda path", ranks=[0])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Takes one step with the tensors the engine has put into the groups.
+
+        Args:
+            closure: not supported, as by the engine.
+
+        Raises:
+            RuntimeError: the engine's tensors are not where they should be, ranks have different
+                plans, or a decomposition raised or failed too often; on all ranks alike.
+        """
+        if closure is not None:
+            raise ValueError("a closure is not supported under DeepSpeed")
+        if not self._members:
+            self._route({})
+        for group in self._groups:  # the engine links the states of all after the first call
+            for tensor in group["params"]:
+                if tensor.requires_grad:
+                    allocate(tensor, self.state, self._arguments.options)
+        live = [group for group in self.param_groups if group["params"]]
+        pairs = [(t, group) for group in live for t in group["params"] if t.requires_grad]
+        if not pairs:
+            return
+        key = tuple(id(tensor) for tensor, _ in pairs)
+        groups = [group for _, group in pairs]
+        unit = self._units.get(key)
+        if unit is None:
+            unit = self._units[key] = self._resolve(key, [t for t, _ in pairs], groups)
+        unit.step(groups, self.state)
+        if not self._shown and self._complete():
+            self._shown = True
+            log_dist(f"Conda's parameters\n{as_text(self.report())}", ranks=[0])
+
+    def _resolve(
+        self, key: tuple[int, ...], tensors: list[Tensor], groups: list[dict[str, Any]]
+    ) -> Unit:
+        """Finds out what the tensors of a call hold, and agrees on it with the other ranks."""
+        pieces, error, unit, lines = [], None, None, list[str]()
+        mesh = self._mesh(groups)
+        try:
+            for group in {id(group): group for group in groups}.values():
+                inside = [i for i, other in enumerate(groups) if other is group]
+                members = {p: self._members[p] for p in self._given_to(group)}
+                own = [tensors[i] for i in inside]
+                pieces += find_pieces(inside[0], own, members, mesh)
+            if any(piece.mesh != mesh for piece in pieces):
+                raise ValueError("parameters stepped together are shared by different ranks")
+            if key not in self._verified:
+                verify(pieces, tensors)
+                self._verified.add(key)
+            options = self._arguments.options
+            spent = sum(other.basis_bytes() for other in self._units.values())
+            options = replace(options, basis_budget=max(options.basis_budget - spent, 0))
+            unit = Unit(tensors, groups, pieces, mesh, options)
+            unit.init_state(self.state, self._loaded)
+            lines = unit.setup(groups).lines(mesh)
+        except Exception as caught:
+            error = caught
+        agree(mesh, lines, error)
+        assert unit is not None
+        taken = unit.kept()
+        self._loaded = {name: kept for name, kept in self._loaded.items() if name not in taken}
+        return unit
+
+    def _mesh(self, groups: Sequence[dict[str, Any]]) -> Mesh:
+        """The ranks that share what the groups hold; the same question on all of them."""
+        for param in self._given_to(groups[0]):
+            for attribute in ("ds_process_group", "_dp_group"):
+                if (group := getattr(param, attribute, None)) is not None:
+                    return Mesh.of_group(group)
+        return replica_mesh(self._known.replicas)
+
+    def _given_to(self, group: dict[str, Any]) -> list[Tensor]:
+        for ours, params in zip(self._groups, self._given, strict=True):
+            if ours is group:
+                return params
+        raise ValueError("DeepSpeed has put a parameter group in the place of another")
+
+    def _complete(self) -> bool:
+        count = sum(len(unit.pieces) for unit in self._units.values())
+        return count == sum(p.requires_grad and all(m.shape) for p, m in self._members.items())
+
+    def report(self) -> list[Row]:
+        """What each parameter gets, of those that a step has concerned; see ``report.Row``."""
+        setups = [unit.setup(self._of(unit)) for unit in self._units.values()]
+        weights = [weight for setup in setups for weight in setup.weights]
+        plains = [plain for setup in setups for plain in setup.plains]
+        return rows(Setup(weights, plains, list(dict.fromkeys(s.meshes[0] for s in setups)), None))
+
+    def _of(self, unit: Unit) -> list[dict[str, Any]]:
+        return [self._groups[0]] * len(unit.tensors)  # of which nothing is reported
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, while the optimizer is made; the engine could not partition a later one.
+
+        Raises:
+            RuntimeError: the optimizer is made.
+        """
+        if hasattr(self, "_groups"):
+            raise RuntimeError("groups cannot be added once DeepSpeed's optimizer is made")
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict, and under "conda" the bases and counts that it cannot hold."""
+        kept = dict(self._loaded)
+        for unit in self._units.values():
+            kept |= unit.kept()
+        return {**super().state_dict(), checkpoint.KEY: checkpoint.pack(kept, self._members)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up where a state dict of this optimizer was written, on as many ranks.
+
+        Everything is checked before anything is changed, but what only the next step can know:
+        whether the bases are stored as they were.
+
+        Raises:
+            ValueError: the state dict is of another optimizer, of other parameters, or damaged.
+        """
+        loaded = checkpoint.check(state_dict, self.param_groups, self._members)
+        for tensor, saved in checkpoint.states(state_dict, self.param_groups):
+            state = allocate(tensor, self.state, self._arguments.options)
+            for name, value in state.items():
+                value.copy_(saved[name]) if saved else value.zero_()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            # In place: the engine and its schedulers hold on to the groups.
+            group.update({key: v for key, v in saved.items() if key != "params"})
+            group["betas"] = tuple(group["betas"])
+        self._loaded = loaded
+        self._units.clear()

@@ -1,0 +1,186 @@
+"""What Conda under DeepSpeed refuses, says and survives."""
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import models
+import ranks
+import zero
+from conda_dist import maths
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"params": {"updat_proj_gap": 3}}, "no param 'updat_proj_gap'; the nearest is 'update_proj_"),
+    ({"params": {"conda_modules": []}}, "no param 'conda_modules'; the nearest is 'conda_params'"),
+    ({"params": {"lr": "0.01"}}, "TypeError: lr must be a number, got '0.01'"),
+    ({"params": {"update_proj_gap": 3.5}}, "TypeError: update_proj_gap must be an int"),
+    ({"params": {"state_dtype": "bf16"}}, "state_dtype must be one of float32, bfloat16"),
+    ({"params": {"basis_placement": "split"}}, "basis_placement must be one of auto"),
+    ({"params": {"adamw_params": "*"}}, "TypeError: adamw_params must be a list of patterns"),
+    (
+        {"params": {"conda_params": ["*.kqv"]}},
+        r"pattern '\*.kqv' matches no parameter; names look",
+    ),
+    ({"params": {"conda_params": ["*.norm.weight"]}}, "norm.weight: a parameter of shape"),
+    ({"params": {"adamw_params": ["*"]}}, "no trainable matrix would reach the conda path"),
+    ({"zero": {"elastic_checkpoint": True}}, "elastic_checkpoint saves moments without their base"),
+    ({"zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "NVMe"),
+    ({"zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio splits the step"),
+    ({"zero": {"zero_quantized_weights": True}}, "quantized weights"),
+]
+
+
+def _refusals() -> list[str]:
+    said = []
+    for others, _ in REFUSED:
+        stage = 3 if "zero" in others else 1
+        said.append(models.attempt(lambda o=others, s=stage: zero.build(zero.config(s, **o))))
+    return said
+
+
+def test_what_is_refused_and_why() -> None:
+    for (others, expected), said in zip(REFUSED, ranks.run(1, _refusals)[0], strict=True):
+        assert re.search(expected, said), (others, said)
+
+
+def _routes(stage: int) -> tuple[dict[str, str], list[str]]:
+    """Paths by name, with a pattern for each side, and what was logged."""
+    deepspeed = zero.settle()
+    said: list[str] = []
+    module = __import__("conda_dist.integrations.deepspeed.optimizer", fromlist=["log_dist"])
+    before, module.log_dist = module.log_dist, lambda text, ranks: said.append(text)
+    params = {"conda_params": ["head.weight"], "adamw_params": ["blocks.0.q.*"]}
+    try:
+        torch.manual_seed(0)
+        made = zero.config(stage, params=params)
+        if stage == 3:
+            with deepspeed.zero.Init(config_dict_or_path=made):
+                model = models.Tiny()
+        else:
+            model = models.Tiny()
+        engine = zero.build(made, model)
+        zero.train(engine, range(2))
+    finally:
+        module.log_dist = before
+    inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    return {row["name"]: row["path"] for row in inner.report()}, said
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_routes_are_by_name_and_shape(stage: int) -> None:
+    conda = {"head.weight", "blocks.1.q.weight"}
+    conda |= {f"blocks.{i}.{n}" for i in range(2) for n in ("up.weight", "down.weight", "experts")}
+    for paths, said in ranks.run(2, _routes, stage):
+        assert paths == {
+            name: "conda" if name in conda else "adamw"
+            for name, _ in models.Tiny().named_parameters()
+        }
+        assert any("8 weights of 15 are on the conda path" in text for text in said)
+        assert any("blocks.*.down.weight" in text and "refreshed by" in text for text in said)
+
+
+def _client(stage: int) -> tuple[list[str], float]:
+    """An optimizer that the script makes, without names: the engine knows them."""
+    zero.settle()
+    from conda_dist.integrations.deepspeed import Conda
+
+    torch.manual_seed(0)
+    model = models.Tiny()
+    made = zero.config(stage)
+    del made["optimizer"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = Conda(model.parameters(), **zero.SETTINGS)
+        engine = zero.build(made, model, optimizer=optimizer)
+    zero.train(engine, range(zero.STEPS))
+    names = [row["name"] for row in optimizer.report() if row["path"] == "conda"]
+    return names, models.farthest(zero.weights(engine), zero.alone(), zero.start())
+
+
+def test_a_script_may_make_the_optimizer() -> None:
+    for stage in (0, 2, 3):
+        for names, error in ranks.run(2, _client, stage):
+            assert "blocks.0.q.weight" in names
+            assert "embed.weight" not in names
+            assert error < 1e-4
+
+
+class _BrokenError(Exception):
+    pass
+
+
+def _inject(stage: int) -> str:
+    """One rank's decompositions fail in the second refresh."""
+    engine = zero.build(zero.config(stage))
+    decompose = maths.decompose
+
+    def broken(*args: Any) -> Any:
+        raise _BrokenError("injected")
+
+    zero.train(engine, range(3))
+    if dist.get_rank() == 1:
+        maths.decompose = broken
+    try:
+        return models.attempt(zero.train, engine, range(3, 4))
+    finally:
+        maths.decompose = decompose
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_rank_that_fails_ends_all(stage: int) -> None:
+    for said in ranks.run(2, _inject, stage, timeout=60):
+        assert "could not refresh its bases: rank 1: _BrokenError: injected" in said
+
+
+def _mismatches(folder: Path) -> list[str]:
+    engine = zero.build(zero.config(2))
+    zero.train(engine, range(2))
+    engine.save_checkpoint(str(folder))
+    said = []
+    for params in ({"adamw_params": ["blocks.0.up.weight"]}, {"basis_placement": "shard"}):
+        other = zero.build(zero.config(2, params=params))
+
+        def load(other: Any = other) -> None:
+            other.load_checkpoint(str(folder))
+            zero.train(other, range(1))
+
+        said.append(models.attempt(load))
+    made = zero.config(2)
+    made["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
+    adamw = zero.build(made)
+    zero.train(adamw, range(1))
+    adamw.save_checkpoint(str(folder / "adamw"))
+    fresh = zero.build(zero.config(2))
+    said.append(models.attempt(fresh.load_checkpoint, str(folder / "adamw")))
+    return said
+
+
+def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
+    for routed, placed, foreign in ranks.run(2, _mismatches, tmp_path):
+        assert "blocks.0.up.weight: the checkpoint has (22, 10) on the conda path, here" in routed
+        assert "the checkpoint's basis has shape (10, 10)" in placed
+        assert "was not written by Conda under DeepSpeed" in foreign
+
+
+def _unchanged_at_the_start(stage: int) -> bool:
+    """The engine's own steps, and ours with zero gradients, change and count nothing."""
+    engine = zero.build(zero.config(stage, "bf16"))
+    before = zero.weights(engine)
+    value = zero.loss(engine, zero.tokens(0).chunk(dist.get_world_size())[dist.get_rank()])
+    engine.backward(value * 0)
+    engine.step()
+    steps = [float(state["step"]) for state in engine.optimizer.optimizer.state.values()]
+    return not models.unequal(before, zero.weights(engine)) and not any(steps)
+
+
+def test_zero_gradients_count_for_nothing() -> None:
+    for stage in range(4):
+        assert all(ranks.run(2, _unchanged_at_the_start, stage))

@@ -1,0 +1,204 @@
+"""Weights in flat ranges, as ZeRO keeps them: index arithmetic, exchanges and whole steps."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import models
+import ranks
+from conda_dist import Conda
+from conda_dist.conda_path import CondaPath
+from conda_dist.exchange import Mesh
+from conda_dist.flat import Flat
+from conda_dist.layout import Layout, Topology, reverse
+from conda_dist.options import Options
+from conda_dist.plan import deal_owners, plan_weight
+from conda_dist.transfer import plan_hops, redistribution
+from conda_dist.weight import Weight
+
+SIZES = st.integers(1, 7)
+GROUP: dict[str, Any] = {
+    "lr": 0.02,
+    "betas": (0.9, 0.99),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "scale": 0.25,
+    "correct_bias": True,
+    "update_proj_gap": 3,
+}
+STEPS = 7
+
+
+@st.composite
+def flats(draw: st.DrawFn) -> Flat:
+    """Tensors cut anywhere, empty ranges included."""
+    shape = tuple(draw(st.lists(SIZES, min_size=2, max_size=4)))
+    numel = math.prod(shape)
+    cuts = draw(st.lists(st.integers(0, numel), max_size=4))
+    return Flat.of(shape, (0, *sorted(cuts), numel))
+
+
+def _local(layout: Layout, coordinate: tuple[int, ...], tensor: Tensor) -> Tensor:
+    """What a coordinate holds of a tensor, by the layout's blocks."""
+    local = torch.full(layout.local_shape(coordinate), -1)
+    for block in layout.blocks(coordinate):
+        there = tuple(slice(a, a + n) for a, n in zip(block.start, block.shape, strict=True))
+        _box(local, block).copy_(tensor[there])
+    return local
+
+
+def _box(tensor: Tensor, block: Any) -> Tensor:
+    if block.strides is not None:
+        return tensor.as_strided(block.shape, block.strides, block.local[0])
+    for dim, (start, length) in enumerate(zip(block.local, block.shape, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
+
+
+@given(flats())
+@settings(max_examples=300, deadline=None)
+def test_blocks_are_the_ranges(flat: Flat) -> None:
+    tensor = torch.arange(math.prod(flat.shape)).view(flat.shape)
+    for coordinate in flat.coordinates():
+        start, stop = flat.held(coordinate)
+        assert torch.equal(_local(flat, coordinate, tensor), torch.arange(start, stop))
+        assert len(flat.blocks(coordinate)) <= 2 * len(flat.shape) - 1
+
+
+@given(flats())
+@settings(max_examples=300, deadline=None)
+def test_exchanges_are_exact_both_ways(flat: Flat) -> None:
+    """Every rank gets whole rows or columns of what it computes, and the ranges come back."""
+    plan = plan_weight("weight", Topology(flat.mesh, tuple(range(*flat.mesh))), flat, False)
+    tensor = torch.arange(math.prod(flat.shape)).view(flat.shape)
+    held = {c: _local(flat, c, tensor) for c in flat.coordinates()}
+    if not plan.moves:
+        for c, local in held.items():
+            viewed = local.view(plan.compute.local_shape(c))
+            assert torch.equal(viewed, _local(plan.compute, c, tensor))
+        return
+    for moves, target in ((plan.moves, plan.compute), (reverse(plan.moves), flat)):
+        hops = {c: plan_hops([redistribution(moves)], c) for c in flat.coordinates()}
+        assert {len(planned) for planned in hops.values()} == {1}
+        after = {c: torch.full(target.local_shape(c), -1) for c in flat.coordinates()}
+        for sender, receiver in itertools.product(held, held):
+            out = hops[sender][0].transfers[0].sends[receiver[0]]
+            into = hops[receiver][0].transfers[0].receives[sender[0]]
+            for a, b in zip(out, into, strict=True):
+                _box(after[receiver], b).copy_(_box(held[sender], a))
+        held = after
+        assert all(torch.equal(held[c], _local(target, c, tensor)) for c in held)
+
+
+def _sent(shape: tuple[int, ...], bounds: tuple[int, ...]) -> list[int]:
+    """Elements each rank sends on the way to compute."""
+    flat = Flat.of(shape, bounds)
+    plan = plan_weight("weight", Topology(flat.mesh, tuple(range(*flat.mesh))), flat, False)
+    routes = [redistribution(plan.moves)]
+    return [
+        sum(hop.sent(coordinate[0], 0) for hop in plan_hops(routes, coordinate))
+        for coordinate in flat.coordinates()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shape", "bounds", "sent"),
+    [
+        ((6, 4), (0, 8, 24), [0, 0]),  # between rows
+        ((6, 4), (0, 9, 24), [0, 3]),  # the rest of the row that the first rank began
+        ((6, 4), (0, 9, 10, 24), [0, 1, 2]),
+        ((4, 6), (0, 0, 24, 24), [0, 0, 0]),  # wide, but in one partition
+        ((4, 6), (0, 12, 24), [6, 6]),  # half of each half
+        ((2, 4, 6), (0, 24, 48), [0, 0]),  # a matrix each
+        ((2, 4, 6), (0, 20, 48), [0, 4]),
+    ],
+)
+def test_only_what_must_travels(
+    shape: tuple[int, ...], bounds: tuple[int, ...], sent: list[int]
+) -> None:
+    assert _sent(shape, bounds) == sent
+
+
+def test_ranges_must_make_up_the_tensor() -> None:
+    for bounds in ((0, 3, 5), (1, 6), (0, 4, 2, 6)):
+        with pytest.raises(ValueError, match="do not make up a tensor of shape"):
+            Flat.of((2, 3), bounds)
+
+
+SHAPES = {"tall": (11, 5), "square": (6, 6), "wide": (5, 9), "experts": (3, 4, 6), "up": (2, 7, 3)}
+
+
+def _start(name: str) -> Tensor:
+    generator = torch.Generator().manual_seed(len(name))
+    return torch.randn(SHAPES[name], generator=generator)
+
+
+def _bounds(numel: int, world: int, kind: str) -> tuple[int, ...]:
+    cuts = {
+        "even": [numel * i // world for i in range(world + 1)],
+        "ceil": [min(-(-numel // world) * i, numel) for i in range(world + 1)],
+        "last": [0] * world + [numel],
+        "lopsided": [0] + [min(7 * i * i, numel) for i in range(1, world)] + [numel],
+    }
+    return tuple(cuts[kind])
+
+
+def _flat_run(kind: str, options: Options) -> dict[str, Tensor]:
+    """Takes some steps; returns the whole weights, moments and bases put together again."""
+    assert dist.group.WORLD is not None
+    mesh = Mesh.of_group(dist.group.WORLD)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    states: dict[Tensor, dict[str, Any]] = {}
+    flats = {n: Flat.of(s, _bounds(math.prod(s), world, kind)) for n, s in SHAPES.items()}
+    shard = options.basis_placement == "shard"
+    plans = deal_owners([plan_weight(n, mesh.topology, f, shard) for n, f in flats.items()])
+    pieces = {n: _start(n).flatten()[slice(*f.held((rank,)))].clone() for n, f in flats.items()}
+    weights = []
+    for (name, flat), plan in zip(flats.items(), plans, strict=True):
+        states[pieces[name]] = {}
+        weights.append(Weight(pieces[name], plan, mesh, GROUP, states, options))
+        weights[-1].init_state()
+        assert states[pieces[name]]["exp_avg"].shape == flat.local_shape((rank,))
+    path = CondaPath(weights, options)
+    for step in range(STEPS):
+        grads = {n: models.gradient(n, _start(n), step).flatten() for n in SHAPES}
+        path.step(
+            {
+                i: w.rows(grads[w.name][slice(*flats[w.name].held((rank,)))].clone())
+                for i, w in enumerate(weights)
+            }
+        )
+    whole = {}
+    for name, shape in SHAPES.items():
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, pieces[name])
+        whole[name] = torch.cat(parts).view(shape)
+    return whole
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Tensor]:
+    params = {name: nn.Parameter(_start(name)) for name in SHAPES}
+    optimizer = Conda([{"params": list(params.items()), "algorithm": "conda", **GROUP}])
+    for step in range(STEPS):
+        for name, param in params.items():
+            param.grad = models.gradient(name, param, step)
+        optimizer.step()
+    return {name: param.detach() for name, param in params.items()}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_steps_follow_one_process(world: int, alone: dict[str, Tensor]) -> None:
+    start = {name: _start(name) for name in SHAPES}
+    for kind in ("even", "ceil", "last", "lopsided") if world > 1 else ("even",):
+        for placement in ("replicate", "shard"):
+            options = Options(basis_placement=placement, bucket_bytes=256, refresh_bytes=512)
+            for ended in ranks.run(world, _flat_run, kind, options, timeout=60):
+                assert models.farthest(ended, alone, start) < 1e-4, (kind, placement)
