@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio splits the step"),
     ({"zero": {"zero_quantized_weights": True}}, "quantized weights"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_processes() -> Iterator[None]:
+    """ZeRO leaves its mark on nn.Module, with which torchtitan's classes cannot be made."""
+    yield
+    ranks.close()
 
 
 def _refusals() -> list[str]:
