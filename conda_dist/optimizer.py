@@ -1,5 +1,6 @@
 """The optimizer: groups and state as torch's own, the step as planned."""
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -354,3 +355,11 @@ class Conda(torch.optim.Optimizer):
         """Takes up a copy, a pickle or (called by torch) a loaded state dict."""
         super().__setstate__(state)
         self._setup = self._path = None
+
+
+ARGUMENTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Conda.__init__).parameters.items()
+    if name not in ("self", "params", "process_group")
+}
+"""Conda's arguments that a configuration can give, with their defaults."""

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Dtypes of moments and products by name, for command lines and JSON."""
+
 PLACEMENTS = ("auto", "replicate", "shard")
 REFRESH_METHODS = ("svd", "orthogonal_iteration", "eigh64")
 

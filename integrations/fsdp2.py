@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -61,26 +61,11 @@ def conda_shard_placement(
     groups, unmatched = divide(model, conda, adamw)
     if unmatched:
         raise ValueError(f"pattern {unmatched[0]!r} matches no parameter of {type(model).__name__}")
-    ways = mesh.size(mesh.ndim - 1)
+    columns = _by_columns(groups[CONDA], mesh.size(mesh.ndim - 1), strict)
     # Weak, for fully_shard frees the whole parameters it shards, and their ids may come again.
-    known: dict[int, tuple[weakref.ref[nn.Parameter], Shard | None]] = {
-        id(param): (weakref.ref(param), None) for param in model.parameters()
+    known = {
+        id(param): (weakref.ref(param), columns.get(id(param))) for param in model.parameters()
     }
-    for name, param in groups[CONDA]:
-        assert isinstance(param, nn.Parameter)
-        dim = kept_dim(tuple(param.shape))
-        if dim != param.ndim - 1 or param.ndim > 2:
-            continue
-        sizes = _column_sizes(clean_name(name), param)
-        if all(size % ways == 0 for size in sizes):
-            known[id(param)] = weakref.ref(param), Shard(dim)
-        elif strict:
-            raise ValueError(
-                f"{clean_name(name)}: {tuple(param.shape)} is wide, but its columns "
-                f"{sorted(sizes)} do not divide by {ways} ranks, and FSDP2 shards no dimension but "
-                "the first unevenly. Choose another number of ranks, or strict=False to leave it "
-                "to rows."
-            )
 
     def place(param: nn.Parameter) -> Shard | None:
         seen, shard = known.get(id(param), (lambda: None, None))
@@ -95,7 +80,26 @@ def conda_shard_placement(
     return place
 
 
-def _column_sizes(name: str, param: nn.Parameter) -> set[int]:
+def _by_columns(weights: Sequence[tuple[str, Tensor]], ways: int, strict: bool) -> dict[int, Shard]:
+    """By id of a parameter the placement of those that FSDP2 can and should shard by columns."""
+    columns: dict[int, Shard] = {}
+    for name, param in weights:
+        if param.ndim > 2 or kept_dim(tuple(param.shape)) != 1:
+            continue
+        sizes = _column_sizes(clean_name(name), param)
+        if all(size % ways == 0 for size in sizes):
+            columns[id(param)] = Shard(1)
+        elif strict:
+            raise ValueError(
+                f"{clean_name(name)}: {tuple(param.shape)} is wide, but its columns "
+                f"{sorted(sizes)} do not divide by {ways} ranks, and FSDP2 shards no dimension but "
+                "the first unevenly. Choose another number of ranks, or strict=False to leave it "
+                "to rows."
+            )
+    return columns
+
+
+def _column_sizes(name: str, param: Tensor) -> set[int]:
     """Columns that the ranks of a tensor-parallel mesh hold, each of which FSDP2 would shard."""
     if not isinstance(param, DTensor):
         return {param.shape[-1]}

@@ -17,7 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-TIMEOUT = 200.0
+TIMEOUT = 120.0
 """Seconds a call may take."""
 
 

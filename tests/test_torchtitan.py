@@ -73,6 +73,12 @@ def test_split_weights_follow_one_process(layout: Layout) -> None:
     assert titan_jobs.distance(expected, titan_jobs.trajectory(ONE, "llama3")) > 10 * DENSE
 
 
+def test_a_rule_for_one_fused_weight_counts_before_what_is_known_of_all() -> None:
+    rule = "--optimizer.splits=layers.0.attention.qkv_linear.wqkv.weight=1"
+    known = titan_jobs.trajectory(ONE, "llama3")
+    assert titan_jobs.distance(titan_jobs.trajectory(ONE, "llama3", rule), known) > DENSE
+
+
 def test_the_losses_depend_on_what_the_tests_compare() -> None:
     """Else the tolerances above would say nothing."""
     losses = titan_jobs.trajectory(ONE, "llama3")

@@ -1,7 +1,6 @@
 """Layer: integrations. What a DeepSpeed JSON may say about Conda, checked."""
 
 import difflib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,16 +8,8 @@ from typing import Any
 import torch
 
 from conda_dist.groups import check_hyperparameters
-from conda_dist.optimizer import Conda
-from conda_dist.options import Options
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ARGUMENTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(Conda.__init__).parameters.items()
-    if name not in ("self", "params", "process_group")
-}
-"""Conda's own arguments with their defaults; DeepSpeed's engine knows the process group."""
+from conda_dist.optimizer import ARGUMENTS
+from conda_dist.options import DTYPES, Options
 
 PATTERNS = ("conda_params", "adamw_params")
 

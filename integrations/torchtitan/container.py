@@ -14,26 +14,10 @@ from torchtitan.models.common import FusedQKVLinear
 from torchtitan.tools.logging import logger
 
 from conda_dist.exchange import Mesh, agree, all_max
-from conda_dist.optimizer import Conda
+from conda_dist.optimizer import ARGUMENTS, Conda
+from conda_dist.options import DTYPES
 from conda_dist.report import as_text
 from conda_dist.routing import ADAMW, CONDA, clean_name, divide, nothing_to_project, split
-
-OPTIONS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "scale",
-    "update_proj_gap",
-    "correct_bias",
-    "basis_placement",
-    "basis_budget",
-    "bucket_bytes",
-    "refresh_bytes",
-    "max_refresh_failures",
-    "refresh_method",
-)
-DTYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
@@ -120,7 +104,8 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         own = {"lr": config.adamw_lr, "weight_decay": config.adamw_weight_decay}
         options = {CONDA: {}, ADAMW: {key: v for key, v in own.items() if v is not None}}
         divided, _ = divide(model, config.conda_params, config.adamw_params)
-        cut, _ = split(divided[CONDA], {**_splits(config.splits), **_fused_qkv(model)})
+        asked = _splits(config.splits)  # before what is known, and instead of it
+        cut, _ = split(divided[CONDA], {**asked, **_fused_qkv(model), **asked})
         ways = [(CONDA, rows, named) for rows, named in cut.items()]
         groups = []
         for algorithm, rows, named in (*ways, (ADAMW, None, divided[ADAMW])):
@@ -137,9 +122,9 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
             factory: Callable[..., torch.optim.Optimizer] = super()._resolve_optimizer_factory(name)
             return factory
         config = self._config
-        options = {option: getattr(config, option) for option in OPTIONS}
-        for option in ("state_dtype", "matmul_dtype"):
-            options[option] = DTYPES[getattr(config, option)]
+        options = {name: getattr(config, name) for name in ARGUMENTS if name != "proj_type"}
+        for name in ("state_dtype", "matmul_dtype"):
+            options[name] = DTYPES.get(options[name])
         return lambda groups: Conda(groups, **options)
 
 

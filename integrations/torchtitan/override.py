@@ -7,11 +7,8 @@ from typing import Any
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import override
 
-from conda_dist.integrations.torchtitan.container import (
-    DTYPES,
-    CondaOptimizersContainer,
-    conda_config,
-)
+from conda_dist.integrations.torchtitan.container import CondaOptimizersContainer, conda_config
+from conda_dist.options import DTYPES
 
 
 @override(target=OptimizersContainer.Config, description="Conda (arXiv 2509.24218)")  # type: ignore[untyped-decorator]
@@ -35,7 +32,8 @@ def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
         if not isinstance(options.get(option, []), list):
             raise ValueError(f"{option} must be a list, got {options[option]!r}")
     for option in ("state_dtype", "matmul_dtype"):
-        if options.get(option) not in DTYPES:
-            known = ", ".join(name for name in DTYPES if name)
-            raise ValueError(f"{option} must be one of {known}; got {options[option]!r}")
+        if options.get(option) not in (None, *DTYPES):
+            raise ValueError(
+                f"{option} must be one of {', '.join(DTYPES)}; got {options[option]!r}"
+            )
     return conda_config(config, name="conda", **options)
