@@ -17,7 +17,10 @@ from conda_dist import storage
 from conda_dist.layout import Coordinate, Layout
 from conda_dist.routing import CONDA, clean_name
 from conda_dist.setup import Setup, name_of
-from conda_dist.weight import basis_key
+from conda_dist.weight import NEVER, basis_key
+
+PENDING = ("snapshot", "snapshot_step")
+"""States that only an asynchronous refresh has: others load its checkpoints, and it theirs."""
 
 
 def match_state(
@@ -159,6 +162,8 @@ def _check_state(
 ) -> None:
     """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
     needed = _state_shapes(shape, group["algorithm"], group["splits"])
+    if any(key in saved for key in PENDING):
+        needed |= {"snapshot": shape, "snapshot_step": needed["basis_step"]}
     if not needed.keys() <= saved.keys():
         raise ValueError(
             f"{name}: the checkpoint has {', '.join(sorted(map(str, saved))) or 'nothing'} of its "
@@ -198,9 +203,12 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
     for member in setup.members:
         state, source = member.state, saved[member.param]
         for key, layout in member.state_layouts().items():
-            _copy(state[key], layout, member.mesh.coordinate, source[key])
+            if key in source or key not in PENDING:
+                _copy(state[key], layout, member.mesh.coordinate, source[key])
         for key in state.keys() & {"step", "basis_step"}:  # small, and whole on every rank
             state[key].copy_(torch.as_tensor(source[key]))
+        if "snapshot_step" in state:  # without one a refresh that was pending is due again
+            state["snapshot_step"].copy_(torch.as_tensor(source.get("snapshot_step", NEVER)))
 
 
 def _copy(target: Tensor, layout: Layout, coordinate: Coordinate, value: Any) -> None:

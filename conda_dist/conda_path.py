@@ -2,20 +2,35 @@
 
 A weight whose shards are whole rows (m >= n) or columns (m < n) steps alone, without a word to
 other ranks. The others travel in buckets, one on its way while another is computed. Those due for
-a refresh go in waves.
+a refresh go in waves. An asynchronous refresh is launched after the step it is due in.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
+from conda_dist.background import Background
 from conda_dist.exchange import Exchange, Mesh
 from conda_dist.options import Options
-from conda_dist.plan import Bucket, Wave, fill_buckets, fill_waves, plan_bucket, plan_wave
-from conda_dist.refresh import refresh
+from conda_dist.plan import (
+    Bucket,
+    Launch,
+    Wave,
+    fill_buckets,
+    fill_waves,
+    plan_bucket,
+    plan_launch,
+    plan_wave,
+)
+from conda_dist.refresh import launch, refresh
 from conda_dist.weight import Weight
+
+T = TypeVar("T")
+Which = Mapping[int, tuple[int, ...]]
+"""By index of a weight some matrices of its batch."""
 
 MAX_SCHEDULES = 64
 """Schedules kept: one for steps without refreshes, one with, more if gradients come and go."""
@@ -36,6 +51,15 @@ class Schedule:
     waves: tuple[Wave, ...]
 
 
+def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
+    """What was made for this key before, or is made now."""
+    if key not in kept:
+        if len(kept) == MAX_SCHEDULES:
+            kept.clear()
+        kept[key] = make()
+    return kept[key]
+
+
 class CondaPath:
     """All weights of an optimizer that are on the conda path.
 
@@ -47,7 +71,9 @@ class CondaPath:
     def __init__(self, weights: Sequence[Weight], options: Options) -> None:
         self.weights, self.options = tuple(weights), options
         self._plans = [weight.plan for weight in self.weights]
-        self._schedules: dict[object, Schedule] = {}
+        self._schedules: dict[Hashable, Schedule] = {}
+        self._launches: dict[Hashable, list[Launch]] = {}
+        self._background = Background()
 
     def step(self, grads: dict[int, Tensor]) -> None:
         """Takes one step.
@@ -59,25 +85,46 @@ class CondaPath:
             RuntimeError: a decomposition raised, or failed too often; on all ranks alike.
         """
         due = {i: self.weights[i].due() for i in grads}
-        key = tuple(due.items())
-        if key not in self._schedules:
-            if len(self._schedules) == MAX_SCHEDULES:
-                self._schedules.clear()
-            self._schedules[key] = self.plan_step(due)
-        schedule = self._schedules[key]
+        ready: Which = {}
+        if self.options.refresh == "async":
+            # What a checkpoint has pending, nobody has launched.
+            self._launch({i: w.pending() for i, w in enumerate(self.weights)})
+            ready = {i: which for i in grads if (which := self.weights[i].ready())}
+        key = (*due.items(), *ready.items(), len(ready))
+        schedule = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
         self._steady(schedule, grads)
         for wave in schedule.waves:
             self._refreshing(wave, grads)
+        if self.options.refresh == "async":
+            self._launch({i: self.weights[i].start() for i in grads})
 
-    def plan_step(self, due: dict[int, tuple[int, ...]]) -> Schedule:
+    def _launch(self, pending: Which) -> None:
+        """Has those of these matrices decomposed in the background that are not there already."""
+        due = {
+            i: which
+            for i, which in pending.items()
+            if which and (self.weights[i], which[0]) not in self._background
+        }
+        for plan in _kept(self._launches, tuple(due.items()), lambda: self._plan_launch(due)):
+            launch(plan, [self.weights[i] for i in plan.weights], self._background)
+
+    def _plan_launch(self, due: Which) -> list[Launch]:
+        return [
+            plan_launch(self._plans, w, [due[i] for i in w], self._mesh(w).coordinate)
+            for w in fill_waves(self._plans, due, 4, self.options.refresh_bytes)
+        ]
+
+    def plan_step(self, due: Which, ready: Which) -> Schedule:
         """Plans a step.
 
         Args:
             due: for each weight with a gradient the matrices of its batch to be decomposed.
+            ready: the matrices that take bases they were launched for in an earlier step.
         """
         plans, itemsize = self._plans, 4
-        steady = [i for i, which in due.items() if not which]
-        fresh = [i for i, which in due.items() if which]
+        taking = {i: (*which, *ready.get(i, ())) for i, which in due.items()}
+        steady = [i for i, which in taking.items() if not which]
+        fresh = [i for i, which in taking.items() if which]
         travelling = [i for i in steady if plans[i].travels]
         buckets = fill_buckets(plans, travelling, itemsize, self.options.bucket_bytes)
         waves = fill_waves(plans, fresh, itemsize, self.options.refresh_bytes)
@@ -85,7 +132,14 @@ class CondaPath:
             tuple(i for i in steady if not plans[i].travels),
             tuple(plan_bucket(plans, b, self._mesh(b).coordinate) for b in buckets),
             tuple(
-                plan_wave(plans, w, [due[i] for i in w], self._mesh(w).coordinate) for w in waves
+                plan_wave(
+                    plans,
+                    w,
+                    [taking[i] for i in w],
+                    self._mesh(w).coordinate,
+                    [ready.get(i, ()) for i in w],
+                )
+                for w in waves
             ),
         )
 
@@ -130,7 +184,7 @@ class CondaPath:
         weights = [self.weights[i] for i in bucket.weights]
         tensors, bases = self._arrived(bucket, self._forward(bucket, grads))
         projected = [w.project(g, q) for w, g, q in zip(weights, tensors, bases, strict=True)]
-        counts = refresh(wave, weights, bases, projected)
+        counts = refresh(wave, weights, bases, projected, self._background)
         updates = [
             weight.advance(basis, grad) if counted else weight.nothing(grad)
             for weight, basis, grad, counted in zip(weights, bases, projected, counts, strict=True)

@@ -45,9 +45,11 @@ class Conda(torch.optim.Optimizer):
     State of a parameter, tensors like the parameter (DTensors on its mesh): ``step`` (0-d, on the
     CPU), ``exp_avg`` (m, n), projected on the conda path, ``exp_avg_sq`` (m, n) and there too
     ``basis`` (r, r) and ``basis_step`` (one number for each matrix of a batch, on the CPU: the
-    step its basis was taken at, -1 before the first). A weight that its group's ``splits`` cut into
-    blocks of rows (see :func:`conda_dist.param_groups`) has ``step`` and ``basis_step`` with one
-    entry more for each part in front, and ``basis_0``, ``basis_1``, ... in the place of ``basis``.
+    step its basis was taken at, -1 before the first); with ``refresh="async"`` also ``snapshot``
+    (m, n) and ``snapshot_step`` (the first moment that a pending refresh began with, and when; -1
+    if none is pending). A weight that its group's ``splits`` cut into blocks of rows (see
+    :func:`conda_dist.param_groups`) has counts with one entry more for each part in front, and
+    ``basis_0``, ``basis_1``, ... in the place of ``basis``.
 
     Args:
         params: tensors, (name, tensor) pairs or group dicts.
@@ -75,6 +77,14 @@ class Conda(torch.optim.Optimizer):
             the basis in use: a fraction of the time, and enough where ``update_proj_gap`` is
             small, for bases then move little. "eigh64" takes the eigenvectors of the momentum's
             Gram matrix in float64.
+        refresh: "sync", the paper's timing: a step that is due for a refresh waits for it. "async"
+            decomposes a snapshot of the momentum in the background, and all ranks take the new
+            bases together ``refresh_delay`` steps later, whenever they are done before; the first
+            refresh waits. Costs the memory of a third moment.
+        refresh_delay: steps from an asynchronous refresh's snapshot to its new bases; at most one
+            interval.
+        refresh_waves: parts into which the matrices are dealt, in their order, to be refreshed one
+            after another within each interval; after the first step, which refreshes all.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
 
@@ -104,6 +114,9 @@ class Conda(torch.optim.Optimizer):
         refresh_bytes: int = 512 * 2**20,
         max_refresh_failures: int = 3,
         refresh_method: str = "svd",
+        refresh: str = "sync",
+        refresh_delay: int = 20,
+        refresh_waves: int = 1,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -126,6 +139,9 @@ class Conda(torch.optim.Optimizer):
             refresh_bytes,
             max_refresh_failures,
             refresh_method,
+            refresh,
+            refresh_delay,
+            refresh_waves,
         )
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(

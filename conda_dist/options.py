@@ -9,6 +9,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 PLACEMENTS = ("auto", "replicate", "shard")
 REFRESH_METHODS = ("svd", "orthogonal_iteration", "eigh64")
+REFRESHES = ("sync", "async")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,9 @@ class Options:
     refresh_bytes: int = 512 * 2**20
     max_refresh_failures: int = 3
     refresh_method: str = "svd"
+    refresh: str = "sync"
+    refresh_delay: int = 20
+    refresh_waves: int = 1
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant.
@@ -43,21 +47,22 @@ class Options:
             raise ValueError(
                 "state_dtype=torch.float16 loses the squares of small gradients; use bfloat16"
             )
-        if self.basis_placement not in PLACEMENTS:
-            raise ValueError(
-                f"basis_placement must be one of {', '.join(PLACEMENTS)}; "
-                f"got {self.basis_placement!r}"
-            )
-        if self.refresh_method not in REFRESH_METHODS:
-            raise ValueError(
-                f"refresh_method must be one of {', '.join(REFRESH_METHODS)}; "
-                f"got {self.refresh_method!r}"
-            )
+        for name, known in (
+            ("basis_placement", PLACEMENTS),
+            ("refresh_method", REFRESH_METHODS),
+            ("refresh", REFRESHES),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
+                )
         for name, least in (
             ("basis_budget", 0),
             ("bucket_bytes", 1),
             ("refresh_bytes", 1),
             ("max_refresh_failures", 1),
+            ("refresh_delay", 1),
+            ("refresh_waves", 1),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):

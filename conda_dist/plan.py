@@ -1,4 +1,4 @@
-"""What each weight gets: where it is computed, who decomposes it, what is exchanged together.
+"""What each weight gets: where it is computed, and what is exchanged together.
 
 Pure functions of layouts and numbers: the same on every rank, without torch.distributed, and the
 same for a mesh of thousands of ranks that is only imagined. Nothing here depends on which rank
@@ -19,7 +19,6 @@ from conda_dist.layout import (
     Split,
     Topology,
     kept_dim,
-    nested,
     reverse,
     to_compute,
     to_whole,
@@ -39,6 +38,7 @@ class WeightPlan:
         moves: stages from storage to there; empty where they agree on every rank.
         basis: where the elements of its basis, shape (..., r, r), are kept.
         part: which block of rows of a stored weight this is; None for a weight of its own.
+        wave: which of the waves that an interval between refreshes is divided into is its own.
         owners: for each matrix of the batch the coordinate that decomposes its momentum.
         turns: for each matrix its place in its owner's queue.
     """
@@ -50,6 +50,7 @@ class WeightPlan:
     moves: tuple[Move, ...]
     basis: Layout
     part: int | None = None
+    wave: int = 0
     owners: tuple[Coordinate, ...] = ()
     turns: tuple[int, ...] = ()
 
@@ -109,7 +110,12 @@ class WeightPlan:
 
 
 def plan_weight(
-    name: str, topology: Topology, storage: Layout, shard_basis: bool, part: int | None = None
+    name: str,
+    topology: Topology,
+    storage: Layout,
+    shard_basis: bool,
+    part: int | None = None,
+    wave: int = 0,
 ) -> WeightPlan:
     """The plan of a weight (..., m, n) before owners are dealt.
 
@@ -121,6 +127,7 @@ def plan_weight(
             then gathered for each step. A basis is replicated over replicas in either case, and
             the experts of a 3-D weight keep theirs with them.
         part: which block of rows of a stored weight this is, if it is one.
+        wave: in which part of an interval its basis is refreshed.
     """
     if isinstance(storage, Flat):
         compute, moves = _flat_to_compute(storage)
@@ -138,7 +145,7 @@ def plan_weight(
     placements = tuple(map(place, compute.placements))
     basis = Layout((*storage.shape[:-2], r, r), storage.mesh, placements)
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
-    return WeightPlan(name, topology, storage, compute, exchanged, basis, part)
+    return WeightPlan(name, topology, storage, compute, exchanged, basis, part, wave)
 
 
 def _flat_to_compute(storage: Flat) -> tuple[Layout, tuple[Move, ...]]:
@@ -186,58 +193,6 @@ def batch_mesh_dims(layout: Layout) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """One matrix of one weight, and those who may decompose it."""
-
-    weight: int
-    matrix: int
-    candidates: tuple[Coordinate, ...]
-
-
-def _seats(plans: Sequence[WeightPlan]) -> Iterator[Seat]:
-    for index, plan in enumerate(plans):
-        holders: dict[int, list[Coordinate]] = defaultdict(list)
-        for coordinate in plan.compute.coordinates():
-            for matrix in plan.compute.matrices(coordinate):
-                holders[matrix].append(coordinate)
-        for matrix, candidates in sorted(holders.items()):
-            yield Seat(index, matrix, tuple(candidates))
-
-
-def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
-    """Deals the decompositions out: the costliest first, each to the least loaded rank.
-
-    Equal costs so go round-robin. Ties are broken by name and by order in the mesh, replicas of
-    a weight count as ranks like any others, and experts stay with the ranks that hold them. A
-    rank's load counts what it owns on meshes that contain the one at hand, of which all ranks
-    there know.
-    """
-    loads: dict[Topology, dict[int, int]] = {}
-    owners: dict[tuple[int, int], tuple[Coordinate, int]] = {}
-
-    def key(seat: Seat) -> tuple[int, str, int]:
-        return -plans[seat.weight].cost, plans[seat.weight].name, seat.matrix
-
-    for topology, containing in nested(plan.topology for plan in plans):
-        load = {rank: sum(loads[t][rank] for t in containing) for rank in topology.ranks}
-        before, queued = dict(load), dict.fromkeys(topology.ranks, 0)
-        seats = (s for s in _seats(plans) if plans[s.weight].topology == topology)
-        for seat in sorted(seats, key=key):
-            owner = min(seat.candidates, key=lambda c: load[topology.rank_at(c)])
-            rank = topology.rank_at(owner)
-            owners[seat.weight, seat.matrix] = owner, queued[rank]
-            load[rank] += plans[seat.weight].cost
-            queued[rank] += 1
-        loads[topology] = {rank: load[rank] - before[rank] for rank in topology.ranks}
-    dealt = []
-    for index, plan in enumerate(plans):
-        count = math.prod(plan.storage.shape[:-2])
-        who, turns = zip(*(owners[index, matrix] for matrix in range(count)), strict=True)
-        dealt.append(replace(plan, owners=who, turns=turns))
-    return dealt
-
-
-@dataclass(frozen=True, slots=True)
 class Bucket:
     """Weights of one mesh whose elements travel together.
 
@@ -267,6 +222,7 @@ class Matrix:
         local: its place in this rank's local batch; None if this rank has nothing of it.
         owner: the coordinate that decomposes it.
         mine: whether that is this rank.
+        launched: whether its decomposition was started in an earlier step.
     """
 
     position: int
@@ -274,6 +230,7 @@ class Matrix:
     local: int | None
     owner: Coordinate
     mine: bool
+    launched: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +240,8 @@ class Wave:
     Attributes:
         bucket: their step.
         matrices: their matrices.
-        gather: exchanges that bring each projected momentum to its owner. Items: ``matrices``.
+        gather: exchanges that bring each projected momentum to its owner. Items: ``matrices``, of
+            which those launched stay where they are.
         scatter: exchanges that bring each rotation to all. Items: ``matrices``.
     """
 
@@ -291,6 +249,23 @@ class Wave:
     matrices: tuple[Matrix, ...]
     gather: tuple[Hop, ...]
     scatter: tuple[Hop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Weights whose momenta go to their owners ahead of the step that takes their new bases.
+
+    Attributes:
+        weights: their indices, all of one mesh.
+        matrices: their matrices.
+        forward: exchanges that bring each kept momentum to the compute layout. Items: ``weights``.
+        gather: exchanges that bring each matrix from there to its owner. Items: ``matrices``.
+    """
+
+    weights: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+    forward: tuple[Hop, ...]
+    gather: tuple[Hop, ...]
 
 
 def plan_bucket(
@@ -321,31 +296,57 @@ def plan_wave(
     weights: tuple[int, ...],
     due: Sequence[Collection[int]],
     coordinate: Coordinate,
+    launched: Sequence[Collection[int]] = (),
 ) -> Wave:
     """Plans the refresh of weights of one mesh, seen from one rank.
 
     Args:
         plans: all plans.
         weights: those of the wave.
-        due: for each of them which matrices of its batch to decompose.
+        due: for each of them which matrices of its batch take new bases.
         coordinate: the rank for which boxes are computed.
+        launched: for each of them which of these were launched in an earlier step; () for none.
     """
-    matrices, gathers, scatters = [], [], []
+    matrices = tuple(_matrices(plans, weights, due, coordinate, launched))
+    chosen = [plans[weights[m.position]] for m in matrices]
+    routes = list(zip(matrices, chosen, strict=True))
+    return Wave(
+        plan_bucket(plans, weights, coordinate),
+        matrices,
+        plan_hops([() if m.launched else _gather_route(p, m.owner) for m, p in routes], coordinate),
+        plan_hops([_scatter_route(p, m.owner) for m, p in routes], coordinate),
+    )
+
+
+def plan_launch(
+    plans: Sequence[WeightPlan],
+    weights: tuple[int, ...],
+    due: Sequence[Collection[int]],
+    coordinate: Coordinate,
+) -> Launch:
+    """Plans the way of kept momenta to their owners; arguments as of :func:`plan_wave`."""
+    matrices = tuple(_matrices(plans, weights, due, coordinate))
+    chosen = [plans[i] for i in weights]
+    forward = [redistribution(plan.moves) if plan.borrows else () for plan in chosen]
+    gather = [_gather_route(chosen[m.position], m.owner) for m in matrices]
+    return Launch(weights, matrices, plan_hops(forward, coordinate), plan_hops(gather, coordinate))
+
+
+def _matrices(
+    plans: Sequence[WeightPlan],
+    weights: tuple[int, ...],
+    due: Sequence[Collection[int]],
+    coordinate: Coordinate,
+    launched: Sequence[Collection[int]] = (),
+) -> Iterator[Matrix]:
     for position, index in enumerate(weights):
         plan = plans[index]
         held = plan.compute.matrices(coordinate)
+        before = launched[position] if launched else ()
         for matrix in sorted(due[position]):
             owner = plan.owners[matrix]
             local = held.index(matrix) if matrix in held else None
-            matrices.append(Matrix(position, matrix, local, owner, owner == coordinate))
-            gathers.append(_gather_route(plan, owner))
-            scatters.append(_scatter_route(plan, owner))
-    return Wave(
-        plan_bucket(plans, weights, coordinate),
-        tuple(matrices),
-        plan_hops(gathers, coordinate),
-        plan_hops(scatters, coordinate),
-    )
+            yield Matrix(position, matrix, local, owner, owner == coordinate, matrix in before)
 
 
 def _gather_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:

@@ -1,7 +1,8 @@
 """New bases: momenta to their owners, decompositions in parallel, rotations back to all.
 
 Two packed exchanges and one agreement on what came of it. An owner that fails says so in the
-agreement, so no rank ever waits for it.
+agreement, so no rank ever waits for it. A refresh is one step's, or is launched in one, from a
+snapshot of the momenta, and its rotations are taken some steps later.
 """
 
 import warnings
@@ -11,14 +12,40 @@ import torch
 from torch import Tensor
 
 from conda_dist import maths
+from conda_dist.background import Background
 from conda_dist.exchange import Exchange, Mesh, all_max, all_texts
 from conda_dist.maths import Outcome, matrices
-from conda_dist.plan import Matrix, Wave
+from conda_dist.plan import Launch, Matrix, Wave
 from conda_dist.weight import NEVER, Weight
 
 
+def launch(plan: Launch, weights: Sequence[Weight], background: Background) -> None:
+    """Has owners start to decompose the momenta of which their weights have snapshots.
+
+    Args:
+        plan: the plan.
+        weights: its weights.
+        background: takes the decompositions, by weight and matrix.
+    """
+    mesh, snapshots = weights[0].mesh, [weight.snapshot for weight in weights]
+    dtypes, device = [snapshot.dtype for snapshot in snapshots], snapshots[0].device
+    computed = Exchange(mesh, plan.forward, snapshots, dtypes, device).wait()
+    momenta = [_local_matrix(computed[m.position], m) for m in plan.matrices]
+    matrix_dtypes = [dtypes[m.position] for m in plan.matrices]
+    whole = Exchange(mesh, plan.gather, momenta, matrix_dtypes, device).wait()
+    for matrix, momentum in zip(plan.matrices, whole, strict=True):
+        weight = weights[matrix.position]
+        ours = momentum if matrix.mine else None
+        method = weight.options.refresh_method
+        background.start((weight, matrix.index), ours, weight.plan.right, method)
+
+
 def refresh(
-    wave: Wave, weights: Sequence[Weight], bases: Sequence[Tensor], projected: Sequence[Tensor]
+    wave: Wave,
+    weights: Sequence[Weight],
+    bases: Sequence[Tensor],
+    projected: Sequence[Tensor],
+    background: Background,
 ) -> list[bool]:
     """Takes the weights of a wave to new bases.
 
@@ -27,6 +54,7 @@ def refresh(
         weights: the weights of its bucket, with their first moments updated.
         bases: the whole basis of each; replaced in place.
         projected: the projected gradient of each, in compute layout; replaced in place.
+        background: has the decompositions launched before.
 
     Returns:
         For each weight whether its step counts: not while it is the first and all momentum zero.
@@ -36,12 +64,15 @@ def refresh(
             every rank of the mesh.
     """
     mesh = weights[0].mesh
-    momenta = [_local_momentum(weights[m.position], m) for m in wave.matrices]
+    momenta = [
+        None if m.launched else _local_matrix(weights[m.position].moments[0], m)
+        for m in wave.matrices
+    ]
     moment_dtypes = [weights[m.position].moments[0].dtype for m in wave.matrices]
     device = weights[0].moments[0].device
     whole = Exchange(mesh, wave.gather, momenta, moment_dtypes, device).wait()
 
-    found, ours, error = _decompose_mine(wave, weights, bases, whole)
+    found, ours, error = _decompose_mine(wave, weights, bases, whole, background)
     outcomes = [Outcome(worst) for worst in all_max(mesh, ours)]
     if Outcome.ERROR in outcomes:
         _raise_together(mesh, error)
@@ -59,16 +90,21 @@ def refresh(
     return [bool(weight.step) or i in moved for i, weight in enumerate(weights)]
 
 
-def _local_momentum(weight: Weight, matrix: Matrix) -> Tensor | None:
-    if matrix.local is None:
+def _local_matrix(computed: Tensor | None, matrix: Matrix) -> Tensor | None:
+    """This rank's part, in compute layout, of one matrix of a batch."""
+    if matrix.local is None or computed is None:
         return None
-    return matrices(weight.moments[0])[matrix.local]
+    return matrices(computed)[matrix.local]
 
 
 def _decompose_mine(
-    wave: Wave, weights: Sequence[Weight], bases: Sequence[Tensor], whole: Sequence[Tensor | None]
+    wave: Wave,
+    weights: Sequence[Weight],
+    bases: Sequence[Tensor],
+    whole: Sequence[Tensor | None],
+    background: Background,
 ) -> tuple[list[Tensor | None], list[int], Exception | None]:
-    """Decomposes the momenta this rank owns.
+    """Decomposes the momenta this rank owns, or takes what the background has found of them.
 
     Returns:
         Rotations (the identity where there is none) and outcomes by matrix, None and UNKNOWN for
@@ -78,15 +114,21 @@ def _decompose_mine(
     outcomes = [int(Outcome.UNKNOWN)] * len(wave.matrices)
     error: Exception | None = None
     for i, (matrix, momentum) in enumerate(zip(wave.matrices, whole, strict=True)):
-        if not matrix.mine or matrix.local is None or momentum is None:
-            continue
         weight = weights[matrix.position]
+        if not matrix.mine or matrix.local is None:
+            if matrix.launched:
+                background.take((weight, matrix.index))
+            continue
         basis = matrices(bases[matrix.position])[matrix.local]
         found[i] = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
         try:
             first = weight.taken(matrix.index) == NEVER
-            method = "svd" if first else weight.options.refresh_method
-            outcome, rotation = maths.decompose(momentum, weight.plan.right, method)
+            if matrix.launched:
+                outcome, rotation = background.take((weight, matrix.index))
+            else:
+                assert momentum is not None
+                method = "svd" if first else weight.options.refresh_method
+                outcome, rotation = maths.decompose(momentum, weight.plan.right, method)
             if rotation is not None:
                 rotation = rotation.to(basis.dtype)
                 if not first:
@@ -111,7 +153,7 @@ def _settle(wave: Wave, weights: Sequence[Weight], outcomes: Sequence[Outcome]) 
     complaints = [
         complaint
         for matrix, outcome in zip(wave.matrices, outcomes, strict=True)
-        if (complaint := weights[matrix.position].settle(matrix.index, outcome))
+        if (complaint := weights[matrix.position].settle(matrix.index, outcome, matrix.launched))
     ]
     if complaints and not any(weights[0].mesh.coordinate):
         warnings.warn("\n".join(complaints), RuntimeWarning, stacklevel=2)

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from conda_dist.plan import plan_bucket, plan_wave
+from conda_dist.plan import plan_bucket, plan_launch, plan_wave
 from conda_dist.routing import route
 from conda_dist.setup import Plain, Setup
 from conda_dist.transfer import Hop
@@ -32,7 +32,8 @@ class Row(TypedDict):
         owners: global ranks that decompose its momentum, one for each matrix of a batch.
         state_bytes: bytes of optimizer state on this rank.
         step_bytes: bytes this rank sends in a step without a refresh.
-        refresh_bytes: bytes this rank sends in a step with one.
+        refresh_bytes: bytes this rank sends in a step with one; of an asynchronous one in a step,
+            in launching it and in taking its bases.
     """
 
     name: str
@@ -95,8 +96,13 @@ def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
     two = [moments, moments]  # of a part's, that travel with its gradient
     step = sent(bucket.forward, [param, basis, *two]) + sent(bucket.backward, [param, *two])
     matrices = len(plan.owners)
-    refresh = sent(wave.gather, [moments] * matrices) + sent(wave.scatter, [basis] * matrices)
+    gather, kept = sent(wave.gather, [moments] * matrices), (2 * moments, 4)
+    if weight.is_async:
+        launch = plan_launch(plans, (index,), [range(matrices)], coordinate)
+        gather, kept = gather + sent(launch.forward, [moments]), (3 * moments, 8)
+    refresh = gather + sent(wave.scatter, [basis] * matrices)
     numel = plan.moments.numel(coordinate)
+    own = numel * kept[0] + plan.basis.numel(coordinate) * basis + 4 + kept[1] * matrices
     return Row(
         name=plan.name,
         shape=plan.storage.shape,
@@ -106,7 +112,7 @@ def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
         compute=str(plan.compute),
         basis=str(plan.basis),
         owners=[plan.topology.rank_at(owner) for owner in plan.owners],
-        state_bytes=2 * numel * moments + plan.basis.numel(coordinate) * basis + 4 + 4 * matrices,
+        state_bytes=own,
         step_bytes=step,
         refresh_bytes=step + refresh,
     )

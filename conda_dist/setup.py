@@ -16,7 +16,8 @@ from conda_dist import storage
 from conda_dist.exchange import Mesh
 from conda_dist.layout import Layout, Topology, nested
 from conda_dist.options import Options
-from conda_dist.plan import deal_owners, plan_weight, replicated_basis_bytes
+from conda_dist.owners import deal_owners
+from conda_dist.plan import plan_weight, replicated_basis_bytes
 from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
 from conda_dist.weight import Weight, basis_dtype, basis_key, moment_dtype
 
@@ -251,11 +252,11 @@ def plan_sites(
     sites: Sequence[Site], state: MutableMapping[Tensor, dict[str, Any]], options: Options
 ) -> list[Weight]:
     """Plans the weights of the conda path together: who decomposes what, whose bases are split."""
-    shard = _shard_bases(sites, state, options)
+    shard, waves = _shard_bases(sites, state, options), options.refresh_waves
     plans = deal_owners(
         [
-            plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part)
-            for site, sharded in zip(sites, shard, strict=True)
+            plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part, i % waves)
+            for i, (site, sharded) in enumerate(zip(sites, shard, strict=True))
         ]
     )
     return [

@@ -15,7 +15,8 @@ from conda_dist.options import Options
 from conda_dist.plan import WeightPlan
 
 NEVER = -1.0
-"""The ``basis_step`` of a matrix that still has the identity for a basis."""
+"""The ``basis_step`` of a matrix that still has the identity for a basis, and the
+``snapshot_step`` of one that has no refresh pending."""
 
 
 def hyper_of(group: dict[str, Any]) -> Hyper:
@@ -104,8 +105,14 @@ class Weight:
         layouts = {self._basis_key: self.plan.basis}
         if not self.plan.part:
             moments = self.plan.moments.whole
-            layouts = {"exp_avg": moments, "exp_avg_sq": moments, **layouts}
+            names = ("exp_avg", "exp_avg_sq", *(("snapshot",) if self.is_async else ()))
+            layouts = {**dict.fromkeys(names, moments), **layouts}
         return layouts
+
+    @property
+    def is_async(self) -> bool:
+        """Whether its refreshes, after the first, are decomposed in the background."""
+        return self.options.refresh == "async"
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves alone what is there."""
@@ -130,7 +137,8 @@ class Weight:
             state[name] = storage.like(self.param, layout, elements)
         if not self.plan.part:
             taken = (*parts, *self.plan.storage.shape[:-2])
-            state["basis_step"] = torch.full(taken, NEVER, dtype=torch.float32, device="cpu")
+            for name in ("basis_step", *(("snapshot_step",) if self.is_async else ())):
+                state[name] = torch.full(taken, NEVER, dtype=torch.float32, device="cpu")
 
     def _set_identity(self, elements: Tensor) -> None:
         for block in self.plan.basis.blocks(self.mesh.coordinate):
@@ -147,13 +155,58 @@ class Weight:
         """Steps taken."""
         return int(self._counts("step"))
 
+    def _last(self, step: int) -> int:
+        """The step, at or before this one, of the last refresh that its interval has."""
+        gap = int(self.group["update_proj_gap"])
+        phase = self.plan.wave * gap // self.options.refresh_waves
+        return step - (step - phase) % gap
+
     def due(self) -> tuple[int, ...]:
-        """Matrices whose decomposition is due: at every multiple of the gap, or still owed."""
-        step = self.step
-        last = step - step % self.group["update_proj_gap"]
+        """Matrices that must be decomposed in this step: at every interval, or still owed.
+
+        Of one that is refreshed asynchronously only the first basis.
+        """
+        taken = self._counts("basis_step").tolist()
+        if self.is_async:
+            return tuple(i for i, when in enumerate(taken) if when == NEVER)
+        last = self._last(self.step)
+        return tuple(i for i, when in enumerate(taken) if when == NEVER or when < last)
+
+    def pending(self) -> tuple[int, ...]:
+        """Matrices that were launched, and have not taken their new bases."""
         return tuple(
-            i for i, taken in enumerate(self._counts("basis_step").tolist()) if taken < last
+            i for i, when in enumerate(self._counts("snapshot_step").tolist()) if when != NEVER
         )
+
+    def ready(self) -> tuple[int, ...]:
+        """Matrices that take in this step what they were launched for."""
+        before = self.step - min(self.options.refresh_delay, self.group["update_proj_gap"])
+        taken = self._counts("snapshot_step").tolist()
+        return tuple(i for i, when in enumerate(taken) if NEVER != when <= before)
+
+    def start(self) -> tuple[int, ...]:
+        """Takes a snapshot after a step for which a refresh was due, unless one is pending.
+
+        Returns:
+            The matrices to launch.
+        """
+        if not self.step or self.pending():
+            return ()
+        now = self.step - 1
+        last = self._last(now)
+        taken = self._counts("basis_step").tolist()
+        which = tuple(i for i, when in enumerate(taken) if NEVER < when < last)
+        if which:
+            pairs = (self.views(storage.local(self.state[k])) for k in ("snapshot", "exp_avg"))
+            for snapshot, moment in zip(*pairs, strict=True):
+                snapshot.copy_(moment)
+            self._counts("snapshot_step")[list(which)] = float(now)
+        return which
+
+    @property
+    def snapshot(self) -> Tensor:
+        """This rank's elements of the first moment, where it is kept, as launched."""
+        return self.rows(storage.local(self.state["snapshot"]))
 
     def views(self, elements: Tensor) -> list[Tensor]:
         """This part's rows in a tensor (..., m, n) laid out as the parameter is, piece by piece.
@@ -270,14 +323,23 @@ class Weight:
         """The step at which a matrix of the batch took its basis, or ``NEVER``."""
         return float(self._counts("basis_step")[matrix])
 
-    def settle(self, matrix: int, outcome: Outcome) -> str | None:
+    def settle(self, matrix: int, outcome: Outcome, launched: bool) -> str | None:
         """Takes note of what came of a matrix's refresh; the same on all ranks.
+
+        Args:
+            matrix: which one of the batch.
+            outcome: what came of it.
+            launched: whether it was launched in an earlier step.
 
         Returns:
             What has to be said of it, if it failed.
         """
+        when = float(self.step)
+        if launched:
+            when = float(self._counts("snapshot_step")[matrix])
+            self._counts("snapshot_step")[matrix] = NEVER
         if outcome == Outcome.DONE:
-            self._counts("basis_step")[matrix] = self.step
+            self._counts("basis_step")[matrix] = when
             self.failures.pop(matrix, None)
         if outcome in (Outcome.DONE, Outcome.ZERO):
             return None

@@ -115,6 +115,15 @@ class CondaConfig:
     refresh_method: Annotated[
         Literal["svd", "orthogonal_iteration", "eigh64"], Key("how bases are refreshed")
     ] = "svd"
+    refresh: Annotated[
+        Literal["sync", "async"], Key("whether steps wait for refreshes, or go on meanwhile")
+    ] = "sync"
+    refresh_delay: Annotated[
+        int, Key("steps from the start of an asynchronous refresh to its bases", ge=1)
+    ] = 20
+    refresh_waves: Annotated[
+        int, Key("parts of the matrices, refreshed one after another in each interval", ge=1)
+    ] = 1
     matmul_dtype: Annotated[
         Literal["", "bfloat16", "float32"],
         Key("type of the projections' products (default: the state's)"),

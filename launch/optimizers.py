@@ -59,6 +59,9 @@ def _conda(model: nn.Module, settings: CondaConfig) -> Conda:
         update_proj_gap=settings.update_proj_gap,
         correct_bias=settings.correct_bias,
         refresh_method=settings.refresh_method,
+        refresh=settings.refresh,
+        refresh_delay=settings.refresh_delay,
+        refresh_waves=settings.refresh_waves,
         matmul_dtype=getattr(torch, settings.matmul_dtype) if settings.matmul_dtype else None,
     )
 

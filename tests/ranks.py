@@ -99,6 +99,7 @@ def _work(pipe: Connection) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*destroy_process_group.*")
@@ -122,4 +123,6 @@ def _work(pipe: Connection) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            # It keeps meshes, whose groups are no more, and equal ones are taken for them.
+            _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         pipe.send(answer)

@@ -19,7 +19,8 @@ from conda_dist.exchange import Mesh
 from conda_dist.flat import Flat
 from conda_dist.layout import Layout, Topology, reverse
 from conda_dist.options import Options
-from conda_dist.plan import deal_owners, plan_weight
+from conda_dist.owners import deal_owners
+from conda_dist.plan import plan_weight
 from conda_dist.transfer import plan_hops, redistribution
 from conda_dist.weight import Weight
 

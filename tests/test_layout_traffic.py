@@ -68,7 +68,7 @@ def _place(whole: Tensor, mesh_shape: tuple[int, ...], places: list[Placement]) 
     return models.like(example, whole).redistribute(mesh, places)
 
 
-def _measure(name: str) -> Traffic:
+def _optimizer(name: str, **options: Any) -> Conda:
     mesh_shape, weights = LAYOUTS[name]
     groups: list[dict[str, Any]] = []
     for weight, shape, places in weights:
@@ -77,7 +77,11 @@ def _measure(name: str) -> Traffic:
         param.grad = _place(torch.randn(shape), mesh_shape, places)
         splits = SPLITS if weight == "wqkv" else None
         groups.append({"params": [(weight, param)], "algorithm": "conda", "splits": splits})
-    optimizer = Conda(groups, update_proj_gap=2)
+    return Conda(groups, update_proj_gap=2, **options)
+
+
+def _measure(name: str) -> Traffic:
+    optimizer = _optimizer(name)
     report = optimizer.report(show=False)
     traffic = []
     for _ in range(3):
@@ -100,6 +104,33 @@ def test_traffic_is_what_the_report_says(name: str) -> None:
         assert _sent(steady) == step_bytes
         assert {call.name for call in refreshing} <= {"all_to_all", "all_reduce"}
         assert _sent(refreshing) == refresh_bytes
+
+
+def _measure_async(name: str) -> tuple[list[Call], int, int]:
+    """Traffic of a step that launches refreshes and of the next, which takes the bases."""
+    optimizer = _optimizer(name, refresh="async", refresh_delay=1)
+    report = optimizer.report(show=False)
+    for _ in range(2):
+        optimizer.step()
+    with recorded() as calls:
+        for _ in range(2):
+            optimizer.step()
+    planned = sum(row["step_bytes"] + row["refresh_bytes"] for row in report)
+    held = sum(
+        value.to_local().nbytes if isinstance(value, DTensor) else value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+    )
+    return list(calls), planned, held - sum(row["state_bytes"] for row in report)
+
+
+@pytest.mark.parametrize("name", ["FSDP 4", "HSDP 2 x FSDP 2 x TP 2", "fused q, k, v, FSDP 4"])
+def test_traffic_and_state_of_asynchronous_refreshes(name: str) -> None:
+    for calls, planned, more in ranks.run(
+        torch.Size(LAYOUTS[name][0]).numel(), _measure_async, name
+    ):
+        assert _sent(calls) == planned
+        assert not more or name.startswith("fused")  # whose parts share their counts
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def parse(given: Mapping[str, Any]) -> Arguments:
     options = {name: values[name] for name in names}
     for name in ("state_dtype", "matmul_dtype"):
         options[name] = _dtype(name, options[name])
+    if options["refresh"] == "async":
+        raise ValueError(
+            'refresh "async" is not supported under DeepSpeed, whose universal checkpoints would '
+            'lose what is pending; use "sync"'
+        )
     if isinstance(defaults["lr"], torch.Tensor):
         raise TypeError("lr must be a number: DeepSpeed's schedulers set it anew")
     defaults["betas"] = tuple(defaults["betas"])  # JSON has lists only

@@ -58,6 +58,9 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         refresh_bytes: int = 512 * 2**20
         max_refresh_failures: int = 3
         refresh_method: Literal["svd", "orthogonal_iteration", "eigh64"] = "svd"
+        refresh: Literal["sync", "async"] = "sync"
+        refresh_delay: int = 20
+        refresh_waves: int = 1
 
         conda_params: list[str] = field(default_factory=list)
         """Patterns (as of fnmatch) of parameters to project whatever their names say."""
