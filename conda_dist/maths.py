@@ -5,7 +5,7 @@ columns for m < n, "left") exactly as on the whole of it, because the projection
 such slicing; leading dimensions are batches of matrices. Notation: G gradient, M first moment,
 Q basis (r, r) with r = min(m, n), and proj(X) = X Q (right) or Q^T X (left). The first moment is
 stored projected, where it obeys its own recursion: proj(M) <- b1 proj(M) + (1 - b1) proj(G).
-Arithmetic is done in the dtype of the basis (float32 or float64), whatever the moments' dtype.
+Arithmetic is done in float32, or float64 if the basis is, whatever the moments' and bases' dtype.
 """
 
 import math
@@ -48,10 +48,10 @@ def matrices(tensor: Tensor) -> Tensor:
 
 
 def project(x: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """``x Q`` or ``Q^T x``, multiplied in ``dtype`` (None: the basis's); in the basis's dtype."""
+    """``x Q`` or ``Q^T x``, multiplied in ``dtype`` (None: the basis's); in at least float32."""
     Q = basis.to(dtype or basis.dtype)
     x = x.to(Q.dtype)
-    return (x @ Q if right else Q.mT @ x).to(basis.dtype)
+    return (x @ Q if right else Q.mT @ x).to(torch.promote_types(basis.dtype, torch.float32))
 
 
 def project_back(y: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -100,7 +100,7 @@ def project_back_and_apply_(
 ) -> None:
     """:func:`project_back` and :func:`apply_` as one product accumulated into the weight.
 
-    For float weights of the basis's dtype and a learning rate that is a number; saves a tensor
+    For weights and y of the basis's dtype and a learning rate that is a number; saves a tensor
     the size of the weight and two passes over it.
     """
     keep = float(hyper.keep)
@@ -202,7 +202,8 @@ def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:
     of Newton's iteration for the polar factor: it squares an error that is at rounding level
     already.
     """
-    return 1.5 * rotation - 0.5 * (basis.mT @ (basis @ rotation))
+    Q = basis.to(rotation.dtype)
+    return 1.5 * rotation - 0.5 * (Q.mT @ (Q @ rotation))
 
 
 def rotate_(x: Tensor, rotation: Tensor, right: bool) -> None:

@@ -62,9 +62,12 @@ class Conda(torch.optim.Optimizer):
         correct_bias: whether to divide out the moments' bias towards zero.
         proj_type: "std"; the released code's other types are refused.
         state_dtype: dtype of the moments; None for the parameter's, but at least float32.
-            Bases are at least float32 in any case.
+            Bases are at least float32 in any case, unless ``basis_dtype`` says otherwise.
         matmul_dtype: dtype of the two products of a step, such as ``torch.bfloat16``; None for
             the bases'. Decompositions and rotations never use it.
+        basis_dtype: dtype of the bases; None for the moments', but at least float32.
+            ``torch.bfloat16`` halves what they take and, where they are sharded, send. They are
+            orthogonal to 3 digits then, in every refresh anew.
         basis_placement: "replicate" keeps every basis on every rank of its weight; "shard" splits
             it, and gathers it for each step; "auto" replicates while ``basis_budget`` allows.
         basis_budget: bytes a rank may spend on replicated bases under "auto".
@@ -108,6 +111,7 @@ class Conda(torch.optim.Optimizer):
         proj_type: str = "std",
         state_dtype: torch.dtype | None = None,
         matmul_dtype: torch.dtype | None = None,
+        basis_dtype: torch.dtype | None = None,
         basis_placement: str = "auto",
         basis_budget: int = 4 * 2**30,
         bucket_bytes: int = 64 * 2**20,
@@ -133,6 +137,7 @@ class Conda(torch.optim.Optimizer):
         self._options = Options(
             state_dtype,
             matmul_dtype,
+            basis_dtype,
             basis_placement,
             basis_budget,
             bucket_bytes,

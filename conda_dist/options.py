@@ -7,6 +7,9 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes of moments and products by name, for command lines and JSON."""
 
+OF_DTYPES = ("state_dtype", "matmul_dtype", "basis_dtype")
+"""The options that are dtypes."""
+
 PLACEMENTS = ("auto", "replicate", "shard")
 REFRESH_METHODS = ("svd", "orthogonal_iteration", "eigh64")
 REFRESHES = ("sync", "async")
@@ -18,6 +21,7 @@ class Options:
 
     state_dtype: torch.dtype | None = None
     matmul_dtype: torch.dtype | None = None
+    basis_dtype: torch.dtype | None = None
     basis_placement: str = "auto"
     basis_budget: int = 4 * 2**30
     bucket_bytes: int = 64 * 2**20
@@ -35,7 +39,7 @@ class Options:
             TypeError: a dtype is none.
             ValueError: a value is out of its range.
         """
-        for name in ("state_dtype", "matmul_dtype"):
+        for name in OF_DTYPES:
             dtype = getattr(self, name)
             if dtype is not None and not isinstance(dtype, torch.dtype):
                 raise TypeError(f"{name} must be a torch.dtype or None, got {dtype!r}")
@@ -47,6 +51,8 @@ class Options:
             raise ValueError(
                 "state_dtype=torch.float16 loses the squares of small gradients; use bfloat16"
             )
+        if self.basis_dtype == torch.float16:
+            raise ValueError("basis_dtype must be float64, float32 or bfloat16, got torch.float16")
         for name, known in (
             ("basis_placement", PLACEMENTS),
             ("refresh_method", REFRESH_METHODS),

@@ -78,8 +78,8 @@ def refresh(
         _raise_together(mesh, error)
     _settle(wave, weights, outcomes)
 
-    basis_dtypes = [bases[m.position].dtype for m in wave.matrices]
-    rotations = Exchange(mesh, wave.scatter, found, basis_dtypes, device).wait()
+    dtypes = [_rotation_dtype(bases[m.position]) for m in wave.matrices]
+    rotations = Exchange(mesh, wave.scatter, found, dtypes, device).wait()
     taken: list[dict[int, Tensor]] = [{} for _ in weights]
     for matrix, outcome, rotation in zip(wave.matrices, outcomes, rotations, strict=True):
         if outcome == Outcome.DONE and matrix.local is not None and rotation is not None:
@@ -88,6 +88,11 @@ def refresh(
         weight.rotate(basis, grad, rotated)
     moved = {m.position for m, o in zip(wave.matrices, outcomes, strict=True) if o != Outcome.ZERO}
     return [bool(weight.step) or i in moved for i, weight in enumerate(weights)]
+
+
+def _rotation_dtype(basis: Tensor) -> torch.dtype:
+    """A rotation is rounded once, with the basis it makes."""
+    return torch.promote_types(basis.dtype, torch.float32)
 
 
 def _local_matrix(computed: Tensor | None, matrix: Matrix) -> Tensor | None:
@@ -120,7 +125,8 @@ def _decompose_mine(
                 background.take((weight, matrix.index))
             continue
         basis = matrices(bases[matrix.position])[matrix.local]
-        found[i] = torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device)
+        dtype = _rotation_dtype(basis)
+        found[i] = torch.eye(basis.shape[-1], dtype=dtype, device=basis.device)
         try:
             first = weight.taken(matrix.index) == NEVER
             if matrix.launched:
@@ -130,7 +136,7 @@ def _decompose_mine(
                 method = "svd" if first else weight.options.refresh_method
                 outcome, rotation = maths.decompose(momentum, weight.plan.right, method)
             if rotation is not None:
-                rotation = rotation.to(basis.dtype)
+                rotation = rotation.to(dtype)
                 if not first:
                     rotation = maths.orthonormal(rotation, basis)
                 found[i] = rotation.contiguous()

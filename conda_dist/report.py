@@ -100,7 +100,8 @@ def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
     if weight.is_async:
         launch = plan_launch(plans, (index,), [range(matrices)], coordinate)
         gather, kept = gather + sent(launch.forward, [moments]), (3 * moments, 8)
-    refresh = gather + sent(wave.scatter, [basis] * matrices)
+    rotation = torch.promote_types(basis_dtype(weight.param, weight.options), torch.float32)
+    refresh = gather + sent(wave.scatter, [rotation.itemsize] * matrices)
     numel = plan.moments.numel(coordinate)
     own = numel * kept[0] + plan.basis.numel(coordinate) * basis + 4 + kept[1] * matrices
     return Row(

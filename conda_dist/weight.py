@@ -40,11 +40,8 @@ def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
 
 
 def basis_dtype(param: Tensor, options: Options) -> torch.dtype:
-    """Dtype of a weight's basis: its moments', but at least float32.
-
-    A basis is a product of rotations; in fewer bits it would not stay orthogonal.
-    """
-    return torch.promote_types(moment_dtype(param, options), torch.float32)
+    """Dtype of a weight's basis: ``basis_dtype``, else its moments' but at least float32."""
+    return options.basis_dtype or torch.promote_types(moment_dtype(param, options), torch.float32)
 
 
 def basis_key(part: int | None) -> str:
@@ -293,7 +290,8 @@ class Weight:
         self._counts("step").add_(1)
         y = maths.normalise_(projected, *self.moments, hyper)
         param = storage.local(self.param)
-        if not self.plan.in_place or dtype not in (None, param.dtype) or basis.dtype != param.dtype:
+        multiplied = {y.dtype, basis.dtype, dtype or param.dtype}
+        if not self.plan.in_place or multiplied != {param.dtype}:
             # Rounded to the parameter's dtype in every layout, so that all compute the same.
             update = maths.project_back(y, basis, right, dtype).to(param.dtype)
             if not self.plan.in_place:

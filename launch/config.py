@@ -126,8 +126,14 @@ class CondaConfig:
     ] = 1
     matmul_dtype: Annotated[
         Literal["", "bfloat16", "float32"],
-        Key("type of the projections' products (default: the state's)"),
+        Key("type of the projections' products (default: the bases')"),
     ] = ""
+    basis_dtype: Annotated[
+        Literal["", "bfloat16", "float32"], Key("type of the bases (default: float32)")
+    ] = ""
+    basis_placement: Annotated[
+        Literal["auto", "replicate", "shard"], Key("whether bases are split over the ranks")
+    ] = "auto"
     grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from conda_dist import Conda, param_groups
+from conda_dist.options import DTYPES
 
 from .config import AdamWConfig, CondaConfig, MuonConfig, OptimizerConfig
 from .muon import ShardedMuon
@@ -62,7 +63,9 @@ def _conda(model: nn.Module, settings: CondaConfig) -> Conda:
         refresh=settings.refresh,
         refresh_delay=settings.refresh_delay,
         refresh_waves=settings.refresh_waves,
-        matmul_dtype=getattr(torch, settings.matmul_dtype) if settings.matmul_dtype else None,
+        matmul_dtype=DTYPES.get(settings.matmul_dtype),
+        basis_dtype=DTYPES.get(settings.basis_dtype),
+        basis_placement=settings.basis_placement,
     )
 
 

@@ -82,14 +82,20 @@ def test_integers_no_float_can_hold(name: str, integer: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in ("state_dtype", "matmul_dtype") for value in (
+        *((name, value) for name in ("state_dtype", "matmul_dtype", "basis_dtype")
+          for value in (
             "float32", 32, float, torch.int32, torch.bool, torch.complex64
         )),
         ("basis_placement", "everywhere"),
         ("basis_placement", None),
         *((name, value) for value in (-1, 1.5, "1", None, True) for name in (
-            "basis_budget", "bucket_bytes", "refresh_bytes", "max_refresh_failures"
+            "basis_budget", "bucket_bytes", "refresh_bytes", "max_refresh_failures",
+            "refresh_delay", "refresh_waves",
         )),
+        ("refresh", "later"),
+        ("refresh", None),
+        ("refresh_delay", 0),
+        ("refresh_waves", 0),
         ("bucket_bytes", 0),
         ("refresh_bytes", 0),
         ("max_refresh_failures", 0),
@@ -102,7 +108,7 @@ def test_options(name: str, value: Any) -> None:
     _refused(lambda: Conda([_weight()], **{name: value}), name)
 
 
-@pytest.mark.parametrize("name", ["state_dtype", "matmul_dtype"])
+@pytest.mark.parametrize("name", ["state_dtype", "matmul_dtype", "basis_dtype"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_dtypes_no_step_could_be_taken_in(name: str, dtype: torch.dtype) -> None:
     """Refused at construction, not by a kernel in the first step."""
@@ -359,6 +365,10 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "bucket_bytes": st.integers(1, 10**15),
     "refresh_bytes": st.integers(1, 10**15),
     "max_refresh_failures": st.integers(1, 10),
+    "basis_dtype": st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16]),
+    "refresh": st.sampled_from(["sync", "async"]),
+    "refresh_delay": st.integers(1, 10**30),
+    "refresh_waves": st.integers(1, 10**15),
 }
 OF_GROUPS = ("lr", "eps", "weight_decay", "scale", "betas", "update_proj_gap", "correct_bias")
 

@@ -9,7 +9,7 @@ import torch
 
 from conda_dist.groups import check_hyperparameters
 from conda_dist.optimizer import ARGUMENTS
-from conda_dist.options import DTYPES, Options
+from conda_dist.options import DTYPES, OF_DTYPES, Options
 
 PATTERNS = ("conda_params", "adamw_params")
 
@@ -47,7 +47,7 @@ def parse(given: Mapping[str, Any]) -> Arguments:
     defaults = {k: v for k, v in values.items() if k not in (*names, *PATTERNS, "proj_type")}
     check_hyperparameters({**defaults, "proj_type": values["proj_type"]})
     options = {name: values[name] for name in names}
-    for name in ("state_dtype", "matmul_dtype"):
+    for name in OF_DTYPES:
         options[name] = _dtype(name, options[name])
     if options["refresh"] == "async":
         raise ValueError(

@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 
 from conda_dist.exchange import Mesh, agree, all_max
 from conda_dist.optimizer import ARGUMENTS, Conda
-from conda_dist.options import DTYPES
+from conda_dist.options import DTYPES, OF_DTYPES
 from conda_dist.report import as_text
 from conda_dist.routing import ADAMW, CONDA, clean_name, divide, nothing_to_project, split
 
@@ -52,6 +52,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         correct_bias: bool = True
         state_dtype: Literal["float32", "bfloat16"] | None = None
         matmul_dtype: Literal["float32", "bfloat16"] | None = None
+        basis_dtype: Literal["float32", "bfloat16"] | None = None
         basis_placement: Literal["auto", "replicate", "shard"] = "auto"
         basis_budget: int = 4 * 2**30
         bucket_bytes: int = 64 * 2**20
@@ -126,7 +127,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
             return factory
         config = self._config
         options = {name: getattr(config, name) for name in ARGUMENTS if name != "proj_type"}
-        for name in ("state_dtype", "matmul_dtype"):
+        for name in OF_DTYPES:
             options[name] = DTYPES.get(options[name])
         return lambda groups: Conda(groups, **options)
 

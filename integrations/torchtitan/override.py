@@ -8,7 +8,7 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config.override import override
 
 from conda_dist.integrations.torchtitan.container import CondaOptimizersContainer, conda_config
-from conda_dist.options import DTYPES
+from conda_dist.options import DTYPES, OF_DTYPES
 
 
 @override(target=OptimizersContainer.Config, description="Conda (arXiv 2509.24218)")  # type: ignore[untyped-decorator]
@@ -31,7 +31,7 @@ def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
     for option in ("conda_params", "adamw_params", "splits"):
         if not isinstance(options.get(option, []), list):
             raise ValueError(f"{option} must be a list, got {options[option]!r}")
-    for option in ("state_dtype", "matmul_dtype"):
+    for option in OF_DTYPES:
         if options.get(option) not in (None, *DTYPES):
             raise ValueError(
                 f"{option} must be one of {', '.join(DTYPES)}; got {options[option]!r}"
