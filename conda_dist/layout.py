@@ -358,6 +358,8 @@ def _through_whole(storage: Layout) -> tuple[Move, ...]:
 def _stays_in_group(move: Move) -> bool:
     """Whether every rank finds all it needs on the ranks that differ in ``move.mesh_dim`` only."""
     source, target, mesh_dim = move.source, move.target, move.mesh_dim
+    if math.prod(source.mesh) == source.mesh[mesh_dim]:
+        return True
     if all(size % math.prod(source.mesh) == 0 for size in source.split_shape[-2:]):
         return True
 

@@ -4,28 +4,35 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from conda_dist.layout import Coordinate, Topology, nested
+from conda_dist.layout import Coordinate, Layout, Topology, nested
 from conda_dist.plan import WeightPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One matrix of one weight, and those who may decompose it."""
+    """One matrix of one weight, and those who may decompose it, by their order in the mesh."""
 
     weight: int
     matrix: int
-    candidates: tuple[Coordinate, ...]
+    candidates: tuple[int, ...]
 
 
 def _seats(plans: Sequence[WeightPlan]) -> Iterator[Seat]:
     for index, plan in enumerate(plans):
-        holders: dict[int, list[Coordinate]] = defaultdict(list)
-        for coordinate in plan.compute.coordinates():
-            for matrix in plan.compute.matrices(coordinate):
-                holders[matrix].append(coordinate)
-        for matrix, candidates in sorted(holders.items()):
-            yield Seat(index, matrix, tuple(candidates))
+        for matrix, candidates in _holders(plan.compute):
+            yield Seat(index, matrix, candidates)
+
+
+@lru_cache(maxsize=256)  # the layers of a model are alike
+def _holders(compute: Layout) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Every matrix of a batch with the ranks that hold any of it, by their order in the mesh."""
+    holders: dict[int, list[int]] = defaultdict(list)
+    for place, coordinate in enumerate(compute.coordinates()):
+        for matrix in compute.matrices(coordinate):
+            holders[matrix].append(place)
+    return tuple((matrix, tuple(places)) for matrix, places in sorted(holders.items()))
 
 
 def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
@@ -39,34 +46,45 @@ def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
     loads: dict[tuple[Topology, int], dict[int, int]] = {}
     owners: dict[tuple[int, int], tuple[Coordinate, int]] = {}
     waves = sorted({plan.wave for plan in plans})
+    everything = 1 + sum(plan.cost * math.prod(plan.storage.shape[:-2]) for plan in plans)
+    seats: dict[Topology, dict[int, list[Seat]]] = defaultdict(lambda: defaultdict(list))
+    for seat in _seats(plans):
+        seats[plans[seat.weight].topology][plans[seat.weight].wave].append(seat)
 
-    def key(seat: Seat) -> tuple[int, int, str, int]:
-        plan = plans[seat.weight]
-        return plan.wave, -plan.cost, plan.name, seat.matrix
+    def key(seat: Seat) -> tuple[int, str, int]:
+        return -plans[seat.weight].cost, plans[seat.weight].name, seat.matrix
 
     for topology, containing in nested(plan.topology for plan in plans):
-        load = {
-            wave: {r: sum(loads[t, wave][r] for t in containing) for r in topology.ranks}
-            for wave in waves
-        }
-        total = {rank: sum(load[wave][rank] for wave in waves) for rank in topology.ranks}
-        queued = dict.fromkeys(topology.ranks, 0)
-        own = {wave: dict.fromkeys(topology.ranks, 0) for wave in waves}
-        seats = (s for s in _seats(plans) if plans[s.weight].topology == topology)
-        for seat in sorted(seats, key=key):
-            plan = plans[seat.weight]
-            there = load[plan.wave]
-            ranks = {c: topology.rank_at(c) for c in seat.candidates}
-            owner = min(seat.candidates, key=lambda c: (there[ranks[c]], total[ranks[c]]))
-            rank = ranks[owner]
-            owners[seat.weight, seat.matrix] = owner, queued[rank]
-            for costs in (there, total, own[plan.wave]):
-                costs[rank] += plan.cost
-            queued[rank] += 1
-        loads.update({(topology, wave): own[wave] for wave in waves})
+        ranks, queued = topology.ranks, [0] * len(topology.ranks)
+        before = {w: [sum(loads[t, w][r] for t in containing) for r in ranks] for w in waves}
+        total = [sum(column) for column in zip(*before.values(), strict=True)]
+        for wave in waves:
+            own = [0] * len(ranks)
+            # First what a rank has in this wave, then what it has in all.
+            scores = [w * everything + t for w, t in zip(before[wave], total, strict=True)]
+            for seat in sorted(seats[topology][wave], key=key):
+                cost = plans[seat.weight].cost
+                if len(seat.candidates) == len(ranks):
+                    place = scores.index(min(scores))
+                else:
+                    place = min(seat.candidates, key=scores.__getitem__)
+                owners[seat.weight, seat.matrix] = _coordinate(topology, place), queued[place]
+                scores[place] += cost * (everything + 1)
+                total[place] += cost
+                own[place] += cost
+                queued[place] += 1
+            loads[topology, wave] = dict(zip(ranks, own, strict=True))
     dealt = []
     for index, plan in enumerate(plans):
         count = math.prod(plan.storage.shape[:-2])
         who, turns = zip(*(owners[index, matrix] for matrix in range(count)), strict=True)
         dealt.append(replace(plan, owners=who, turns=turns))
     return dealt
+
+
+def _coordinate(topology: Topology, place: int) -> Coordinate:
+    coordinate: list[int] = []
+    for size in reversed(topology.sizes):
+        place, index = divmod(place, size)
+        coordinate.append(index)
+    return tuple(reversed(coordinate))

@@ -4,17 +4,16 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from conda_dist.plan import plan_bucket, plan_launch, plan_wave
+from conda_dist.costs import Sizes, costs
 from conda_dist.routing import route
 from conda_dist.setup import Plain, Setup
-from conda_dist.transfer import Hop
 from conda_dist.weight import Weight, basis_dtype, moment_dtype
 
 
@@ -56,8 +55,7 @@ def _reason(name: str, shape: tuple[int, ...], path: str) -> str:
 
 def rows(setup: Setup) -> list[Row]:
     """The report of every trainable parameter or part; needs no communication."""
-    plans = [weight.plan for weight in setup.weights]
-    conda = [_conda_row(weight, plans, i) for i, weight in enumerate(setup.weights)]
+    conda = [_conda_row(weight) for weight in setup.weights]
     return conda + [_adamw_row(plain) for plain in setup.plains]
 
 
@@ -78,32 +76,17 @@ def _adamw_row(plain: Plain) -> Row:
     )
 
 
-def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
-    plan, coordinate = weight.plan, weight.mesh.coordinate
-    wave = plan_wave(plans, (index,), [range(len(plan.owners))], coordinate)
-    bucket = plan_bucket(plans, (index,), coordinate)
-    moments = moment_dtype(weight.param, weight.options).itemsize
-    basis = basis_dtype(weight.param, weight.options).itemsize
-    param = weight.param.element_size()
-
-    def sent(hops: Sequence[Hop], itemsizes: Sequence[int]) -> int:
-        return sum(
-            hop.sent(coordinate[hop.mesh_dim], item) * itemsize
-            for hop in hops
-            for item, itemsize in enumerate(itemsizes)
-        )
-
-    two = [moments, moments]  # of a part's, that travel with its gradient
-    step = sent(bucket.forward, [param, basis, *two]) + sent(bucket.backward, [param, *two])
-    matrices = len(plan.owners)
-    gather, kept = sent(wave.gather, [moments] * matrices), (2 * moments, 4)
-    if weight.is_async:
-        launch = plan_launch(plans, (index,), [range(matrices)], coordinate)
-        gather, kept = gather + sent(launch.forward, [moments]), (3 * moments, 8)
-    rotation = torch.promote_types(basis_dtype(weight.param, weight.options), torch.float32)
-    refresh = gather + sent(wave.scatter, [rotation.itemsize] * matrices)
-    numel = plan.moments.numel(coordinate)
-    own = numel * kept[0] + plan.basis.numel(coordinate) * basis + 4 + kept[1] * matrices
+def _conda_row(weight: Weight) -> Row:
+    plan = weight.plan
+    basis = basis_dtype(weight.param, weight.options)
+    sizes = Sizes(
+        weight.param.element_size(),
+        moment_dtype(weight.param, weight.options).itemsize,
+        basis.itemsize,
+        torch.promote_types(basis, torch.float32).itemsize,
+    )
+    costing = costs(plan, weight.mesh.coordinate, sizes, weight.is_async)
+    step = sum(costing.step.values())
     return Row(
         name=plan.name,
         shape=plan.storage.shape,
@@ -113,9 +96,9 @@ def _conda_row(weight: Weight, plans: Sequence[Any], index: int) -> Row:
         compute=str(plan.compute),
         basis=str(plan.basis),
         owners=[plan.topology.rank_at(owner) for owner in plan.owners],
-        state_bytes=own,
+        state_bytes=costing.state,
         step_bytes=step,
-        refresh_bytes=step + refresh,
+        refresh_bytes=step + sum(costing.refresh.values()),
     )
 
 

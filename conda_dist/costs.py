@@ -1,0 +1,76 @@
+"""What a plan costs: bytes of state and bytes sent, for any rank, without being it."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from conda_dist.layout import Coordinate
+from conda_dist.plan import WeightPlan, plan_bucket, plan_launch, plan_wave
+from conda_dist.transfer import Hop
+
+Sent = Mapping[int, int]
+"""Bytes that a rank sends along each mesh dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of an element.
+
+    Attributes:
+        param: of the parameter, its gradient and its update.
+        moment: of the moments.
+        basis: of the basis.
+        rotation: of what a refresh sends back.
+    """
+
+    param: int = 4
+    moment: int = 4
+    basis: int = 4
+    rotation: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What one weight costs one rank.
+
+    Attributes:
+        state: bytes it keeps.
+        step: bytes it sends in a step without a refresh.
+        refresh: bytes it sends more for a refresh.
+    """
+
+    state: int
+    step: Sent
+    refresh: Sent
+
+
+def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Costs:
+    """What a weight costs the rank at a coordinate, all matrices of its batch refreshed at once."""
+    plans, count = [plan], len(plan.owners)
+    wave = plan_wave(plans, (0,), [range(count)], coordinate)
+    bucket = plan_bucket(plans, (0,), coordinate)
+    two = [sizes.moment] * 2  # of a part's or a flat weight's, that travel with its gradient
+    step = _sent(
+        coordinate,
+        (bucket.forward, [sizes.param, sizes.basis, *two]),
+        (bucket.backward, [sizes.param, *two]),
+    )
+    moved = [(wave.gather, [sizes.moment] * count), (wave.scatter, [sizes.rotation] * count)]
+    kept, counts = 2 * sizes.moment, 4 + 4 * count
+    if is_async:
+        launch = plan_launch(plans, (0,), [range(count)], coordinate)
+        moved[0] = (launch.gather, [sizes.moment] * count)
+        moved.append((launch.forward, [sizes.moment]))
+        kept, counts = 3 * sizes.moment, 4 + 8 * count
+    numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
+    state = numel * kept + basis * sizes.basis + counts
+    return Costs(state, step, _sent(coordinate, *moved))
+
+
+def _sent(coordinate: Coordinate, *exchanges: tuple[Sequence[Hop], Sequence[int]]) -> Sent:
+    sent: dict[int, int] = defaultdict(int)
+    for hops, itemsizes in exchanges:
+        for hop in hops:
+            for item, itemsize in enumerate(itemsizes):
+                sent[hop.mesh_dim] += hop.sent(coordinate[hop.mesh_dim], item) * itemsize
+    return {mesh_dim: count for mesh_dim, count in sent.items() if count}
