@@ -150,24 +150,24 @@ def test_a_rank_that_fails_ends_all(stage: int) -> None:
 
 def _mismatches(folder: Path) -> list[str]:
     sharded = {"basis_placement": "shard"}
-    engine = zero.build(zero.config(2, params=sharded))
+    engine = zero.build(zero.config(3, params=sharded))
     zero.train(engine, range(2))
     engine.save_checkpoint(str(folder))
     said = []
     for params in ({"adamw_params": ["blocks.0.up.weight"], **sharded}, {}):
-        other = zero.build(zero.config(2, params=params))
+        other = zero.build(zero.config(3, params=params))
 
         def load(other: Any = other) -> None:
             other.load_checkpoint(str(folder))
             zero.train(other, range(1))
 
         said.append(models.attempt(load))
-    made = zero.config(2)
+    made = zero.config(3)
     made["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
     adamw = zero.build(made)
     zero.train(adamw, range(1))
     adamw.save_checkpoint(str(folder / "adamw"))
-    fresh = zero.build(zero.config(2))
+    fresh = zero.build(zero.config(3))
     said.append(models.attempt(fresh.load_checkpoint, str(folder / "adamw")))
     return said
 

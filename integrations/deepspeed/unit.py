@@ -18,9 +18,10 @@ from conda_dist.exchange import Exchange, Mesh, all_max
 from conda_dist.integrations.deepspeed.checkpoint import Kept
 from conda_dist.integrations.deepspeed.partitions import Piece
 from conda_dist.options import Options
+from conda_dist.plan import basis_to_first, replicated_basis_bytes
 from conda_dist.routing import CONDA
 from conda_dist.setup import Plain, Setup, Site, plan_sites
-from conda_dist.transfer import gather_to, plan_hops
+from conda_dist.transfer import plan_hops
 from conda_dist.weight import Weight, hyper_of, moment_dtype
 
 KEPT = ("step", "basis", "basis_step")
@@ -86,12 +87,10 @@ class Unit:
         return Setup(self.weights, plains, [self.mesh], None)
 
     def basis_bytes(self) -> int:
-        """Bytes of replicated bases on this rank."""
-        return sum(
-            weight.basis.numel() * weight.basis.element_size()
-            for weight in self.weights
-            if not any(weight.plan.basis.placements)
-        )
+        """Bytes of bases that are not split, on the rank that has most of them."""
+        whole = [w for w in self.weights if not any(w.plan.basis.placements)]
+        each = [replicated_basis_bytes(w.plan, w.basis.element_size()) for w in whole]
+        return max((sum(sizes) for sizes in zip(*each, strict=True)), default=0)
 
     def init_state(self, states: MutableMapping[Tensor, dict[str, Any]], kept: Kept) -> None:
         """Allocates all state, and takes up what was kept of it.
@@ -135,10 +134,7 @@ class Unit:
 
     def _whole_basis(self, weight: Weight) -> Tensor | None:
         """A weight's basis, whole, on the first rank."""
-        layout, first = weight.plan.basis, (0,) * len(self.mesh.coordinate)
-        route = gather_to(layout, tuple(range(len(layout.shape))), first, ())
-        hops = plan_hops([route], self.mesh.coordinate)
-        basis = weight.basis
+        hops, basis = plan_hops([basis_to_first(weight.plan)], self.mesh.coordinate), weight.basis
         return Exchange(self.mesh, hops, [basis], [basis.dtype], basis.device).wait()[0]
 
     def _bind(self, states: MutableMapping[Tensor, dict[str, Any]]) -> None:
