@@ -238,13 +238,16 @@ def all_texts(mesh: Mesh, text: str) -> dict[int, str]:
     return dict(sorted(texts.items()))
 
 
-def agree(mesh: Mesh, lines: Sequence[str], error: Exception | None) -> None:
+def agree(
+    mesh: Mesh, lines: Sequence[str], error: Exception | None, what: str = "cannot plan its step"
+) -> None:
     """Holds the ranks' plans against each other before anything else is sent.
 
     Args:
         mesh: the ranks whose plans must be the same.
         lines: the plan of this rank, a line for each parameter.
         error: what went wrong in making it, or None.
+        what: what Conda cannot do if a rank has an error.
 
     Raises:
         RuntimeError: on all ranks alike, if the plans differ or a rank could not make one.
@@ -257,8 +260,8 @@ def agree(mesh: Mesh, lines: Sequence[str], error: Exception | None) -> None:
     failed, *extremes = all_max(mesh, [error is not None, *words, *(-word for word in words)])
     if failed:
         said = all_texts(mesh, f"{type(error).__name__}: {error}" if error else "")
-        what = "; ".join(f"rank {rank}: {text}" for rank, text in said.items() if text)
-        raise RuntimeError(f"Conda cannot plan its step: {what}") from error
+        why = "; ".join(f"rank {rank}: {text}" for rank, text in said.items() if text)
+        raise RuntimeError(f"Conda {what}: {why}") from error
     if any(high != -low for high, low in zip(extremes[:4], extremes[4:], strict=True)):
         raise RuntimeError(_difference(all_texts(mesh, "\n".join(lines))))
 

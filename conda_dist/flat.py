@@ -1,14 +1,16 @@
 """Flat ranges of elements, one for each rank, as a layout: ZeRO's partitions.
 
 Rows and matrices are cut anywhere, so what a rank holds is a few boxes of its flat local tensor.
-Pure, as ``layout`` is.
+Many ranks may hold nothing of a matrix: they have no part in its step. Pure, as ``layout`` is.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from conda_dist.layout import Block, Coordinate, Layout, Split
+from conda_dist.layout import Block, Coordinate, Layout, Move, Split, kept_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,72 @@ class Flat(Layout):
 
     def __str__(self) -> str:
         return f"[Flat({','.join(map(str, self.bounds))})]"
+
+
+@dataclass(frozen=True, slots=True)
+class Held(Layout):
+    """A tensor that some ranks of one mesh dimension hold whole, and the others nothing of.
+
+    Attributes:
+        holders: for each rank whether it holds the tensor.
+    """
+
+    holders: tuple[bool, ...] = ()
+
+    def local_shape(self, coordinate: Coordinate) -> tuple[int, ...]:
+        """Shape of the local tensor at a coordinate."""
+        return self.shape if self.holders[coordinate[0]] else (0, *self.shape[1:])
+
+    def blocks(self, coordinate: Coordinate) -> tuple[Block, ...]:
+        """All of it, or nothing."""
+        origin = (0,) * len(self.shape)
+        return (Block(origin, self.shape, origin),) if self.holders[coordinate[0]] else ()
+
+    def __str__(self) -> str:
+        where = ",".join(str(rank) for rank, holds in enumerate(self.holders) if holds)
+        return f"[Replicate() at {where}]"
+
+
+def flat_to_compute(storage: Flat) -> tuple[Layout, tuple[Move, ...]]:
+    """The compute layout of a flat weight, and the move to it if any element has to move.
+
+    Rows of a tall weight, and matrices of a batch, are computed where their first element is: so
+    only those that a boundary cuts travel. The columns of a wide one are shared out evenly among
+    those that hold any of it.
+    """
+    shape, bounds = storage.shape, storage.bounds
+    holding = [start < stop for start, stop in itertools.pairwise(bounds)]
+    if len(shape) == 2 and kept_dim(shape) == 1:
+        stays = sum(holding) == 1
+        compute = storage.move(0, Split(1, bounds=_share_out(shape[-1], holding)))
+    else:
+        inner = math.prod(shape[1:])
+        cuts = tuple(-(-bound // inner) for bound in bounds)
+        stays = all(cut * inner == bound for cut, bound in zip(cuts, bounds, strict=True))
+        compute = storage.move(0, Split(0, bounds=cuts))
+    return compute, () if stays else (Move(0, storage, compute),)
+
+
+def flat_basis(compute: Layout, shard: bool) -> Layout:
+    """Where the basis of a flat weight (m, n) is kept: with those who compute any of it.
+
+    Args:
+        compute: the weight's compute layout.
+        shard: whether they share it instead of having all of it each.
+    """
+    r = min(compute.shape)
+    holders = tuple(bool(compute.numel(coordinate)) for coordinate in compute.coordinates())
+    if shard and sum(holders) > 1:
+        return Layout((r, r), compute.mesh, (Split(0, bounds=_share_out(r, holders)),))
+    if all(holders):
+        return Layout((r, r), compute.mesh, (None,))
+    return Held((r, r), compute.mesh, (None,), None, holders)
+
+
+def _share_out(count: int, holding: Sequence[bool]) -> tuple[int, ...]:
+    """Where to cut rows or columns so that all ranks that hold something get about as many."""
+    before = itertools.accumulate(holding, initial=0)
+    return tuple(count * rank // sum(holding) for rank in before)
 
 
 @lru_cache(maxsize=65536)

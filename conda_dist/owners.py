@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from conda_dist.flat import Held
 from conda_dist.layout import Coordinate, Layout, Topology, nested
 from conda_dist.plan import WeightPlan
 
@@ -21,15 +22,20 @@ class Seat:
 
 def _seats(plans: Sequence[WeightPlan]) -> Iterator[Seat]:
     for index, plan in enumerate(plans):
-        for matrix, candidates in _holders(plan.compute):
+        for matrix, candidates in _holders(plan.compute, plan.whole_basis):
             yield Seat(index, matrix, candidates)
 
 
 @lru_cache(maxsize=256)  # the layers of a model are alike
-def _holders(compute: Layout) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Every matrix of a batch with the ranks that hold any of it, by their order in the mesh."""
+def _holders(compute: Layout, basis: Layout) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Every matrix of a batch with the ranks that hold any of it, by their order in the mesh.
+
+    Of a flat weight only those that have its basis in a step, to which the new one is held.
+    """
     holders: dict[int, list[int]] = defaultdict(list)
     for place, coordinate in enumerate(compute.coordinates()):
+        if isinstance(basis, Held) and not basis.holders[coordinate[0]]:
+            continue
         for matrix in compute.matrices(coordinate):
             holders[matrix].append(place)
     return tuple((matrix, tuple(places)) for matrix, places in sorted(holders.items()))

@@ -5,13 +5,12 @@ same for a mesh of thousands of ranks that is only imagined. Nothing here depend
 asks but the boxes inside the hops.
 """
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from conda_dist.flat import Flat
+from conda_dist.flat import Flat, Held, flat_basis, flat_to_compute
 from conda_dist.layout import (
     Coordinate,
     Layout,
@@ -85,10 +84,28 @@ class WeightPlan:
         return kept_dim(self.storage.shape) == len(self.storage.shape) - 2
 
     @property
+    def basis_moves(self) -> tuple[Move, ...]:
+        """Stages that bring the whole basis of a matrix to all who need it in a step."""
+        if isinstance(self.storage, Flat) and len(self.basis.shape) == 2:
+            whole = flat_basis(self.compute, False)
+            return () if self.basis == whole else (Move(0, self.basis, whole),)
+        return to_whole(self.basis, _matrix_dims(self.basis))
+
+    @property
+    def whole_basis(self) -> Layout:
+        """Where the basis is after them."""
+        moves = self.basis_moves
+        return moves[-1].target if moves else self.basis
+
+    @property
     def travels(self) -> bool:
         """Whether a step needs other ranks even if nothing is refreshed."""
-        moves = self.moves + to_whole(self.basis, _matrix_dims(self.basis))
-        return any(not leg.silent for leg in redistribution(moves))
+        return any(not leg.silent for leg in redistribution(self.moves + self.basis_moves))
+
+    @property
+    def alone(self) -> bool:
+        """Whether one rank of several computes all of it, by itself."""
+        return isinstance(self.basis, Held) and sum(self.basis.holders) == 1
 
     @property
     def cost(self) -> int:
@@ -125,12 +142,13 @@ def plan_weight(
         storage: where its elements are.
         shard_basis: whether to keep the basis split over the ranks that split the weight; it is
             then gathered for each step. A basis is replicated over replicas in either case, and
-            the experts of a 3-D weight keep theirs with them.
+            the experts of a 3-D weight keep theirs with them. Of a flat weight only those have
+            any of it that compute some of its rows or columns.
         part: which block of rows of a stored weight this is, if it is one.
         wave: in which part of an interval its basis is refreshed.
     """
     if isinstance(storage, Flat):
-        compute, moves = _flat_to_compute(storage)
+        compute, moves = flat_to_compute(storage)
     else:
         moves = to_compute(storage)
         compute = moves[-1].target if moves else storage
@@ -144,47 +162,26 @@ def plan_weight(
 
     placements = tuple(map(place, compute.placements))
     basis = Layout((*storage.shape[:-2], r, r), storage.mesh, placements)
+    if isinstance(storage, Flat) and not batch_dims:
+        basis = flat_basis(compute, shard_basis)
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
     return WeightPlan(name, topology, storage, compute, exchanged, basis, part, wave)
-
-
-def _flat_to_compute(storage: Flat) -> tuple[Layout, tuple[Move, ...]]:
-    """The compute layout of a flat weight, and the move to it if any element has to move.
-
-    Rows of a tall weight, and matrices of a batch, are computed where their first element is: so
-    only those that a boundary cuts travel. The columns of a wide one are shared out evenly among
-    those that hold any of it.
-    """
-    shape, bounds = storage.shape, storage.bounds
-    if len(shape) == 2 and kept_dim(shape) == 1:
-        cuts = _columns(shape[-1], bounds)
-        stays = sum(a < b for a, b in itertools.pairwise(bounds)) == 1
-        compute = storage.move(0, Split(1, bounds=cuts))
-    else:
-        inner = math.prod(shape[1:])
-        cuts = tuple(-(-bound // inner) for bound in bounds)
-        stays = all(cut * inner == bound for cut, bound in zip(cuts, bounds, strict=True))
-        compute = storage.move(0, Split(0, bounds=cuts))
-    return compute, () if stays else (Move(0, storage, compute),)
-
-
-def _columns(count: int, bounds: tuple[int, ...]) -> tuple[int, ...]:
-    """Where to cut columns so that all ranks with a range of elements get about as many."""
-    holding = [start < stop for start, stop in itertools.pairwise(bounds)]
-    before = itertools.accumulate(holding, initial=0)
-    return tuple(count * rank // sum(holding) for rank in before)
-
-
-def replicated_basis_bytes(storage: Layout, itemsize: int) -> int:
-    """Bytes a rank spends on a weight's basis if it is not split, at most."""
-    batch = Layout(storage.shape[:-2], storage.mesh, _batch_placements(storage))
-    r = min(storage.shape[-2:])
-    return batch.numel((0,) * len(storage.mesh)) * r * r * itemsize
 
 
 def _batch_placements(layout: Layout) -> tuple[Split | None, ...]:
     batch_dims = len(layout.shape) - 2
     return tuple(p if p is not None and p.dim < batch_dims else None for p in layout.placements)
+
+
+def replicated_basis_bytes(plan: WeightPlan, itemsize: int) -> list[int]:
+    """Bytes each rank spends on the basis of a weight whose plan is not to split it.
+
+    Where shards are uneven, all are taken for the largest, the first.
+    """
+    if not isinstance(plan.storage, Flat):
+        count = len(plan.topology.ranks)
+        return [plan.basis.numel((0,) * len(plan.basis.mesh)) * itemsize] * count
+    return [plan.basis.numel(c) * itemsize for c in plan.basis.coordinates()]
 
 
 def batch_mesh_dims(layout: Layout) -> tuple[int, ...]:
@@ -274,7 +271,7 @@ def plan_bucket(
     """Plans the exchanges of weights of one mesh, seen from one rank."""
     chosen = [plans[i] for i in weights]
     grads = [redistribution(plan.moves) for plan in chosen]
-    bases = [redistribution(to_whole(plan.basis, _matrix_dims(plan.basis))) for plan in chosen]
+    bases = [redistribution(plan.basis_moves) for plan in chosen]
     updates = [redistribution(reverse(plan.moves)) for plan in chosen]
     borrowers = tuple(i for i, plan in enumerate(chosen) if plan.borrows)
     there = [grads[i] for i in borrowers for _ in range(2)]
@@ -351,6 +348,8 @@ def _matrices(
 
 def _gather_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
     """Route of one matrix of the projected momentum, (m, n), to its owner."""
+    if plan.alone:
+        return ()
     batch_dims = len(plan.compute.shape) - 2
     matrix = Layout(
         plan.compute.shape[-2:],
@@ -367,8 +366,21 @@ def _gather_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
 
 def _scatter_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
     """Route of one rotation, (r, r), from the owner to all who hold a part of its matrix."""
-    r = min(plan.compute.shape[-2:])
-    return send_from((r, r), plan.compute.mesh, owner, batch_mesh_dims(plan.compute))
+    if plan.alone:
+        return ()
+    r, whole = min(plan.compute.shape[-2:]), plan.whole_basis
+    target = whole if isinstance(whole, Held) else None
+    return send_from((r, r), plan.compute.mesh, owner, batch_mesh_dims(plan.compute), target)
+
+
+def basis_to_first(plan: WeightPlan) -> tuple[Leg, ...]:
+    """Route of a weight's whole basis to the first rank, for checkpoints."""
+    basis, first = plan.basis, (0,) * len(plan.basis.mesh)
+    if isinstance(basis, Held):
+        everywhere = Layout(basis.shape, basis.mesh, (None,))
+        sender = basis.holders.index(True)
+        return (Leg(Move(0, basis, everywhere), sender, 0),) if sender else ()
+    return gather_to(basis, tuple(range(len(basis.shape))), first, ())
 
 
 def fill_buckets(

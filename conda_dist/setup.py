@@ -293,20 +293,23 @@ def _shard_bases(
     """
     if options.basis_placement != "auto":
         return [options.basis_placement == "shard"] * len(sites)
-    travels = [plan_weight("", s.mesh.topology, s.layout, False).travels for s in sites]
+    plans = [plan_weight("", s.mesh.topology, s.layout, False) for s in sites]
     fixed = [_basis_is_split(site, state) for site in sites]
     shard = [False] * len(sites)
-    spent: dict[Topology, int] = {}
+    spent: dict[Topology, dict[int, int]] = {}
     for topology, containing in nested(site.mesh.topology for site in sites):
-        before = used = sum(spent[t] for t in containing)
+        before = {rank: sum(spent[t][rank] for t in containing) for rank in topology.ranks}
+        used = dict(before)
         here = [i for i, site in enumerate(sites) if site.mesh.topology == topology]
-        for i in sorted(here, key=lambda i: (fixed[i] is None, travels[i])):
+        for i in sorted(here, key=lambda i: (fixed[i] is None, plans[i].travels)):
             itemsize = basis_dtype(sites[i].param, options).itemsize
-            size = replicated_basis_bytes(sites[i].layout, itemsize)
+            sizes = replicated_basis_bytes(plans[i], itemsize)
+            after = {r: used[r] + size for r, size in zip(topology.ranks, sizes, strict=True)}
+            over = any(after[r] > max(options.basis_budget, used[r]) for r in after)
             known = fixed[i]
-            shard[i] = used + size > options.basis_budget if known is None else known
-            used += 0 if shard[i] else size
-        spent[topology] = used - before
+            shard[i] = over if known is None else known
+            used = used if shard[i] else after
+        spent[topology] = {rank: used[rank] - before[rank] for rank in topology.ranks}
     return shard
 
 

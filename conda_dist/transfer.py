@@ -189,13 +189,21 @@ def gather_to(
 
 
 def send_from(
-    shape: tuple[int, ...], mesh: tuple[int, ...], owner: Coordinate, fixed: tuple[int, ...]
+    shape: tuple[int, ...],
+    mesh: tuple[int, ...],
+    owner: Coordinate,
+    fixed: tuple[int, ...],
+    target: Layout | None = None,
 ) -> tuple[Leg, ...]:
-    """The route of a tensor from its owner to every rank along the mesh dimensions not fixed."""
+    """The route of a tensor from its owner to every rank along the mesh dimensions not fixed.
+
+    Or, on a mesh of one dimension, to those that have it in ``target``.
+    """
     layout = Layout(shape, mesh, (None,) * len(mesh))
     ways = [mesh_dim for mesh_dim in range(len(mesh)) if mesh_dim not in fixed]
     legs = []
     for i, mesh_dim in enumerate(ways):
         among = {d: owner[d] for d in (*fixed, *ways[i + 1 :])}
-        legs.append(Leg(Move(mesh_dim, layout, layout), sender=owner[mesh_dim], among=among))
+        move = Move(mesh_dim, layout, target or layout)
+        legs.append(Leg(move, sender=owner[mesh_dim], among=among))
     return tuple(legs)

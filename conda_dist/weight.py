@@ -252,6 +252,8 @@ class Weight:
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         """Projects the gradient, in compute layout, and updates the first moment with it."""
+        if not basis.numel():  # there is nothing of it here
+            return grad.to(basis.dtype)
         projected = maths.project(grad, basis, self.plan.right, self.options.matmul_dtype)
         maths.average_(self.moments[0], projected, self.group["betas"][0])
         return projected
@@ -264,7 +266,7 @@ class Weight:
             projected: the projected gradient, in compute layout, replaced in place.
             rotations: P (r, r) by place in this rank's batch.
         """
-        for place, rotation in rotations.items():
+        for place, rotation in rotations.items() if basis.numel() else ():
             for tensor in (self.moments[0], projected):
                 maths.rotate_(matrices(tensor)[place], rotation, self.plan.right)
             maths.rotate_(matrices(basis)[place], rotation, right=True)
@@ -288,6 +290,8 @@ class Weight:
         """
         hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.matmul_dtype
         self._counts("step").add_(1)
+        if not basis.numel():
+            return None if self.plan.in_place else projected.to(self.param.dtype)
         y = maths.normalise_(projected, *self.moments, hyper)
         param = storage.local(self.param)
         multiplied = {y.dtype, basis.dtype, dtype or param.dtype}

@@ -42,7 +42,7 @@ def build_model(
         ConfigError: `training.hsdp_replicas` does not divide the number of ranks.
     """
     with torch.device("meta"):
-        model = _architecture(config, training.sequence_length, vocab_size)
+        model = architecture(config, training.sequence_length, vocab_size)
     model.train()
     if training.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -76,7 +76,8 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrainedModel:
+def architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrainedModel:
+    """The model of a config, on torch's default device; `length` in tokens."""
     if config.architecture == "llama":
         return LlamaForCausalLM(
             LlamaConfig(

@@ -149,24 +149,25 @@ def test_a_rank_that_fails_ends_all(stage: int) -> None:
 
 
 def _mismatches(folder: Path) -> list[str]:
-    engine = zero.build(zero.config(2))
+    sharded = {"basis_placement": "shard"}
+    engine = zero.build(zero.config(3, params=sharded))
     zero.train(engine, range(2))
     engine.save_checkpoint(str(folder))
     said = []
-    for params in ({"adamw_params": ["blocks.0.up.weight"]}, {"basis_placement": "shard"}):
-        other = zero.build(zero.config(2, params=params))
+    for params in ({"adamw_params": ["blocks.0.up.weight"], **sharded}, {}):
+        other = zero.build(zero.config(3, params=params))
 
         def load(other: Any = other) -> None:
             other.load_checkpoint(str(folder))
             zero.train(other, range(1))
 
         said.append(models.attempt(load))
-    made = zero.config(2)
+    made = zero.config(3)
     made["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True}}
     adamw = zero.build(made)
     zero.train(adamw, range(1))
     adamw.save_checkpoint(str(folder / "adamw"))
-    fresh = zero.build(zero.config(2))
+    fresh = zero.build(zero.config(3))
     said.append(models.attempt(fresh.load_checkpoint, str(folder / "adamw")))
     return said
 
@@ -174,7 +175,7 @@ def _mismatches(folder: Path) -> list[str]:
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     for routed, placed, foreign in ranks.run(2, _mismatches, tmp_path):
         assert "blocks.0.up.weight: the checkpoint has (22, 10) on the conda path, here" in routed
-        assert "the checkpoint's basis has shape (10, 10)" in placed
+        assert re.search(r"rank 1: ValueError: .* the checkpoint's basis has shape", placed)
         assert "was not written by Conda under DeepSpeed" in foreign
 
 

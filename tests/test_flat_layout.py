@@ -20,7 +20,7 @@ from conda_dist.flat import Flat
 from conda_dist.layout import Layout, Topology, reverse
 from conda_dist.options import Options
 from conda_dist.owners import deal_owners
-from conda_dist.plan import plan_weight
+from conda_dist.plan import plan_wave, plan_weight
 from conda_dist.transfer import plan_hops, redistribution
 from conda_dist.weight import Weight
 
@@ -125,6 +125,36 @@ def test_only_what_must_travels(
     shape: tuple[int, ...], bounds: tuple[int, ...], sent: list[int]
 ) -> None:
     assert _sent(shape, bounds) == sent
+
+
+@pytest.mark.parametrize(
+    ("shape", "bounds", "held", "split", "sent"),
+    [
+        ((6, 4), (0, 24, 24, 24), [16, 0, 0], [16, 0, 0], [0, 0, 0]),  # in one partition
+        ((6, 4), (0, 9, 10, 24), [16, 0, 16], [8, 0, 8], [16, 0, 12]),  # momentum, then rotation
+        ((4, 6), (0, 0, 12, 24), [0, 16, 16], [0, 8, 8], [0, 16, 12]),
+        ((2, 4, 6), (0, 24, 24, 48), [16, 0, 16], [16, 0, 16], [0, 0, 0]),  # a matrix each
+        ((6, 4), (0, 8, 16, 24), [16, 16, 16], [4, 4, 8], [32, 8, 8]),
+    ],
+)
+def test_who_computes_nothing_keeps_no_basis(
+    shape: tuple[int, ...],
+    bounds: tuple[int, ...],
+    held: list[int],
+    split: list[int],
+    sent: list[int],
+) -> None:
+    """Elements of bases on each rank, and those that it sends to refresh them."""
+    flat, world = Flat.of(shape, bounds), len(bounds) - 1
+    for shard, expected in ((False, held), (True, split)):
+        plan = plan_weight("weight", Topology(flat.mesh, tuple(range(world))), flat, shard)
+        (dealt,) = deal_owners([plan])
+        assert [dealt.basis.numel((rank,)) for rank in range(world)] == expected
+        for rank in range(world):
+            wave = plan_wave([dealt], (0,), [range(len(dealt.owners))], (rank,))
+            hops = [*wave.gather, *wave.scatter]
+            counted = sum(hop.sent(rank, item) for hop in hops for item in range(len(shape)))
+            assert counted == sent[rank]
 
 
 def test_ranges_must_make_up_the_tensor() -> None:

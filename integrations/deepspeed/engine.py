@@ -1,6 +1,7 @@
 """Layer: integrations. How DeepSpeed's engine comes to know Conda, and what it tells in return."""
 
 import functools
+import os
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
 _engine: ContextVar[Any] = ContextVar("engine that configures its optimizer", default=None)
+_saving: ContextVar[str | None] = ContextVar("that all ranks save ZeRO's checkpoint", default=None)
+
+ROUND_ROBIN = "DeepSpeed takes parameters from wrong places with round_robin_gradients"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,15 @@ def current() -> Known | None:
     return None if engine is None else Known.of(engine)
 
 
+def saving() -> str | None:
+    """Whether the engine asks for a state dict, on all ranks, to write ZeRO's checkpoint.
+
+    Returns:
+        None if it does not; else why that could not become a universal one, "" if it can.
+    """
+    return _saving.get()
+
+
 def refuse(engine: Any) -> None:
     """Refuses what was not tried, before it can go wrong in silence.
 
@@ -77,6 +90,14 @@ def refuse(engine: Any) -> None:
         "its low-precision master weights lose the update": (
             engine.fp16_master_weights_and_gradients() or engine.bf16_master_weights_and_gradients()
         ),
+        "load_universal is for ZeRO 1 to 3; what stage 0 saves loads on any number of ranks": (
+            engine.load_universal_checkpoint() and not engine.zero_optimization()
+        ),
+        f"load_universal: {ROUND_ROBIN}": (
+            engine.load_universal_checkpoint()
+            and engine.zero_optimization_stage() in (1, 2)
+            and engine.zero_round_robin_gradients()
+        ),
         "torch_autocast steps through a gradient scaler of its own": (
             config.torch_autocast_enabled
         ),
@@ -98,16 +119,49 @@ def register() -> None:
     ZERO_SUPPORTED_OPTIMIZERS.append(Conda)
     for name in ("Conda", "conda"):  # where the engine looks for types it does not know
         setattr(torch.optim, name, Conda)
+    _wrap_configuring(Conda)
+    _wrap_checkpoints(Conda)
+
+
+def _wrap_configuring(ours: type[Any]) -> None:
+    """Has optimizers know the engine that is configured."""
     configure = DeepSpeedEngine._configure_optimizer
 
     @functools.wraps(configure)
     def knowing(self: Any, client_optimizer: Any, model_parameters: Any) -> Any:
         token = _engine.set(self)
         try:
-            if isinstance(client_optimizer, Conda):
+            if isinstance(client_optimizer, ours):
                 client_optimizer.attach(Known.of(self))
             return configure(self, client_optimizer, model_parameters)
         finally:
             _engine.reset(token)
 
     DeepSpeedEngine._configure_optimizer = knowing
+
+
+def _wrap_checkpoints(ours: type[Any]) -> None:
+    """Has optimizers know when ZeRO's checkpoints are written, and universal ones loaded."""
+    save, load = DeepSpeedEngine._save_zero_checkpoint, DeepSpeedEngine._load_zero_checkpoint
+
+    @functools.wraps(save)
+    def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        shuffled = self.zero_optimization_stage() in (1, 2) and self.zero_round_robin_gradients()
+        token = _saving.set(ROUND_ROBIN if shuffled else "" if self.zero_optimization() else None)
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            _saving.reset(token)
+
+    @functools.wraps(load)
+    def telling(
+        self: Any, load_dir: Any, tag: Any, load_optimizer_states: bool = True, **kwargs: Any
+    ) -> Any:
+        optimizer: Any = self.basic_optimizer
+        if not isinstance(optimizer, ours) or not self.load_universal_checkpoint():
+            return load(self, load_dir, tag, load_optimizer_states, **kwargs)
+        with optimizer.loading(os.path.join(load_dir, str(tag)), load_optimizer_states):
+            return load(self, load_dir, tag, load_optimizer_states, **kwargs)
+
+    DeepSpeedEngine._save_zero_checkpoint = asking
+    DeepSpeedEngine._load_zero_checkpoint = telling

@@ -1,7 +1,8 @@
 """Layer: integrations. The optimizer that DeepSpeed's engine sees."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from conda_dist.integrations.deepspeed.unit import Unit, allocate
 from conda_dist.report import Row, as_text, rows
 from conda_dist.routing import CONDA, assign, clean_name, nothing_to_project
 from conda_dist.setup import Setup
+from conda_dist.weight import moment_dtype
 
 HOW = 'Name weights with "conda_params": ["pattern"] among the optimizer\'s params'
 
@@ -69,7 +71,7 @@ class Conda(torch.optim.Optimizer):
         self._members: dict[Tensor, Member] = {}
         self._units: dict[tuple[int, ...], Unit] = {}
         self._verified = set[tuple[int, ...]]()
-        self._loaded: checkpoint.Weights = {}
+        self._loaded = checkpoint.Kept()
         self._shown = self._named = False
         names = [group.pop("param_names", [None] * len(group["params"])) for group in self._groups]
         pairs = zip(self._given, names, strict=True)
@@ -195,8 +197,9 @@ class Conda(torch.optim.Optimizer):
             error = caught
         agree(mesh, lines, error)
         assert unit is not None
-        taken = unit.kept()
-        self._loaded = {name: kept for name, kept in self._loaded.items() if name not in taken}
+        for piece in unit.pieces:
+            self._loaded.weights.pop(piece.member.name, None)
+            self._loaded.counts.pop(piece.member.name, None)
         return unit
 
     def _mesh(self, groups: Sequence[dict[str, Any]]) -> Mesh:
@@ -238,11 +241,22 @@ class Conda(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, and under "conda" the bases and counts that it cannot hold."""
-        kept = dict(self._loaded)
+        """torch's state dict, and under "conda" the bases and counts that it cannot hold.
+
+        A collective only while the engine saves ZeRO's checkpoint, as it then is there.
+        """
+        unfit = engine.saving()
+        whole = unfit == ""
+        kept = checkpoint.Kept(dict(self._loaded.weights), dict(self._loaded.counts))
         for unit in self._units.values():
-            kept |= unit.kept()
-        return {**super().state_dict(), checkpoint.KEY: checkpoint.pack(kept, self._members)}
+            part = unit.kept(whole)
+            kept.weights |= part.weights
+            kept.counts |= part.counts
+        state = super().state_dict()
+        extra = checkpoint.pack(kept, state["param_groups"], self._members)
+        if unfit is not None and not any(self._mesh(self._groups).coordinate):
+            state["param_groups"][0][checkpoint.KEY] = {"unfit": unfit} if unfit else extra
+        return {**state, checkpoint.KEY: extra}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up where a state dict of this optimizer was written, on as many ranks.
@@ -259,8 +273,44 @@ class Conda(torch.optim.Optimizer):
             for name, value in state.items():
                 value.copy_(saved[name]) if saved else value.zero_()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            # In place: the engine and its schedulers hold on to the groups.
-            group.update({key: v for key, v in saved.items() if key != "params"})
-            group["betas"] = tuple(group["betas"])
+            checkpoint.restore(group, saved)
         self._loaded = loaded
+        self._units.clear()
+
+    @contextmanager
+    def loading(self, folder: str, wanted: bool) -> Iterator[None]:
+        """Surrounds the engine's loading of a universal checkpoint, on any number of ranks.
+
+        Args:
+            folder: of the checkpoint, with its tag.
+            wanted: whether to load the optimizer's state, or the model alone; then the optimizer
+                begins anew, with the hyperparameters it has.
+
+        Raises:
+            ValueError: the checkpoint is of another optimizer or of other parameters; nothing was
+                changed then.
+            RuntimeError: the same, where there is more than one rank; on all of them alike.
+        """
+        found: Mapping[str, Any] = {}
+        error = None
+        try:
+            if wanted:
+                found = checkpoint.read_universal(folder, self._groups, self._members)
+        except Exception as caught:
+            error = caught
+        agree(self._mesh(self._groups), [], error, "cannot load the universal checkpoint")
+        # The engine gives all groups the first one's hyperparameters at stage 3.
+        groups = found.get("groups") or [checkpoint.hyperparameters(g) for g in self._groups]
+        yield
+        for group, saved in zip(self._groups, groups, strict=True):
+            checkpoint.restore(group, saved)
+        for tensor, state in self.state.items():
+            dtype = moment_dtype(tensor, self._arguments.options)
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = state[key].to(dtype) if wanted else state[key].zero_()
+            # One tensor may count for all that the engine steps.
+            state["step"] = torch.tensor(float(state.get("step") or 0) if wanted else 0.0)
+        self._loaded = checkpoint.Kept(
+            dict(found.get("weights", {})), dict(found.get("counts", {}))
+        )
         self._units.clear()

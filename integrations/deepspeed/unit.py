@@ -14,11 +14,14 @@ from torch import Tensor
 
 from conda_dist.adamw import Entry, adamw_
 from conda_dist.conda_path import CondaPath
-from conda_dist.exchange import Mesh, all_max
+from conda_dist.exchange import Exchange, Mesh, all_max
+from conda_dist.integrations.deepspeed.checkpoint import Kept
 from conda_dist.integrations.deepspeed.partitions import Piece
 from conda_dist.options import Options
+from conda_dist.plan import basis_to_first, replicated_basis_bytes
 from conda_dist.routing import CONDA
 from conda_dist.setup import Plain, Setup, Site, plan_sites
+from conda_dist.transfer import plan_hops
 from conda_dist.weight import Weight, hyper_of, moment_dtype
 
 KEPT = ("step", "basis", "basis_step")
@@ -84,37 +87,55 @@ class Unit:
         return Setup(self.weights, plains, [self.mesh], None)
 
     def basis_bytes(self) -> int:
-        """Bytes of replicated bases on this rank."""
-        return sum(
-            weight.basis.numel() * weight.basis.element_size()
-            for weight in self.weights
-            if not any(weight.plan.basis.placements)
-        )
+        """Bytes of bases that are not split, on the rank that has most of them."""
+        whole = [w for w in self.weights if not any(w.plan.basis.placements)]
+        each = [replicated_basis_bytes(w.plan, w.basis.element_size()) for w in whole]
+        return max((sum(sizes) for sizes in zip(*each, strict=True)), default=0)
 
-    def init_state(
-        self,
-        states: MutableMapping[Tensor, dict[str, Any]],
-        kept: Mapping[str, Mapping[str, Tensor]],
-    ) -> None:
+    def init_state(self, states: MutableMapping[Tensor, dict[str, Any]], kept: Kept) -> None:
         """Allocates all state, and takes up what was kept of it.
 
         Args:
             states: ``optimizer.state``.
-            kept: by name of a weight what :meth:`kept` returned.
+            kept: what was kept, by name, of any parameters.
 
         Raises:
             ValueError: what was kept is not that of this weight as it is stored here.
         """
         self._bind(states)
+        for piece in self.pieces:
+            if piece.member.name in kept.counts:
+                step: Tensor = self._engine_states[self.tensors[piece.index]]["step"]
+                step.fill_(kept.counts[piece.member.name])
         for weight in self.weights:
             weight.init_state()
-            if weight.name in kept:
-                _take(weight, kept[weight.name])
+            if weight.name in kept.weights:
+                _take(weight, kept.weights[weight.name])
         self.started = any(float(self._engine_states[t]["step"]) > 0 for t in self.tensors)
 
-    def kept(self) -> dict[str, dict[str, Tensor]]:
-        """By name of a weight what the engine's states do not hold of it."""
-        return {weight.name: {key: weight.state[key] for key in KEPT} for weight in self.weights}
+    def kept(self, whole: bool) -> Kept:
+        """What the engine's states do not hold, and what its universal checkpoints do not.
+
+        Args:
+            whole: whether to bring the whole bases to the first rank; then a collective.
+        """
+        counts = {
+            piece.member.name: float(self._engine_states[self.tensors[piece.index]]["step"])
+            for piece in self.pieces
+        }
+        weights: dict[str, dict[str, Tensor]] = {
+            w.name: {key: w.state[key] for key in KEPT} for w in self.weights
+        }
+        for weight in self.weights if whole else ():
+            basis = self._whole_basis(weight)
+            if basis is not None and not any(self.mesh.coordinate):
+                weights[weight.name]["basis"] = basis.cpu()
+        return Kept(dict(weights), counts)
+
+    def _whole_basis(self, weight: Weight) -> Tensor | None:
+        """A weight's basis, whole, on the first rank."""
+        hops, basis = plan_hops([basis_to_first(weight.plan)], self.mesh.coordinate), weight.basis
+        return Exchange(self.mesh, hops, [basis], [basis.dtype], basis.device).wait()[0]
 
     def _bind(self, states: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Makes the views anew if the engine has moved its tensors (``offload_states``)."""
@@ -200,13 +221,23 @@ class Unit:
 
 
 def _take(weight: Weight, kept: Mapping[str, Tensor]) -> None:
-    """Copies what was kept of a weight into its state."""
+    """Copies what was kept of a weight into its state; a whole basis as far as it is needed."""
+    layout = weight.plan.basis
     for key in KEPT:
         ours, theirs = weight.state[key], kept[key]
-        if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        whole = key == "basis" and tuple(theirs.shape) == layout.shape != tuple(ours.shape)
+        if ours.dtype != theirs.dtype or (ours.shape != theirs.shape and not whole):
             raise ValueError(
                 f"{weight.name}: the checkpoint's {key} has shape {tuple(theirs.shape)} and dtype "
                 f"{theirs.dtype}, here they are {tuple(ours.shape)} and {ours.dtype}. Load it on "
                 "as many ranks, with the same basis_placement, basis_budget and state_dtype."
             )
-        ours.copy_(theirs)
+        if not whole:
+            ours.copy_(theirs)
+            continue
+        for block in layout.blocks(weight.mesh.coordinate):
+            here, there = (
+                tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))
+                for start in (block.local, block.start)
+            )
+            ours[here].copy_(theirs[there])

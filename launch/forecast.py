@@ -1,0 +1,334 @@
+"""Layer: launch. What optimizers would cost a model on a mesh that need not exist.
+
+Layouts, owners and bytes are those of the optimizer's own plans; seconds follow from them and the
+stated rates of the hardware, with nothing overlapped: upper bounds of the time, given the rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from conda_dist import param_groups
+from conda_dist.costs import Costs, Sent, Sizes, costs
+from conda_dist.layout import Coordinate, Layout, Split, Topology
+from conda_dist.options import DTYPES, Options
+from conda_dist.owners import deal_owners
+from conda_dist.plan import WeightPlan, fill_buckets, plan_weight, replicated_basis_bytes
+
+from .config import CondaConfig
+from .hardware import Hardware
+
+AXES = ("dp_replicate", "dp_shard", "tp")
+"""Mesh dimensions, the outermost first, as DeviceMesh orders them."""
+ROW_WISE = (".o_proj.", ".down_proj.", ".attn.c_proj.", ".mlp.c_proj.")
+"""Weights whose columns tensor parallelism splits; it splits the rows of the others."""
+BUCKET_BYTES = Options().bucket_bytes
+PASSES = 11
+"""Times an element of 4 bytes is read or written in a step, beside the two products."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Ranks along each of ``AXES``."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Ranks along each axis."""
+        return (self.dp_replicate, self.dp_shard, self.tp)
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return math.prod(self.sizes)
+
+    def is_near(self, axis: int, hardware: Hardware) -> bool:
+        """Whether ranks that differ along an axis only are on one host."""
+        return math.prod(self.sizes[axis:]) <= hardware.per_host
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Weights that are alike: those of one name in all layers.
+
+    Attributes:
+        name: Their name, with * for the layer.
+        count: How many there are.
+        plan: The plan of one of them.
+        costs: What one costs the rank that was asked, not counting what it decomposes.
+    """
+
+    name: str
+    count: int
+    plan: WeightPlan
+    costs: Costs
+
+
+@dataclass(slots=True)
+class Forecast:
+    """What an optimizer costs the busiest rank.
+
+    Attributes:
+        state: Bytes of optimizer state.
+        step: Bytes it sends in a step without a refresh, by mesh dimension.
+        refresh: Bytes it sends more for a refresh.
+        flops: Operations of its matrix products in a step.
+        decompose: Operations of its decompositions in a refresh.
+        rotate: Operations of taking what it has to new bases.
+        elements: Elements it updates in a step.
+        collectives: Collectives of a step.
+        kinds: Its projected weights.
+    """
+
+    state: int = 0
+    step: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    refresh: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    flops: float = 0.0
+    decompose: float = 0.0
+    rotate: float = 0.0
+    elements: int = 0
+    collectives: int = 0
+    kinds: list[Kind] = field(default_factory=list)
+
+
+def layout(name: str, shape: tuple[int, ...], mesh: Mesh) -> Layout:
+    """Where torchtitan's FSDP2 over tensor parallelism puts a parameter's elements."""
+    tp: Split | None = None
+    if mesh.tp > 1 and len(shape) == 2:
+        tp = Split(1) if any(part in f".{name}" for part in ROW_WISE) else Split(0)
+    cut_again = tp is not None and tp.dim == 0
+    shard = Split(0, mesh.tp if cut_again else 1)
+    return Layout(shape, mesh.sizes, (None, shard, tp))
+
+
+def svd_flops(m: int, n: int) -> float:
+    """Operations of one thin SVD, 6 m r^2 + 20 r^3 (Golub and Van Loan 2013, section 8.6.3)."""
+    long, r = max(m, n), min(m, n)
+    return 6.0 * long * r**2 + 20.0 * r**3
+
+
+def refresh_flops(m: int, n: int, method: str) -> float:
+    """Operations of one decomposition: by the SVD, or a Gram matrix and its QR or eigenvectors."""
+    long, r = max(m, n), min(m, n)
+    if method == "svd":
+        return svd_flops(m, n)
+    return 2.0 * long * r**2 + (4.0 if method == "orthogonal_iteration" else 9.0) * r**3
+
+
+def named_shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of a model's parameters by name: on the conda path, and on AdamW's."""
+    paths: dict[str, dict[str, tuple[int, ...]]] = {"conda": {}, "adamw": {}}
+    for group in param_groups(model):
+        for name, param in group["params"]:
+            paths[group["algorithm"]][name] = tuple(param.shape)
+    return paths["conda"], paths["adamw"]
+
+
+def forecast_conda(
+    projected: Mapping[str, tuple[int, ...]],
+    others: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    settings: CondaConfig,
+    basis_budget: int,
+) -> Forecast:
+    """Conda on shards.
+
+    Args:
+        projected: Shapes of the projected weights by name.
+        others: Shapes of those that AdamW updates.
+        mesh: The ranks.
+        settings: Conda's own options.
+        basis_budget: Bytes a rank may spend on replicated bases; a weight past it splits its.
+    """
+    topology = Topology(mesh.sizes, tuple(range(mesh.ranks)))
+    basis_size = DTYPES[settings.basis_dtype or "float32"].itemsize
+    layouts = {name: layout(name, shape, mesh) for name, shape in projected.items()}
+    whole = {name: plan_weight("", topology, where, False) for name, where in layouts.items()}
+    sharded, spent = {}, 0
+    for name in sorted(layouts, key=lambda name: whole[name].travels):
+        size = replicated_basis_bytes(whole[name], basis_size)[0]
+        over = {"auto": spent + size > basis_budget, "shard": True, "replicate": False}
+        sharded[name] = over[settings.basis_placement]
+        spent += 0 if sharded[name] else size
+    plans = [
+        plan_weight(name, topology, where, sharded[name], wave=i % settings.refresh_waves)
+        for i, (name, where) in enumerate(layouts.items())
+    ]
+    return _sum_up(deal_owners(plans), others, mesh, settings, Sizes(basis=basis_size))
+
+
+def _sum_up(
+    plans: Sequence[WeightPlan],
+    others: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    settings: CondaConfig,
+    sizes: Sizes,
+) -> Forecast:
+    load: dict[Coordinate, float] = defaultdict(float)
+    for plan in plans:
+        m, n = plan.storage.shape
+        load[plan.owners[0]] += refresh_flops(m, n, settings.refresh_method)
+    busiest = max(load, key=lambda c: (load[c], c))
+    found = Forecast(decompose=load[busiest])
+    known: dict[object, Costs] = {}
+    for plan in plans:
+        mine = plan.owners[0] == busiest
+        key = (plan.storage, plan.basis, mine)
+        if key not in known:
+            known[key] = costs(plan, busiest, sizes, settings.refresh == "async")
+        cost = known[key]
+        found.state += cost.state
+        _add(found.step, cost.step)
+        _add(found.refresh, cost.refresh)
+        r, numel = min(plan.storage.shape), plan.compute.numel(busiest)
+        found.flops += 2 * 2.0 * numel * r
+        found.rotate += 2 * 2.0 * numel * r + 2.0 * r**3
+        found.elements += numel
+        _count(found.kinds, plan, cost)
+    travelling = [i for i, plan in enumerate(plans) if plan.travels]
+    found.collectives = 2 * len(fill_buckets(plans, travelling, sizes.param, BUCKET_BYTES))
+    _add_adamw(found, others, mesh)
+    return found
+
+
+def _count(kinds: list[Kind], plan: WeightPlan, cost: Costs) -> None:
+    name = ".".join("*" if part.isdigit() else part for part in plan.name.split("."))
+    for i, kind in enumerate(kinds):
+        if kind.name == name and kind.plan.basis == plan.basis:
+            kinds[i] = Kind(name, kind.count + 1, kind.plan, kind.costs)
+            return
+    kinds.append(Kind(name, 1, plan, cost))
+
+
+def _add(to: dict[int, int], sent: Sent) -> None:
+    for mesh_dim, count in sent.items():
+        to[mesh_dim] += count
+
+
+def _add_adamw(found: Forecast, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> None:
+    for name, shape in shapes.items():
+        numel = layout(name, shape, mesh).numel((0, 0, 0))
+        found.state += 8 * numel + 4
+        found.elements += numel
+
+
+def forecast_adamw(
+    projected: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> Forecast:
+    """AdamW on shards: nothing is sent beyond what FSDP2 sends in any case."""
+    found = Forecast()
+    _add_adamw(found, {**projected, **others}, mesh)
+    return found
+
+
+def forecast_muon(
+    projected: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> Forecast:
+    """Muon that gathers each momentum to one owner, five steps of Newton-Schulz, and back.
+
+    In bfloat16 both ways; owners share the matrices of a tensor-parallel group's data ranks.
+    """
+    found = Forecast()
+    p = mesh.dp_shard * mesh.tp
+    axis = 2 if mesh.dp_shard == 1 else 1
+    load = [0.0] * p
+    for name, shape in sorted(projected.items(), key=lambda item: -math.prod(item[1])):
+        numel = layout(name, shape, mesh).numel((0, 0, 0))
+        m, n = max(shape), min(shape)
+        load[load.index(min(load))] += 5 * (4.0 * m * n**2 + 2.0 * n**3)
+        found.state += 4 * numel
+        found.step[axis] += 2 * 2 * math.prod(shape) * (p - 1) // p**2
+        found.elements += numel
+    found.flops, found.collectives = max(load), 2 * (p > 1)
+    _add_adamw(found, others, mesh)
+    return found
+
+
+def forecast_replicated(
+    projected: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> Forecast:
+    """Conda as released: every rank has all states and takes every step (DDP)."""
+    found = Forecast()
+    for shape in projected.values():
+        m, n = shape
+        numel, r = math.prod(shape), min(shape)
+        found.state += 4 * (2 * numel + r * r)
+        found.flops += 3 * 2.0 * numel * r
+        found.decompose += svd_flops(m, n)
+        found.elements += numel
+    _add_adamw(found, others, Mesh())
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Time of the busiest rank.
+
+    Attributes:
+        step: Of a step without a refresh.
+        decompose: Of its decompositions in a refresh.
+        exchange: Of what a refresh moves and rotates, beside them.
+        training: Of forward and backward passes of a step.
+    """
+
+    step: float
+    decompose: float
+    exchange: float
+    training: float
+
+    def stall(self, delay: int) -> float:
+        """Seconds a refresh holds training up; ``delay`` steps go on meanwhile, 0 if none do."""
+        return self.exchange + max(0.0, self.decompose - delay * (self.training + self.step))
+
+
+def seconds(
+    found: Forecast,
+    mesh: Mesh,
+    hardware: Hardware,
+    *,
+    parameters: int,
+    tokens: int,
+    bf16_products: bool,
+    svd: bool = True,
+) -> Seconds:
+    """Time that a forecast takes.
+
+    Args:
+        found: The forecast.
+        mesh: Its ranks.
+        hardware: What they are.
+        parameters: Elements of the whole model.
+        tokens: Tokens of a step on each data-parallel rank.
+        bf16_products: Whether the products of a step are in bfloat16.
+        svd: Whether decompositions run at the SVD's rate, else at that of float32 products.
+    """
+    rate = (hardware.bf16_flops if bf16_products else hardware.fp32_flops) * hardware.reached
+    fp32 = hardware.fp32_flops * hardware.reached
+
+    def moved(sent: Mapping[int, int]) -> float:
+        return sum(
+            count
+            / (hardware.near if mesh.is_near(axis, hardware) else hardware.far)
+            / hardware.reached
+            for axis, count in sent.items()
+        )
+
+    step = (
+        found.flops / rate
+        + found.elements * 4.0 * PASSES / (hardware.memory * hardware.reached)
+        + moved(found.step)
+        + found.collectives * hardware.latency
+    )
+    exchange = moved(found.refresh) + found.rotate / fp32
+    training = 6.0 * parameters * tokens / mesh.tp / (hardware.bf16_flops * hardware.training)
+    return Seconds(
+        step, found.decompose / (hardware.svd_flops if svd else fp32), exchange, training
+    )
