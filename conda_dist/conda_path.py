@@ -12,7 +12,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from conda_dist import errand
 from conda_dist.background import Background
+from conda_dist.delegate import Errand, plan_errand
 from conda_dist.exchange import Exchange, Mesh
 from conda_dist.options import Options
 from conda_dist.plan import (
@@ -44,11 +46,13 @@ class Schedule:
         solo: weights that step alone.
         buckets: weights that travel, and keep their bases.
         waves: weights that take new bases.
+        errands: weights whose owners multiply, with and without new bases.
     """
 
     solo: tuple[int, ...]
     buckets: tuple[Bucket, ...]
     waves: tuple[Wave, ...]
+    errands: tuple[Errand, ...]
 
 
 def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
@@ -92,9 +96,14 @@ class CondaPath:
             ready = {i: which for i in grads if (which := self.weights[i].ready())}
         key = (*due.items(), *ready.items(), len(ready))
         schedule = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
-        self._steady(schedule, grads)
-        for wave in schedule.waves:
-            self._refreshing(wave, grads)
+        try:
+            self._steady(schedule, grads)
+            for wave in schedule.waves:
+                self._refreshing(wave, grads)
+            self._errands(schedule.errands, grads)
+        except BaseException:
+            self._background = Background()  # what is pending is launched anew
+            raise
         if self.options.refresh == "async":
             self._launch({i: self.weights[i].start() for i in grads})
 
@@ -121,26 +130,32 @@ class CondaPath:
             due: for each weight with a gradient the matrices of its batch to be decomposed.
             ready: the matrices that take bases they were launched for in an earlier step.
         """
-        plans, itemsize = self._plans, 4
+        plans, itemsize, options = self._plans, 4, self.options
         taking = {i: (*which, *ready.get(i, ())) for i, which in due.items()}
         steady = [i for i, which in taking.items() if not which]
         fresh = [i for i, which in taking.items() if which]
-        travelling = [i for i in steady if plans[i].travels]
-        buckets = fill_buckets(plans, travelling, itemsize, self.options.bucket_bytes)
-        waves = fill_waves(plans, fresh, itemsize, self.options.refresh_bytes)
+        travelling = [i for i in steady if plans[i].travels and not plans[i].delegated]
+        buckets = fill_buckets(plans, travelling, itemsize, options.bucket_bytes)
+        waves = fill_waves(
+            plans, (i for i in fresh if not plans[i].delegated), itemsize, options.refresh_bytes
+        )
+        errands = [
+            weights
+            for some, limit in ((steady, options.bucket_bytes), (fresh, options.refresh_bytes))
+            for weights in fill_waves(
+                plans, (i for i in some if plans[i].delegated), itemsize, limit
+            )
+        ]
+
+        def planned(plan: Callable[..., T], weights: tuple[int, ...]) -> T:
+            which, launched = ([some.get(i, ()) for i in weights] for some in (taking, ready))
+            return plan(plans, weights, which, self._mesh(weights).coordinate, launched)
+
         return Schedule(
             tuple(i for i in steady if not plans[i].travels),
             tuple(plan_bucket(plans, b, self._mesh(b).coordinate) for b in buckets),
-            tuple(
-                plan_wave(
-                    plans,
-                    w,
-                    [taking[i] for i in w],
-                    self._mesh(w).coordinate,
-                    [ready.get(i, ()) for i in w],
-                )
-                for w in waves
-            ),
+            tuple(planned(plan_wave, weights) for weights in waves),
+            tuple(planned(plan_errand, weights) for weights in errands),
         )
 
     def _mesh(self, weights: Iterable[int]) -> Mesh:
@@ -190,6 +205,24 @@ class CondaPath:
             for weight, basis, grad, counted in zip(weights, bases, projected, counts, strict=True)
         ]
         self._apply(bucket, self._backward(bucket, updates))
+
+    def _errands(self, errands: Sequence[Errand], grads: dict[int, Tensor]) -> None:
+        """The step of delegated weights, one errand's gradients on their way during another."""
+
+        def begin(plan: Errand) -> Exchange:
+            there = [self.weights[i] for i in plan.weights]
+            return errand.send(plan, there, [grads[i] for i in plan.weights])
+
+        coming = deque(begin(plan) for plan in errands[:1])
+        going: deque[tuple[list[Weight], Exchange]] = deque()
+        for k, plan in enumerate(errands):
+            weights, arriving = [self.weights[i] for i in plan.weights], coming.popleft()
+            coming.extend(begin(after) for after in errands[k + 1 : k + 2])
+            going.append((weights, errand.run(plan, weights, arriving, self._background)))
+            if len(going) > 1:
+                errand.finish(*going.popleft())
+        if going:
+            errand.finish(*going.popleft())
 
     def _forward(self, bucket: Bucket, grads: dict[int, Tensor]) -> Exchange:
         """Starts gradients to the compute layout, and bases to every rank."""

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from conda_dist.delegate import plan_errand
 from conda_dist.layout import Coordinate
 from conda_dist.plan import WeightPlan, plan_bucket, plan_launch, plan_wave
 from conda_dist.transfer import Hop
@@ -21,12 +22,14 @@ class Sizes:
         moment: of the moments.
         basis: of the basis.
         rotation: of what a refresh sends back.
+        product: of the products of a step.
     """
 
     param: int = 4
     moment: int = 4
     basis: int = 4
     rotation: int = 4
+    product: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class Costs:
 def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Costs:
     """What a weight costs the rank at a coordinate, all matrices of its batch refreshed at once."""
     plans, count = [plan], len(plan.owners)
+    if plan.delegated:
+        return _delegated(plan, coordinate, sizes, is_async)
     wave = plan_wave(plans, (0,), [range(count)], coordinate)
     bucket = plan_bucket(plans, (0,), coordinate)
     two = [sizes.moment] * 2  # of a part's or a flat weight's, that travel with its gradient
@@ -65,6 +70,31 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
     state = numel * kept + basis * sizes.basis + counts
     return Costs(state, step, _sent(coordinate, *moved))
+
+
+def _delegated(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Costs:
+    plans = [plan]
+    steady, fresh = (plan_errand(plans, (0,), [which], coordinate) for which in ((), (0,)))
+    back = [(steady.collect, [sizes.product]), (steady.backward, [sizes.param])]
+    step = _sent(
+        coordinate,
+        (steady.forward, [sizes.param, sizes.basis]),
+        (steady.deal, [sizes.product]),
+        *back,
+    )
+    moved = [
+        (fresh.forward, [sizes.param, sizes.basis, sizes.moment]),
+        (fresh.deal, [sizes.rotation, sizes.basis, sizes.moment]),
+        *back,
+    ]
+    if is_async:
+        launch = plan_launch(plans, (0,), [(0,)], coordinate)
+        moved += [(launch.gather, [sizes.moment])]
+    both = _sent(coordinate, *moved)
+    refresh = {d: count - step.get(d, 0) for d, count in both.items()}
+    numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
+    kept, counts = (3, 12) if is_async else (2, 8)
+    return Costs(numel * kept * sizes.moment + basis * sizes.basis + counts, step, refresh)
 
 
 def _sent(coordinate: Coordinate, *exchanges: tuple[Sequence[Hop], Sequence[int]]) -> Sent:

@@ -69,7 +69,10 @@ class Conda(torch.optim.Optimizer):
             ``torch.bfloat16`` halves what they take and, where they are sharded, send. They are
             orthogonal to 3 digits then, in every refresh anew.
         basis_placement: "replicate" keeps every basis on every rank of its weight; "shard" splits
-            it, and gathers it for each step; "auto" replicates while ``basis_budget`` allows.
+            it, and gathers it on all ranks for each step; "owner" splits it, and sends gradients to
+            the weight's owner, which gathers it alone and multiplies for all (parts of fused
+            weights and batches: as "shard"). "auto" replicates while ``basis_budget`` allows, and
+            then takes of the other two what moves less.
         basis_budget: bytes a rank may spend on replicated bases under "auto".
         bucket_bytes: most bytes of a rank's gradients exchanged at once.
         refresh_bytes: most bytes of momenta an owner gathers at once, and at least one matrix.

@@ -10,7 +10,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OF_DTYPES = ("state_dtype", "matmul_dtype", "basis_dtype")
 """The options that are dtypes."""
 
-PLACEMENTS = ("auto", "replicate", "shard")
+PLACEMENTS = ("auto", "replicate", "shard", "owner")
 REFRESH_METHODS = ("svd", "orthogonal_iteration", "eigh64")
 REFRESHES = ("sync", "async")
 

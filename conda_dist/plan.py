@@ -38,6 +38,7 @@ class WeightPlan:
         basis: where the elements of its basis, shape (..., r, r), are kept.
         part: which block of rows of a stored weight this is; None for a weight of its own.
         wave: which of the waves that an interval between refreshes is divided into is its own.
+        delegated: whether its owner computes the products of a step for all.
         owners: for each matrix of the batch the coordinate that decomposes its momentum.
         turns: for each matrix its place in its owner's queue.
     """
@@ -50,6 +51,7 @@ class WeightPlan:
     basis: Layout
     part: int | None = None
     wave: int = 0
+    delegated: bool = False
     owners: tuple[Coordinate, ...] = ()
     turns: tuple[int, ...] = ()
 
@@ -100,7 +102,9 @@ class WeightPlan:
     @property
     def travels(self) -> bool:
         """Whether a step needs other ranks even if nothing is refreshed."""
-        return any(not leg.silent for leg in redistribution(self.moves + self.basis_moves))
+        return self.delegated or any(
+            not leg.silent for leg in redistribution(self.moves + self.basis_moves)
+        )
 
     @property
     def alone(self) -> bool:
@@ -122,7 +126,8 @@ class WeightPlan:
         owners = ",".join(str(self.topology.rank_at(owner)) for owner in self.owners)
         return (
             f"{self.name} {self.storage.shape} stored {self.storage} computed {self.compute} "
-            f"basis {self.basis} ranks {self.topology.ranks} refreshed by {owners}"
+            f"basis {self.basis} ranks {self.topology.ranks} refreshed "
+            f"{'and multiplied ' if self.delegated else ''}by {owners}"
         )
 
 
@@ -304,7 +309,7 @@ def plan_wave(
         coordinate: the rank for which boxes are computed.
         launched: for each of them which of these were launched in an earlier step; () for none.
     """
-    matrices = tuple(_matrices(plans, weights, due, coordinate, launched))
+    matrices = tuple(plan_matrices(plans, weights, due, coordinate, launched))
     chosen = [plans[weights[m.position]] for m in matrices]
     routes = list(zip(matrices, chosen, strict=True))
     return Wave(
@@ -322,20 +327,21 @@ def plan_launch(
     coordinate: Coordinate,
 ) -> Launch:
     """Plans the way of kept momenta to their owners; arguments as of :func:`plan_wave`."""
-    matrices = tuple(_matrices(plans, weights, due, coordinate))
+    matrices = tuple(plan_matrices(plans, weights, due, coordinate))
     chosen = [plans[i] for i in weights]
     forward = [redistribution(plan.moves) if plan.borrows else () for plan in chosen]
     gather = [_gather_route(chosen[m.position], m.owner) for m in matrices]
     return Launch(weights, matrices, plan_hops(forward, coordinate), plan_hops(gather, coordinate))
 
 
-def _matrices(
+def plan_matrices(
     plans: Sequence[WeightPlan],
     weights: tuple[int, ...],
     due: Sequence[Collection[int]],
     coordinate: Coordinate,
     launched: Sequence[Collection[int]] = (),
 ) -> Iterator[Matrix]:
+    """The matrices of a wave; arguments as of :func:`plan_wave`."""
     for position, index in enumerate(weights):
         plan = plans[index]
         held = plan.compute.matrices(coordinate)

@@ -72,13 +72,8 @@ def refresh(
     device = weights[0].moments[0].device
     whole = Exchange(mesh, wave.gather, momenta, moment_dtypes, device).wait()
 
-    found, ours, error = _decompose_mine(wave, weights, bases, whole, background)
-    outcomes = [Outcome(worst) for worst in all_max(mesh, ours)]
-    if Outcome.ERROR in outcomes:
-        _raise_together(mesh, error)
-    _settle(wave, weights, outcomes)
-
-    dtypes = [_rotation_dtype(bases[m.position]) for m in wave.matrices]
+    found, outcomes = decompose(wave.matrices, weights, bases, whole, background)
+    dtypes = [rotation_dtype(bases[m.position]) for m in wave.matrices]
     rotations = Exchange(mesh, wave.scatter, found, dtypes, device).wait()
     taken: list[dict[int, Tensor]] = [{} for _ in weights]
     for matrix, outcome, rotation in zip(wave.matrices, outcomes, rotations, strict=True):
@@ -90,7 +85,7 @@ def refresh(
     return [bool(weight.step) or i in moved for i, weight in enumerate(weights)]
 
 
-def _rotation_dtype(basis: Tensor) -> torch.dtype:
+def rotation_dtype(basis: Tensor) -> torch.dtype:
     """A rotation is rounded once, with the basis it makes."""
     return torch.promote_types(basis.dtype, torch.float32)
 
@@ -102,10 +97,41 @@ def _local_matrix(computed: Tensor | None, matrix: Matrix) -> Tensor | None:
     return matrices(computed)[matrix.local]
 
 
-def _decompose_mine(
-    wave: Wave,
+def decompose(
+    wave: Sequence[Matrix],
     weights: Sequence[Weight],
-    bases: Sequence[Tensor],
+    bases: Sequence[Tensor | None],
+    whole: Sequence[Tensor | None],
+    background: Background,
+) -> tuple[list[Tensor | None], list[Outcome]]:
+    """Decomposes matrices on their owners, and has all ranks know what came of it.
+
+    Args:
+        wave: the matrices.
+        weights: their weights.
+        bases: the whole basis of each weight, where this rank owns it at least.
+        whole: the whole projected momentum of each matrix that this rank owns.
+        background: has the decompositions launched before.
+
+    Returns:
+        For each matrix its rotation where this rank owns it, and the outcome.
+
+    Raises:
+        RuntimeError: see :func:`refresh`.
+    """
+    mesh = weights[0].mesh
+    found, ours, error = _decompose_mine(wave, weights, bases, whole, background)
+    outcomes = [Outcome(worst) for worst in all_max(mesh, ours)]
+    if Outcome.ERROR in outcomes:
+        _raise_together(mesh, error)
+    _settle(wave, weights, outcomes)
+    return found, outcomes
+
+
+def _decompose_mine(
+    wave: Sequence[Matrix],
+    weights: Sequence[Weight],
+    bases: Sequence[Tensor | None],
     whole: Sequence[Tensor | None],
     background: Background,
 ) -> tuple[list[Tensor | None], list[int], Exception | None]:
@@ -115,17 +141,19 @@ def _decompose_mine(
         Rotations (the identity where there is none) and outcomes by matrix, None and UNKNOWN for
         those of others; the first exception that was raised.
     """
-    found: list[Tensor | None] = [None] * len(wave.matrices)
-    outcomes = [int(Outcome.UNKNOWN)] * len(wave.matrices)
+    found: list[Tensor | None] = [None] * len(wave)
+    outcomes = [int(Outcome.UNKNOWN)] * len(wave)
     error: Exception | None = None
-    for i, (matrix, momentum) in enumerate(zip(wave.matrices, whole, strict=True)):
+    for i, (matrix, momentum) in enumerate(zip(wave, whole, strict=True)):
         weight = weights[matrix.position]
         if not matrix.mine or matrix.local is None:
             if matrix.launched:
                 background.take((weight, matrix.index))
             continue
-        basis = matrices(bases[matrix.position])[matrix.local]
-        dtype = _rotation_dtype(basis)
+        whole_basis = bases[matrix.position]
+        assert whole_basis is not None
+        basis = matrices(whole_basis)[matrix.local]
+        dtype = rotation_dtype(basis)
         found[i] = torch.eye(basis.shape[-1], dtype=dtype, device=basis.device)
         try:
             first = weight.taken(matrix.index) == NEVER
@@ -154,11 +182,11 @@ def _raise_together(mesh: Mesh, error: Exception | None) -> None:
     raise RuntimeError(f"Conda could not refresh its bases: {said}") from error
 
 
-def _settle(wave: Wave, weights: Sequence[Weight], outcomes: Sequence[Outcome]) -> None:
+def _settle(wave: Sequence[Matrix], weights: Sequence[Weight], outcomes: Sequence[Outcome]) -> None:
     """Has every weight take note of its outcomes; warns on the first rank, raises on all."""
     complaints = [
         complaint
-        for matrix, outcome in zip(wave.matrices, outcomes, strict=True)
+        for matrix, outcome in zip(wave, outcomes, strict=True)
         if (complaint := weights[matrix.position].settle(matrix.index, outcome, matrix.launched))
     ]
     if complaints and not any(weights[0].mesh.coordinate):

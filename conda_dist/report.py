@@ -84,6 +84,7 @@ def _conda_row(weight: Weight) -> Row:
         moment_dtype(weight.param, weight.options).itemsize,
         basis.itemsize,
         torch.promote_types(basis, torch.float32).itemsize,
+        (weight.options.matmul_dtype or basis).itemsize,
     )
     costing = costs(plan, weight.mesh.coordinate, sizes, weight.is_async)
     step = sum(costing.step.values())
@@ -94,7 +95,7 @@ def _conda_row(weight: Weight) -> Row:
         reason=_reason(plan.name, plan.storage.split_shape, "conda"),
         layout=str(plan.storage),
         compute=str(plan.compute),
-        basis=str(plan.basis),
+        basis=f"{plan.basis}{' for its owner' if plan.delegated else ''}",
         owners=[plan.topology.rank_at(owner) for owner in plan.owners],
         state_bytes=costing.state,
         step_bytes=step,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conda_dist import storage
+from conda_dist.delegate import delegate
 from conda_dist.exchange import Mesh
 from conda_dist.layout import Layout, Topology, nested
 from conda_dist.options import Options
@@ -253,12 +254,11 @@ def plan_sites(
 ) -> list[Weight]:
     """Plans the weights of the conda path together: who decomposes what, whose bases are split."""
     shard, waves = _shard_bases(sites, state, options), options.refresh_waves
-    plans = deal_owners(
-        [
-            plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part, i % waves)
-            for i, (site, sharded) in enumerate(zip(sites, shard, strict=True))
-        ]
-    )
+    plans = [
+        plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part, i % waves)
+        for i, (site, sharded) in enumerate(zip(sites, shard, strict=True))
+    ]
+    plans = deal_owners([delegate(p, options.basis_placement) for p in plans])
     return [
         Weight(site.param, plan, site.mesh, site.group, state, options)
         for site, plan in zip(sites, plans, strict=True)
@@ -292,7 +292,7 @@ def _shard_bases(
     exists already stays where it is.
     """
     if options.basis_placement != "auto":
-        return [options.basis_placement == "shard"] * len(sites)
+        return [options.basis_placement != "replicate"] * len(sites)
     plans = [plan_weight("", s.mesh.topology, s.layout, False) for s in sites]
     fixed = [_basis_is_split(site, state) for site in sites]
     shard = [False] * len(sites)

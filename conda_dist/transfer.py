@@ -188,6 +188,22 @@ def gather_to(
     return tuple(legs)
 
 
+def deal_from(
+    layout: Layout, dims: tuple[int, ...], owner: Coordinate, fixed: tuple[int, ...]
+) -> tuple[Leg, ...]:
+    """The way back of :func:`gather_to`, and on to the replicas along ``fixed``."""
+    legs = [
+        Leg(
+            Move(leg.move.mesh_dim, leg.move.target, leg.move.source), leg.receiver, None, leg.among
+        )
+        for leg in reversed(gather_to(layout, dims, owner, fixed))
+    ]
+    for i, mesh_dim in enumerate(fixed):
+        among = {d: owner[d] for d in fixed[i + 1 :]}
+        legs.append(Leg(Move(mesh_dim, layout, layout), sender=owner[mesh_dim], among=among))
+    return tuple(legs)
+
+
 def send_from(
     shape: tuple[int, ...],
     mesh: tuple[int, ...],

@@ -255,8 +255,12 @@ class Weight:
         if not basis.numel():  # there is nothing of it here
             return grad.to(basis.dtype)
         projected = maths.project(grad, basis, self.plan.right, self.options.matmul_dtype)
-        maths.average_(self.moments[0], projected, self.group["betas"][0])
+        self.average(self.moments[0], projected)
         return projected
+
+    def average(self, moment: Tensor, projected: Tensor) -> None:
+        """Updates a first moment, or some of it, with the projected gradient there."""
+        maths.average_(moment, projected, self.group["betas"][0])
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
         """Takes the first moment and the projected gradient to a new basis, and keeps the basis.
@@ -289,10 +293,10 @@ class Weight:
             which it is wherever storage and compute layout agree.
         """
         hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.matmul_dtype
-        self._counts("step").add_(1)
         if not basis.numel():
+            self._counts("step").add_(1)
             return None if self.plan.in_place else projected.to(self.param.dtype)
-        y = maths.normalise_(projected, *self.moments, hyper)
+        y = self.normalise(projected)
         param = storage.local(self.param)
         multiplied = {y.dtype, basis.dtype, dtype or param.dtype}
         if not self.plan.in_place or multiplied != {param.dtype}:
@@ -307,6 +311,11 @@ class Weight:
         else:
             maths.project_back_and_apply_(self.rows(param), y, basis, right, self.step, hyper)
         return None
+
+    def normalise(self, projected: Tensor) -> Tensor:
+        """Updates the second moment, counts the step and returns proj(M) / (sqrt(v) + eps)."""
+        self._counts("step").add_(1)
+        return maths.normalise_(projected, *self.moments, hyper_of(self.group))
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""

@@ -132,7 +132,7 @@ class CondaConfig:
         Literal["", "bfloat16", "float32"], Key("type of the bases (default: float32)")
     ] = ""
     basis_placement: Annotated[
-        Literal["auto", "replicate", "shard"], Key("whether bases are split over the ranks")
+        Literal["auto", "replicate", "shard", "owner"], Key("where bases are kept and used")
     ] = "auto"
     grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
 

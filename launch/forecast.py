@@ -15,10 +15,17 @@ from torch import nn
 
 from conda_dist import param_groups
 from conda_dist.costs import Costs, Sent, Sizes, costs
+from conda_dist.delegate import delegate
 from conda_dist.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import DTYPES, Options
 from conda_dist.owners import deal_owners
-from conda_dist.plan import WeightPlan, fill_buckets, plan_weight, replicated_basis_bytes
+from conda_dist.plan import (
+    WeightPlan,
+    fill_buckets,
+    fill_waves,
+    plan_weight,
+    replicated_basis_bytes,
+)
 
 from .config import CondaConfig
 from .hardware import Hardware
@@ -155,14 +162,17 @@ def forecast_conda(
     sharded, spent = {}, 0
     for name in sorted(layouts, key=lambda name: whole[name].travels):
         size = replicated_basis_bytes(whole[name], basis_size)[0]
-        over = {"auto": spent + size > basis_budget, "shard": True, "replicate": False}
-        sharded[name] = over[settings.basis_placement]
+        over = {"auto": spent + size > basis_budget, "replicate": False}
+        sharded[name] = over.get(settings.basis_placement, True)
         spent += 0 if sharded[name] else size
     plans = [
         plan_weight(name, topology, where, sharded[name], wave=i % settings.refresh_waves)
         for i, (name, where) in enumerate(layouts.items())
     ]
-    return _sum_up(deal_owners(plans), others, mesh, settings, Sizes(basis=basis_size))
+    plans = deal_owners([delegate(plan, settings.basis_placement) for plan in plans])
+    product = DTYPES[settings.matmul_dtype or settings.basis_dtype or "float32"].itemsize
+    sizes = Sizes(basis=basis_size, product=product)
+    return _sum_up(plans, others, mesh, settings, sizes)
 
 
 def _sum_up(
@@ -173,10 +183,12 @@ def _sum_up(
     sizes: Sizes,
 ) -> Forecast:
     load: dict[Coordinate, float] = defaultdict(float)
+    multiplied: dict[Coordinate, float] = defaultdict(float)
     for plan in plans:
         m, n = plan.storage.shape
         load[plan.owners[0]] += refresh_flops(m, n, settings.refresh_method)
-    busiest = max(load, key=lambda c: (load[c], c))
+        multiplied[plan.owners[0]] += 4.0 * plan.delegated * m * n * min(m, n)
+    busiest = max(load, key=lambda c: (multiplied[c], load[c], c))
     found = Forecast(decompose=load[busiest])
     known: dict[object, Costs] = {}
     for plan in plans:
@@ -189,12 +201,15 @@ def _sum_up(
         _add(found.step, cost.step)
         _add(found.refresh, cost.refresh)
         r, numel = min(plan.storage.shape), plan.compute.numel(busiest)
-        found.flops += 2 * 2.0 * numel * r
-        found.rotate += 2 * 2.0 * numel * r + 2.0 * r**3
+        share = plan.matrix_numel * mine if plan.delegated else numel
+        found.flops += 2 * 2.0 * share * r
+        found.rotate += 2 * 2.0 * share * r + 2.0 * r**3 * (mine or not plan.delegated)
         found.elements += numel
         _count(found.kinds, plan, cost)
-    travelling = [i for i, plan in enumerate(plans) if plan.travels]
+    travelling = [i for i, plan in enumerate(plans) if plan.travels and not plan.delegated]
+    delegated = [i for i, plan in enumerate(plans) if plan.delegated]
     found.collectives = 2 * len(fill_buckets(plans, travelling, sizes.param, BUCKET_BYTES))
+    found.collectives += 4 * len(fill_waves(plans, delegated, sizes.param, BUCKET_BYTES))
     _add_adamw(found, others, mesh)
     return found
 

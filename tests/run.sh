@@ -11,6 +11,8 @@ cd "$root"
 
 # Several processes share few cores here: more threads in each would only get in the way.
 export OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1
+# DeepSpeed compiles for the Python it runs in; checkouts that share its cache do so in turns.
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.venv/torch_extensions}
 
 ruff check .
 ruff format --check .

@@ -18,17 +18,19 @@ ORDER = (
     "transfer",
     "plan",
     "owners",
+    "delegate",
     "exchange",
     "storage",
     "weight",
     "background",
     "refresh",
+    "errand",
     "conda_path",
     "optimizer",
 )
 """From the bottom to the top; a module may import those before it."""
 
-PURE = ("maths", "layout", "flat", "transfer", "plan", "owners", "reference")
+PURE = ("maths", "layout", "flat", "transfer", "plan", "owners", "delegate", "costs", "reference")
 """No communication: not even torch.distributed's names."""
 
 FILE_LINES, FUNCTION_LINES = 450, 75
@@ -91,7 +93,7 @@ def test_the_bottom_imports_nothing_of_the_package(name: str) -> None:
 
 
 def test_layouts_and_plans_need_no_torch() -> None:
-    for name in ("layout", "flat", "transfer", "plan", "owners"):
+    for name in ("layout", "flat", "transfer", "plan", "owners", "delegate", "costs"):
         assert not [i for i in _imports(FILES[name]) if i.split(".")[0] == "torch"]
 
 

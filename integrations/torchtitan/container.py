@@ -53,7 +53,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         state_dtype: Literal["float32", "bfloat16"] | None = None
         matmul_dtype: Literal["float32", "bfloat16"] | None = None
         basis_dtype: Literal["float32", "bfloat16"] | None = None
-        basis_placement: Literal["auto", "replicate", "shard"] = "auto"
+        basis_placement: Literal["auto", "replicate", "shard", "owner"] = "auto"
         basis_budget: int = 4 * 2**30
         bucket_bytes: int = 64 * 2**20
         refresh_bytes: int = 512 * 2**20
