@@ -88,14 +88,14 @@ def build(made: dict[str, Any], model: nn.Module | None = None, **arguments: Any
     return engine
 
 
-def train(engine: Any, steps: Iterable[int]) -> list[float]:
-    """Takes steps; returns this rank's losses."""
+def train(engine: Any, steps: Iterable[int], factor: float = 1) -> list[float]:
+    """Takes steps, with the loss times ``factor``; returns this rank's losses."""
     rank, world = dist.get_rank(), dist.get_world_size()
     losses = []
     for step in steps:
         mine = tokens(step).chunk(world)[rank].chunk(engine.gradient_accumulation_steps())
         for micro in mine:
-            value = loss(engine, micro)
+            value = loss(engine, micro) * factor
             engine.backward(value)
             engine.step()
             losses.append(value.item())
@@ -119,11 +119,16 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def alone(
-    grouped: Any = None, dtype: torch.dtype = torch.float32, **options: Any
+    grouped: Any = None,
+    dtype: torch.dtype = torch.float32,
+    clip: float = 0,
+    factor: float = 1,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """One process with conda_dist.Conda on the same data.
 
-    Gradients are those of the weights rounded to ``dtype``.
+    Gradients are ``factor`` times those of the weights rounded to ``dtype``, clipped to the norm
+    ``clip`` if it is not 0.
     """
     torch.manual_seed(0)
     model = models.Tiny().to(dtype).float()
@@ -140,9 +145,12 @@ def alone(
     for step in range(STEPS):
         low.load_state_dict(model.state_dict())
         low.zero_grad()
-        loss(low, tokens(step)).backward()
+        (loss(low, tokens(step)) * factor).backward()
         for ours, theirs in zip(model.parameters(), low.parameters(), strict=True):
             ours.grad = theirs.grad.float()
+        if clip:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+            assert norm > clip, "nothing was clipped"
         optimizer.step()
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 
