@@ -111,11 +111,24 @@ def weights(engine: Any) -> dict[str, Tensor]:
         groups = getattr(engine.optimizer, "fp32_groups", [named.values()])
         values = [master for group in groups for master in group]
     elif engine.zero_optimization_stage() < 3 and engine.get_data_types()[0] == torch.float32:
-        # DeepSpeed's own way to the masters is wrong with round_robin_gradients.
         values = list(named.values())
+    elif engine.zero_round_robin_gradients() and engine.zero_optimization_stage() < 3:
+        return _masters(engine)  # DeepSpeed's own way to them is wrong then
     else:
         values = [safe_get_full_fp32_param(param) for param in named.values()]
     return {name: value.detach().float().clone() for name, value in zip(named, values, strict=True)}
+
+
+def _masters(engine: Any) -> dict[str, Tensor]:
+    """The master weights, put together from what Conda updates on each rank."""
+    whole = {name: torch.zeros(p.shape) for name, p in engine.module.named_parameters()}
+    for unit in engine.basic_optimizer._units.values():
+        for piece in unit.pieces:
+            flat = whole[piece.member.name].view(-1)
+            flat[piece.begin : piece.begin + piece.count] = piece.of(unit.tensors[piece.index])
+    for value in whole.values():
+        dist.all_reduce(value)
+    return whole
 
 
 def alone(
@@ -123,6 +136,7 @@ def alone(
     dtype: torch.dtype = torch.float32,
     clip: float = 0,
     factor: float = 1,
+    splits: Any = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """One process with conda_dist.Conda on the same data.
@@ -132,7 +146,7 @@ def alone(
     """
     torch.manual_seed(0)
     model = models.Tiny().to(dtype).float()
-    groups = param_groups(model)
+    groups = param_groups(model, splits=splits)
     if grouped is not None:
         chosen = {n: g["algorithm"] for g in groups for n, _ in g["params"]}
         groups = [
