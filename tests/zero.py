@@ -125,7 +125,8 @@ def _masters(engine: Any) -> dict[str, Tensor]:
     for unit in engine.basic_optimizer._units.values():
         for piece in unit.pieces:
             flat = whole[piece.member.name].view(-1)
-            flat[piece.begin : piece.begin + piece.count] = piece.of(unit.tensors[piece.index])
+            held = piece.of(unit.tensors[piece.index].detach())
+            flat[piece.begin : piece.begin + piece.count] = held
     for value in whole.values():
         dist.all_reduce(value)
     return whole
