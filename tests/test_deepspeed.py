@@ -1,4 +1,7 @@
-"""Conda in DeepSpeed's own engine, from the JSON: every stage follows one process."""
+"""Conda in DeepSpeed's own engine, from the JSON: every stage follows one process.
+
+``python tests/test_deepspeed.py`` prints a table of more of them than the tests have time for.
+"""
 
 import json
 import os
@@ -35,7 +38,7 @@ VARIANTS: list[Config] = [
     (2, "fp32", {"params": {"basis_placement": "shard", "bucket_bytes": 500}}),
     (3, "fp32", {"params": {"basis_placement": "shard", "refresh_bytes": 500}}),
 ]
-PLAIN_LINEAR = {"zero": {"memory_efficient_linear": False}}
+PLAIN_LINEAR: dict[str, Any] = {"zero": {"memory_efficient_linear": False}}
 """Stage 3's own linear layers round otherwise."""
 LOW: list[Config] = [
     *((stage, "bf16", {}) for stage in range(3)),
@@ -54,18 +57,24 @@ def _own_processes() -> Iterator[None]:
     ranks.close()
 
 
-def _follow(configs: list[Config]) -> list[dict[str, Tensor]]:
+def _follow(configs: list[Config], factor: float = 1) -> list[dict[str, Tensor]]:
     ended = []
     for stage, dtype, others in configs:
         engine = zero.build(zero.config(stage, dtype, **others))
-        zero.train(engine, range(zero.STEPS))
+        zero.train(engine, range(zero.STEPS), factor)
         ended.append(zero.weights(engine))
     return ended
 
 
-def _errors(world: int, configs: list[Config], theirs: dict[str, Tensor]) -> list[float]:
-    start = zero.start()
-    runs = ranks.run(world, _follow, configs)
+def _errors(
+    world: int,
+    configs: list[Config],
+    theirs: dict[str, Tensor],
+    start: dict[str, Tensor] | None = None,
+    factor: float = 1,
+) -> list[float]:
+    start = start or zero.start()
+    runs = ranks.run(world, _follow, configs, factor)
     return [
         max(models.farthest(e, theirs, start) for e in ended) for ended in zip(*runs, strict=True)
     ]
@@ -91,6 +100,39 @@ def test_low_precision_follows_one_process(world: int) -> None:
         error = max(models.farthest(ended[i], theirs[name], start) for ended in runs)
         print(config, world, error)
         assert error < (0.01 if world == 1 else 0.1), config
+
+
+CLIPPED: list[Config] = [
+    *((stage, "fp32", {"gradient_clipping": 0.5}) for stage in range(4)),
+    (3, "fp32", {"gradient_clipping": 0.5, **SUB_GROUPS}),
+]
+
+
+def test_clipping_is_that_of_one_process() -> None:
+    theirs = zero.alone(clip=0.5, factor=10)
+    errors = _errors(2, CLIPPED, theirs, factor=10)
+    assert models.farthest(zero.alone(factor=10), theirs, zero.start()) > 0.01
+    for config, error in zip(CLIPPED, errors, strict=True):
+        assert error < 1e-4, config
+
+
+def _moved_away(stage: int, dtype: str) -> list[str]:
+    """What differs if all states leave the device and come back between two steps."""
+    ends = []
+    for moves in (False, True):
+        engine = zero.build(zero.config(stage, dtype))
+        zero.train(engine, range(4))
+        if moves:
+            engine.offload_states()
+            engine.reload_states()
+        zero.train(engine, range(4, zero.STEPS))
+        ends.append(zero.weights(engine))
+    return models.unequal(*ends)
+
+
+@pytest.mark.parametrize("stage", [1, 2])  # at stage 3 DeepSpeed has it for its FusedAdam alone
+def test_states_may_be_moved_between_steps(stage: int) -> None:
+    assert not any(ranks.run(2, _moved_away, stage, "bf16"))
 
 
 def _grouped(params: list[Any]) -> list[dict[str, Any]]:
@@ -161,3 +203,38 @@ def test_ready_configs_train() -> None:
     assert [file.stem for file in READY] == ["zero1", "zero2", "zero3"]
     for ends in zip(*ranks.run(2, _ready), strict=True):  # of each stage, on both ranks
         assert sum(last for _, last in ends) < sum(first for first, _ in ends), ends
+
+
+TABLE: list[Config] = [
+    *STAGES,
+    *VARIANTS,
+    *LOW,
+    *(  # the plain linear layers are an option of stage 3 alone, and ignored by others
+        (stage, "bf16", {**others, "zero": {**PLAIN_LINEAR["zero"], **others.get("zero", {})}})
+        for stage, _, others in VARIANTS
+    ),
+]
+
+
+def _table() -> None:
+    """Worst distance from one process, relative to the distance travelled, on 1 to 3 ranks."""
+    print("| ZeRO stage | dtype | others | 1 rank | 2 ranks | 3 ranks |")
+    print("|---|---|---|---|---|---|")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    theirs = {name: zero.alone(dtype=dtype) for name, dtype in dtypes.items()}
+    rows: list[list[float]] = [[] for _ in TABLE]
+    for world in (1, 2, 3):
+        for name, dtype in dtypes.items():
+            places = [i for i, config in enumerate(TABLE) if config[1] == name]
+            configs = [TABLE[i] for i in places]
+            start = zero.start(dtype)
+            for i, error in zip(places, _errors(world, configs, theirs[name], start), strict=True):
+                rows[i].append(error)
+    for (stage, dtype, others), errors in zip(TABLE, rows, strict=True):
+        said = json.dumps(others) if others else ""
+        print(f"| {stage} | {dtype} | {said} | {' | '.join(f'{e:.1e}' for e in errors)} |")
+
+
+if __name__ == "__main__":
+    _table()
+    ranks.close()

@@ -1,5 +1,6 @@
 """What Conda under DeepSpeed refuses, says and survives."""
 
+import math
 import os
 import re
 import warnings
@@ -193,3 +194,63 @@ def _unchanged_at_the_start(stage: int) -> bool:
 def test_zero_gradients_count_for_nothing() -> None:
     for stage in range(4):
         assert all(ranks.run(2, _unchanged_at_the_start, stage))
+
+
+OVERFLOWS = {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 4, "hysteresis": 1}}
+SKIPPED: list[tuple[int, str, dict[str, Any], float]] = [
+    *((stage, "fp32", {}, math.nan) for stage in (1, 2, 3)),
+    *((stage, "bf16", {}, math.nan) for stage in range(4)),
+    *((stage, "fp16", OVERFLOWS, math.inf) for stage in range(4)),
+]
+"""Stage, dtype, other entries of a config and a factor of the loss with which DeepSpeed skips."""
+
+
+def _held(engine: Any) -> dict[str, torch.Tensor]:
+    """Copies of all that Conda updates."""
+    units = enumerate(engine.basic_optimizer._units.values())
+    tensors = {f"{i} {j}": t for i, unit in units for j, t in enumerate(unit.tensors)}
+    for i, unit in enumerate(engine.basic_optimizer._units.values()):
+        for j, state in enumerate(unit._states.values()):
+            tensors |= {f"{i} {j} {key}": value for key, value in state.items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _skip() -> list[list[str]]:
+    changed = []
+    for stage, dtype, others, factor in SKIPPED:
+        engine = zero.build(zero.config(stage, dtype, **others))
+        zero.train(engine, range(3))
+        before = _held(engine)
+        zero.train(engine, range(3, 4), factor)  # when a refresh is due
+        changed.append(models.unequal(before, _held(engine)))
+        zero.train(engine, range(4, 6))
+        if not models.unequal(before, _held(engine)):
+            changed.append(["no step was taken any more"])
+    return changed
+
+
+def test_steps_that_deepspeed_skips_change_nothing() -> None:
+    for changed in ranks.run(2, _skip):
+        assert dict(zip(map(str, SKIPPED), changed, strict=True)) == {
+            str(case): [] for case in SKIPPED
+        }
+
+
+def _poison() -> list[str]:
+    """Where DeepSpeed lets NaN through, as plain PyTorch does."""
+    said = []
+    unchecked = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    for made in (zero.config(0), zero.config(2, **unchecked)):
+        engine = zero.build(made)
+        zero.train(engine, range(3))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            zero.train(engine, range(3, 4), math.nan)
+            said.append(models.attempt(zero.train, engine, range(4, 9)))
+    return said
+
+
+def test_nan_that_deepspeed_lets_through_ends_the_run() -> None:
+    for answers in ranks.run(2, _poison, timeout=60):
+        for said in answers:
+            assert "the basis could not be refreshed at step 5, because its momentum is n" in said

@@ -88,14 +88,14 @@ def build(made: dict[str, Any], model: nn.Module | None = None, **arguments: Any
     return engine
 
 
-def train(engine: Any, steps: Iterable[int]) -> list[float]:
-    """Takes steps; returns this rank's losses."""
+def train(engine: Any, steps: Iterable[int], factor: float = 1) -> list[float]:
+    """Takes steps, with the loss times ``factor``; returns this rank's losses."""
     rank, world = dist.get_rank(), dist.get_world_size()
     losses = []
     for step in steps:
         mine = tokens(step).chunk(world)[rank].chunk(engine.gradient_accumulation_steps())
         for micro in mine:
-            value = loss(engine, micro)
+            value = loss(engine, micro) * factor
             engine.backward(value)
             engine.step()
             losses.append(value.item())
@@ -111,23 +111,43 @@ def weights(engine: Any) -> dict[str, Tensor]:
         groups = getattr(engine.optimizer, "fp32_groups", [named.values()])
         values = [master for group in groups for master in group]
     elif engine.zero_optimization_stage() < 3 and engine.get_data_types()[0] == torch.float32:
-        # DeepSpeed's own way to the masters is wrong with round_robin_gradients.
         values = list(named.values())
+    elif engine.zero_round_robin_gradients() and engine.zero_optimization_stage() < 3:
+        return _masters(engine)  # DeepSpeed's own way to them is wrong then
     else:
         values = [safe_get_full_fp32_param(param) for param in named.values()]
     return {name: value.detach().float().clone() for name, value in zip(named, values, strict=True)}
 
 
+def _masters(engine: Any) -> dict[str, Tensor]:
+    """The master weights, put together from what Conda updates on each rank."""
+    whole = {name: torch.zeros(p.shape) for name, p in engine.module.named_parameters()}
+    for unit in engine.basic_optimizer._units.values():
+        for piece in unit.pieces:
+            flat = whole[piece.member.name].view(-1)
+            held = piece.of(unit.tensors[piece.index].detach())
+            flat[piece.begin : piece.begin + piece.count] = held
+    for value in whole.values():
+        dist.all_reduce(value)
+    return whole
+
+
 def alone(
-    grouped: Any = None, dtype: torch.dtype = torch.float32, **options: Any
+    grouped: Any = None,
+    dtype: torch.dtype = torch.float32,
+    clip: float = 0,
+    factor: float = 1,
+    splits: Any = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """One process with conda_dist.Conda on the same data.
 
-    Gradients are those of the weights rounded to ``dtype``.
+    Gradients are ``factor`` times those of the weights rounded to ``dtype``, clipped to the norm
+    ``clip`` if it is not 0.
     """
     torch.manual_seed(0)
     model = models.Tiny().to(dtype).float()
-    groups = param_groups(model)
+    groups = param_groups(model, splits=splits)
     if grouped is not None:
         chosen = {n: g["algorithm"] for g in groups for n, _ in g["params"]}
         groups = [
@@ -140,9 +160,12 @@ def alone(
     for step in range(STEPS):
         low.load_state_dict(model.state_dict())
         low.zero_grad()
-        loss(low, tokens(step)).backward()
+        (loss(low, tokens(step)) * factor).backward()
         for ours, theirs in zip(model.parameters(), low.parameters(), strict=True):
             ours.grad = theirs.grad.float()
+        if clip:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+            assert norm > clip, "nothing was clipped"
         optimizer.step()
     return {name: param.detach().clone() for name, param in model.named_parameters()}
 

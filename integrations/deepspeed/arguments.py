@@ -6,12 +6,15 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from conda_dist.groups import check_hyperparameters
 from conda_dist.optimizer import ARGUMENTS
 from conda_dist.options import DTYPES, OF_DTYPES, Options
+from conda_dist.routing import clean_name, split
 
 PATTERNS = ("conda_params", "adamw_params")
+SPLITS = "splits"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +26,14 @@ class Arguments:
         options: what holds for the whole optimizer.
         conda: patterns (as of :mod:`fnmatch`) of names to project whatever their names say.
         adamw: patterns of names to keep off the conda path.
+        splits: patterns of fused weights with the rows of their parts, or how many equal ones.
     """
 
     defaults: dict[str, Any]
     options: Options
     conda: tuple[str, ...]
     adamw: tuple[str, ...]
+    splits: Mapping[str, int | Sequence[int]]
 
 
 def parse(given: Mapping[str, Any]) -> Arguments:
@@ -38,13 +43,15 @@ def parse(given: Mapping[str, Any]) -> Arguments:
         TypeError: a value is of the wrong type.
         ValueError: there is no such key, or a value is out of its range.
     """
-    known = [*ARGUMENTS, *PATTERNS]
+    known = [*ARGUMENTS, *PATTERNS, SPLITS]
     for key in given.keys() - set(known):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0)
         raise ValueError(f"Conda has no param {key!r}; the nearest is {near[0]!r}")
     values = {**ARGUMENTS, **given}
     names = [f.name for f in fields(Options)]
-    defaults = {k: v for k, v in values.items() if k not in (*names, *PATTERNS, "proj_type")}
+    defaults = {
+        k: v for k, v in values.items() if k not in (*names, *PATTERNS, SPLITS, "proj_type")
+    }
     check_hyperparameters({**defaults, "proj_type": values["proj_type"]})
     options = {name: values[name] for name in names}
     for name in OF_DTYPES:
@@ -58,7 +65,33 @@ def parse(given: Mapping[str, Any]) -> Arguments:
         raise TypeError("lr must be a number: DeepSpeed's schedulers set it anew")
     defaults["betas"] = tuple(defaults["betas"])  # JSON has lists only
     conda, adamw = (_patterns(name, given.get(name, ())) for name in PATTERNS)
-    return Arguments(defaults, Options(**options), conda, adamw)
+    splits = given.get(SPLITS) or {}
+    if not isinstance(splits, Mapping):
+        raise TypeError(f"splits must be a dict of patterns and rows, got {splits!r}")
+    return Arguments(defaults, Options(**options), conda, adamw, splits)
+
+
+def cut(
+    named: Sequence[tuple[str, Tensor]], splits: Mapping[str, int | Sequence[int]]
+) -> dict[int, tuple[int, ...]]:
+    """The rows of the parts of each weight, by its id; () if it stays whole.
+
+    Raises:
+        TypeError: splits of the wrong type.
+        ValueError: a pattern matches nothing, or a weight cannot be cut that way.
+    """
+    by_rows, unmatched = split(named, splits)
+    if unmatched:
+        raise ValueError(f"splits pattern {unmatched[0]!r} matches no parameter on the conda path")
+    for rows, weights in by_rows.items():
+        for name, weight in weights if rows else ():
+            if weight.ndim != 2 or weight.shape[0] != sum(rows or ()):
+                raise ValueError(
+                    f"{clean_name(name)}: splits {rows} of a weight {tuple(weight.shape)} repeat, "
+                    "and under DeepSpeed parts must be blocks of rows of a matrix that make up all "
+                    "of it. Leave them out, or store the parts one after the other."
+                )
+    return {id(weight): rows or () for rows, weights in by_rows.items() for _, weight in weights}
 
 
 def _dtype(name: str, value: Any) -> Any:

@@ -48,10 +48,9 @@ def pack(
         groups: the parameter groups of the state dict.
         members: the parameters.
     """
-    shapes = {m.name: list(m.shape) for m in members.values() if m.algorithm == CONDA}
     return {
         "format": FORMAT,
-        "shapes": shapes,
+        "shapes": {name: list(shape) for name, shape in _matrices(members).items()},
         "weights": {name: dict(tensors) for name, tensors in kept.weights.items()},
         "counts": kept.counts,
         "others": {m.name: list(m.shape) for m in members.values() if m.algorithm != CONDA},
@@ -97,13 +96,19 @@ def check(
     return Kept(kept["weights"])
 
 
+def _matrices(members: Mapping[Tensor, Member]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what has bases, by name."""
+    conda = (member for member in members.values() if member.algorithm == CONDA)
+    return {part.name: part.shape for member in conda for part in member.parts}
+
+
 def _check_kept(extra: Any, members: Mapping[Tensor, Member]) -> Mapping[str, Any]:
     if not isinstance(extra, Mapping) or extra.get("format") != FORMAT:
         raise ValueError(
             "the checkpoint's optimizer state was not written by Conda under DeepSpeed, or by "
             "another version of it; load the model alone with load_optimizer_states=False"
         )
-    ours = {m.name: m.shape for m in members.values() if m.algorithm == CONDA}
+    ours = _matrices(members)
     _compare(ours, extra["shapes"], " on the conda path")
     if extra["weights"] and (missing := ours.keys() - extra["weights"].keys()):
         raise ValueError(f"{min(missing)}: the checkpoint has no basis of it")

@@ -13,7 +13,7 @@ from torch import Tensor
 from conda_dist.exchange import Mesh, agree
 from conda_dist.groups import check_hyperparameters
 from conda_dist.integrations.deepspeed import checkpoint, engine
-from conda_dist.integrations.deepspeed.arguments import parse
+from conda_dist.integrations.deepspeed.arguments import cut, parse
 from conda_dist.integrations.deepspeed.partitions import (
     Member,
     find_pieces,
@@ -45,13 +45,16 @@ class Conda(torch.optim.Optimizer):
         params: what torch's optimizers take.
         given: the arguments of :class:`conda_dist.Conda` except ``process_group``, dtypes as
             texts or torch's; ``conda_params`` and ``adamw_params``: lists of patterns (as of
-            :mod:`fnmatch`) of names to project, or not to, whatever their names say.
+            :mod:`fnmatch`) of names to project, or not to, whatever their names say; ``splits``:
+            patterns of fused weights with the rows of their parts, such as
+            ``{"*.qkv_proj.weight": [4096, 1024, 1024]}``, or the number of equal parts, as of
+            :func:`conda_dist.param_groups` but of two dimensions and without repetition.
 
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: there is no such argument, or its value is out of range; a pattern matches no
-            parameter; no matrix would be on the conda path; the engine's config asks for what is
-            not supported.
+            parameter; a weight cannot be split as it says; no matrix would be on the conda path;
+            the engine's config asks for what is not supported.
     """
 
     def __init__(
@@ -125,12 +128,13 @@ class Conda(torch.optim.Optimizer):
             )
         if not any(stand_in.requires_grad for _, stand_in in routed[CONDA]):
             raise ValueError(nothing_to_project(named, HOW))
-        conda = {id(stand_in) for _, stand_in in routed[CONDA]}
+        rows = cut(routed[CONDA], self._arguments.splits)
         self._members = {
             param: Member(
                 clean_name(names.get(param, place)),
                 shapes[param],
-                CONDA if id(stand_ins[param]) in conda else "adamw",
+                CONDA if id(stand_ins[param]) in rows else "adamw",
+                rows.get(id(stand_ins[param]), ()),
             )
             for place, param in places
         }
@@ -218,7 +222,8 @@ class Conda(torch.optim.Optimizer):
 
     def _complete(self) -> bool:
         count = sum(len(unit.pieces) for unit in self._units.values())
-        return count == sum(p.requires_grad and all(m.shape) for p, m in self._members.items())
+        members = [m for p, m in self._members.items() if p.requires_grad and all(m.shape)]
+        return count == sum(len(member.parts) for member in members)
 
     def report(self) -> list[Row]:
         """What each parameter gets, of those that a step has concerned; see ``report.Row``."""

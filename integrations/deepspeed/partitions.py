@@ -5,8 +5,10 @@ from shapes and offsets alone, so every rank knows the ranges of all others. Wha
 DeepSpeed's objects was measured and is verified once against its own low-precision copies.
 """
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,25 +28,53 @@ class Member:
         name: its fully qualified name, or where it stands in the groups.
         shape: its shape, whatever ZeRO has made of the tensor.
         algorithm: "conda" or "adamw".
+        splits: rows of the parts that are matrices of their own; () if it is whole.
+        row: of a part the first of its rows in the parameter.
     """
 
     name: str
     shape: tuple[int, ...]
     algorithm: str
+    splits: tuple[int, ...] = ()
+    row: int = 0
+
+    @property
+    def parts(self) -> tuple["Member", ...]:
+        """What is a matrix, or a vector, of its own: blocks of rows, or itself."""
+        if not self.splits:
+            return (self,)
+        ends = itertools.accumulate(self.splits, initial=0)
+        return tuple(
+            replace(
+                self,
+                name=f"{self.name}[{start}:{stop}]",
+                shape=(stop - start, *self.shape[1:]),
+                splits=(),
+                row=start,
+            )
+            for start, stop in itertools.pairwise(ends)
+        )
+
+    @property
+    def before(self) -> int:
+        """Elements of the parameter before it, if it is a part."""
+        return self.row * math.prod(self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """This rank's part of a parameter, in a tensor that the engine has its optimizer update.
+    """What a rank has of a parameter or part, in a tensor that the engine has its optimizer update.
 
     Attributes:
-        member: the parameter.
+        member: the parameter, or the part.
         source: the engine's own tensor of it, in the model's dtype.
         index: which of the tensors of the call.
         layout: where its elements are.
         mesh: the ranks that share it.
-        start: offset of the first element in a flat tensor; None if the tensor is its own.
-        count: elements held here.
+        start: offset of the first element in a flat tensor, of the first row in the whole tensor of
+            a parameter in parts; None if the tensor is its own.
+        count: elements, or such rows, held here.
+        begin: where in the flattened parameter the first element held here is.
     """
 
     member: Member
@@ -54,6 +84,7 @@ class Piece:
     mesh: Mesh
     start: int | None
     count: int
+    begin: int = 0
 
     def of(self, tensor: Tensor) -> Tensor:
         """These elements of a tensor like the engine's: a view."""
@@ -79,14 +110,16 @@ def find_pieces(
     zero3 = [p for p in filled if hasattr(p, "_z3_optimizer")]
     if all(tensor in members for tensor in tensors):  # stage 0
         return [
-            _own(index + i, tensor, tensor, members[tensor], replicas)
+            piece
             for i, tensor in enumerate(tensors)
             if tensor in set(filled)
+            for piece in _own(index + i, tensor, tensor, members[tensor], replicas)
         ]
     if [tuple(t.shape) for t in tensors] == [members[p].shape for p in filled]:
         return [  # stage 0 in low precision
-            _own(index + i, tensor, param, members[param], replicas)
+            piece
             for i, (tensor, param) in enumerate(zip(tensors, filled, strict=True))
+            for piece in _own(index + i, tensor, param, members[param], replicas)
         ]
     if len(tensors) == 1 and zero3:
         return _stage3(index, tensors[0], zero3[0]._z3_optimizer, members)
@@ -100,10 +133,13 @@ def find_pieces(
     )
 
 
-def _own(index: int, tensor: Tensor, source: Tensor, member: Member, mesh: Mesh) -> Piece:
-    sizes = mesh.topology.sizes
-    layout = Layout(member.shape, sizes, (None,) * len(sizes))
-    return Piece(member, source, index, layout, mesh, None, tensor.numel())
+def _own(index: int, tensor: Tensor, source: Tensor, member: Member, mesh: Mesh) -> list[Piece]:
+    sizes, pieces = mesh.topology.sizes, []
+    for part in member.parts:
+        layout = Layout(part.shape, sizes, (None,) * len(sizes))
+        start, count = (part.row, part.shape[0]) if member.splits else (None, tensor.numel())
+        pieces.append(Piece(part, source, index, layout, mesh, start, count, part.before))
+    return pieces
 
 
 def _stage12(
@@ -119,12 +155,12 @@ def _stage12(
     size, origin = flat.numel(), min(param.storage_offset() for param in params)
     if len({param.untyped_storage().data_ptr() for param in params}) > 1:
         raise ValueError(f"{members[params[0]].name} and others are not views of one buffer")
-    pieces = []
+    pieces: list[Piece] = []
     for param in params:
         begin, numel = param.storage_offset() - origin, param.numel()
         bounds = tuple(min(max(r * size - begin, 0), numel) for r in range(world + 1))
         start = min(max(begin - rank * size, 0), size)
-        pieces.append(_flat(index, param, members[param], mesh, bounds, start))
+        pieces += _flat(index, param, members[param], mesh, bounds, start)
     return pieces
 
 
@@ -136,14 +172,14 @@ def _stage3(index: int, flat: Tensor, zero: Any, members: Mapping[Tensor, Member
     found = [i for i, other in enumerate(zero.fp32_partitioned_groups_flat) if other is flat]
     if len(found) != 1:
         raise ValueError("DeepSpeed steps a tensor that is none of its ZeRO-3 sub-groups")
-    start, pieces = 0, []
+    start, pieces = 0, list[Piece]()
     for param in zero.fp16_groups[found[0]]:
         if param not in members:
             raise ValueError(f"sub-group {found[0]} has a parameter that the optimizer has not")
         mesh = Mesh.of_group(param.ds_process_group)
         share, numel = int(param.partition_numel()), int(param.ds_numel)
         bounds = tuple(min(r * share, numel) for r in range(mesh.topology.sizes[0] + 1))
-        pieces.append(_flat(index, param, members[param], mesh, bounds, start))
+        pieces += _flat(index, param, members[param], mesh, bounds, start)
         start += share
     if start != flat.numel():
         raise ValueError(
@@ -154,13 +190,21 @@ def _stage3(index: int, flat: Tensor, zero: Any, members: Mapping[Tensor, Member
 
 def _flat(
     index: int, param: Tensor, member: Member, mesh: Mesh, bounds: tuple[int, ...], start: int
-) -> Piece:
-    try:
-        layout = Flat.of(member.shape, bounds)
-    except ValueError as error:
-        raise ValueError(f"{member.name}: {error}") from None
-    first, last = layout.held(mesh.coordinate)
-    return Piece(member, param, index, layout, mesh, start, last - first)
+) -> list[Piece]:
+    """A parameter's parts: blocks of rows of a flat range are flat ranges themselves."""
+    pieces, here = [], bounds[mesh.coordinate[0]]
+    for part in member.parts:
+        before, numel = part.before, math.prod(part.shape)
+        clipped = tuple(min(max(bound - before, 0), numel) for bound in bounds)
+        try:
+            layout = Flat.of(part.shape, clipped)
+        except ValueError as error:
+            raise ValueError(f"{part.name}: {error}") from None
+        first, last = layout.held(mesh.coordinate)
+        begin = before + first
+        offset = start + begin - here if first < last else start
+        pieces.append(Piece(part, param, index, layout, mesh, offset, last - first, begin))
+    return pieces
 
 
 def verify(pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> None:
@@ -195,10 +239,11 @@ def _low_precision(piece: Piece) -> Tensor:
         return piece.source.detach()
     if hasattr(param, "ds_tensor") and hasattr(param, "_z3_optimizer"):
         share: Tensor = param.ds_tensor.detach()
-        return share.flatten()[: piece.count]
-    assert isinstance(piece.layout, Flat)
-    first, last = piece.layout.held(piece.mesh.coordinate)
-    return piece.source.detach().flatten()[first:last]
+        here = piece.mesh.coordinate[0] * int(param.partition_numel())
+        return share.flatten()[piece.begin - here :][: piece.count]
+    if not isinstance(piece.layout, Flat):
+        return piece.of(piece.source.detach())
+    return piece.source.detach().flatten()[piece.begin :][: piece.count]
 
 
 def replica_mesh(group: dist.ProcessGroup | None) -> Mesh:
