@@ -47,20 +47,32 @@ def describe(optimizers: list[Optimizer]) -> str:
     return "; ".join(parts)
 
 
+def conda_arguments(settings: CondaConfig) -> dict[str, Any]:
+    """Conda's arguments, but for its groups; dtypes by name."""
+    return {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "scale": settings.scale,
+        "update_proj_gap": settings.update_proj_gap,
+        "correct_bias": settings.correct_bias,
+        "refresh_method": settings.refresh_method,
+        "matmul_dtype": settings.matmul_dtype or None,
+    }
+
+
+def conda_groups(model: nn.Module, settings: CondaConfig) -> list[dict[str, Any]]:
+    """Conda's groups: the blocks' matrices, and the rest with a rate of its own if it has one."""
+    rate = {} if settings.adamw_lr is None else {"lr": settings.adamw_lr}
+    return param_groups(model, adamw_options=rate)
+
+
 def _conda(model: nn.Module, settings: CondaConfig) -> Conda:
-    adamw: dict[str, Any] = {} if settings.adamw_lr is None else {"lr": settings.adamw_lr}
-    return Conda(
-        param_groups(model, adamw_options=adamw),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        scale=settings.scale,
-        update_proj_gap=settings.update_proj_gap,
-        correct_bias=settings.correct_bias,
-        refresh_method=settings.refresh_method,
-        matmul_dtype=getattr(torch, settings.matmul_dtype) if settings.matmul_dtype else None,
-    )
+    arguments = conda_arguments(settings)
+    if arguments["matmul_dtype"]:
+        arguments["matmul_dtype"] = getattr(torch, arguments["matmul_dtype"])
+    return Conda(conda_groups(model, settings), **arguments)
 
 
 def _adamw(
