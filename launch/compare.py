@@ -1,11 +1,13 @@
-"""Layer: launch. Several optimizers on one config and the same data, in one picture and a table.
+"""Layer: launch. Several optimizers, or engines, on one config and the same data, in one picture.
 
     python -m conda_dist.launch.compare CONFIG --optimizers conda,adamw,muon --output DIR
+    python -m conda_dist.launch.compare CONFIG --engines fsdp2,zero1,zero2,zero3,single --output DIR
 
 Each optimizer runs with its own settings from the config's [optimizer.NAME]; `--lr` makes a small
-sweep of it, of which the best run by final validation loss is drawn. Runs go one after another
-through the same pretraining job. Those already complete in DIR are kept, so that a comparison can
-be stopped, continued and extended.
+sweep of it, of which the best run by final validation loss is drawn. Engines run the config's
+optimizer; how far apart their losses are is tabulated. Runs go one after another through the same
+pretraining job. Those already complete in DIR are kept, so that a comparison can be stopped,
+continued and extended.
 """
 
 from __future__ import annotations
@@ -17,21 +19,33 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from . import options
 from .comparison import Outcome, draw, read_outcome, write_tables
 from .config import ConfigError, OptimizerName
+from .curves import draw_curves, read_curve, write_distances
 from .pretrain import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, RESOLVED_CONFIG
 from .report import SUMMARY
 from .signals import stop_requests
+
+ENGINES = {
+    "fsdp2": ["--engine", "fsdp2"],
+    **{
+        f"zero{stage}": ["--engine", "deepspeed", "--deepspeed.stage", str(stage)]
+        for stage in range(4)
+    },
+    "single": ["--engine", "fsdp2"],
+}
+"""What `--engines` can name, with the arguments of the job; `single` is one process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One run of the comparison."""
 
-    optimizer: str
+    name: str
+    """Of its optimizer, or engine."""
     lr: float
     folder: Path
     arguments: list[str]
@@ -42,21 +56,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is missing, then draws and tabulates; returns the exit code."""
     try:
         given, overrides = _parser().parse_known_args(arguments)
-        trials = plan(given.config, given.output, given.optimizers, given.lr, overrides)
-        failed = [trial for trial in trials if not _run(trial, given.nproc)]
+        if given.engines:
+            if given.optimizers or given.lr:
+                raise ConfigError("--engines runs one optimizer: give --optimizer.name NAME")
+            trials = plan_engines(given.config, given.output, given.engines, overrides)
+        else:
+            names = given.optimizers or list(get_args(OptimizerName))
+            trials = plan(given.config, given.output, names, given.lr, overrides)
+        processes = {trial.name: 1 if trial.name == "single" else given.nproc for trial in trials}
+        failed = [trial for trial in trials if not _run(trial, processes[trial.name])]
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return EXIT_STOPPED
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    outcomes = [
-        read_outcome(trial.folder, trial.optimizer, trial.lr)
-        for trial in trials
-        if trial not in failed
-    ]
-    if outcomes:
-        _show(outcomes, given.output)
+    complete = [trial for trial in trials if trial not in failed]
+    if given.engines and len(complete) > 1:
+        curves = [read_curve(trial.folder, trial.name) for trial in complete]
+        print(write_distances(curves, given.output), f"in {draw_curves(curves, given.output)}")
+    elif complete and not given.engines:
+        _show([read_outcome(each.folder, each.name, each.lr) for each in complete], given.output)
     for trial in failed:
         print(f"failed: {trial.folder} (its messages are above)", file=sys.stderr)
     return EXIT_FAILED if failed else 0
@@ -93,6 +113,30 @@ def plan(
     return trials
 
 
+def plan_engines(
+    config: str, output: Path, engines: Sequence[str], overrides: list[str]
+) -> list[Trial]:
+    """The same job on each engine; arguments as for `plan`.
+
+    Raises:
+        ConfigError: An unknown engine, or a config that one of them cannot run.
+    """
+    trials = []
+    for name in dict.fromkeys(engines):
+        if name not in ENGINES:
+            raise ConfigError(f"unknown engine {name!r}: {', '.join(ENGINES)}")
+        arguments = [config, *ENGINES[name]]
+        for key, text in options.split_arguments(overrides):
+            if key in ("output", "resume", "engine", "deepspeed.stage"):
+                raise ConfigError(f"--{key} differs from run to run: compare sets it itself")
+            if not key.startswith("deepspeed.") or name.startswith("zero"):
+                arguments.append(f"--{key}={text}")
+        lr = options.load(config, arguments[1:]).optimizer.chosen.lr
+        folder = output / name
+        trials.append(Trial(name, lr, folder, [*arguments, "--output", str(folder), "--resume"]))
+    return trials
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m conda_dist.launch.compare",
@@ -103,9 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = ",".join(get_args(OptimizerName))
     parser.add_argument("config", metavar="CONFIG", help="TOML file shared by all runs")
-    parser.add_argument(
-        "--optimizers", type=lambda text: text.split(","), default=names.split(","), help=names
-    )
+    listed: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
+    parser.add_argument("--optimizers", help=f"{names} (default: all of them)", **listed)
+    parser.add_argument("--engines", help=f"instead: {','.join(ENGINES)}", **listed)
     parser.add_argument("--output", type=Path, required=True, help="folder of the comparison")
     parser.add_argument("--nproc", type=int, default=2, help="processes per run (default 2)")
     parser.add_argument(

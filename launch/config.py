@@ -245,6 +245,18 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DeepSpeedConfig:
+    """What engine deepspeed does differently; the rest of the job is the same."""
+
+    stage: Annotated[
+        int, Key("ZeRO: 0 shards nothing, 1 states, 2 gradients, 3 weights as well", ge=0, le=3)
+    ] = 2
+    config: Annotated[
+        str, Key("a DeepSpeed JSON of further settings, such as zero_optimization's")
+    ] = ""
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointConfig:
     """When the whole state is saved, and how much of it is kept."""
 
@@ -273,12 +285,16 @@ class Config:
     resume: Annotated[
         str, Key("auto: the newest checkpoint in output, if any; or a checkpoint's path")
     ] = ""
+    engine: Annotated[
+        Literal["fsdp2", "deepspeed"], Key("what shards the model and takes the steps")
+    ] = "fsdp2"
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
@@ -327,4 +343,20 @@ def _conflicts(config: Config) -> list[tuple[bool, str]]:
             schedule.min_lr is not None and schedule.min_lr > peak,
             f"schedule.min_lr {schedule.min_lr} is above the peak rate {peak}",
         ),
+        *(_deepspeed_conflicts(config) if config.engine == "deepspeed" else []),
+    ]
+
+
+def _deepspeed_conflicts(config: Config) -> list[tuple[bool, str]]:
+    """What FSDP2 does and the other engine does not."""
+    training = config.training
+    found = {
+        "optimizer.name muon": (config.optimizer.name == "muon", "conda or adamw"),
+        "training.hsdp_replicas": (training.hsdp_replicas != 1, "1"),
+        "training.lean_accumulation": (training.lean_accumulation, "false"),
+        "training.compile": (training.compile, "false"),
+    }
+    return [
+        (wrong, f"{key} is not supported by engine deepspeed: set it to {value}, or engine fsdp2")
+        for key, (wrong, value) in found.items()
     ]

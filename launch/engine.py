@@ -1,7 +1,7 @@
 """Layer: launch. The part of the job that computes: model, optimizer and schedule under FSDP2.
 
-The loop in `trainer.py` knows an engine by the methods below only; another one (DeepSpeed's)
-stands beside this class, not inside it.
+The loop in `trainer.py` knows an engine by the methods below only; DeepSpeed's, in
+`deepspeed_engine.py`, stands beside this class, not inside it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -130,23 +130,19 @@ class Fsdp2Engine:
             last = index == len(micro_batches) - 1
             model.set_requires_gradient_sync(last or self._config.training.lean_accumulation)
             model.set_reshard_after_backward(last or self._config.training.lean_accumulation)
-            loss = self._loss_sum(rows) / tokens
+            loss = loss_sum(self.model, rows, self._world.device) / tokens
             torch.autograd.backward(loss)
             total += loss.detach()
-        mean = self._add_up(total)
-        if not math.isfinite(mean):
-            raise NonFiniteError(f"the loss is {mean}")
-        return mean
+        return finite("the loss", add_up(total))
 
     def step(self) -> StepResult:
         """See Engine."""
         settings = self._config.optimizer.chosen
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not math.isfinite(grad_norm):
-            raise NonFiniteError(f"the gradient's norm is {grad_norm}")
-        started = self._clock()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        grad_norm = finite("the gradient's norm", float(norm))
+        started = clock(self._world.device)
         if settings.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(
                 self.model.parameters(), settings.grad_clip, torch.tensor(grad_norm)
@@ -156,7 +152,7 @@ class Fsdp2Engine:
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, lr, self._clock() - started)
+        return StepResult(grad_norm, lr, clock(self._world.device) - started)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
@@ -164,9 +160,9 @@ class Fsdp2Engine:
         self.model.eval()
         total = torch.zeros((), device=self._world.device, dtype=torch.float64)
         for rows in micro_batches:
-            total += self._loss_sum(rows)
+            total += loss_sum(self.model, rows, self._world.device)
         self.model.train()
-        return self._add_up(total) / tokens
+        return add_up(total) / tokens
 
     def save(self, folder: Path) -> None:
         """See Engine. Hyperparameters are not saved: they are the config's."""
@@ -183,24 +179,40 @@ class Fsdp2Engine:
         for scheduler in self._schedulers:
             schedule.fast_forward(scheduler, step)
 
-    def _loss_sum(self, rows: Tokens) -> Tensor:
-        """Summed cross-entropy of (b, sequence_length + 1) tokens, in float32."""
-        empty = len(rows) == 0
-        tokens = torch.from_numpy(rows).to(self._world.device)
-        if empty:
-            # FSDP communicates in every forward pass, so a rank without rows runs one as well;
-            # its sum is multiplied by zero.
-            tokens = torch.zeros((1, rows.shape[1]), dtype=torch.int64, device=tokens.device)
-        logits = self.model(input_ids=tokens[:, :-1]).logits
-        loss = functional.cross_entropy(
-            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
-        )
-        return loss * 0.0 if empty else loss
 
-    def _add_up(self, total: Tensor) -> float:
-        dist.all_reduce(total)
-        return float(total)
+def loss_sum(model: nn.Module, rows: Tokens, device: torch.device) -> Tensor:
+    """Summed cross-entropy of (b, sequence_length + 1) tokens, in float32."""
+    empty = len(rows) == 0
+    tokens = torch.from_numpy(rows).to(device)
+    if empty:
+        # Sharded models communicate in every forward pass, so a rank without rows runs one as
+        # well; its sum is multiplied by zero.
+        tokens = torch.zeros((1, rows.shape[1]), dtype=torch.int64, device=device)
+    logits = model(input_ids=tokens[:, :-1]).logits
+    loss = functional.cross_entropy(
+        logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+    )
+    return loss * 0.0 if empty else loss
 
-    def _clock(self) -> float:
-        synchronise(self._world.device)
-        return time.perf_counter()
+
+def add_up(total: Tensor) -> float:
+    """The sum of all ranks' numbers."""
+    dist.all_reduce(total)
+    return float(total)
+
+
+def finite(name: str, value: float) -> float:
+    """The value, if it is finite.
+
+    Raises:
+        NonFiniteError: It is not.
+    """
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{name} is {value}")
+    return value
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done its work."""
+    synchronise(device)
+    return time.perf_counter()

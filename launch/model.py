@@ -8,6 +8,7 @@ same path serves a toy model and a 7B one.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, cast
 
@@ -41,23 +42,51 @@ def build_model(
     Raises:
         ConfigError: `training.hsdp_replicas` does not divide the number of ranks.
     """
-    with torch.device("meta"):
-        model = architecture(config, training.sequence_length, vocab_size)
-    model.train()
-    if training.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     mesh = _mesh(training, world)
     dtype = compute_dtype(training, world.device)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for name, block in _blocks(model):
-        _initialise(model, block, f"{training.seed}/{name}")
-        if training.compile:
-            block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    _initialise(model, model, f"{training.seed}/")
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    def shard(module: nn.Module) -> None:
+        if training.compile and not isinstance(module, PreTrainedModel):
+            module.compile()
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    model = initialised_model(config, training, vocab_size, shard)
     _sum_gradients(model)
     return model
+
+
+def initialised_model(
+    config: ModelConfig,
+    training: TrainingConfig,
+    vocab_size: int,
+    shard: Callable[[nn.Module], None],
+) -> PreTrainedModel:
+    """The model with its initial weights, on the CPU but for what `shard` has done to them.
+
+    Args:
+        config: The network's shape.
+        training: Seed, sequence length and checkpointing.
+        vocab_size: Rows of the embedding.
+        shard: Called with each block and at last with the whole model, as soon as its values are
+            there.
+    """
+    model = empty_model(config, training, vocab_size)
+    model.train()
+    if training.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, block in _blocks(model):
+        _initialise(model, block, f"{training.seed}/{name}")
+        shard(block)
+    _initialise(model, model, f"{training.seed}/")
+    shard(model)
+    return model
+
+
+def empty_model(config: ModelConfig, training: TrainingConfig, vocab_size: int) -> PreTrainedModel:
+    """The model without values: names, modules and shapes."""
+    with torch.device("meta"):
+        return architecture(config, training.sequence_length, vocab_size)
 
 
 def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
@@ -73,7 +102,8 @@ def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype
 
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters (elements) of the whole model, not of this rank's shard."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    # ZeRO-3 leaves nothing in a parameter but its size.
+    return sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters())
 
 
 def architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrainedModel:

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from conda_dist import Conda, param_groups
-from conda_dist.options import DTYPES
+from conda_dist.optimizer import ARGUMENTS
+from conda_dist.options import DTYPES, OF_DTYPES
 
 from .config import AdamWConfig, CondaConfig, MuonConfig, OptimizerConfig
 from .muon import ShardedMuon
@@ -48,25 +49,22 @@ def describe(optimizers: list[Optimizer]) -> str:
     return "; ".join(parts)
 
 
+def conda_arguments(settings: CondaConfig) -> dict[str, Any]:
+    """Conda's arguments, but for its groups; dtypes by name."""
+    given = {name: getattr(settings, name, default) for name, default in ARGUMENTS.items()}
+    return {name: (value or None) if name in OF_DTYPES else value for name, value in given.items()}
+
+
+def conda_groups(model: nn.Module, settings: CondaConfig) -> list[dict[str, Any]]:
+    """Conda's groups: the blocks' matrices, and the rest with a rate of its own if it has one."""
+    rate = {} if settings.adamw_lr is None else {"lr": settings.adamw_lr}
+    return param_groups(model, adamw_options=rate)
+
+
 def _conda(model: nn.Module, settings: CondaConfig) -> Conda:
-    adamw: dict[str, Any] = {} if settings.adamw_lr is None else {"lr": settings.adamw_lr}
-    return Conda(
-        param_groups(model, adamw_options=adamw),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        scale=settings.scale,
-        update_proj_gap=settings.update_proj_gap,
-        correct_bias=settings.correct_bias,
-        refresh_method=settings.refresh_method,
-        refresh=settings.refresh,
-        refresh_delay=settings.refresh_delay,
-        refresh_waves=settings.refresh_waves,
-        matmul_dtype=DTYPES.get(settings.matmul_dtype),
-        basis_dtype=DTYPES.get(settings.basis_dtype),
-        basis_placement=settings.basis_placement,
-    )
+    arguments = conda_arguments(settings)
+    dtypes = {name: DTYPES.get(arguments[name]) for name in OF_DTYPES}
+    return Conda(conda_groups(model, settings), **{**arguments, **dtypes})
 
 
 def _adamw(

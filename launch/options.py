@@ -65,7 +65,7 @@ def load(path: str | os.PathLike[str] | None, arguments: Sequence[str] = ()) -> 
     Args:
         path: A TOML file, or None for the defaults alone.
         arguments: `--section.key value` or `--section.key=value`; also `--output DIR` and
-            `--resume [CHECKPOINT]`.
+            `--resume [CHECKPOINT]`, `--engine NAME`.
 
     Raises:
         ConfigError: An unknown key (the nearest valid one is named), a value of the wrong type
@@ -84,7 +84,14 @@ def load(path: str | os.PathLike[str] | None, arguments: Sequence[str] = ()) -> 
                 f"--{key} has no effect: the optimizer is {name}. Drop it, or give "
                 f"--optimizer.name {parts[1]}"
             )
-    return build(from_file | given)
+    config = build(from_file | given)
+    unused = [key for key in given if key.startswith("deepspeed.")]
+    if unused and config.engine != "deepspeed":
+        raise ConfigError(
+            f"--{unused[0]} has no effect: the engine is {config.engine}. Drop it, or give "
+            "--engine deepspeed"
+        )
+    return config
 
 
 def build(values: Values) -> Config:

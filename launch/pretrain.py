@@ -1,14 +1,15 @@
 """Layer: launch. The pretraining job: `python -m conda_dist.launch.pretrain CONFIG [--key value]`.
 
-Runs as one process or, started by torchrun, as many. Exit codes: 0 the run is complete; 1 it
-failed; 2 the configuration is wrong; 75 it was asked to stop (Ctrl-C, SIGTERM, SIGUSR1), saved a
-checkpoint and can be continued with `--resume`. torchrun passes on the first two signals, the
-third if `--signals-to-handle` has it, kills what has not ended after 30 s (`--shutdown-timeout`),
-and exits with a code of its own. `launch/train.sh` sets both options.
+Runs as one process or, started by torchrun, mpirun or DeepSpeed's launcher, as many. Exit codes: 0
+the run is complete; 1 it failed; 2 the configuration is wrong; 75 it was asked to stop (Ctrl-C,
+SIGTERM, SIGUSR1), saved a checkpoint and can be continued with `--resume`. torchrun passes on the
+first two signals, the third if `--signals-to-handle` has it, kills what has not ended after 30 s
+(`--shutdown-timeout`), and exits with a code of its own. `launch/train.sh` sets both options.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import sys
@@ -23,7 +24,7 @@ from .batches import row_range
 from .checkpoint import Checkpoints
 from .config import Config, ConfigError
 from .data import open_data
-from .engine import Fsdp2Engine
+from .engine import Engine, Fsdp2Engine
 from .report import Reporter
 from .runtime import JobError, World
 from .signals import stop_requests
@@ -37,10 +38,13 @@ RESOLVED_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 
 _USAGE = """usage: python -m conda_dist.launch.pretrain CONFIG [--section.key value ...]
        torchrun --standalone --nproc-per-node=N -m conda_dist.launch.pretrain CONFIG ...
+       mpirun -n N python -m conda_dist.launch.pretrain CONFIG ...
+       deepspeed --num_gpus N --module conda_dist.launch.pretrain CONFIG --engine deepspeed ...
 
 Pretrains a causal language model. CONFIG is a TOML file such as configs/llama_tiny.toml.
 
 --output DIR           folder of everything the run writes
+--engine NAME          fsdp2, or deepspeed with --deepspeed.stage 0 to 3
 --resume [CHECKPOINT]  continue from the newest checkpoint in the output (or from that one)
 """
 
@@ -48,6 +52,8 @@ Pretrains a causal language model. CONFIG is a TOML file such as configs/llama_t
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the job and returns the process's exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0].startswith("--local_rank="):
+        del given[0]  # DeepSpeed's launcher says it here and in LOCAL_RANK
     if {"-h", "--help"} & set(given):
         print(_USAGE + "\n" + options.help_text())
         return 0
@@ -55,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = given.pop(0) if given and not given[0].startswith("--") else None
         config = options.load(path, given)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if runtime.launched_rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
     try:
         world = runtime.join(config.training.timeout_s)
         code = 0 if run(config, world) else EXIT_STOPPED
     except (ConfigError, JobError) as error:
-        print(f"[rank {os.environ.get('RANK', 0)}] error: {error}", file=sys.stderr, flush=True)
+        print(f"[rank {runtime.launched_rank()}] error: {error}", file=sys.stderr, flush=True)
         code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
     # Both kinds of error are raised on every rank, so all of them come here. After any other
     # exception a rank must not wait for the rest: it ends, and its launcher ends the job.
@@ -79,13 +85,20 @@ def run(config: Config, world: World) -> bool:
             or something failed on one of them.
     """
     versions = {"torch": torch.__version__, "numpy": np.__version__}
+    if config.engine == "deepspeed":
+        versions["deepspeed"] = _deepspeed_version()
     runtime.require_agreement(world, options.to_values(config) | versions)
+    if not versions.get("deepspeed", "not used"):
+        raise ConfigError(
+            "engine deepspeed: DeepSpeed is not installed; pip install 'conda-dist[deepspeed]', "
+            "or give --engine fsdp2"
+        )
     row_range(config.training.global_batch_size, world.rank, world.size)
     checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
     source = find_checkpoint(config, checkpoints)
     prepare_output(config, world)
     data = open_data(config, world)
-    engine = Fsdp2Engine(config, data.vocab_size, world)
+    engine = build_engine(config, data.vocab_size, world)
     runtime.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
     trainer = Trainer(config, world, engine, data, checkpoints)
     notes = trainer.resume(source) if source is not None else []
@@ -113,6 +126,31 @@ def run(config: Config, world: World) -> bool:
         else:
             reporter.note(f"stopped after step {trainer.step}; continue with --resume")
     return complete
+
+
+def build_engine(config: Config, vocab_size: int, world: World) -> Engine:
+    """The engine the config names, in its state at step 0.
+
+    Raises:
+        ConfigError: The configuration does not fit this job.
+        JobError: On every rank: something it needs cannot be read.
+    """
+    if config.engine == "fsdp2":
+        return Fsdp2Engine(config, vocab_size, world)
+    # DeepSpeed looks for these when it is imported and when its engine is made.
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    from .deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, vocab_size, world)
+
+
+def _deepspeed_version() -> str:
+    """DeepSpeed's version; "" if it is not installed."""
+    try:
+        return importlib.metadata.version("deepspeed")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:

@@ -1,8 +1,8 @@
 """Layer: launch. The processes of one job: joining them, agreeing, failing together.
 
 A job is one process started plainly or many started by torchrun (or anything that sets RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT). One process forms a group of one, so that
-everything after this file has a single path.
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, such as DeepSpeed's launcher) or by mpirun. One
+process forms a group of one, so that everything after this file has a single path.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
+
+from . import mpi
 
 T = TypeVar("T")
 
@@ -58,8 +60,12 @@ def join(timeout_s: float) -> World:
         timeout_s: Seconds after which a collective that has not finished raises.
 
     Raises:
-        JobError: There are more processes on this host than CUDA devices.
+        JobError: There are more processes on this host than CUDA devices, or processes started
+            by an MPI launcher cannot find each other.
     """
+    timeout = timedelta(seconds=timeout_s)
+    # Not every launcher sets the variables that are looked at from here on.
+    store = None if dist.is_initialized() or "RANK" in os.environ else _find_others(timeout)
     device, backend = torch.device("cpu"), "gloo"
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
     if torch.cuda.is_available():
@@ -70,19 +76,35 @@ def join(timeout_s: float) -> World:
             )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=timeout_s)
     if dist.is_initialized():
         local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-    elif "RANK" in os.environ:
+    elif store is None:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        store = HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        rank, size = mpi.launched()
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=max(size, 1), timeout=timeout
+        )
     control, patient = (
         cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
         for limit in (timeout, _PATIENCE)
     )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control, patient)
+
+
+def _find_others(timeout: timedelta) -> Store:
+    """A store shared by the processes of an MPI launcher, or one of this process's own."""
+    if mpi.launched()[1] < 2:
+        return HashStore()
+    try:
+        return mpi.rendezvous(timeout)
+    except mpi.MpiError as error:
+        raise JobError(str(error)) from error
+
+
+def launched_rank() -> int:
+    """This process's rank by its launcher's word, before it has joined the others."""
+    return int(os.environ.get("RANK", mpi.launched()[0]))
 
 
 def leave() -> None:

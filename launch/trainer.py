@@ -23,6 +23,7 @@ from .signals import StopRequest
 
 # A checkpoint's tensors or data position would mean something else under other values of these.
 _IDENTITY = (
+    "engine",
     "model.",
     "optimizer.name",
     "data.shuffle_block",
@@ -62,7 +63,9 @@ class Trainer:
             CheckpointError: On every rank: it is damaged, or of another model, data or optimizer.
         """
         facts = self._checkpoints.read_facts(path)
-        saved, current = facts["config"], _jsonable(options.to_values(self._config))
+        # A key that the checkpoint does not know came later; it did then what it does by default.
+        saved = _jsonable(options.to_values(Config())) | facts["config"]
+        current = _jsonable(options.to_values(self._config))
         changed = {
             name: f"{name} ({saved.get(name)} there, {value} here)"
             for name, value in current.items()

@@ -1,14 +1,16 @@
-"""Comparing optimizers: what is run, what is kept, what the table says."""
+"""Comparing optimizers and engines: what is run, what is kept, what the table says."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 import launch_jobs
-from conda_dist.launch import compare, comparison
+from conda_dist.launch import compare, comparison, options
 from conda_dist.launch.comparison import Outcome, Point, tabulate
 from conda_dist.launch.config import ConfigError
+from conda_dist.launch.curves import Curve, Distance, farthest
 
 OPTIMIZERS = ["conda", "adamw", "muon"]
 
@@ -124,3 +126,55 @@ def test_a_comparison_runs_draws_and_continues(
     # The folders of another configuration are not taken for this one's.
     assert compare.main([*arguments[:-1], "14"]) == 2
     assert "holds a run of another configuration" in capfd.readouterr().err
+
+
+def test_engines_run_the_same_job(config: Path) -> None:
+    overrides = ["--optimizer.name", "adamw", "--deepspeed.config", "zero.json"]
+    trials = compare.plan_engines(str(config), Path("out"), list(compare.ENGINES), overrides)
+    assert [trial.name for trial in trials] == list(compare.ENGINES)
+    assert ["--deepspeed.config=zero.json" in trial.arguments for trial in trials] == [
+        trial.name.startswith("zero") for trial in trials
+    ]
+    loaded = [options.load(trial.arguments[0], trial.arguments[1:]) for trial in trials]
+    assert {each.optimizer.name for each in loaded} == {"adamw"}
+    assert [each.engine for each in loaded] == ["fsdp2", *["deepspeed"] * 4, "fsdp2"]
+    assert [each.deepspeed.stage for each in loaded[1:5]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("engines", "overrides", "words"),
+    [
+        (["zero4"], [], "unknown engine 'zero4'"),
+        (["zero1"], ["--deepspeed.stage", "2"], "compare sets it itself"),
+        (["zero1"], ["--optimizer.name", "muon"], "is not supported by engine deepspeed"),
+    ],
+)
+def test_refusals_of_engines(
+    config: Path, engines: list[str], overrides: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        compare.plan_engines(str(config), Path("out"), engines, overrides)
+
+
+def test_the_farthest_pair_of_curves_is_found() -> None:
+    one = Curve("one", {1: 5.0, 2: 4.0, 3: 3.0}, {2: 4.5})
+    other = Curve("other", {1: 5.0, 2: 4.25}, {2: 4.0})
+    assert farthest(one, other) == Distance(0.5, "val_loss", 2, "one", "other")
+    assert farthest(one, one).distance == 0.0
+
+
+def test_engines_are_compared(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(config), "--output", str(tmp_path), "--engines", "fsdp2,zero2,single"]
+    arguments += ["--training.steps", "4", "--checkpoint.interval", "0"]
+    assert compare.main([*arguments, "--lr", "conda=1"]) == 2
+    assert "--engines runs one optimizer" in capfd.readouterr().err
+    assert compare.main(arguments) == 0
+    found = json.loads((tmp_path / "engines.json").read_text())
+    assert {frozenset((pair["one"], pair["other"])) for pair in found} == {
+        frozenset(pair) for pair in combinations(("fsdp2", "zero2", "single"), 2)
+    }
+    assert 0 < found[0]["distance"] < 1e-4
+    assert (tmp_path / "engines.md").read_text() in capfd.readouterr().out
+    assert (tmp_path / "engines.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,106 @@
+"""Layer: launch. The ranks of a job that an MPI launcher (mpirun, mpiexec) has started.
+
+MPI is asked who is who and finalised at once: everything after that is torch.distributed's. Were
+it left to the end of the process, one that fails would wait in MPI_Finalize for all others, which
+wait for it elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+from torch._C._distributed_c10d import Store, TCPStore
+
+_LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",  # Open MPI
+    "PMI_SIZE": "PMI_RANK",  # MPICH and its relatives
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",  # MVAPICH
+}
+"""Variables that say how many processes a launcher has started, and which of them this is."""
+
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class MpiError(RuntimeError):
+    """The processes cannot find each other through MPI; the message says why and what to do."""
+
+
+def launched() -> tuple[int, int]:
+    """Rank and number of processes by what an MPI launcher has set; (0, 0) without one."""
+    for size, rank in _LAUNCHERS.items():
+        if size in os.environ:
+            return int(os.environ.get(rank, "0")), int(os.environ[size])
+    return 0, 0
+
+
+def rendezvous(timeout: timedelta) -> Store:
+    """Lets the processes find each other.
+
+    Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun does, for
+    libraries that look for them.
+
+    Returns:
+        The store to form the process group with.
+
+    Raises:
+        MpiError: mpi4py is not installed or belongs to another MPI than the launcher; or, on
+            every rank, rank 0 could not open a port.
+    """
+    rank, size = launched()
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = mpi4py.rc.finalize = False
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise MpiError(
+            f"an MPI launcher has started {size} processes, and mpi4py, which tells them who is "
+            f"who, cannot be imported: {str(error).splitlines()[0]}. Do pip install "
+            "'conda-dist[mpi]', with the launcher's MPI on the library path; or start the job "
+            "with torchrun"
+        ) from error
+    ours = not MPI.Is_initialized()
+    if ours:
+        MPI.Init()
+    try:
+        world = MPI.COMM_WORLD
+        if world.Get_size() != size:
+            raise MpiError(
+                f"the launcher has started {size} processes, of which mpi4py sees "
+                f"{world.Get_size()}: it belongs to another MPI. Use that one's mpirun, or the "
+                "one of the environment mpi4py is in"
+            )
+        node = world.Split_type(MPI.COMM_TYPE_SHARED)
+        local_rank, alone = node.Get_rank(), node.Get_size() == size
+        node.Free()
+        store, (address, port, problem) = _open(rank, size, alone, timeout)
+        address, port, problem = world.bcast((address, port, problem), root=0)
+    finally:
+        if ours:
+            MPI.Finalize()
+    if problem:
+        raise MpiError(problem)
+    values = (rank, size, local_rank, address, port)
+    os.environ.update({name: str(v) for name, v in zip(_RENDEZVOUS, values, strict=True)})
+    return store or TCPStore(address, port, size, is_master=False, timeout=timeout)
+
+
+def _open(
+    rank: int, size: int, alone: bool, timeout: timedelta
+) -> tuple[Store | None, tuple[str, int, str]]:
+    """On rank 0 a store, its address, its port and what went wrong; nothing elsewhere."""
+    if rank != 0:
+        return None, ("", 0, "")
+    # Hosts that have several addresses may be told which one to use.
+    own = "127.0.0.1" if alone else socket.gethostname()
+    address, wanted = os.environ.get("MASTER_ADDR", own), int(os.environ.get("MASTER_PORT", "0"))
+    options: dict[str, Any] = {"is_master": True, "timeout": timeout, "wait_for_workers": False}
+    try:
+        store = TCPStore(address, wanted, size, **options)
+    except (RuntimeError, ValueError) as error:
+        reason = f"rank 0 cannot open port {wanted or 'of any number'} at {address}: {error}"
+        return None, (address, wanted, f"{reason}. Set MASTER_ADDR and MASTER_PORT to what it can")
+    return store, (address, store.port, "")

