@@ -5,8 +5,10 @@ is taken, by the ranks together, at a step that all of them know beforehand.
 """
 
 import threading
+from collections import deque
 from collections.abc import Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +19,26 @@ from conda_dist.maths import Outcome
 Found = tuple[Outcome, Tensor | None]
 
 
+class _Job(NamedTuple):
+    found: Future[Found]
+    momentum: Tensor
+    right: bool
+    method: str
+    gathered: torch.Event | None
+
+
 class Background:
     """Decompositions that were started and not taken yet.
 
-    On an accelerator they run on a stream of their own.
+    On an accelerator they run on a stream of their own. The thread ends with its work, and with
+    the process: that waits for the matrix at hand, not for those after it.
     """
 
     def __init__(self) -> None:
         self._started: dict[Hashable, Future[Found] | None] = {}
-        self._executor: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._jobs: deque[_Job] = deque()
+        self._working = False
         self._stream: torch.Stream | None = None
 
     def __contains__(self, key: Hashable) -> bool:
@@ -45,27 +58,41 @@ class Background:
         self._started[key] = None
         if momentum is None:
             return
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, "conda_dist refresh")
         gathered = None
         if momentum.device.type != "cpu":
             if self._stream is None:
                 self._stream = torch.Stream(momentum.device)
             gathered = torch.accelerator.current_stream(momentum.device).record_event()
             momentum.record_stream(self._stream)
-        self._started[key] = self._executor.submit(self._run, momentum, right, method, gathered)
+        found: Future[Found] = Future()
+        self._started[key] = found
+        with self._lock:
+            self._jobs.append(_Job(found, momentum, right, method, gathered))
+            if not self._working:
+                self._working = True
+                threading.Thread(target=self._work, name="conda_dist refresh").start()
+
+    def _work(self) -> None:
+        # No thread of an executor: those finish all their work before the interpreter may end.
+        while threading.main_thread().is_alive():
+            with self._lock:
+                if not self._jobs:
+                    self._working = False
+                    return
+                job = self._jobs.popleft()
+            try:
+                job.found.set_result(self._decompose(job))
+            except BaseException as error:
+                job.found.set_exception(error)
+            del job
 
     @torch.no_grad()
-    def _run(
-        self, momentum: Tensor, right: bool, method: str, gathered: torch.Event | None
-    ) -> Found:
-        if not threading.main_thread().is_alive():  # nobody will ask: let the process end
-            return Outcome.UNKNOWN, None
-        if self._stream is None or gathered is None:
-            return maths.decompose(momentum, right, method)
+    def _decompose(self, job: _Job) -> Found:
+        if self._stream is None or job.gathered is None:
+            return maths.decompose(job.momentum, job.right, job.method)
         with self._stream:
-            self._stream.wait_event(gathered)
-            found = maths.decompose(momentum, right, method)
+            self._stream.wait_event(job.gathered)
+            found = maths.decompose(job.momentum, job.right, job.method)
             self._stream.synchronize()  # this thread has the time
         return found
 
@@ -82,3 +109,9 @@ class Background:
         if rotation is not None and rotation.device.type != "cpu":
             rotation.record_stream(torch.accelerator.current_stream(rotation.device))
         return outcome, rotation
+
+    def drop(self) -> None:
+        """Forgets all; the matrix at hand is the last one that is decomposed."""
+        with self._lock:
+            self._jobs.clear()
+        self._started.clear()

@@ -102,7 +102,7 @@ class CondaPath:
                 self._refreshing(wave, grads)
             self._errands(schedule.errands, grads)
         except BaseException:
-            self._background = Background()  # what is pending is launched anew
+            self._background.drop()  # what is pending is launched anew
             raise
         if self.options.refresh == "async":
             self._launch({i: self.weights[i].start() for i in grads})

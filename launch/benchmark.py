@@ -1,10 +1,12 @@
 """Layer: launch. Time of an optimizer's step on LLaMA-shaped matrices, one process, one thread.
 
     python -m conda_dist.launch.benchmark [--width 512] [--mlp 1376] [--layers 4] [--rounds 40]
+    python -m conda_dist.launch.benchmark --ranks 4 ...
 
 All run in turns within one process, so that whatever slows the machine down slows all; medians
 and quartiles of the rounds are printed, and the medians of their ratios to the first. Steps are
 those between refreshes. "two products" is the floor: the projection and the way back alone.
+`--ranks` instead compares the CPU time of a step on as many processes with one process's.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from conda_dist import Conda
+from conda_dist.launch import benchmark_ranks
 
 NEVER = 10**9  # steps between refreshes: none but the first
 
@@ -63,13 +66,18 @@ def contenders(sizes: Sequence[tuple[int, int]]) -> dict[str, Callable[[], Any]]
         "two products": _two_products(sizes),
         "torch.optim.AdamW": torch.optim.AdamW(_parameters(sizes), foreach=True).step,
     }
+    muon = torch.optim.Muon(_parameters(sizes))
+    steps["torch.optim.Muon"] = muon.step
     try:
+        from pytorch_optimizer import SOAP
         from pytorch_optimizer import Conda as Other
     except ModuleNotFoundError:
-        print("pip install pytorch_optimizer to compare with its Conda")
+        print("pip install pytorch_optimizer to compare with its Conda and SOAP")
     else:
         group = {"params": _parameters(sizes), "update_proj_gap": NEVER, "scale": 0.25}
         steps = {"pytorch_optimizer.Conda": Other([group]).step, **steps}
+        soap = SOAP(_parameters(sizes), precondition_frequency=NEVER)
+        steps["pytorch_optimizer.SOAP"] = soap.step
     for step in steps.values():
         for _ in range(2):  # the first takes the bases
             step()
@@ -110,9 +118,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for option, default in (("width", 512), ("mlp", 1376), ("layers", 4), ("rounds", 40)):
         parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--ranks", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sizes = shapes(given.width, given.mlp, given.layers)
+    if given.ranks > 1:
+        Console().print(benchmark_ranks.measure(sizes, given.ranks, max(given.rounds, 2)))
+        return
     taken = measure(contenders(sizes), max(given.rounds, 2))
     title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, one thread"
     Console().print(_table(taken, title))

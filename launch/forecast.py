@@ -145,6 +145,7 @@ def forecast_conda(
     mesh: Mesh,
     settings: CondaConfig,
     basis_budget: int,
+    at: Coordinate | None = None,
 ) -> Forecast:
     """Conda on shards.
 
@@ -154,6 +155,7 @@ def forecast_conda(
         mesh: The ranks.
         settings: Conda's own options.
         basis_budget: Bytes a rank may spend on replicated bases; a weight past it splits its.
+        at: The rank to look at, by its coordinate; the busiest if none is given.
     """
     topology = Topology(mesh.sizes, tuple(range(mesh.ranks)))
     basis_size = DTYPES[settings.basis_dtype or "float32"].itemsize
@@ -172,7 +174,7 @@ def forecast_conda(
     plans = deal_owners([delegate(plan, settings.basis_placement) for plan in plans])
     product = DTYPES[settings.matmul_dtype or settings.basis_dtype or "float32"].itemsize
     sizes = Sizes(basis=basis_size, product=product)
-    return _sum_up(plans, others, mesh, settings, sizes)
+    return _sum_up(plans, others, mesh, settings, sizes, at)
 
 
 def _sum_up(
@@ -181,6 +183,7 @@ def _sum_up(
     mesh: Mesh,
     settings: CondaConfig,
     sizes: Sizes,
+    at: Coordinate | None,
 ) -> Forecast:
     load: dict[Coordinate, float] = defaultdict(float)
     multiplied: dict[Coordinate, float] = defaultdict(float)
@@ -188,12 +191,14 @@ def _sum_up(
         m, n = plan.storage.shape
         load[plan.owners[0]] += refresh_flops(m, n, settings.refresh_method)
         multiplied[plan.owners[0]] += 4.0 * plan.delegated * m * n * min(m, n)
-    busiest = max(load, key=lambda c: (multiplied[c], load[c], c))
+    busiest = at or max(load, key=lambda c: (multiplied[c], load[c], c))
     found = Forecast(decompose=load[busiest])
     known: dict[object, Costs] = {}
     for plan in plans:
         mine = plan.owners[0] == busiest
-        key = (plan.storage, plan.basis, mine)
+        # What a rank sends depends on the owner only by where their coordinates agree.
+        agree = tuple(a == b for a, b in zip(plan.owners[0], busiest, strict=True))
+        key = (plan.storage, plan.basis, plan.delegated, agree)
         if key not in known:
             known[key] = costs(plan, busiest, sizes, settings.refresh == "async")
         cost = known[key]
@@ -210,7 +215,7 @@ def _sum_up(
     delegated = [i for i, plan in enumerate(plans) if plan.delegated]
     found.collectives = 2 * len(fill_buckets(plans, travelling, sizes.param, BUCKET_BYTES))
     found.collectives += 4 * len(fill_waves(plans, delegated, sizes.param, BUCKET_BYTES))
-    _add_adamw(found, others, mesh)
+    _add_adamw(found, others, mesh, busiest)
     return found
 
 
@@ -228,9 +233,14 @@ def _add(to: dict[int, int], sent: Sent) -> None:
         to[mesh_dim] += count
 
 
-def _add_adamw(found: Forecast, shapes: Mapping[str, tuple[int, ...]], mesh: Mesh) -> None:
+def _add_adamw(
+    found: Forecast,
+    shapes: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    at: Coordinate = (0, 0, 0),
+) -> None:
     for name, shape in shapes.items():
-        numel = layout(name, shape, mesh).numel((0, 0, 0))
+        numel = layout(name, shape, mesh).numel(at)
         found.state += 8 * numel + 4
         found.elements += numel
 

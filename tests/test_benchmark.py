@@ -20,7 +20,7 @@ def test_every_contender_steps_in_every_round() -> None:
     before = [[param.detach().clone() for param in some] for some in params]
     taken = benchmark.measure(steps, 3)
     assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys(steps, 3)
-    assert len(params) == 4
+    assert len(params) == 6
     for some, were in zip(params, before, strict=True):
         assert not any(map(torch.equal, some, were))
 
@@ -30,3 +30,13 @@ def test_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "7 matrices, width 16, MLP 24" in said
     assert "torch.optim.AdamW" in said
+    assert "torch.optim.Muon" in said
+
+
+def test_ranks_are_compared_with_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2"]
+    benchmark.main([*small, "--ranks", "2"])
+    said = capsys.readouterr().out
+    assert "7 matrices on 2 ranks" in said
+    for name in ("one process", "FSDP rows", "bases split", "owners multiply", "(DDP)"):
+        assert name in said

@@ -5,7 +5,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,6 @@ LOW: list[Config] = [
     *((stage, "fp16", {"fp16": {"enabled": True, "loss_scale": 64}}) for stage in (1, 2)),
     (3, "fp16", {"fp16": {"enabled": True, "loss_scale": 64}, **PLAIN_LINEAR}),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_processes() -> Iterator[None]:
-    """ZeRO leaves its mark on nn.Module, with which torchtitan's classes cannot be made."""
-    yield
-    ranks.close()
 
 
 def _follow(configs: list[Config], factor: float = 1) -> list[dict[str, Tensor]]:

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio splits the step"),
     ({"zero": {"zero_quantized_weights": True}}, "quantized weights"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_processes() -> Iterator[None]:
-    """ZeRO leaves its mark on nn.Module, with which torchtitan's classes cannot be made."""
-    yield
-    ranks.close()
 
 
 def _refusals() -> list[str]:

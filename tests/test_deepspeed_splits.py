@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,6 @@ CONFIGS: list[tuple[int, str, dict[str, Any]]] = [
     (1, "fp32", {"zero": {"round_robin_gradients": True}}),
     (0, "bf16", {}),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_processes() -> Iterator[None]:
-    """ZeRO leaves its mark on nn.Module, with which torchtitan's classes cannot be made."""
-    yield
-    ranks.close()
 
 
 def _config(stage: int, dtype: str, others: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ DeepSpeed itself moves the same with or without Conda; this is what Conda adds, 
 """
 
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -59,13 +58,6 @@ class _Llama(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.lm_head(self.layers(self.embed_tokens(tokens)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_processes() -> Iterator[None]:
-    """ZeRO leaves its mark on nn.Module, with which torchtitan's classes cannot be made."""
-    yield
-    ranks.close()
 
 
 Traffic = tuple[list[Call], list[Call], list[dict[str, Any]], int, int]

@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,6 @@ CONFIGS: list[Config] = [
     (3, "fp32", {}),
     (3, "fp32", {"zero": {"sub_group_size": 300}, "params": {"basis_placement": "shard"}}),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_processes() -> Iterator[None]:
-    """ZeRO leaves its mark on nn.Module, with which torchtitan's classes cannot be made."""
-    yield
-    ranks.close()
 
 
 def convert(folder: str, tag: str = "saved") -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,6 @@ UNEVEN = (
     *("--optimizer.grad_clip", 0.5, "--optimizer.adamw_lr", 3e-3),
 )
 """On three ranks two of them have no row in the last micro-batch."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_processes() -> Iterator[None]:
-    """ZeRO leaves its mark on nn.Module, with which torchtitan's classes cannot be made."""
-    yield
-    ranks.close()
 
 
 @pytest.fixture(scope="module")
