@@ -122,12 +122,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sizes = shapes(given.width, given.mlp, given.layers)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
     if given.ranks > 1:
-        Console().print(benchmark_ranks.measure(sizes, given.ranks, max(given.rounds, 2)))
+        console.print(benchmark_ranks.measure(sizes, given.ranks, max(given.rounds, 2)))
         return
     taken = measure(contenders(sizes), max(given.rounds, 2))
     title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, one thread"
-    Console().print(_table(taken, title))
+    console.print(_table(taken, title))
 
 
 if __name__ == "__main__":

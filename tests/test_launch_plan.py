@@ -139,11 +139,11 @@ def test_the_sizes_of_known_models() -> None:
 
 
 def test_delegating_keeps_a_step_small() -> None:
-    """What a rank sends does not exceed a few times its share of the weights, at any scale."""
+    """A rank sends four times its share of the weights, and again what it owns and passes on."""
     config = plan.options.load(str(CONFIGS / "llama_70b.toml"), [])
     planned = plan.Planned(config, Mesh(dp_shard=64, tp=8), 4.0, 8192)
     share = 4 * planned.parameters / 512
-    assert sum(planned.conda.step.values()) < 6 * share
+    assert 4 * share < sum(planned.conda.step.values()) < 12 * share
 
 
 def test_more_ranks_take_less_time_each() -> None:
