@@ -143,19 +143,21 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
         not finite has no basis to give. What does not converge is tried once more in float64.
     """
     tall = (exp_avg if right else exp_avg.mT).to(torch.promote_types(exp_avg.dtype, torch.float32))
-    # A sum of squares of finite float32 values may overflow; max and isfinite cannot.
-    if not torch.isfinite(tall).all():
+    # A sum of squares of finite float32 values may overflow; the largest value cannot.
+    largest = float(torch.linalg.vector_norm(tall, math.inf))
+    if not math.isfinite(largest):
         return Outcome.NOT_FINITE, None
-    if not tall.any():
+    if not largest:
         return Outcome.ZERO, None
     find = {
         "svd": _right_singular_vectors,
         "eigh64": _eigenvectors,
         "orthogonal_iteration": _iterated,
     }[method]
-    for attempt in (tall, tall.double()):
+    for dtype in (tall.dtype, torch.float64):
         try:
-            rotation = find(attempt)
+            # Gram matrices of what is not near 1 would leave their range.
+            rotation = find(tall.to(dtype) if method == "svd" else tall.to(dtype) / largest)
         except LinAlgError:
             continue
         if torch.isfinite(rotation).all():  # some GPU drivers give NaN instead of an error
@@ -163,14 +165,9 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
     return Outcome.NOT_CONVERGED, None
 
 
-def _gram(tall: Tensor) -> Tensor:
-    """``A^T A`` up to a factor that keeps it in range."""
-    scaled = tall / tall.abs().max()
-    return scaled.mT @ scaled
-
-
 def _eigenvectors(tall: Tensor) -> Tensor:
-    vectors: Tensor = torch.linalg.eigh(_gram(tall.double())).eigenvectors
+    tall = tall.double()
+    vectors: Tensor = torch.linalg.eigh(tall.mT @ tall).eigenvectors
     return vectors.flip(-1)  # ascending, but slot i of the second moment is the i-th largest
 
 
@@ -180,7 +177,7 @@ def _iterated(tall: Tensor) -> Tensor:
     One step of orthogonal iteration (Golub and Van Loan 2013, section 8.2.4), warm-started: the
     momentum is in the coordinates of the basis in use, in which that is the identity.
     """
-    q, r = torch.linalg.qr(_gram(tall))
+    q, r = torch.linalg.qr(tall.mT @ tall)
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
     rotation: Tensor = q * signs
     return rotation
