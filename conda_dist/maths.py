@@ -144,7 +144,7 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
     """
     tall = (exp_avg if right else exp_avg.mT).to(torch.promote_types(exp_avg.dtype, torch.float32))
     # A sum of squares of finite float32 values may overflow; the largest value cannot.
-    largest = float(torch.linalg.vector_norm(tall, math.inf))
+    largest = float(tall.abs().amax())
     if not math.isfinite(largest):
         return Outcome.NOT_FINITE, None
     if not largest:
@@ -160,7 +160,8 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
             rotation = find(tall.to(dtype) if method == "svd" else tall.to(dtype) / largest)
         except LinAlgError:
             continue
-        if torch.isfinite(rotation).all():  # some GPU drivers give NaN instead of an error
+        # Some GPU drivers give NaN instead of an error.
+        if math.isfinite(rotation.abs().amax()):
             return Outcome.DONE, rotation.to(tall.dtype)
     return Outcome.NOT_CONVERGED, None
 
@@ -179,7 +180,7 @@ def _iterated(tall: Tensor) -> Tensor:
     """
     q, r = torch.linalg.qr(tall.mT @ tall)
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-    rotation: Tensor = q * signs
+    rotation: Tensor = q.mul_(signs)
     return rotation
 
 
@@ -200,7 +201,7 @@ def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:
     already.
     """
     Q = basis.to(rotation.dtype)
-    return 1.5 * rotation - 0.5 * (Q.mT @ (Q @ rotation))
+    return torch.addmm(rotation, Q.mT, Q @ rotation, beta=1.5, alpha=-0.5)
 
 
 def rotate_(x: Tensor, rotation: Tensor, right: bool) -> None:

@@ -154,7 +154,6 @@ def _decompose_mine(
         assert whole_basis is not None
         basis = matrices(whole_basis)[matrix.local]
         dtype = rotation_dtype(basis)
-        found[i] = torch.eye(basis.shape[-1], dtype=dtype, device=basis.device)
         try:
             first = weight.taken(matrix.index) == NEVER
             if matrix.launched:
@@ -171,6 +170,8 @@ def _decompose_mine(
         except Exception as caught:  # the other ranks are waiting: tell them first
             outcome, error = Outcome.ERROR, error or caught
             error.add_note(f"while decomposing the momentum of {weight.plan.name}")
+        if found[i] is None:  # the exchange of rotations has a place for it
+            found[i] = torch.eye(basis.shape[-1], dtype=dtype, device=basis.device)
         outcomes[i] = int(outcome)
     return found, outcomes, error
 
