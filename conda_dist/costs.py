@@ -104,3 +104,17 @@ def _sent(coordinate: Coordinate, *exchanges: tuple[Sequence[Hop], Sequence[int]
             for item, itemsize in enumerate(itemsizes):
                 sent[hop.mesh_dim] += hop.sent(coordinate[hop.mesh_dim], item) * itemsize
     return {mesh_dim: count for mesh_dim, count in sent.items() if count}
+
+
+def svd_flops(m: int, n: int) -> float:
+    """Operations of one thin SVD, 6 m r^2 + 20 r^3 (Golub and Van Loan 2013, section 8.6.3)."""
+    long, r = max(m, n), min(m, n)
+    return 6.0 * long * r**2 + 20.0 * r**3
+
+
+def refresh_flops(m: int, n: int, method: str) -> float:
+    """Operations of one decomposition: by the SVD, or a Gram matrix and its QR or eigenvectors."""
+    long, r = max(m, n), min(m, n)
+    if method == "svd":
+        return svd_flops(m, n)
+    return 2.0 * long * r**2 + (4.0 if method == "orthogonal_iteration" else 9.0) * r**3

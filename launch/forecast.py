@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from conda_dist import param_groups
-from conda_dist.costs import Costs, Sent, Sizes, costs
+from conda_dist.costs import Costs, Sent, Sizes, costs, refresh_flops, svd_flops
 from conda_dist.delegate import delegate
 from conda_dist.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import DTYPES, Options
@@ -114,20 +114,6 @@ def layout(name: str, shape: tuple[int, ...], mesh: Mesh) -> Layout:
     cut_again = tp is not None and tp.dim == 0
     shard = Split(0, mesh.tp if cut_again else 1)
     return Layout(shape, mesh.sizes, (None, shard, tp))
-
-
-def svd_flops(m: int, n: int) -> float:
-    """Operations of one thin SVD, 6 m r^2 + 20 r^3 (Golub and Van Loan 2013, section 8.6.3)."""
-    long, r = max(m, n), min(m, n)
-    return 6.0 * long * r**2 + 20.0 * r**3
-
-
-def refresh_flops(m: int, n: int, method: str) -> float:
-    """Operations of one decomposition: by the SVD, or a Gram matrix and its QR or eigenvectors."""
-    long, r = max(m, n), min(m, n)
-    if method == "svd":
-        return svd_flops(m, n)
-    return 2.0 * long * r**2 + (4.0 if method == "orthogonal_iteration" else 9.0) * r**3
 
 
 def named_shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:

@@ -17,14 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from conda_dist.costs import svd_flops
 from conda_dist.integrations.torchtitan.train import rewrite
 from conda_dist.report import Row, print_table
-
-
-def svd_flops(m: int, n: int) -> float:
-    """Operations of one thin SVD, 6 m r^2 + 20 r^3 (Golub and Van Loan 2013, section 8.6.3)."""
-    long, r = max(m, n), min(m, n)
-    return 6.0 * long * r**2 + 20.0 * r**3
 
 
 def refresh_flops(table: Sequence[Row]) -> dict[int, float]:
