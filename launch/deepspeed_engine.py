@@ -165,9 +165,11 @@ class DeepSpeedEngine:
             )
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups]
         try:
-            self._engine.load_checkpoint(str(folder), tag=_TAG)
+            found, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         except Exception as error:
             raise JobError(f"DeepSpeed: {type(error).__name__}: {error}") from error
+        if found is None:
+            raise JobError(f"DeepSpeed found nothing to load in {folder}")
         # Hyperparameters are the config's, not the checkpoint's.
         for group, own in zip(self._groups, settings, strict=True):
             group.update(own)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import models
 import ranks
 import zero
-from conda_dist import maths
+from conda_dist import maths, param_groups
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -25,6 +25,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"params": {"update_proj_gap": 3.5}}, "TypeError: update_proj_gap must be an int"),
     ({"params": {"state_dtype": "bf16"}}, "state_dtype must be one of float32, bfloat16"),
     ({"params": {"basis_placement": "split"}}, "basis_placement must be one of auto"),
+    ({"params": {"refresh": "async"}}, 'refresh "async" is not supported under DeepSpeed'),
+    ({"params": {"refresh_waves": 2}}, "refresh_waves must be 1 under DeepSpeed"),
+    ({"params": {"basis_placement": "owner"}}, 'basis_placement "owner" is not supported'),
+    ({"compile": {"deepcompile": True}}, "DeepCompile was not tried"),
     ({"params": {"adamw_params": "*"}}, "TypeError: adamw_params must be a list of patterns"),
     (
         {"params": {"conda_params": ["*.kqv"]}},
@@ -112,6 +116,25 @@ def test_a_script_may_make_the_optimizer() -> None:
             assert "blocks.0.q.weight" in names
             assert "embed.weight" not in names
             assert error < 1e-4
+
+
+def _groups_that_differ() -> list[str]:
+    zero.settle()
+    from conda_dist.integrations.deepspeed import Conda
+
+    said = []
+    for splits, adamw in (({"*.up.weight": 2}, ()), (None, ["*.up.weight"])):
+        torch.manual_seed(0)
+        model = models.Tiny()
+        groups = param_groups(model, splits=splits or {}, adamw=list(adamw))
+        said.append(models.attempt(lambda g=groups: Conda(g, **zero.SETTINGS)))
+    return said
+
+
+def test_groups_that_ask_for_something_else_are_refused() -> None:
+    (split, path) = ranks.run(1, _groups_that_differ)[0]
+    assert "blocks.0.up.weight: its group has splits=" in split
+    assert "blocks.0.up.weight: its group's algorithm is 'adamw', its path 'conda'" in path
 
 
 class _BrokenError(Exception):

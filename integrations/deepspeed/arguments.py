@@ -56,11 +56,7 @@ def parse(given: Mapping[str, Any]) -> Arguments:
     options = {name: values[name] for name in names}
     for name in OF_DTYPES:
         options[name] = _dtype(name, options[name])
-    if options["refresh"] == "async":
-        raise ValueError(
-            'refresh "async" is not supported under DeepSpeed, whose universal checkpoints would '
-            'lose what is pending; use "sync"'
-        )
+    _refuse(options)
     if isinstance(defaults["lr"], torch.Tensor):
         raise TypeError("lr must be a number: DeepSpeed's schedulers set it anew")
     defaults["betas"] = tuple(defaults["betas"])  # JSON has lists only
@@ -92,6 +88,25 @@ def cut(
                     "of it. Leave them out, or store the parts one after the other."
                 )
     return {id(weight): rows or () for rows, weights in by_rows.items() for _, weight in weights}
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    """Refuses what is sound elsewhere, but not on partitions that the engine steps one by one."""
+    if options["refresh"] == "async":
+        raise ValueError(
+            'refresh "async" is not supported under DeepSpeed, whose universal checkpoints would '
+            'lose what is pending; use "sync"'
+        )
+    if options["refresh_waves"] != 1:
+        raise ValueError(
+            "refresh_waves must be 1 under DeepSpeed: which matrices make a wave would depend on "
+            "how ZeRO cuts its groups"
+        )
+    if options["basis_placement"] == "owner":
+        raise ValueError(
+            'basis_placement "owner" is not supported under DeepSpeed, whose partitions are flat '
+            'ranges; use "shard" or "auto"'
+        )
 
 
 def _dtype(name: str, value: Any) -> Any:

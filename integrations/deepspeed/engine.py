@@ -98,6 +98,7 @@ def refuse(engine: Any) -> None:
             and engine.zero_optimization_stage() in (1, 2)
             and engine.zero_round_robin_gradients()
         ),
+        "DeepCompile was not tried": config.compile_config.deepcompile,
         "torch_autocast steps through a gradient scaler of its own": (
             config.torch_autocast_enabled
         ),

@@ -138,8 +138,25 @@ class Conda(torch.optim.Optimizer):
             )
             for place, param in places
         }
+        self._check_groups()
         count = sum(s.requires_grad for _, s in routed[CONDA])
         log_dist(f"Conda: {count} weights of {len(named)} are on the conda path", ranks=[0])
+
+    def _check_groups(self) -> None:
+        """Refuses groups that ask for another path or other parts than their parameters get."""
+        for group, params in zip(self._groups, self._given, strict=True):
+            asked, splits = group.get("algorithm"), group.get("splits")
+            for member in (self._members[param] for param in params):
+                if asked not in (None, member.algorithm):
+                    raise ValueError(
+                        f"{member.name}: its group's algorithm is {asked!r}, its path "
+                        f"{member.algorithm!r}; name it in conda_params or adamw_params instead"
+                    )
+                if splits is not None and tuple(splits) != tuple(member.splits):
+                    raise ValueError(
+                        f"{member.name}: its group has splits={splits}; give splits among the "
+                        "optimizer's params instead, by pattern"
+                    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

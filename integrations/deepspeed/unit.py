@@ -230,7 +230,8 @@ def _take(weight: Weight, kept: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{weight.name}: the checkpoint's {key} has shape {tuple(theirs.shape)} and dtype "
                 f"{theirs.dtype}, here they are {tuple(ours.shape)} and {ours.dtype}. Load it on "
-                "as many ranks, with the same basis_placement, basis_budget and state_dtype."
+                "as many ranks (or from a universal checkpoint), with the same basis_placement, "
+                "basis_budget, basis_dtype and state_dtype."
             )
         if not whole:
             ours.copy_(theirs)
