@@ -25,13 +25,14 @@ class _Job(NamedTuple):
     right: bool
     method: str
     gathered: torch.Event | None
+    stream: torch.Stream | None
 
 
 class Background:
     """Decompositions that were started and not taken yet.
 
-    On an accelerator they run on a stream of their own. The thread ends with its work, and with
-    the process: that waits for the matrix at hand, not for those after it.
+    On an accelerator they run on a stream beside training's. The thread ends with its work, and
+    with the process: that waits for the matrix at hand, not for those after it.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,8 @@ class Background:
         self._lock = threading.Lock()
         self._jobs: deque[_Job] = deque()
         self._working = False
-        self._stream: torch.Stream | None = None
+        self._streams: dict[torch.device, torch.Stream] = {}
+        self._starter: threading.Thread | None = None
 
     def __contains__(self, key: Hashable) -> bool:
         """Whether that decomposition was started, here or on another rank."""
@@ -58,23 +60,29 @@ class Background:
         self._started[key] = None
         if momentum is None:
             return
-        gathered = None
-        if momentum.device.type != "cpu":
-            if self._stream is None:
-                self._stream = torch.Stream(momentum.device)
-            gathered = torch.accelerator.current_stream(momentum.device).record_event()
-            momentum.record_stream(self._stream)
+        gathered = stream = None
+        device = momentum.device
+        if device.type != "cpu":
+            stream = self._streams.setdefault(device, torch.Stream(device))
+            gathered = torch.accelerator.current_stream(device).record_event()
+            momentum.record_stream(stream)
         found: Future[Found] = Future()
         self._started[key] = found
         with self._lock:
-            self._jobs.append(_Job(found, momentum, right, method, gathered))
+            self._starter = threading.current_thread()
+            self._jobs.append(_Job(found, momentum, right, method, gathered, stream))
             if not self._working:
-                self._working = True
                 threading.Thread(target=self._work, name="conda_dist refresh").start()
+                self._working = True
+
+    def _is_wanted(self) -> bool:
+        """Whether anybody may still ask: training may be in another thread than the main one."""
+        starter = self._starter
+        return threading.main_thread().is_alive() or (starter is not None and starter.is_alive())
 
     def _work(self) -> None:
         # No thread of an executor: those finish all their work before the interpreter may end.
-        while threading.main_thread().is_alive():
+        while self._is_wanted():
             with self._lock:
                 if not self._jobs:
                     self._working = False
@@ -88,12 +96,12 @@ class Background:
 
     @torch.no_grad()
     def _decompose(self, job: _Job) -> Found:
-        if self._stream is None or job.gathered is None:
+        if job.stream is None or job.gathered is None:
             return maths.decompose(job.momentum, job.right, job.method)
-        with self._stream:
-            self._stream.wait_event(job.gathered)
+        with job.stream:
+            job.stream.wait_event(job.gathered)
             found = maths.decompose(job.momentum, job.right, job.method)
-            self._stream.synchronize()  # this thread has the time
+            job.stream.synchronize()  # this thread has the time
         return found
 
     def take(self, key: Hashable) -> Found:

@@ -20,7 +20,8 @@ from conda_dist.setup import Setup, name_of
 from conda_dist.weight import NEVER, basis_key
 
 PENDING = ("snapshot", "snapshot_step")
-"""States that only an asynchronous refresh has: others load its checkpoints, and it theirs."""
+"""States that only an asynchronous refresh has. State dicts without them are loaded, too; torch's
+distributed loader asks for them unless its planner has ``allow_partial_load``."""
 
 
 def match_state(

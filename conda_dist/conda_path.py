@@ -88,6 +88,17 @@ class CondaPath:
         Raises:
             RuntimeError: a decomposition raised, or failed too often; on all ranks alike.
         """
+        try:
+            self._step(grads)
+        except BaseException:
+            self.drop()  # what is pending is launched anew
+            raise
+
+    def drop(self) -> None:
+        """Forgets what is being decomposed: it is launched anew, from its snapshots."""
+        self._background.drop()
+
+    def _step(self, grads: dict[int, Tensor]) -> None:
         due = {i: self.weights[i].due() for i in grads}
         ready: Which = {}
         if self.options.refresh == "async":
@@ -96,14 +107,10 @@ class CondaPath:
             ready = {i: which for i in grads if (which := self.weights[i].ready())}
         key = (*due.items(), *ready.items(), len(ready))
         schedule = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
-        try:
-            self._steady(schedule, grads)
-            for wave in schedule.waves:
-                self._refreshing(wave, grads)
-            self._errands(schedule.errands, grads)
-        except BaseException:
-            self._background.drop()  # what is pending is launched anew
-            raise
+        self._steady(schedule, grads)
+        for wave in schedule.waves:
+            self._refreshing(wave, grads)
+        self._errands(schedule.errands, grads)
         if self.options.refresh == "async":
             self._launch({i: self.weights[i].start() for i in grads})
 
@@ -218,6 +225,8 @@ class CondaPath:
         for k, plan in enumerate(errands):
             weights, arriving = [self.weights[i] for i in plan.weights], coming.popleft()
             coming.extend(begin(after) for after in errands[k + 1 : k + 2])
+            if plan.matrices and going:  # it may raise, on all ranks: no update may be lost
+                errand.finish(*going.popleft())
             going.append((weights, errand.run(plan, weights, arriving, self._background)))
             if len(going) > 1:
                 errand.finish(*going.popleft())

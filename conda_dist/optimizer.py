@@ -286,6 +286,8 @@ class Conda(torch.optim.Optimizer):
             setup.init_state()
             setup.agreed = True
         if setup is not self._setup or self._path is None:
+            if self._path is not None:
+                self._path.drop()
             self._setup, self._path = setup, CondaPath(setup.weights, self._options)
         return setup, self._path
 

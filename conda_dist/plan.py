@@ -127,7 +127,7 @@ class WeightPlan:
         return (
             f"{self.name} {self.storage.shape} stored {self.storage} computed {self.compute} "
             f"basis {self.basis} ranks {self.topology.ranks} refreshed "
-            f"{'and multiplied ' if self.delegated else ''}by {owners}"
+            f"{'and multiplied ' if self.delegated else ''}by {owners} in wave {self.wave}"
         )
 
 

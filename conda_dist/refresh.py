@@ -184,14 +184,21 @@ def _raise_together(mesh: Mesh, error: Exception | None) -> None:
 
 
 def _settle(wave: Sequence[Matrix], weights: Sequence[Weight], outcomes: Sequence[Outcome]) -> None:
-    """Has every weight take note of its outcomes; warns on the first rank, raises on all."""
+    """Has every weight take note of its outcomes; warns on the first rank, raises on all.
+
+    Where it raises no matrix has taken its basis: the others stay due.
+    """
+    failed = [pair for pair in zip(wave, outcomes, strict=True) if pair[1] > Outcome.ZERO]
     complaints = [
-        complaint
-        for matrix, outcome in zip(wave, outcomes, strict=True)
-        if (complaint := weights[matrix.position].settle(matrix.index, outcome, matrix.launched))
+        weights[matrix.position].settle(matrix.index, outcome, matrix.launched)
+        for matrix, outcome in failed
     ]
-    if complaints and not any(weights[0].mesh.coordinate):
-        warnings.warn("\n".join(complaints), RuntimeWarning, stacklevel=2)
+    said = "\n".join(filter(None, complaints))
+    if said and not any(weights[0].mesh.coordinate):
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
     limit = weights[0].options.max_refresh_failures
     if any(count >= limit for weight in weights for count in weight.failures.values()):
-        raise RuntimeError("\n".join(complaints))
+        raise RuntimeError(said)
+    for matrix, outcome in zip(wave, outcomes, strict=True):
+        if outcome <= Outcome.ZERO:
+            weights[matrix.position].settle(matrix.index, outcome, matrix.launched)

@@ -4,6 +4,7 @@ Not at construction, because frameworks replace parameters between the two.
 """
 
 import itertools
+from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -254,10 +255,14 @@ def plan_sites(
 ) -> list[Weight]:
     """Plans the weights of the conda path together: who decomposes what, whose bases are split."""
     shard, waves = _shard_bases(sites, state, options), options.refresh_waves
-    plans = [
-        plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part, i % waves)
-        for i, (site, sharded) in enumerate(zip(sites, shard, strict=True))
-    ]
+    # Counted for each mesh, whose ranks may have different weights on other meshes.
+    counts: dict[Topology, int] = defaultdict(int)
+    plans = []
+    for site, sharded in zip(sites, shard, strict=True):
+        topology = site.mesh.topology
+        wave = counts[topology] % waves
+        plans.append(plan_weight(site.name, topology, site.layout, sharded, site.part, wave))
+        counts[topology] += 1
     plans = deal_owners([delegate(p, options.basis_placement) for p in plans])
     return [
         Weight(site.param, plan, site.mesh, site.group, state, options)

@@ -15,7 +15,12 @@ import models
 import ranks
 import toys
 from conda_dist import Conda, maths
+from conda_dist.exchange import Mesh
+from conda_dist.layout import Layout as Where
+from conda_dist.layout import Split, Topology
+from conda_dist.options import Options
 from conda_dist.reference import decompose, project, project_back
+from conda_dist.setup import Site, plan_sites
 from models import FSDP2, PLAIN, Layout
 from test_parallel_layouts import MATRICES, far, train
 
@@ -77,6 +82,26 @@ def test_waves_are_refreshed_one_after_another(waves: int) -> None:
         expected = _late(start, [row[i] for row in grads], gap, 0, phase)
         assert toys.error(after[-1][i], expected[-1], start) < 1e-4
         assert optimizer.state[params[i]]["basis_step"] == 12 if not phase else phase + gap
+
+
+def test_waves_are_those_of_the_mesh() -> None:
+    """Ranks that share a mesh may have different weights on other meshes that come before it."""
+    dense = Mesh(Topology((4,), (0, 1, 2, 3)))
+    waves = []
+    for experts in (Mesh(Topology((2,), (0, 1))), Mesh(Topology((2,), (2, 3)))):
+        held = 1 if experts.topology.ranks[0] else 2
+        placed = [(experts, f"expert{i}") for i in range(held)]
+        placed += [(dense, f"dense{i}") for i in range(3)]
+        sites = [
+            Site(name, torch.empty(0), mesh, {}, Where((8, 8), mesh.topology.sizes, (Split(0),)))
+            for mesh, name in placed
+        ]
+        weights = plan_sites(sites, {}, Options(refresh_waves=2))
+        waves.append({w.name: (w.plan.wave, w.plan.owners) for w in weights if "dense" in w.name})
+    assert [wave for wave, _ in waves[0].values()] == [0, 1, 0]
+    assert {name: wave for name, (wave, _) in waves[0].items()} == {
+        name: wave for name, (wave, _) in waves[1].items()
+    }
 
 
 def _train(layout: Layout, options: dict[str, Any]) -> Any:
@@ -268,6 +293,29 @@ def test_a_process_ends_with_refreshes_pending() -> None:
     ended = subprocess.run([sys.executable, "-c", FORSAKEN], timeout=60, capture_output=True)
     assert ended.returncode == 7
     assert int(ended.stdout) < 5
+
+
+ELSEWHERE = """
+import threading, torch
+from conda_dist import Conda
+params = [torch.nn.Parameter(torch.randn(60, 40)) for _ in range(8)]
+optimizer = Conda(
+    [{"params": params, "algorithm": "conda"}], update_proj_gap=2, refresh="async", refresh_delay=1
+)
+def train():
+    threading.main_thread().join()
+    for step in range(9):
+        for param in params:
+            param.grad = torch.randn(60, 40)
+        optimizer.step()
+    print(int(optimizer.state[params[0]]["basis_step"]))
+threading.Thread(target=train).start()
+"""
+
+
+def test_training_in_a_thread_that_outlives_the_main_one() -> None:
+    ended = subprocess.run([sys.executable, "-c", ELSEWHERE], timeout=60, capture_output=True)
+    assert ended.stdout.strip() == b"6", ended.stderr
 
 
 def test_options() -> None:
