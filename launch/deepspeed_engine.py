@@ -164,12 +164,10 @@ class DeepSpeedEngine:
                 f"--training.compute_dtype {saved.get('dtype')}"
             )
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups]
-        try:
-            found, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        except Exception as error:
-            raise JobError(f"DeepSpeed: {type(error).__name__}: {error}") from error
+        # It may raise on one rank alone: no JobError, whose ranks wait for each other at the end.
+        found, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if found is None:
-            raise JobError(f"DeepSpeed found nothing to load in {folder}")
+            raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
         # Hyperparameters are the config's, not the checkpoint's.
         for group, own in zip(self._groups, settings, strict=True):
             group.update(own)

@@ -92,6 +92,8 @@ class Forecast:
         rotate: Operations of taking what it has to new bases.
         elements: Elements it updates in a step.
         collectives: Collectives of a step.
+        bf16: Whether its products are in bfloat16.
+        svd: Whether its decompositions run at the SVD's rate, else at that of float32 products.
         kinds: Its projected weights.
     """
 
@@ -103,6 +105,8 @@ class Forecast:
     rotate: float = 0.0
     elements: int = 0
     collectives: int = 0
+    bf16: bool = False
+    svd: bool = True
     kinds: list[Kind] = field(default_factory=list)
 
 
@@ -178,7 +182,11 @@ def _sum_up(
         load[plan.owners[0]] += refresh_flops(m, n, settings.refresh_method)
         multiplied[plan.owners[0]] += 4.0 * plan.delegated * m * n * min(m, n)
     busiest = at or max(load, key=lambda c: (multiplied[c], load[c], c))
-    found = Forecast(decompose=load[busiest])
+    found = Forecast(
+        decompose=load[busiest],
+        bf16=(settings.matmul_dtype or settings.basis_dtype) == "bfloat16",
+        svd=settings.refresh_method == "svd",
+    )
     known: dict[object, Costs] = {}
     for plan in plans:
         mine = plan.owners[0] == busiest
@@ -247,7 +255,7 @@ def forecast_muon(
 
     In bfloat16 both ways; owners share the matrices of a tensor-parallel group's data ranks.
     """
-    found = Forecast()
+    found = Forecast(bf16=True)
     p = mesh.dp_shard * mesh.tp
     axis = 2 if mesh.dp_shard == 1 else 1
     load = [0.0] * p
@@ -307,8 +315,6 @@ def seconds(
     *,
     parameters: int,
     tokens: int,
-    bf16_products: bool,
-    svd: bool = True,
 ) -> Seconds:
     """Time that a forecast takes.
 
@@ -318,10 +324,8 @@ def seconds(
         hardware: What they are.
         parameters: Elements of the whole model.
         tokens: Tokens of a step on each data-parallel rank.
-        bf16_products: Whether the products of a step are in bfloat16.
-        svd: Whether decompositions run at the SVD's rate, else at that of float32 products.
     """
-    rate = (hardware.bf16_flops if bf16_products else hardware.fp32_flops) * hardware.reached
+    rate = (hardware.bf16_flops if found.bf16 else hardware.fp32_flops) * hardware.reached
     fp32 = hardware.fp32_flops * hardware.reached
 
     def moved(sent: Mapping[int, int]) -> float:
@@ -341,5 +345,5 @@ def seconds(
     exchange = moved(found.refresh) + found.rotate / fp32
     training = 6.0 * parameters * tokens / mesh.tp / (hardware.bf16_flops * hardware.training)
     return Seconds(
-        step, found.decompose / (hardware.svd_flops if svd else fp32), exchange, training
+        step, found.decompose / (hardware.svd_flops if found.svd else fp32), exchange, training
     )

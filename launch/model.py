@@ -86,7 +86,7 @@ def initialised_model(
 def empty_model(config: ModelConfig, training: TrainingConfig, vocab_size: int) -> PreTrainedModel:
     """The model without values: names, modules and shapes."""
     with torch.device("meta"):
-        return architecture(config, training.sequence_length, vocab_size)
+        return _architecture(config, training.sequence_length, vocab_size)
 
 
 def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
@@ -106,8 +106,7 @@ def parameter_count(model: nn.Module) -> int:
     return sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters())
 
 
-def architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrainedModel:
-    """The model of a config, on torch's default device; `length` in tokens."""
+def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrainedModel:
     if config.architecture == "llama":
         return LlamaForCausalLM(
             LlamaConfig(

@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +25,7 @@ from . import forecast, options
 from .config import Config, ConfigError
 from .forecast import AXES, Forecast, Mesh, Seconds
 from .hardware import HARDWARE, Hardware
-from .model import architecture
+from .model import empty_model, parameter_count
 from .picture import new_figure
 from .pretrain import EXIT_CONFIG
 
@@ -125,13 +123,9 @@ class Planned:
             raise ConfigError("tensor parallelism is planned for LLaMA only; leave tp out")
         self.mesh, self._tokens = mesh, tokens
         self._settings = config.optimizer.conda
-        self._model = config.model
-        with torch.device("meta"):
-            model = architecture(
-                config.model, config.training.sequence_length, config.tokenizer.vocab_size
-            )
+        model = empty_model(config.model, config.training, config.tokenizer.vocab_size)
         self.projected, self.others = forecast.named_shapes(model)
-        self.parameters = sum(param.numel() for param in model.parameters())
+        self.parameters = parameter_count(model)
         self.conda = forecast.forecast_conda(
             self.projected, self.others, mesh, self._settings, int(budget_gib * GIB)
         )
@@ -153,16 +147,7 @@ class Planned:
             hardware,
             parameters=self.parameters,
             tokens=self._tokens,
-            bf16_products=self._bf16_products(found),
-            svd=found is not self.conda or self._settings.refresh_method == "svd",
         )
-
-    def _bf16_products(self, found: Forecast) -> bool:
-        # Muon multiplies in bfloat16; the released Conda in float32.
-        if found is not self.conda:
-            return bool(found.flops) and not found.decompose
-        kind = self._settings.matmul_dtype or self._settings.basis_dtype
-        return kind == "bfloat16"
 
     def per_step(self, found: Forecast, hardware: Hardware) -> float:
         """Mean seconds of a step, its share of a refresh that nothing hides included."""
@@ -263,7 +248,7 @@ def draw_scaling(path: Path, hardware: Hardware, tokens: int, keys: Sequence[str
         config = options.load(str(CONFIGS / f"{name}.toml"), keys)
         curves: dict[str, list[tuple[float, float]]] = {}
         for ranks in RANKS:
-            planned = Planned(config, replace(Mesh(), dp_shard=ranks), 4.0, tokens)
+            planned = Planned(config, Mesh(dp_shard=ranks), 4.0, tokens)
             for title, found in {"Conda, sharded": planned.conda, **planned.rivals()}.items():
                 point = planned.per_step(found, hardware), found.state / GIB
                 curves.setdefault(title, []).append(point)

@@ -81,7 +81,7 @@ def test_waves_are_refreshed_one_after_another(waves: int) -> None:
         phase = i % waves * gap // waves
         expected = _late(start, [row[i] for row in grads], gap, 0, phase)
         assert toys.error(after[-1][i], expected[-1], start) < 1e-4
-        assert optimizer.state[params[i]]["basis_step"] == 12 if not phase else phase + gap
+        assert optimizer.state[params[i]]["basis_step"] == phase + (gap if phase else 2 * gap)
 
 
 def test_waves_are_those_of_the_mesh() -> None:
@@ -130,7 +130,7 @@ def test_on_shards(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("layout", [((4,), [Shard(0)]), ((2, 2), [Shard(0), Shard(1)])], ids=str)
-def test_parts_of_fused_weights_on_shards(layout: Any) -> None:
+def test_iterations_on_shards(layout: Any) -> None:
     options = {"refresh": "async", "refresh_delay": 1, "refresh_method": "orthogonal_iteration"}
     alone = train(None, MATRICES, options)
     for ended in ranks.run(4, train, layout, MATRICES, options):

@@ -16,9 +16,8 @@ from conda_dist.layout import Split, Topology
 from conda_dist.plan import plan_weight
 from models import FSDP2, PLAIN, Layout
 from test_layout_traffic import LAYOUTS as TRAFFIC
-from test_layout_traffic import _optimizer, _sent
+from test_layout_traffic import _sent, measure
 from test_parallel_layouts import DENSE, EXPERTS, MATRICES, far, train
-from traffic import Call, recorded
 
 OWNER: dict[str, Any] = {"basis_placement": "owner"}
 OTHERS: list[dict[str, Any]] = [
@@ -142,32 +141,22 @@ def test_a_broken_momentum_gives_no_basis() -> None:
         assert sorted(steps)[:2] == [0.0, 3.0]
 
 
-def _measure(name: str, options: dict[str, Any]) -> tuple[list[Call], list[Call], int, int]:
-    optimizer = _optimizer(name, **OWNER, **options)
-    report = optimizer.report(show=False)
-    traffic = []
-    for _ in range(3):
-        with recorded() as calls:
-            optimizer.step()
-        traffic.append(list(calls))
-    step, refresh = (sum(r[key] for r in report) for key in ("step_bytes", "refresh_bytes"))  # type: ignore[literal-required]
-    return traffic[1], traffic[2], step, refresh
-
-
 @pytest.mark.parametrize("options", [{}, {"matmul_dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize(
     "name", ["FSDP 4", "HSDP 2x2", "FSDP 2 x TP 2", "HSDP 2 x FSDP 2 x TP 2", "TP 4"]
 )
 def test_traffic_is_what_the_report_says(name: str, options: dict[str, Any]) -> None:
     world = torch.Size(TRAFFIC[name][0]).numel()
-    for steady, refreshing, step_bytes, refresh_bytes in ranks.run(world, _measure, name, options):
+    for steady, refreshing, step_bytes, refresh_bytes in ranks.run(
+        world, measure, name, {**OWNER, **options}
+    ):
         assert _sent(steady) == step_bytes
         assert _sent(refreshing) == refresh_bytes
 
 
 def test_four_shares_of_the_weight_and_one_of_the_basis() -> None:
     """What all ranks together send for LLaMA's projections."""
-    answers = ranks.run(4, _measure, "FSDP 4", {})
+    answers = ranks.run(4, measure, "FSDP 4", OWNER)
     shapes = [shape for _, shape, _ in TRAFFIC["FSDP 4"][1]]
     elements = sum(4 * m * n + min(m, n) ** 2 for m, n in shapes) * 3 // 4
     assert sum(step for _, _, step, _ in answers) == 4 * elements

@@ -80,8 +80,9 @@ def _optimizer(name: str, **options: Any) -> Conda:
     return Conda(groups, update_proj_gap=2, **options)
 
 
-def _measure(name: str) -> Traffic:
-    optimizer = _optimizer(name)
+def measure(name: str, options: dict[str, Any]) -> Traffic:
+    """Calls of a steady step and of one with a refresh, and the bytes that the report has."""
+    optimizer = _optimizer(name, **options)
     report = optimizer.report(show=False)
     traffic = []
     for _ in range(3):
@@ -98,7 +99,7 @@ def _sent(calls: list[Call]) -> int:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_traffic_is_what_the_report_says(name: str) -> None:
-    answers = ranks.run(torch.Size(LAYOUTS[name][0]).numel(), _measure, name)
+    answers = ranks.run(torch.Size(LAYOUTS[name][0]).numel(), measure, name, {})
     for steady, refreshing, step_bytes, refresh_bytes in answers:
         assert {call.name for call in steady} <= {"all_to_all"}
         assert _sent(steady) == step_bytes
@@ -139,7 +140,7 @@ def test_traffic_and_state_of_asynchronous_refreshes(name: str) -> None:
 )
 def test_layouts_that_fit_the_algebra_move_nothing(name: str) -> None:
     """But for TP: its row-wise wo is square, of which Conda keeps rows and TP has columns."""
-    for steady, _, step_bytes, _ in ranks.run(4, _measure, name):
+    for steady, _, step_bytes, _ in ranks.run(4, measure, name, {}):
         expected = 2 * 3 * WIDTH * WIDTH // 16 * 4 if name == "TP 4" else 0
         assert step_bytes == expected
         assert len(steady) == (2 if expected else 0)
@@ -150,7 +151,7 @@ def _table() -> None:
     print("|---|---|---|---|---|")
     for name, (shape, weights) in LAYOUTS.items():
         world = torch.Size(shape).numel()
-        answers = ranks.run(world, _measure, name)
+        answers = ranks.run(world, measure, name, {})
         elements = sum(torch.Size(size).numel() for _, size, _ in weights)
         steady = max(len(answer[0]) for answer in answers)
         step, refresh = (sum(answer[i] for answer in answers) / world for i in (2, 3))
