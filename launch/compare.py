@@ -48,7 +48,7 @@ class Trial:
     """Of its optimizer, or engine."""
     lr: float
     folder: Path
-    arguments: list[str]
+    arguments: tuple[str, ...]
     """Of the pretraining job, the config's path first."""
 
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = given.optimizers or list(get_args(OptimizerName))
             trials = plan(given.config, given.output, names, given.lr, overrides)
         processes = {trial.name: 1 if trial.name == "single" else given.nproc for trial in trials}
-        failed = [trial for trial in trials if not _run(trial, processes[trial.name])]
+        failed = [trial for trial in trials if not run_trial(trial, processes[trial.name])]
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return EXIT_STOPPED
@@ -109,7 +109,7 @@ def plan(
         for lr in sweeps.get(name, [configured]):
             folder = output / f"{name}-lr{lr:g}"
             own = ["--optimizer.lr", repr(lr), "--output", str(folder), "--resume"]
-            trials.append(Trial(name, lr, folder, [*common, *own]))
+            trials.append(Trial(name, lr, folder, (*common, *own)))
     return trials
 
 
@@ -133,7 +133,8 @@ def plan_engines(
                 arguments.append(f"--{key}={text}")
         lr = options.load(config, arguments[1:]).optimizer.chosen.lr
         folder = output / name
-        trials.append(Trial(name, lr, folder, [*arguments, "--output", str(folder), "--resume"]))
+        own = ("--output", str(folder), "--resume")
+        trials.append(Trial(name, lr, folder, (*arguments, *own)))
     return trials
 
 
@@ -189,7 +190,7 @@ def _overrides_for(optimizer: str, overrides: list[str]) -> list[str]:
     return kept
 
 
-def _run(trial: Trial, processes: int) -> bool:
+def run_trial(trial: Trial, processes: int) -> bool:
     """Runs or continues a trial unless it is complete; returns whether it is now.
 
     Raises:
