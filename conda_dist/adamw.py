@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist.maths import Hyper
+from conda_dist.maths import Hyper, decode, dither, store_
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +29,31 @@ CHUNK_NUMEL = 2**24
 """Elements updated at a time: bounds what a step allocates, whatever the size of the model."""
 
 
-def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
+def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool = False) -> None:
     """Takes a step in place.
 
     Args:
         entries: parameters that have taken equally many steps.
         step: how many, counting this one, from 1.
         hyper: their hyperparameters; ``scale`` is not applied.
+        stochastic: whether bfloat16 moments are rounded up or down in proportion.
     """
     alike: dict[Any, list[Entry]] = defaultdict(list)
     for entry in entries:
-        alike[entry.param.device, entry.param.dtype, entry.exp_avg.dtype].append(entry)
+        dtypes = entry.param.dtype, entry.exp_avg.dtype, entry.exp_avg_sq.dtype
+        alike[entry.param.device, *dtypes].append(entry)
     for same in alike.values():
         chunk, numel = [], 0
         for entry in same:
             chunk.append(entry)
             numel += entry.param.numel()
             if numel >= CHUNK_NUMEL:
-                _foreach(chunk, step, hyper)
+                _foreach(chunk, step, hyper, stochastic)
                 chunk, numel = [], 0
-        _foreach(chunk, step, hyper)
+        _foreach(chunk, step, hyper, stochastic)
 
 
-def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
+def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool) -> None:
     if not entries:
         return
     params = [entry.param for entry in entries]
@@ -59,14 +61,21 @@ def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
     work = torch.promote_types(entries[0].exp_avg.dtype, torch.float32)
     grads = [entry.grad.to(work) for entry in entries]
     exp_avgs = [entry.exp_avg.to(work) for entry in entries]
-    exp_avg_sqs = [entry.exp_avg_sq.to(work) for entry in entries]
+    exp_avg_sqs = [decode(entry.exp_avg_sq, work) for entry in entries]
 
     torch._foreach_lerp_(exp_avgs, grads, 1 - hyper.beta1)
     torch._foreach_mul_(exp_avg_sqs, hyper.beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - hyper.beta2)
-    if work != entries[0].exp_avg.dtype:
-        torch._foreach_copy_([entry.exp_avg for entry in entries], exp_avgs)
-        torch._foreach_copy_([entry.exp_avg_sq for entry in entries], exp_avg_sqs)
+    for kept, values in (
+        ([entry.exp_avg for entry in entries], exp_avgs),
+        ([entry.exp_avg_sq for entry in entries], exp_avg_sqs),
+    ):
+        coded = kept[0].dtype == torch.uint8
+        if coded or (stochastic and kept[0].dtype == torch.bfloat16):
+            for moment, value in zip(kept, values, strict=True):
+                store_(moment, value, dither(step))
+        elif kept[0].dtype != work:
+            torch._foreach_copy_(kept, values)
 
     updates = torch._foreach_sqrt(exp_avg_sqs)
     torch._foreach_add_(updates, hyper.eps)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from conda_dist import storage
+from conda_dist import maths, storage
 from conda_dist.layout import Coordinate, Layout
 from conda_dist.routing import CONDA, clean_name
 from conda_dist.setup import Setup, name_of
-from conda_dist.weight import NEVER, basis_key
+from conda_dist.weight import CODES, NEVER, basis_key
 
 PENDING = ("snapshot", "snapshot_step")
 """States that only an asynchronous refresh has. State dicts without them are loaded, too; torch's
@@ -163,6 +163,8 @@ def _check_state(
 ) -> None:
     """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
     needed = _state_shapes(shape, group["algorithm"], group["splits"])
+    if CODES in saved:
+        needed[CODES] = needed.pop("exp_avg_sq")
     if any(key in saved for key in PENDING):
         needed |= {"snapshot": shape, "snapshot_step": needed["basis_step"]}
     if not needed.keys() <= saved.keys():
@@ -204,12 +206,25 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
     for member in setup.members:
         state, source = member.state, saved[member.param]
         for key, layout in member.state_layouts().items():
-            if key in source or key not in PENDING:
+            if key == member.second_key and key not in source:
+                _convert(state[key], layout, member.mesh.coordinate, source)
+            elif key in source or key not in PENDING:
                 _copy(state[key], layout, member.mesh.coordinate, source[key])
         for key in state.keys() & {"step", "basis_step"}:  # small, and whole on every rank
             state[key].copy_(torch.as_tensor(source[key]))
         if "snapshot_step" in state:  # without one a refresh that was pending is due again
             state["snapshot_step"].copy_(torch.as_tensor(source.get("snapshot_step", NEVER)))
+
+
+def _convert(
+    target: Tensor, layout: Layout, coordinate: Coordinate, source: Mapping[str, Any]
+) -> None:
+    """Copies a second moment into one that is kept in codes, or the codes into one that is not."""
+    key, dtype = (CODES, torch.uint8) if CODES in source else ("exp_avg_sq", torch.float32)
+    as_saved = torch.empty_like(target, dtype=dtype)
+    _copy(as_saved, layout, coordinate, source[key])
+    values = maths.decode(storage.local(as_saved), torch.float32)
+    maths.store_(storage.local(target), values, None)
 
 
 def _copy(target: Tensor, layout: Layout, coordinate: Coordinate, value: Any) -> None:

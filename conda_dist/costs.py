@@ -19,7 +19,8 @@ class Sizes:
 
     Attributes:
         param: of the parameter, its gradient and its update.
-        moment: of the moments.
+        moment: of the first moment.
+        second: of the second moment.
         basis: of the basis.
         rotation: of what a refresh sends back.
         product: of the products of a step.
@@ -27,6 +28,7 @@ class Sizes:
 
     param: int = 4
     moment: int = 4
+    second: int = 4
     basis: int = 4
     rotation: int = 4
     product: int = 4
@@ -54,19 +56,22 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
         return _delegated(plan, coordinate, sizes, is_async)
     wave = plan_wave(plans, (0,), [range(count)], coordinate)
     bucket = plan_bucket(plans, (0,), coordinate)
-    two = [sizes.moment] * 2  # of a part's or a flat weight's, that travel with its gradient
+    two = [
+        sizes.moment,
+        sizes.second,
+    ]  # of a part's or a flat weight's, that travel with its gradient
     step = _sent(
         coordinate,
         (bucket.forward, [sizes.param, sizes.basis, *two]),
         (bucket.backward, [sizes.param, *two]),
     )
     moved = [(wave.gather, [sizes.moment] * count), (wave.scatter, [sizes.rotation] * count)]
-    kept, counts = 2 * sizes.moment, 4 + 4 * count
+    kept, counts = sizes.moment + sizes.second, 4 + 4 * count
     if is_async:
         launch = plan_launch(plans, (0,), [range(count)], coordinate)
         moved[0] = (launch.gather, [sizes.moment] * count)
         moved.append((launch.forward, [sizes.moment]))
-        kept, counts = 3 * sizes.moment, 4 + 8 * count
+        kept, counts = kept + sizes.moment, 4 + 8 * count
     numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
     state = numel * kept + basis * sizes.basis + counts
     return Costs(state, step, _sent(coordinate, *moved))
@@ -93,8 +98,9 @@ def _delegated(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async:
     both = _sent(coordinate, *moved)
     refresh = {d: count - step.get(d, 0) for d, count in both.items()}
     numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
-    kept, counts = (3, 12) if is_async else (2, 8)
-    return Costs(numel * kept * sizes.moment + basis * sizes.basis + counts, step, refresh)
+    firsts, counts = (2, 12) if is_async else (1, 8)
+    kept = firsts * sizes.moment + sizes.second
+    return Costs(numel * kept + basis * sizes.basis + counts, step, refresh)
 
 
 def _sent(coordinate: Coordinate, *exchanges: tuple[Sequence[Hop], Sequence[int]]) -> Sent:

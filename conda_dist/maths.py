@@ -59,15 +59,72 @@ def project_back(y: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | Non
     return project(y, basis.mT, right, dtype)
 
 
-def average_(exp_avg: Tensor, projected_grad: Tensor, beta1: float) -> None:
-    """Updates the projected first moment in place."""
+LEVELS_PER_OCTAVE, FIRST_OCTAVE = 3, -60
+"""The code of a second moment in 8 bits: 0 is zero, c > 0 is 2^(FIRST_OCTAVE + (c - 1) / 3), from
+2^-60, whose root is a tenth of the usual eps, to 2^24.7. Every element is by itself, without scales
+of blocks, so that codes can be sharded and resharded as the numbers they stand for."""
+
+
+def dither(step: int) -> float:
+    """What is added before rounding down in a step: the golden ratio's multiples, modulo 1.
+
+    Over steps they fill [0, 1) evenly (Weyl's theorem), so that a value is rounded up as often as
+    it is near the number above, and small changes are not lost; more evenly than random numbers
+    would, and without any to draw, or to keep in a checkpoint.
+    """
+    return step * 0.6180339887498949 % 1.0
+
+
+def decode(exp_avg_sq: Tensor, dtype: torch.dtype) -> Tensor:
+    """The second moment in ``dtype``: its numbers if it is in codes, itself where it is not."""
+    if exp_avg_sq.dtype != torch.uint8:
+        return exp_avg_sq.to(dtype)
+    octaves = exp_avg_sq.to(torch.promote_types(dtype, torch.float32))
+    octaves.sub_(1).div_(LEVELS_PER_OCTAVE).add_(FIRST_OCTAVE).exp2_()
+    return octaves.masked_fill_(exp_avg_sq == 0, 0.0).to(dtype)
+
+
+def store_(moment: Tensor, value: Tensor, rounding: float | None) -> None:
+    """Rounds a moment to where it is kept.
+
+    Args:
+        moment: bfloat16, or codes of a second moment in uint8, or of more bits.
+        value: what it shall be, in at least float32.
+        rounding: from :func:`dither`: what is added, in units of the last place, before rounding
+            down; None to round to nearest.
+    """
+    if moment.dtype == torch.uint8:
+        levels = value.log2().sub_(FIRST_OCTAVE).mul_(LEVELS_PER_OCTAVE)
+        levels.add_(1 + (0.5 if rounding is None else rounding)).floor_().clamp_(0, 255)
+        # A NaN has no code; the first moment has it, too, and keeps it.
+        moment.copy_(levels.nan_to_num_(255.0))
+    elif rounding is None or moment.dtype != torch.bfloat16:
+        moment.copy_(value)
+    else:
+        value = value.float()
+        bits = value.view(torch.int32).add(int(rounding * 2**16)).bitwise_and_(-(2**16))
+        # The bits of a NaN may overflow into those of zero.
+        moment.copy_(bits.view(torch.float32).where(value.isfinite(), value))
+
+
+def average_(
+    exp_avg: Tensor, projected_grad: Tensor, beta1: float, rounding: float | None = None
+) -> None:
+    """Updates the projected first moment in place; ``rounding`` as of :func:`store_`."""
     if exp_avg.dtype == projected_grad.dtype:
         exp_avg.lerp_(projected_grad, 1 - beta1)
     else:  # moments of fewer bits are rounded once, not at every operation
-        exp_avg.copy_(exp_avg.to(projected_grad.dtype).lerp_(projected_grad, 1 - beta1))
+        average = exp_avg.to(projected_grad.dtype).lerp_(projected_grad, 1 - beta1)
+        store_(exp_avg, average, rounding)
 
 
-def normalise_(projected_grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper) -> Tensor:
+def normalise_(
+    projected_grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: Hyper,
+    rounding: float | None = None,
+) -> Tensor:
     """Updates the second moment and returns proj(M) / (sqrt(v) + eps).
 
     Args:
@@ -75,11 +132,12 @@ def normalise_(projected_grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hype
         exp_avg: projected first moment, already updated.
         exp_avg_sq: second moment, updated in place.
         hyper: hyperparameters of the step.
+        rounding: as of :func:`store_`.
     """
-    second = exp_avg_sq.to(projected_grad.dtype)
+    second = decode(exp_avg_sq, projected_grad.dtype)
     second.mul_(hyper.beta2).addcmul_(projected_grad, projected_grad, value=1 - hyper.beta2)
     if second is not exp_avg_sq:
-        exp_avg_sq.copy_(second)
+        store_(exp_avg_sq, second, rounding)
     denominator = torch.sqrt(second, out=projected_grad).add_(hyper.eps)
     return torch.div(exp_avg.to(denominator.dtype), denominator, out=denominator)
 

@@ -91,6 +91,12 @@ class Conda(torch.optim.Optimizer):
             interval.
         refresh_waves: parts into which the matrices are dealt, in their order, to be refreshed one
             after another within each interval; after the first step, which refreshes all.
+        second_moment_dtype: dtype of the second moments alone. ``torch.uint8`` keeps each element's
+            logarithm in 8 bits, in a state ``exp_avg_sq_codes`` in the place of ``exp_avg_sq``,
+            rounded up or down in proportion from step to step.
+        stochastic_rounding: whether bfloat16 moments are rounded like that too, not to nearest, so
+            that changes of less than their last bit add up over steps. Nothing is random: steps
+            have the golden ratio's multiples for a threshold, the same in every run.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
 
@@ -124,6 +130,8 @@ class Conda(torch.optim.Optimizer):
         refresh: str = "sync",
         refresh_delay: int = 20,
         refresh_waves: int = 1,
+        second_moment_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -150,6 +158,8 @@ class Conda(torch.optim.Optimizer):
             refresh,
             refresh_delay,
             refresh_waves,
+            second_moment_dtype,
+            stochastic_rounding,
         )
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
@@ -319,11 +329,12 @@ class Conda(torch.optim.Optimizer):
                     storage.local(plain.param),
                     grad,
                     storage.local(state["exp_avg"]),
-                    storage.local(state["exp_avg_sq"]),
+                    storage.local(state[plain.second_key]),
                 )
             )
         for (group, step), entries in alike.items():
-            adamw_(entries, step, hyper_of(groups[group]))
+            stochastic = self._options.stochastic_rounding
+            adamw_(entries, step, hyper_of(groups[group]), stochastic)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, on whatever ranks and layout it was saved.

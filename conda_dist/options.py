@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
 """Dtypes of moments and products by name, for command lines and JSON."""
 
-OF_DTYPES = ("state_dtype", "matmul_dtype", "basis_dtype")
+OF_DTYPES = ("state_dtype", "second_moment_dtype", "matmul_dtype", "basis_dtype")
 """The options that are dtypes."""
 
 PLACEMENTS = ("auto", "replicate", "shard", "owner")
@@ -31,6 +31,8 @@ class Options:
     refresh: str = "sync"
     refresh_delay: int = 20
     refresh_waves: int = 1
+    second_moment_dtype: torch.dtype | None = None
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant.
@@ -43,13 +45,27 @@ class Options:
             dtype = getattr(self, name)
             if dtype is not None and not isinstance(dtype, torch.dtype):
                 raise TypeError(f"{name} must be a torch.dtype or None, got {dtype!r}")
+            if name == "second_moment_dtype" and dtype == torch.uint8:
+                continue
             if dtype is not None and not dtype.is_floating_point:
-                raise ValueError(f"{name} must be a floating point dtype, got {dtype}")
+                coded = " or torch.uint8" if name == "second_moment_dtype" else ""
+                raise ValueError(f"{name} must be a floating point dtype{coded}, got {dtype}")
             if dtype is not None and dtype.itemsize < 2:
                 raise ValueError(f"{name} must have at least 16 bits, got {dtype}")
-        if self.state_dtype == torch.float16:
+        for name in ("state_dtype", "second_moment_dtype"):
+            if getattr(self, name) == torch.float16:
+                raise ValueError(
+                    f"{name}=torch.float16 loses the squares of small gradients; use bfloat16"
+                )
+        if not isinstance(self.stochastic_rounding, bool):
+            raise TypeError(f"stochastic_rounding must be a bool, got {self.stochastic_rounding!r}")
+        if self.stochastic_rounding and torch.bfloat16 not in (
+            self.state_dtype,
+            self.second_moment_dtype,
+        ):
             raise ValueError(
-                "state_dtype=torch.float16 loses the squares of small gradients; use bfloat16"
+                "stochastic_rounding has nothing to round: moments are bfloat16 by "
+                "state_dtype=torch.bfloat16 or second_moment_dtype=torch.bfloat16"
             )
         if self.basis_dtype == torch.float16:
             raise ValueError("basis_dtype must be float64, float32 or bfloat16, got torch.float16")

@@ -14,7 +14,7 @@ from rich.table import Table
 from conda_dist.costs import Sizes, costs
 from conda_dist.routing import route
 from conda_dist.setup import Plain, Setup
-from conda_dist.weight import Weight, basis_dtype, moment_dtype
+from conda_dist.weight import Weight, basis_dtype, moment_dtype, second_dtype
 
 
 class Row(TypedDict):
@@ -61,6 +61,7 @@ def rows(setup: Setup) -> list[Row]:
 
 def _adamw_row(plain: Plain) -> Row:
     numel = plain.layout.numel(plain.mesh.coordinate)
+    first, second = (of(plain.param, plain.options) for of in (moment_dtype, second_dtype))
     return Row(
         name=plain.name,
         shape=plain.layout.shape,
@@ -70,7 +71,7 @@ def _adamw_row(plain: Plain) -> Row:
         compute=str(plain.layout),
         basis="",
         owners=[],
-        state_bytes=2 * numel * moment_dtype(plain.param, plain.options).itemsize + 4,
+        state_bytes=numel * (first.itemsize + second.itemsize) + 4,
         step_bytes=0,
         refresh_bytes=0,
     )
@@ -82,6 +83,7 @@ def _conda_row(weight: Weight) -> Row:
     sizes = Sizes(
         weight.param.element_size(),
         moment_dtype(weight.param, weight.options).itemsize,
+        second_dtype(weight.param, weight.options).itemsize,
         basis.itemsize,
         torch.promote_types(basis, torch.float32).itemsize,
         (weight.options.matmul_dtype or basis).itemsize,

@@ -21,7 +21,14 @@ from conda_dist.options import Options
 from conda_dist.owners import deal_owners
 from conda_dist.plan import plan_weight, replicated_basis_bytes
 from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
-from conda_dist.weight import Weight, basis_dtype, basis_key, moment_dtype
+from conda_dist.weight import (
+    Weight,
+    basis_dtype,
+    basis_key,
+    moment_dtype,
+    second_dtype,
+    second_key,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,12 @@ class Plain:
 
     def state_layouts(self) -> dict[str, Layout]:
         """Where the elements of each state are."""
-        return {"exp_avg": self.layout, "exp_avg_sq": self.layout}
+        return {"exp_avg": self.layout, self.second_key: self.layout}
+
+    @property
+    def second_key(self) -> str:
+        """Name of the state that is its second moment."""
+        return second_key(self.options)
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves it alone if it is there."""
@@ -63,7 +75,8 @@ class Plain:
         local = storage.local(self.param)
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name, layout in self.state_layouts().items():
-            elements = torch.zeros_like(local, dtype=moment_dtype(self.param, self.options))
+            of = second_dtype if name == self.second_key else moment_dtype
+            elements = torch.zeros_like(local, dtype=of(self.param, self.options))
             state[name] = storage.like(self.param, layout, elements)
 
 
@@ -119,6 +132,11 @@ class Setup:
             ValueError: one is not where the plan has it.
         """
         for member in (m for m in self.members if m.state):
+            if member.second_key not in member.state:
+                raise ValueError(
+                    f"{member.name}: its state was made with another second_moment_dtype; drop it "
+                    "(del optimizer.state[param]), or load its state dict, which converts it."
+                )
             for key, layout in member.state_layouts().items():
                 held = tuple(storage.local(member.state[key]).shape)
                 if held != (expected := layout.local_shape(member.mesh.coordinate)):

@@ -19,6 +19,10 @@ NEVER = -1.0
 ``snapshot_step`` of one that has no refresh pending."""
 
 
+CODES = "exp_avg_sq_codes"
+"""The state that is a second moment in 8 bits; see :func:`conda_dist.maths.decode`."""
+
+
 def hyper_of(group: dict[str, Any]) -> Hyper:
     """The hyperparameters a group has at this moment."""
     beta1, beta2 = group["betas"]
@@ -37,6 +41,16 @@ def hyper_of(group: dict[str, Any]) -> Hyper:
 def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
     """Dtype of a parameter's moments: ``state_dtype``, else its own but at least float32."""
     return options.state_dtype or torch.promote_types(param.dtype, torch.float32)
+
+
+def second_dtype(param: Tensor, options: Options) -> torch.dtype:
+    """Dtype of a parameter's second moment: ``second_moment_dtype``, else that of both."""
+    return options.second_moment_dtype or moment_dtype(param, options)
+
+
+def second_key(options: Options) -> str:
+    """Name of the state that is the second moment, or its codes: none may pass for the other."""
+    return CODES if options.second_moment_dtype == torch.uint8 else "exp_avg_sq"
 
 
 def basis_dtype(param: Tensor, options: Options) -> torch.dtype:
@@ -86,6 +100,7 @@ class Weight:
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
         self._borrowed: tuple[Tensor, Tensor] | None = None
         self._basis_key = basis_key(plan.part)
+        self.second_key = second_key(options)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -102,7 +117,7 @@ class Weight:
         layouts = {self._basis_key: self.plan.basis}
         if not self.plan.part:
             moments = self.plan.moments.whole
-            names = ("exp_avg", "exp_avg_sq", *(("snapshot",) if self.is_async else ()))
+            names = ("exp_avg", self.second_key, *(("snapshot",) if self.is_async else ()))
             layouts = {**dict.fromkeys(names, moments), **layouts}
         return layouts
 
@@ -129,7 +144,8 @@ class Weight:
                 elements = torch.zeros(shape, dtype=dtype, device=device)
                 self._set_identity(elements)
             else:
-                dtype = moment_dtype(self.param, self.options)
+                of = second_dtype if name == self.second_key else moment_dtype
+                dtype = of(self.param, self.options)
                 elements = torch.zeros(shape, dtype=dtype, device=device)
             state[name] = storage.like(self.param, layout, elements)
         if not self.plan.part:
@@ -230,7 +246,7 @@ class Weight:
     @property
     def kept(self) -> tuple[Tensor, Tensor]:
         """This rank's elements of the two moments, where they are kept, or copies of them."""
-        first, second = (storage.local(self.state[key]) for key in ("exp_avg", "exp_avg_sq"))
+        first, second = (storage.local(self.state[key]) for key in ("exp_avg", self.second_key))
         return self.rows(first), self.rows(second)
 
     @property
@@ -245,7 +261,7 @@ class Weight:
     def give_back(self, first: Tensor, second: Tensor) -> None:
         """Takes the moments back to where they are kept."""
         self._borrowed = None
-        for key, moment in (("exp_avg", first), ("exp_avg_sq", second)):
+        for key, moment in (("exp_avg", first), (self.second_key, second)):
             views = self.views(storage.local(self.state[key]))
             for view, part in zip(views, _pieces(moment, views), strict=True):
                 view.copy_(part)
@@ -260,7 +276,13 @@ class Weight:
 
     def average(self, moment: Tensor, projected: Tensor) -> None:
         """Updates a first moment, or some of it, with the projected gradient there."""
-        maths.average_(moment, projected, self.group["betas"][0])
+        maths.average_(moment, projected, self.group["betas"][0], self._rounding(moment))
+
+    def _rounding(self, moment: Tensor) -> float | None:
+        """What is added before a moment is rounded; None to round to nearest."""
+        # Codes are so far apart that rounded to nearest they would never change.
+        shifted = self.options.stochastic_rounding or moment.dtype == torch.uint8
+        return maths.dither(self.step) if shifted else None
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
         """Takes the first moment and the projected gradient to a new basis, and keeps the basis.
@@ -315,7 +337,9 @@ class Weight:
     def normalise(self, projected: Tensor) -> Tensor:
         """Updates the second moment, counts the step and returns proj(M) / (sqrt(v) + eps)."""
         self._counts("step").add_(1)
-        return maths.normalise_(projected, *self.moments, hyper_of(self.group))
+        first, second = self.moments
+        hyper = hyper_of(self.group)
+        return maths.normalise_(projected, first, second, hyper, self._rounding(second))
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""

@@ -134,6 +134,15 @@ class CondaConfig:
     basis_placement: Annotated[
         Literal["auto", "replicate", "shard", "owner"], Key("where bases are kept and used")
     ] = "auto"
+    state_dtype: Annotated[
+        Literal["", "bfloat16", "float32"], Key("type of the moments (default: float32)")
+    ] = ""
+    second_moment_dtype: Annotated[
+        Literal["", "uint8", "bfloat16", "float32"], Key("the same of the second moments alone")
+    ] = ""
+    stochastic_rounding: Annotated[
+        bool, Key("round bfloat16 moments up or down in proportion, not to nearest")
+    ] = False
     grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
 
 

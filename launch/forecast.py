@@ -163,7 +163,11 @@ def forecast_conda(
     ]
     plans = deal_owners([delegate(plan, settings.basis_placement) for plan in plans])
     product = DTYPES[settings.matmul_dtype or settings.basis_dtype or "float32"].itemsize
-    sizes = Sizes(basis=basis_size, product=product)
+    first = DTYPES[settings.state_dtype or "float32"].itemsize
+    second = (
+        DTYPES[settings.second_moment_dtype].itemsize if settings.second_moment_dtype else first
+    )
+    sizes = Sizes(moment=first, second=second, basis=basis_size, product=product)
     return _sum_up(plans, others, mesh, settings, sizes, at)
 
 
@@ -209,7 +213,7 @@ def _sum_up(
     delegated = [i for i, plan in enumerate(plans) if plan.delegated]
     found.collectives = 2 * len(fill_buckets(plans, travelling, sizes.param, BUCKET_BYTES))
     found.collectives += 4 * len(fill_waves(plans, delegated, sizes.param, BUCKET_BYTES))
-    _add_adamw(found, others, mesh, busiest)
+    _add_adamw(found, others, mesh, busiest, sizes)
     return found
 
 
@@ -232,10 +236,11 @@ def _add_adamw(
     shapes: Mapping[str, tuple[int, ...]],
     mesh: Mesh,
     at: Coordinate = (0, 0, 0),
+    sizes: Sizes = Sizes(),  # noqa: B008 (frozen)
 ) -> None:
     for name, shape in shapes.items():
         numel = layout(name, shape, mesh).numel(at)
-        found.state += 8 * numel + 4
+        found.state += (sizes.moment + sizes.second) * numel + 4
         found.elements += numel
 
 

@@ -27,6 +27,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"params": {"basis_placement": "split"}}, "basis_placement must be one of auto"),
     ({"params": {"refresh": "async"}}, 'refresh "async" is not supported under DeepSpeed'),
     ({"params": {"refresh_waves": 2}}, "refresh_waves must be 1 under DeepSpeed"),
+    ({"params": {"second_moment_dtype": "uint8"}}, "second_moment_dtype is not supported under"),
     ({"params": {"basis_placement": "owner"}}, 'basis_placement "owner" is not supported'),
     ({"compile": {"deepcompile": True}}, "DeepCompile was not tried"),
     ({"params": {"adamw_params": "*"}}, "TypeError: adamw_params must be a list of patterns"),

@@ -82,7 +82,8 @@ def test_integers_no_float_can_hold(name: str, integer: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in ("state_dtype", "matmul_dtype", "basis_dtype")
+        *((name, value) for name in (
+            "state_dtype", "second_moment_dtype", "matmul_dtype", "basis_dtype")
           for value in (
             "float32", 32, float, torch.int32, torch.bool, torch.complex64
         )),
@@ -92,6 +93,11 @@ def test_integers_no_float_can_hold(name: str, integer: int) -> None:
             "basis_budget", "bucket_bytes", "refresh_bytes", "max_refresh_failures",
             "refresh_delay", "refresh_waves",
         )),
+        *((name, torch.uint8) for name in ("state_dtype", "matmul_dtype", "basis_dtype")),
+        ("second_moment_dtype", torch.float16),
+        ("second_moment_dtype", torch.int8),
+        ("stochastic_rounding", 1),
+        ("stochastic_rounding", True),  # of moments in float32
         ("refresh", "later"),
         ("refresh", None),
         ("refresh_delay", 0),
@@ -108,7 +114,9 @@ def test_options(name: str, value: Any) -> None:
     _refused(lambda: Conda([_weight()], **{name: value}), name)
 
 
-@pytest.mark.parametrize("name", ["state_dtype", "matmul_dtype", "basis_dtype"])
+@pytest.mark.parametrize(
+    "name", ["state_dtype", "second_moment_dtype", "matmul_dtype", "basis_dtype"]
+)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_dtypes_no_step_could_be_taken_in(name: str, dtype: torch.dtype) -> None:
     """Refused at construction, not by a kernel in the first step."""
@@ -360,6 +368,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "correct_bias": st.booleans(),
     "state_dtype": st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16]),
     "matmul_dtype": st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16]),
+    "second_moment_dtype": st.sampled_from([None, torch.float32, torch.bfloat16, torch.uint8]),
     "basis_placement": st.sampled_from(["auto", "shard", "replicate"]),
     "basis_budget": st.integers(0, 10**15),
     "bucket_bytes": st.integers(1, 10**15),

@@ -50,7 +50,13 @@ BUDGET = 25_000
 SETTINGS = [
     CondaConfig(update_proj_gap=2),
     CondaConfig(update_proj_gap=2, basis_placement="owner", matmul_dtype="bfloat16"),
-    CondaConfig(update_proj_gap=2, basis_placement="shard", basis_dtype="bfloat16"),
+    CondaConfig(
+        update_proj_gap=2,
+        basis_placement="shard",
+        basis_dtype="bfloat16",
+        state_dtype="bfloat16",
+        second_moment_dtype="uint8",
+    ),
 ]
 
 
@@ -72,6 +78,8 @@ def _count(mesh: Mesh, settings: CondaConfig) -> list[tuple[int, int, int]]:
         basis_budget=BUDGET,
         matmul_dtype=DTYPES.get(settings.matmul_dtype),
         basis_dtype=DTYPES.get(settings.basis_dtype),
+        state_dtype=DTYPES.get(settings.state_dtype),
+        second_moment_dtype=DTYPES.get(settings.second_moment_dtype),
     )
     sent = []
     for _ in range(3):

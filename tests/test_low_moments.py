@@ -1,0 +1,249 @@
+"""Moments of fewer bits: bfloat16 rounded in proportion, second moments as 8-bit logarithms."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import models
+import ranks
+import toys
+from conda_dist import Conda, maths, param_groups
+from conda_dist.adamw import Entry, adamw_
+from conda_dist.weight import CODES
+from models import FSDP2, PLAIN, Layout
+
+CODED: dict[str, Any] = {"second_moment_dtype": torch.uint8}
+ROUNDED: dict[str, Any] = {"state_dtype": torch.bfloat16, "stochastic_rounding": True}
+BOTH: dict[str, Any] = {**CODED, **ROUNDED}
+LAYOUTS: list[Layout] = [("fsdp", (3,)), ("hsdp", (2, 2)), ("grid", (2, 2))]
+STEPS = 8
+LEVEL = 2 ** (1 / maths.LEVELS_PER_OCTAVE)
+
+
+def stored(values: Tensor, dtype: torch.dtype, rounding: float | None) -> Tensor:
+    """What is read back of values that were stored."""
+    kept = torch.empty_like(values, dtype=dtype)
+    maths.store_(kept, values, rounding)
+    return maths.decode(kept, values.dtype)
+
+
+# Numbers
+
+
+def test_every_code_stands_for_itself() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = maths.decode(codes, torch.float32)
+    assert values[0] == 0
+    assert torch.all(values[1:] > values[:-1])
+    again = torch.empty_like(codes)
+    maths.store_(again, values, None)
+    assert torch.equal(again, codes)
+
+
+@given(st.floats(-59, 24), st.floats(0, 0.999))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_code_is_next_to_its_value(octave: float, rounding: float) -> None:
+    value = torch.tensor([2.0**octave])
+    near, shifted = (stored(value, torch.uint8, r) / value for r in (None, rounding))
+    assert LEVEL**-0.501 < near < LEVEL**0.501
+    assert LEVEL**-1.001 < shifted < LEVEL**1.001
+
+
+def test_what_has_no_code() -> None:
+    """Too small is zero, too large (or no number, of which the first moment tells) the largest."""
+    values = torch.tensor([0.0, 1e-30, 1e30, torch.inf, torch.nan])
+    largest = maths.decode(torch.tensor(255, dtype=torch.uint8), torch.float32).item()
+    for rounding in (None, 0.0, 0.99):
+        assert stored(values, torch.uint8, rounding).tolist() == [0, 0, *[largest] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_rounding_is_fair_over_steps(dtype: torch.dtype) -> None:
+    """The mean over steps is the value: of numbers for bfloat16, of logarithms for codes."""
+    values = toys.random(1000).abs() + 0.01
+    of = torch.log2 if dtype == torch.uint8 else torch.clone
+    rounded = torch.stack([of(stored(values, dtype, maths.dither(t))) for t in range(1000)])
+    step = 1 / maths.LEVELS_PER_OCTAVE if dtype == torch.uint8 else values * 2**-7
+    assert ((rounded.mean(0) - of(values)).abs() < 0.01 * step).all()
+    nearest = of(stored(values, dtype, None)) - of(values)
+    assert (nearest.abs() > 0.01 * step).float().mean() > 0.8
+
+
+def test_bfloat16_keeps_what_is_not_finite() -> None:
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800000], dtype=torch.int32)
+    kept = stored(bits.view(torch.float32), torch.bfloat16, 0.9)  # the NaNs of GPUs and CPUs
+    assert kept[:3].isnan().all()
+    assert kept[3].isinf()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_an_average_follows_where_nearest_would_stand_still(dtype: torch.dtype) -> None:
+    """A change of 0.1 % a step is less than half of either's last digit."""
+    beta = 0.999
+    for rounding, arrives in ((maths.dither, True), (lambda _: None, False)):
+        moment = torch.empty(500, dtype=dtype)
+        maths.store_(moment, torch.full((500,), 1e-3) * (1 + toys.random(500).abs()), None)
+        for t in range(5000):
+            value = maths.decode(moment, torch.float32).mul_(beta).add_((1 - beta) * 3e-4)
+            maths.store_(moment, value, rounding(t))
+        reached = maths.decode(moment, torch.float32).log2().mean().exp2() / 3e-4
+        assert bool(0.8 < reached < 1.25) is arrives
+
+
+# Trajectories
+
+
+def _run(layout: Layout, options: dict[str, Any], steps: int = STEPS) -> dict[str, Tensor]:
+    model, optimizer = models.build(layout, **options)
+    models.train(model, optimizer, range(steps))
+    return models.snapshot(model, optimizer, models.whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"), [(CODED, 0.15), (ROUNDED, 0.1), (BOTH, 0.15)], ids=str
+)
+def test_near_the_run_with_float32_moments(options: dict[str, Any], most: float) -> None:
+    start = models.snapshot(*models.build(PLAIN))
+    ended = _run(PLAIN, options)
+    seconds = {v.dtype for k, v in ended.items() if k.endswith((":exp_avg_sq", f":{CODES}"))}
+    assert seconds == {options.get("second_moment_dtype", torch.bfloat16)}
+    expected = {k: v for k, v in _run(PLAIN, {}).items() if ":" not in k}
+    assert 1e-4 < models.farthest(ended, expected, start) < most
+
+
+@pytest.mark.parametrize("placement", ["replicate", "shard", "owner"])
+def test_on_shards(placement: str) -> None:
+    """All layouts round with the same threshold; at the last bit of a sum they may part."""
+    start, alone = models.snapshot(*models.build(PLAIN)), _run(PLAIN, BOTH)
+    options = {**BOTH, "basis_placement": placement}
+    for layout in LAYOUTS if placement == "shard" else LAYOUTS[:1]:
+        for ended in ranks.run(torch.Size(layout[1]).numel(), _run, layout, options):
+            weights = {k: v for k, v in alone.items() if ":" not in k}
+            assert models.farthest(ended, weights, start) < 0.02
+
+
+def _fused(layout: Layout, options: dict[str, Any]) -> list[Tensor]:
+    """Blocks of rows of which one is wide: its moments travel, whatever their dtype."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Linear(8, 14, bias=False))
+    if layout != PLAIN:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model)
+    groups = param_groups(model, conda=["*"], splits={"*": (10, 4)})
+    optimizer = Conda(groups, update_proj_gap=3, **options)
+    models.train(model, optimizer, range(STEPS))
+    return [models.whole(p.detach()) for p in model.parameters()]
+
+
+def test_parts_of_fused_weights() -> None:
+    (alone,) = _fused(PLAIN, BOTH)
+    (plain,) = _fused(PLAIN, {})
+    assert not torch.equal(alone, plain)
+    for (ended,) in ranks.run(2, _fused, FSDP2, BOTH):
+        torch.testing.assert_close(ended, alone, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_adamw_path(dtype: torch.dtype) -> None:
+    """A step is that of float32 moments; what is kept of them is next to theirs."""
+    grad, start = toys.random(50), toys.random(50, seed=1)
+    hyper = maths.Hyper(0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True)
+    whole, low = (
+        Entry(start.clone(), grad, torch.zeros(50), torch.zeros(50, dtype=second))
+        for second in (torch.float32, dtype)
+    )
+    for entry in (whole, low):
+        adamw_([entry], 1, hyper, stochastic=True)
+    assert torch.equal(whole.param, low.param)
+    ratio = maths.decode(low.exp_avg_sq, torch.float32) / whole.exp_avg_sq
+    assert ((ratio > LEVEL**-1.01) & (ratio < LEVEL**1.01)).all()
+
+
+# State
+
+
+def _bytes(options: dict[str, Any]) -> tuple[int, int]:
+    _, optimizer = models.build(FSDP2, **options)
+    optimizer.init_state()
+    held = sum(
+        models.local(value).nbytes for state in optimizer.state.values() for value in state.values()
+    )
+    return held, sum(row["state_bytes"] for row in optimizer.report(show=False))
+
+
+def test_what_it_saves() -> None:
+    for (held, said), (held32, _) in zip(
+        ranks.run(2, _bytes, BOTH), ranks.run(2, _bytes, {}), strict=True
+    ):
+        assert held == said < held32
+
+
+def _save(folder: Path, options: dict[str, Any]) -> dict[str, Tensor]:
+    model, optimizer = models.build(FSDP2, **options)
+    models.train(model, optimizer, range(STEPS))
+    models.save(folder, model, optimizer)
+    models.train(model, optimizer, range(STEPS, STEPS + 3))
+    return models.snapshot(model, optimizer, models.whole)
+
+
+def _load(folder: Path, layout: Layout, options: dict[str, Any]) -> dict[str, Tensor]:
+    model, optimizer = models.build(layout, seed=1, **options)
+    models.load(folder, model, optimizer)
+    models.train(model, optimizer, range(STEPS, STEPS + 3))
+    return models.snapshot(model, optimizer, models.whole)
+
+
+def test_checkpoints_go_on(tmp_path: Path) -> None:
+    """Bit-identically on the same layout, codes and thresholds included; near it on another."""
+    whole = ranks.run(2, _save, tmp_path, BOTH)[0]
+    for ended in ranks.run(2, _load, tmp_path, FSDP2, BOTH):
+        assert not models.unequal(ended, whole)
+    start = models.snapshot(*models.build(PLAIN))
+    weights = {k: v for k, v in whole.items() if ":" not in k}
+    for ended in ranks.run(3, _load, tmp_path, ("fsdp", (3,)), BOTH):
+        assert models.farthest(ended, weights, start) < 0.02
+
+
+def _converted(there: dict[str, Any], back: dict[str, Any]) -> list[str]:
+    """A state dict of one kind loaded by another kind, and what that saves by the first again."""
+    model, first = models.build(FSDP2, **there)
+    models.train(model, first, range(STEPS))
+    _, second = models.build(FSDP2, **back)
+    second.load_state_dict(first.state_dict())
+    twin, third = models.build(FSDP2, **there)
+    third.load_state_dict(second.state_dict())
+    problems = []
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        for key, value in first.state[param].items():
+            ours, theirs = (
+                maths.decode(models.local(v), torch.float32)
+                for v in (value, third.state[other][key])
+            )
+            ratio = (ours / theirs).nan_to_num_(1.0, posinf=1.0)
+            if not torch.equal(ours, theirs) and not (
+                "sq" in key and ((ratio > LEVEL**-0.51) & (ratio < LEVEL**0.51)).all()
+            ):
+                problems.append(f"{key} of a {tuple(param.shape)}")
+    return problems
+
+
+@pytest.mark.parametrize(("there", "back"), [(CODED, {}), ({}, CODED)], ids=["codes", "numbers"])
+def test_state_dicts_are_converted(there: dict[str, Any], back: dict[str, Any]) -> None:
+    for problems in ranks.run(2, _converted, there, back):
+        assert not problems
+
+
+def test_a_state_of_the_other_kind_is_refused() -> None:
+    """As when the option is changed in a copy of an optimizer; numbers must not pass for codes."""
+    params = toys.parameters()
+    first, second = Conda(params), Conda(params, **CODED)
+    toys.take(first, params, toys.gradients(params, 1))
+    second.state = first.state
+    with pytest.raises(ValueError, match="made with another second_moment_dtype"):
+        second.step()
