@@ -92,6 +92,7 @@ def test_integers_no_float_can_hold(name: str, integer: int) -> None:
             "basis_budget", "bucket_bytes", "refresh_bytes", "max_refresh_failures",
             "refresh_delay", "refresh_waves",
         )),
+        ("matmul_dtype", torch.float16),
         ("refresh", "later"),
         ("refresh", None),
         ("refresh_delay", 0),
