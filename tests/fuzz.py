@@ -49,6 +49,9 @@ class Param:
         grads: for each step "normal", "zero", "none" or one of ``GRADIENTS``.
         frozen: whether it needs no gradient.
         splits: rows of its parts, if it is split.
+        places: for each mesh dimension "R", "S0", "S1", ..., "T0", ... (strided) or "P" (partial);
+            None if it is no DTensor.
+        partial: whether its gradients are yet to be summed up over the ranks that replicate it.
     """
 
     name: str
@@ -58,6 +61,8 @@ class Param:
     grads: tuple[str, ...] = ("normal",) * 4
     frozen: bool = False
     splits: tuple[int, ...] | None = None
+    places: tuple[str, ...] | None = None
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +145,11 @@ def gradient(param: Param, index: int, step: int) -> Tensor | None:
 
 
 Options = dict[str, Any]
-Place = Callable[[Param, Tensor], Tensor]
-"""Puts a whole tensor where its parameter is."""
+Place = Callable[[Param, Tensor, bool], Tensor]
+"""Puts a whole tensor where its parameter is, or its gradient."""
 
 
-def run(case: Case, place: Place = lambda _, tensor: tensor, **more: Any) -> Any:
+def run(case: Case, place: Place = lambda _, tensor, __: tensor, **more: Any) -> Any:
     """Trains a case.
 
     Args:
@@ -166,7 +171,7 @@ def run(case: Case, place: Place = lambda _, tensor: tensor, **more: Any) -> Any
 def _train(case: Case, place: Place, more: dict[str, Any]) -> list[Tensor]:
     tensors = []
     for i, spec in enumerate(case.params):
-        values = place(spec, FORMS[spec.form](whole(spec, i)))
+        values = place(spec, FORMS[spec.form](whole(spec, i)), False)
         needs = not spec.frozen and values.dtype.is_floating_point | values.dtype.is_complex
         computed = spec.form == "computed"
         tensors.append(values if computed else nn.Parameter(values.detach(), requires_grad=needs))
@@ -180,7 +185,7 @@ def _train(case: Case, place: Place, more: dict[str, Any]) -> list[Tensor]:
             grad = gradient(spec, i, step)
             if grad is not None and grad.dtype != tensor.dtype:
                 tensor.grad_dtype = None
-            tensor.grad = None if grad is None else place(spec, grad)
+            tensor.grad = None if grad is None else place(spec, grad, True)
         if step == 2:
             for group in optimizer.param_groups:
                 group.update(case.later)
@@ -223,29 +228,38 @@ def oracle(case: Case) -> list[Tensor]:
         [gradient(spec, i, step) for step in range(len(spec.grads))]
         for i, spec in enumerate(case.params)
     ]
-    rows = [[g for g in row if g is not None] for row in zip(*grads, strict=True)]
-    begun = next((t for t, row in enumerate(rows) if any(g.any() for g in row)), len(rows))
-    ended, waves = {}, 0
+    # What is on a mesh begins, and is dealt out to waves, apart from what is not.
+    begun, waves = {}, {True: 0, False: 0}
+    for meshed in waves:
+        mine = [g for g, spec in zip(grads, case.params, strict=True) if _meshed(spec) == meshed]
+        steps = [any(g is not None and g.any() for g in row) for row in zip(*mine, strict=True)]
+        begun[meshed] = steps.index(True) if any(steps) else len(options)
+    ended = {}
     # Weights that are split have groups of their own, after the one of all others.
     order = sorted(range(len(case.params)), key=lambda i: case.params[i].splits is not None)
     for i in order:
         spec = case.params[i]
-        param, mine = whole(spec, i).double(), [None] * begun + grads[i][begun:]
+        first, meshed = begun[_meshed(spec)], _meshed(spec)
+        param, given = whole(spec, i).double(), [None] * first + grads[i][first:]
         if spec.frozen or not projects(case, spec):
-            ended[i] = _adam(param, mine, options)
+            ended[i] = _adam(param, given, options)
             continue
         parts = torch.split(param, list(spec.splits or param.shape[-2:-1]), -2)
         cut = [
             [None] * len(parts) if g is None else torch.split(g, [p.shape[-2] for p in parts], -2)
-            for g in mine
+            for g in given
         ]
         after = []
         for k, part in enumerate(parts):
-            wave = waves % start["refresh_waves"]
+            wave = waves[meshed] % start["refresh_waves"]
             after.append(_conda(part, [row[k] for row in cut], options, wave))
-            waves += 1
+            waves[meshed] += 1
         ended[i] = torch.cat(after, -2)
     return [ended[i] for i in range(len(case.params))]
+
+
+def _meshed(spec: Param) -> bool:
+    return spec.places is not None
 
 
 def _size(options: dict[str, Any], count: int) -> float:
