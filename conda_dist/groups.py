@@ -2,9 +2,8 @@
 
 import difflib
 import math
-import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -27,9 +26,20 @@ RESERVED = ("params", "param_names", "algorithm", *HYPERPARAMETERS)
 DROPPED = ("foreach", "fused")  # how AdamW computes; frameworks add them to any group
 UNSUPPORTED = ("maximize", "capturable", "differentiable", "amsgrad")
 
+LARGEST = 1e30
+"""Numbers beyond it, divided by a bias, might be none to float32's kernels."""
 
-def check_hyperparameters(values: Mapping[str, Any], where: str = "") -> None:
+
+def check_hyperparameters(
+    values: Mapping[str, Any], where: str = "", *, scheduled: bool = False
+) -> None:
     """Checks the hyperparameters there are among ``values``.
+
+    Args:
+        values: by name; others are left alone.
+        where: what to call their owner in errors.
+        scheduled: whether they are those of a running optimizer. Schedulers may leave a learning
+            rate a rounding error below zero.
 
     Raises:
         TypeError: one is of the wrong type.
@@ -37,7 +47,11 @@ def check_hyperparameters(values: Mapping[str, Any], where: str = "") -> None:
     """
     for name in ("lr", "eps", "weight_decay", "scale"):
         if name in values:
-            _check_number(name, values[name], where)
+            least = -LARGEST if scheduled and name == "lr" else 0.0
+            _check_number(name, values[name], where, least=least)
+    lr, scale, decay = (values.get(name, 0.0) for name in ("lr", "scale", "weight_decay"))
+    if not isinstance(lr, Tensor) and abs(lr * scale * (1 - lr * decay)) > LARGEST:
+        raise ValueError(f"{where}lr {lr}, scale {scale} and weight_decay {decay} are too large")
     if "betas" in values:
         betas = values["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -52,27 +66,37 @@ def check_hyperparameters(values: Mapping[str, Any], where: str = "") -> None:
             raise ValueError(f"{where}update_proj_gap must be at least 1 step, got {gap}")
     if not isinstance(values.get("correct_bias", True), bool):
         raise TypeError(f"{where}correct_bias must be a bool, got {values['correct_bias']!r}")
-    if values.get("proj_type", "std") != "std":
+    if not _is_one_of(values.get("proj_type", "std"), ("std",)):
         raise ValueError(
             f"{where}proj_type={values['proj_type']!r} is not supported: of the released code's "
             'types only "std" (the smaller side is projected) can update every shape of weight.'
         )
-    if values.get("algorithm", CONDA) not in ALGORITHMS:
+    if not _is_one_of(values.get("algorithm", CONDA), ALGORITHMS):
         raise ValueError(
             f"{where}algorithm must be one of {', '.join(ALGORITHMS)}; got {values['algorithm']!r}"
         )
 
 
-def _check_number(name: str, value: Any, where: str, below: float = math.inf) -> None:
+def _is_one_of(value: Any, known: Sequence[str]) -> bool:
+    return isinstance(value, str) and value in known  # an array would be compared item by item
+
+
+def _check_number(
+    name: str, value: Any, where: str, below: float = math.inf, least: float = 0.0
+) -> None:
     if name == "lr" and isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
+        plain = value.layout is torch.strided and not value.is_meta
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or not plain:
             raise ValueError(f"{where}lr must be a number or a tensor of one real element")
-        return  # its value may change under us, and reading it may wait for a GPU
+        if value.device.type != "cpu":
+            return  # reading it may wait for a GPU
+        value = value.item()
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{where}{name} must be a number, got {value!r}")
-    if not 0 <= value < below or value > sys.float_info.max:  # type: ignore[operator]
+    if not least <= value < below or value > LARGEST:  # type: ignore[operator]
         limit = f" and below {below:g}" if below < math.inf else " and finite"
-        raise ValueError(f"{where}{name} must be at least 0{limit}, got {value}")
+        bound = "at least 0" if not least else "a number"
+        raise ValueError(f"{where}{name} must be {bound}{limit}, got {value}")
 
 
 def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -178,3 +202,8 @@ def _check_parameter(name: str, param: Tensor) -> None:
         )
     if param.layout is not torch.strided:
         raise ValueError(f"{name}: Conda optimizes dense parameters, got {param.layout}.")
+    if any(n > 1 and not step for n, step in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError(
+            f"{name}: some of its elements are one in memory, as expand() makes them, and could "
+            "not be updated apart; make it contiguous() first."
+        )

@@ -224,6 +224,8 @@ class Conda(torch.optim.Optimizer):
             What ``closure`` returned.
 
         Raises:
+            TypeError: a hyperparameter was set to something of another type.
+            ValueError: one was set to something out of its range.
             RuntimeError: a gradient is sparse; ranks have different plans; a decomposition raised
                 or failed too often. The last two on all ranks of the mesh alike.
         """
@@ -285,11 +287,14 @@ class Conda(torch.optim.Optimizer):
         if setup is None or self._path is None or setup.outdated(self.param_groups, self.state):
             meshes = find_meshes(self.param_groups, self._process_group)
             try:
+                self._check_groups()
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
             except Exception as caught:
                 if not agreeing:
                     raise
                 setup, error = Setup([], [], list(dict.fromkeys(meshes.values())), None), caught
+        elif agreeing:
+            self._check_groups()
         if agreeing and not setup.agreed:
             for mesh in setup.meshes:
                 agree(mesh, setup.lines(mesh), error)
@@ -300,6 +305,11 @@ class Conda(torch.optim.Optimizer):
                 self._path.drop()
             self._setup, self._path = setup, CondaPath(setup.weights, self._options)
         return setup, self._path
+
+    def _check_groups(self) -> None:
+        """Refuses hyperparameters that somebody has set since and that would ruin the weights."""
+        for i, group in enumerate(self.param_groups):
+            check_hyperparameters(group, f"parameter group {i}: ", scheduled=True)
 
     def _live(self, setup: Setup, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
         """Meshes whose parameters step: all, but for one whose gradients have all been zero.

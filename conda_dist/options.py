@@ -67,6 +67,11 @@ class Options:
                 "stochastic_rounding has nothing to round: moments are bfloat16 by "
                 "state_dtype=torch.bfloat16 or second_moment_dtype=torch.bfloat16"
             )
+        if self.matmul_dtype == torch.float16:
+            raise ValueError(
+                "matmul_dtype=torch.float16 has no room for gradients above 65504, and loses small "
+                "ones; use bfloat16"
+            )
         if self.basis_dtype == torch.float16:
             raise ValueError("basis_dtype must be float64, float32 or bfloat16, got torch.float16")
         for name, known in (
@@ -74,10 +79,9 @@ class Options:
             ("refresh_method", REFRESH_METHODS),
             ("refresh", REFRESHES),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
         for name, least in (
             ("basis_budget", 0),
             ("bucket_bytes", 1),

@@ -114,7 +114,8 @@ def local_gradient(name: str, param: Tensor) -> Tensor | None:
     """This rank's part of a parameter's gradient, where the parameter's own elements are.
 
     Raises:
-        RuntimeError: the gradient is sparse, or a plain tensor where the parameter is a DTensor.
+        RuntimeError: the gradient is sparse, not of real numbers or without any, or a plain tensor
+            where the parameter is a DTensor.
     """
     grad = param.grad
     if grad is None:
@@ -123,6 +124,13 @@ def local_gradient(name: str, param: Tensor) -> Tensor | None:
         raise RuntimeError(
             f"{name}: Conda needs dense gradients, got {grad.layout}; build the embedding with "
             "sparse=False."
+        )
+    if not grad.dtype.is_floating_point:
+        raise RuntimeError(f"{name}: its gradient has to be of real numbers, got {grad.dtype}.")
+    if grad.is_meta:
+        raise RuntimeError(
+            f"{name}: it is on the meta device, where it has no elements; materialize the model "
+            "(module.to_empty) and initialize it before training."
         )
     if isinstance(param, DTensor) != isinstance(grad, DTensor):
         raise RuntimeError(

@@ -24,16 +24,16 @@ CODES = "exp_avg_sq_codes"
 
 
 def hyper_of(group: dict[str, Any]) -> Hyper:
-    """The hyperparameters a group has at this moment."""
+    """The hyperparameters a group has at this moment, as numbers that torch's kernels know."""
     beta1, beta2 = group["betas"]
     lr = group["lr"]
     return Hyper(
-        lr.reshape(()) if isinstance(lr, Tensor) else lr,  # foreach kernels want it 0-d
-        beta1,
-        beta2,
-        group["eps"],
-        group["weight_decay"],
-        group["scale"],
+        lr.reshape(()) if isinstance(lr, Tensor) else float(lr),  # foreach kernels want it 0-d
+        float(beta1),
+        float(beta2),
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        float(group["scale"]),
         group["correct_bias"],
     )
 
@@ -276,7 +276,8 @@ class Weight:
 
     def average(self, moment: Tensor, projected: Tensor) -> None:
         """Updates a first moment, or some of it, with the projected gradient there."""
-        maths.average_(moment, projected, self.group["betas"][0], self._rounding(moment))
+        beta1 = float(self.group["betas"][0])
+        maths.average_(moment, projected, beta1, self._rounding(moment))
 
     def _rounding(self, moment: Tensor) -> float | None:
         """What is added before a moment is rounded; None to round to nearest."""

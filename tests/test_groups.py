@@ -98,6 +98,7 @@ def test_integers_no_float_can_hold(name: str, integer: int) -> None:
         ("second_moment_dtype", torch.int8),
         ("stochastic_rounding", 1),
         ("stochastic_rounding", True),  # of moments in float32
+        ("matmul_dtype", torch.float16),
         ("refresh", "later"),
         ("refresh", None),
         ("refresh_delay", 0),
