@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The pretraining job on a Slurm cluster, requeued until it is complete:
+#
+#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh CONFIG [--key value ...]
+#
+# One torchrun a node; where and how many follows from the allocation. Ranks per node: NPROC, else
+# the node's GPUs, else its tasks. Two minutes before the time limit, and when it is preempted, the
+# job saves a checkpoint and goes back into the queue; it goes on from there when it starts again.
+# A job that fails is not requeued. The checkout, its .venv and the output must be on a file system
+# that all nodes share; make .venv on the login node: bash -c 'source launch/setup_env.sh'
+#
+#SBATCH --job-name=conda_dist
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+set -uo pipefail
+
+# sbatch runs a copy of this file that lies somewhere else.
+root=${SLURM_SUBMIT_DIR:-$PWD}
+[ -f "$root/launch/slurm.sh" ] || { echo "error: sbatch this from the checkout" >&2; exit 2; }
+[ -x "$root/.venv/bin/python" ] || {
+    echo "error: no $root/.venv: make it with  bash -c 'source launch/setup_env.sh'" >&2
+    exit 2
+}
+cd "$root" || exit 2
+PATH=$root/.venv/bin:$PATH
+
+nodes=${SLURM_JOB_NUM_NODES:?error: sbatch this file, or set the variables that Slurm sets}
+ranks=${NPROC:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Jobs that share a node need ports of their own.
+port=$((20000 + SLURM_JOB_ID % 20000))
+
+echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $nodes nodes x $ranks ranks," \
+    "rendezvous at $first:$port"
+
+# The ranks' own exit codes do not come through torchrun: a note says that a stop was asked for.
+stopping=
+srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 \
+    python -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" \
+    --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=100 \
+    -m conda_dist.launch.pretrain "$@" --resume &
+step=$!
+# Slurm signals this script alone (B:); srun passes SIGTERM on to the torchruns of all nodes.
+trap 'stopping=1; kill -TERM $step 2>/dev/null' USR1 TERM
+
+# A wait ends when a signal comes, and has to be taken up again.
+while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
+
+if [ "$code" -eq 0 ]; then
+    echo "job $SLURM_JOB_ID is complete"
+elif [ -n "$stopping" ]; then
+    echo "job $SLURM_JOB_ID has stopped, and goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

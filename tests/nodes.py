@@ -1,0 +1,131 @@
+"""Hosts on one machine: network namespaces with addresses of their own, joined by a bridge.
+
+Needs root and iproute2. A relay stands for what the kernel cannot do here: delay, and connections
+that are cut.
+"""
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+_NAMES = itertools.count()
+
+
+def ip(*words: Any) -> None:
+    """Runs `ip`; raises with what it says."""
+    ended = subprocess.run(["ip", *map(str, words)], capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(f"ip {words}: {ended.stderr.strip()}: root and iproute2 are needed")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One host.
+
+    Attributes:
+        name: of its namespace, and its host name.
+        address: its address.
+        link: its end of the cable, on the bridge's side.
+    """
+
+    name: str
+    address: str
+    link: str
+
+    def command(self, *words: Any) -> list[str]:
+        """A command line that runs on this host, under its name."""
+        renamed = ["unshare", "--uts", "sh", "-c", f'hostname {self.name}; exec "$@"', "sh"]
+        return ["ip", "netns", "exec", self.name, *renamed, *map(str, words)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """By which gloo finds the way to the other hosts."""
+        return {"GLOO_SOCKET_IFNAME": "eth0"}
+
+    def processes(self) -> list[str]:
+        """What runs on it, by process id."""
+        listed = ["ip", "netns", "pids", self.name]
+        return subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
+
+    def plug(self, connected: bool) -> None:
+        """Plugs its cable in, or pulls it."""
+        ip("link", "set", self.link, "up" if connected else "down")
+
+
+@contextlib.contextmanager
+def nodes(count: int) -> Iterator[list[Node]]:
+    """Hosts that see each other and nothing else; gone at the end."""
+    mark = f"{os.getpid() % 10_000}x{next(_NAMES)}"
+    bridge, subnet = f"cdb{mark}", f"10.{os.getpid() % 200 + 20}.{next(_NAMES) % 250}"
+    made: list[Node] = []
+    try:
+        ip("link", "add", bridge, "type", "bridge")
+        ip("address", "add", f"{subnet}.254/24", "dev", bridge)
+        ip("link", "set", bridge, "up")
+        for i in range(count):
+            node = Node(f"node{mark}n{i}", f"{subnet}.{i + 1}", f"cd{mark}n{i}")
+            ip("netns", "add", node.name)
+            made.append(node)
+            ip("link", "add", node.link, "type", "veth", "peer", "eth0", "netns", node.name)
+            ip("link", "set", node.link, "master", bridge, "up")
+            ip("-n", node.name, "address", "add", f"{node.address}/24", "dev", "eth0")
+            for device in ("eth0", "lo"):
+                ip("-n", node.name, "link", "set", device, "up")
+        yield made
+    finally:
+        for node in made:
+            ip("netns", "delete", node.name)
+        with contextlib.suppress(RuntimeError):
+            ip("link", "delete", bridge)
+
+
+class Relay:
+    """Passes connections on to another address, later than they came; can cut them all.
+
+    Args:
+        target: host and port that it stands before.
+        delay_s: how much later each message arrives.
+    """
+
+    def __init__(self, target: tuple[str, int], delay_s: float) -> None:
+        self._target, self._delay = target, delay_s
+        self._listener = socket.create_server(("", 0))
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self.port: int = self._listener.getsockname()[1]
+        self.passed = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(near,), daemon=True).start()
+
+    def _serve(self, near: socket.socket) -> None:
+        with contextlib.suppress(OSError), near:
+            far = socket.create_connection(self._target, timeout=5)
+            self._pairs.append((near, far))
+            with far:
+                while True:
+                    for source in select.select([near, far], [], [])[0]:
+                        data = source.recv(2**16)
+                        if not data:
+                            return
+                        time.sleep(self._delay)
+                        self.passed += 1
+                        (far if source is near else near).sendall(data)
+
+    def cut(self) -> None:
+        """Resets every connection and takes no more."""
+        self._listener.close()
+        for end in itertools.chain.from_iterable(self._pairs):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)

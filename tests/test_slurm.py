@@ -1,0 +1,123 @@
+"""launch/slurm.sh, with commands in the place of Slurm's that do on this machine what they ask."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import launch_jobs
+from conda_dist.launch.checkpoint import complete_checkpoints, step_of
+from launch_jobs import curve, metrics, succeed
+from test_launch_processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
+
+ROOT = Path(__file__).parents[1]
+SRUN = """#!/usr/bin/env bash
+# Two nodes of one machine: the command twice; SIGTERM goes to all, as srun passes it on.
+while [[ $1 == --* ]]; do shift; done
+for node in 1 2; do "$@" & all+=($!); done
+trap 'kill -TERM "${all[@]}"' TERM
+code=0
+for each in "${all[@]}"; do
+    while wait "$each"; last=$?; kill -0 "$each" 2>/dev/null; do :; done
+    [ $last -eq 0 ] || code=$last
+done
+exit $code
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then printf 'localhost\\nlocalhost\\n'; exit; fi
+echo "scontrol $*" >> "$SCONTROL_LOG"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The variables of a job on two nodes, and the commands."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "launch").symlink_to(ROOT / "launch")
+    (checkout / ".venv").symlink_to(sys.prefix)
+    return {
+        **ENVIRONMENT,
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "SCONTROL_LOG": str(tmp_path / "log"),
+        "SLURM_SUBMIT_DIR": str(checkout),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "localhost[1-2]",
+        "SLURM_NTASKS_PER_NODE": "1",
+    }
+
+
+def test_a_job_is_requeued_until_it_is_complete(tmp_path: Path, slurm: dict[str, str]) -> None:
+    config, output = launch_jobs.write_config(tmp_path), tmp_path / "run"
+    script = ["bash", str(ROOT / "launch" / "slurm.sh")]
+    job = [*map(str, endless(config, output)), "--checkpoint.interval", "0"]
+    first = subprocess.Popen(
+        [*script, *job],
+        env=slurm,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for_step(output, 5, first)
+        first.send_signal(signal.SIGUSR1)  # what --signal=B:USR1@120 sends, to this script alone
+        said, _ = first.communicate(timeout=DEADLINE)
+    finally:
+        subprocess.run(["pkill", "-9", "-s", str(first.pid)], check=False)
+    assert first.returncode != 0
+    assert f"scontrol requeue {slurm['SLURM_JOB_ID']}" in (tmp_path / "log").read_text(), said
+    assert "2 nodes x 1 ranks, rendezvous at localhost:" in said
+    (saved,) = complete_checkpoints(output / "checkpoints")
+    assert step_of(saved) == metrics(output)[-1]["step"] >= 5
+
+    steps = ["--training.steps", str(step_of(saved) + 4)]
+    again = {**slurm, "SLURM_RESTART_COUNT": "1"}
+    second = subprocess.run(
+        [*script, *job, *steps], env=again, capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "start 2" in second.stdout
+    assert "is complete" in second.stdout
+    assert (tmp_path / "log").read_text().count("requeue") == 1
+    whole = tmp_path / "whole"
+    succeed(2, *endless(config, whole), "--checkpoint.interval", 0, *steps)
+    assert curve(output) == curve(whole)
+
+
+def test_a_job_that_fails_is_not_requeued(tmp_path: Path, slurm: dict[str, str]) -> None:
+    config = launch_jobs.write_config(tmp_path)
+    job = [str(config), "--output", str(tmp_path / "run"), "--optimizer.lr", "fast"]
+    ended = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sh"), *job],
+        env=slurm,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert ended.returncode != 0
+    assert "error: --optimizer.conda.lr fast: a number is wanted" in ended.stderr
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"), [("launch", "sbatch this from the checkout"), (".venv", "no ")]
+)
+def test_what_is_missing_is_named(slurm: dict[str, str], gone: str, words: str) -> None:
+    checkout = Path(slurm["SLURM_SUBMIT_DIR"])
+    place = checkout / gone
+    place.rename(checkout / "elsewhere")
+    ended = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sh")], env=slurm, capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert f"error: {words}" in ended.stderr
