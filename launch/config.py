@@ -251,6 +251,9 @@ class TrainingConfig:
     timeout_s: Annotated[
         float, Key("seconds after which a stuck collective ends the job", gt=0)
     ] = 1800.0
+    stall_timeout_s: Annotated[
+        float, Key("seconds one phase of a step may take on a rank, or a save; 0: any", ge=0)
+    ] = 900.0
 
 
 @dataclass(frozen=True, slots=True)

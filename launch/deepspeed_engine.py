@@ -23,7 +23,8 @@ from . import schedule
 from .batches import Tokens
 from .config import CondaConfig, Config, ConfigError
 from .deepspeed_settings import build_settings
-from .engine import StepResult, add_up, clock, finite, loss_sum
+from .engine import StepResult, add_up, clock, loss_sum
+from .finite import Origin, finite
 from .model import compute_dtype, empty_model, initialised_model, parameter_count
 from .optimizers import conda_groups
 from .runtime import JobError, World, from_main, together
@@ -60,6 +61,7 @@ class DeepSpeedEngine:
             file = config.deepspeed.config
             source = f"the settings in {file}, or the job's" if file else "the job's settings"
             raise ConfigError(f"DeepSpeed does not take {source}: {error}") from error
+        self._origin = Origin(self._engine.module.get_input_embeddings(), world)
         self._files = _Files()
         self._engine.checkpoint_engine = self._files
         self._rates = [float(group["lr"]) for group in self._groups]
@@ -90,6 +92,7 @@ class DeepSpeedEngine:
         """See Engine."""
         engine, device = self._engine, self._world.device
         total = torch.zeros((), device=device)
+        self._origin.begin()
         for index, rows in enumerate(micro_batches):
             engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             loss = loss_sum(engine, rows, device) / tokens
@@ -97,6 +100,7 @@ class DeepSpeedEngine:
             # is its share of the global mean.
             engine.backward(loss * self._world.size, scale_wrt_gas=False)
             total += loss.detach()
+        self._origin.loss(total)
         return finite("the loss", add_up(total))
 
     def step(self) -> StepResult:
@@ -123,6 +127,10 @@ class DeepSpeedEngine:
         self._step += 1
         lr = float(self._groups[0]["lr"])
         return StepResult(norm, lr, clock(self._world.device) - started)
+
+    def origin(self) -> str:
+        """See Engine."""
+        return self._origin.describe()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:

@@ -6,7 +6,6 @@ The loop in `trainer.py` knows an engine by the methods below only; DeepSpeed's,
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +25,10 @@ from conda_dist import Conda
 from . import optimizers, schedule
 from .batches import Tokens
 from .config import Config
+from .finite import Origin, finite
 from .model import build_model, compute_dtype, parameter_count
-from .runtime import JobError, World, synchronise
+from .runtime import World, synchronise
 from .tensors import load_tensors, save_tensors
-
-
-class NonFiniteError(JobError):
-    """The loss or the gradient is NaN or infinite; nothing was updated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +71,9 @@ class Engine(Protocol):
             NonFiniteError: On every rank, before anything is updated.
         """
 
+    def origin(self) -> str:
+        """Where the last step got a number that is not finite from, in words."""
+
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
         """Mean loss per token over rows spread across the ranks; arguments as above."""
 
@@ -100,6 +99,7 @@ class Fsdp2Engine:
         """Builds everything in its state at step 0."""
         self._config, self._world = config, world
         self.model = build_model(config.model, config.training, vocab_size, world)
+        self._origin = Origin(self.model.get_input_embeddings(), world)
         self.optimizers = optimizers.build_optimizers(self.model, config.optimizer)
         self._schedulers = schedule.build_schedulers(
             self.optimizers, config.schedule, config.optimizer.chosen.lr, config.training.steps
@@ -124,6 +124,7 @@ class Fsdp2Engine:
         """See Engine."""
         model = cast(FSDPModule, self.model)
         total = torch.zeros((), device=self._world.device)
+        self._origin.begin()
         for index, rows in enumerate(micro_batches):
             # Unless memory is short, gradients are reduced once per step, and the weights stay
             # unsharded from one micro-batch to the next.
@@ -133,6 +134,7 @@ class Fsdp2Engine:
             loss = loss_sum(self.model, rows, self._world.device) / tokens
             torch.autograd.backward(loss)
             total += loss.detach()
+        self._origin.loss(total)
         return finite("the loss", add_up(total))
 
     def step(self) -> StepResult:
@@ -153,6 +155,10 @@ class Fsdp2Engine:
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, lr, clock(self._world.device) - started)
+
+    def origin(self) -> str:
+        """See Engine."""
+        return self._origin.describe()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
@@ -199,17 +205,6 @@ def add_up(total: Tensor) -> float:
     """The sum of all ranks' numbers."""
     dist.all_reduce(total)
     return float(total)
-
-
-def finite(name: str, value: float) -> float:
-    """The value, if it is finite.
-
-    Raises:
-        NonFiniteError: It is not.
-    """
-    if not math.isfinite(value):
-        raise NonFiniteError(f"{name} is {value}")
-    return value
 
 
 def clock(device: torch.device) -> float:

@@ -15,6 +15,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -25,10 +26,12 @@ from .checkpoint import Checkpoints
 from .config import Config, ConfigError
 from .data import open_data
 from .engine import Engine, Fsdp2Engine
+from .lock import locked
 from .report import Reporter
 from .runtime import JobError, World
-from .signals import stop_requests
+from .signals import end_with_launcher, stop_requests
 from .trainer import Trainer
+from .watchdog import Watchdog
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 EXIT_STOPPED = 75
@@ -65,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
     try:
+        end_with_launcher()
         world = runtime.join(config.training.timeout_s)
         code = 0 if run(config, world) else EXIT_STOPPED
     except (ConfigError, JobError) as error:
@@ -94,13 +98,20 @@ def run(config: Config, world: World) -> bool:
             "or give --engine fsdp2"
         )
     row_range(config.training.global_batch_size, world.rank, world.size)
+    with locked(Path(config.output), world):
+        return _train(config, world)
+
+
+def _train(config: Config, world: World) -> bool:
+    """The rest of `run`, with the output folder to itself."""
     checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
     source = find_checkpoint(config, checkpoints)
     prepare_output(config, world)
     data = open_data(config, world)
     engine = build_engine(config, data.vocab_size, world)
     runtime.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
-    trainer = Trainer(config, world, engine, data, checkpoints)
+    watchdog = Watchdog(world, config.training.stall_timeout_s, EXIT_FAILED)
+    trainer = Trainer(config, world, engine, data, checkpoints, watchdog)
     notes = trainer.resume(source) if source is not None else []
     hosts = ", ".join(f"{count} on {host}" for host, count in runtime.hosts(world).items())
     with stop_requests() as stop:
@@ -119,7 +130,7 @@ def run(config: Config, world: World) -> bool:
             engine.print_report()
         for note in notes:
             reporter.note(note)
-        with reporter.live():
+        with reporter.live(), watchdog.watching():
             complete = trainer.train(reporter, stop)
         if complete:
             reporter.complete(trainer.summary())
@@ -191,5 +202,17 @@ def prepare_output(config: Config, world: World) -> None:
             )
 
 
+def end(code: int) -> NoReturn:
+    """Ends the process at once, after a job that has closed its files.
+
+    The interpreter's own end takes torch's threads apart in an order that aborts the process now
+    and then ("terminate called without an active exception", about once in thirty), which would
+    make a complete job a failed one, to be started again.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
-from . import mpi
+from . import mpi, rendezvous
 
 T = TypeVar("T")
 
@@ -78,6 +78,9 @@ def join(timeout_s: float) -> World:
         torch.cuda.set_device(device)
     if dist.is_initialized():
         local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        ours, rank, size = rendezvous.meet(timeout)
+        dist.init_process_group(backend, store=ours, rank=rank, world_size=size, timeout=timeout)
     elif store is None:
         dist.init_process_group(backend, timeout=timeout)
     else:

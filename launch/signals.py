@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +13,11 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C; what schedulers and torchrun send; what Slurm sends ahead of a time limit."""
+
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Variables that launchers which stay set: torchrun, DeepSpeed's, Open MPI's, MPICH's."""
+
+_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 _SAME_PRESS_S = 1.0
 """One Ctrl-C can reach a process twice, from the terminal and through its launcher."""
@@ -47,3 +55,14 @@ def stop_requests(forward: Callable[[int], object] | None = None) -> Iterator[St
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_launcher() -> None:
+    """Has the system send SIGTERM here when the launcher dies, so that no rank trains on unseen.
+
+    Nothing else would tell it, and the job that is started in its place would find the output in
+    use. A process that no launcher watches over, as under nohup, may outlive its parent. Only on
+    Linux; elsewhere the job goes on.
+    """
+    if sys.platform == "linux" and any(name in os.environ for name in _LAUNCHED):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

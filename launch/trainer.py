@@ -15,11 +15,13 @@ from .batches import micro_batches, row_range
 from .checkpoint import CheckpointError, Checkpoints
 from .config import Config
 from .data import Data
-from .engine import Engine, NonFiniteError, StepResult
+from .engine import Engine, StepResult
+from .finite import NonFiniteError
 from .metrics import Meter
 from .report import Reporter
 from .runtime import JobError, World
 from .signals import StopRequest
+from .watchdog import Watchdog
 
 # A checkpoint's tensors or data position would mean something else under other values of these.
 _IDENTITY = (
@@ -39,11 +41,18 @@ class Trainer:
     """One run: where it stands, and how it goes on from there."""
 
     def __init__(
-        self, config: Config, world: World, engine: Engine, data: Data, checkpoints: Checkpoints
+        self,
+        config: Config,
+        world: World,
+        engine: Engine,
+        data: Data,
+        checkpoints: Checkpoints,
+        watchdog: Watchdog,
     ) -> None:
         """Starts at step 0; `resume` moves to where a checkpoint stood."""
         self._config, self._world = config, world
         self._engine, self._data, self._checkpoints = engine, data, checkpoints
+        self._watchdog = watchdog
         training = config.training
         self._tokens = training.global_batch_size * training.sequence_length
         self._meter = Meter(self._tokens, train_s=0.0)
@@ -99,6 +108,7 @@ class Trainer:
         training, saving = self._config.training, self._config.checkpoint.interval
         reporting = self._config.metrics.interval
         while self.step < training.steps:
+            self._watchdog.mark(self.step, "between steps")
             if runtime.any_rank(self._world, bool(stop)):
                 self._save(reporter)
                 return False
@@ -106,6 +116,7 @@ class Trainer:
             val_loss = None
             if self.step % training.val_interval == 0 or self.step == training.steps:
                 val_loss = self._val_loss = self._validate()
+            self._watchdog.mark(self.step, "writing metrics")
             if self.step % reporting == 0 or val_loss is not None:
                 reporter.record(
                     self._meter.record(
@@ -130,6 +141,7 @@ class Trainer:
         training, world = self._config.training, self._world
         started = time.perf_counter()
         batch = training.global_batch_size
+        self._watchdog.mark(self.step + 1, "reading data")
         rows = self._data.batches.rows(self.step, *row_range(batch, world.rank, world.size))
         # Random numbers (dropout's) depend on the step and the rank alone: no generator state to
         # save, and a resume draws what the uninterrupted run would have drawn.
@@ -138,13 +150,16 @@ class Trainer:
         most = -(-batch // world.size)
         parts = micro_batches(rows, most, training.micro_batch_size)
         try:
+            self._watchdog.mark(self.step + 1, "forward and backward")
             loss = self._engine.forward_backward(parts, self._tokens)
+            self._watchdog.mark(self.step + 1, "optimizer step")
             result = self._engine.step()
         except NonFiniteError as error:
             newest = self._checkpoints.newest()
             kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
             raise NonFiniteError(
-                f"step {self.step + 1}: {error}. Nothing was updated; {kept}. A lower "
+                f"step {self.step + 1}: {error} ({self._engine.origin()}). Nothing was updated; "
+                f"{kept}. A lower "
                 "optimizer.lr or an optimizer.grad_clip may help"
             ) from None
         self.step += 1
@@ -153,6 +168,7 @@ class Trainer:
 
     def _validate(self) -> float:
         """Mean loss per token over the validation set, spread over the ranks."""
+        self._watchdog.mark(self.step, "validation")
         rows, world, training = self._data.validation, self._world, self._config.training
         first, last = (rank * len(rows) // world.size for rank in (world.rank, world.rank + 1))
         most = -(-len(rows) // world.size)
@@ -163,6 +179,7 @@ class Trainer:
         """Saves the whole state, once per step."""
         if self._saved_at == self.step:
             return
+        self._watchdog.mark(self.step, "saving a checkpoint")
         facts = {
             **self.summary(),
             "data": self._data.batches.state_dict(),

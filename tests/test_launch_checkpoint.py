@@ -4,18 +4,15 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import launch_jobs
 from conda_dist.launch.checkpoint import complete_checkpoints, record_hash, step_of
+from faults import Damage, delete, flip, truncate
 from launch_jobs import metrics, succeed, train
-
-Damage = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +42,6 @@ def test_the_newest_are_kept(finished: Path) -> None:
     found = complete_checkpoints(finished / "checkpoints")
     assert [step_of(path) for path in found] == [6, 7, 8]
     assert sorted(os.listdir(finished / "checkpoints")) == [path.name for path in found]
-
-
-def delete(path: Path) -> None:
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip(path: Path) -> None:
-    """Changes one bit, and not the size."""
-    content = bytearray(path.read_bytes())
-    content[random.Random(0).randrange(len(content))] ^= 4
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(

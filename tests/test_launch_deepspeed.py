@@ -17,7 +17,7 @@ import zero
 from conda_dist.launch import options, runtime
 from conda_dist.launch.checkpoint import complete_checkpoints
 from conda_dist.launch.config import ConfigError
-from conda_dist.launch.engine import NonFiniteError
+from conda_dist.launch.finite import NonFiniteError
 from conda_dist.launch.runtime import JobError
 from launch_jobs import Result, curve, metrics
 

@@ -1,13 +1,8 @@
 """The job under its real launchers: torchrun, signals, kills, and ranks that disagree."""
 
 import contextlib
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,81 +11,13 @@ import pytest
 import launch_jobs
 from conda_dist.launch.checkpoint import complete_checkpoints, step_of
 from conda_dist.launch.pretrain import EXIT_STOPPED
-from launch_jobs import curve, metrics, succeed
-
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-DEADLINE = 120.0
+from launch_jobs import metrics
+from processes import DEADLINE, TORCHRUN, endless, started, wait_for_step
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch_jobs.write_config(tmp_path_factory.mktemp("processes"))
-
-
-@contextlib.contextmanager
-def started(*command: Any, **environment: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python process in a session of its own, all of which is gone at the end."""
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**ENVIRONMENT, **environment},
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        for child in children(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        process.communicate()
-
-
-def children(parent: int) -> list[int]:
-    """Processes started by a process, which torchrun puts into sessions of their own."""
-    listed = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False
-    )
-    return [int(pid) for pid in listed.stdout.split()]
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Waits until a run has reported a step."""
-    deadline = time.monotonic() + DEADLINE
-    file = run / "metrics.jsonl"
-    while not file.exists() or f'"step": {step},' not in file.read_text():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def endless(config: Path, output: Path) -> tuple[Any, ...]:
-    """A job that no test waits for the end of; its learning rate does not depend on that end."""
-    steady = ("--schedule.name", "constant", "--schedule.warmup_steps", 2)
-    return (config, "--output", output, "--training.steps", 100_000, *steady)
-
-
-def test_torchrun_stopped_and_continued_is_bit_identical(config: Path, tmp_path: Path) -> None:
-    job = ("-m", "conda_dist.launch.pretrain", *endless(config, tmp_path / "parts"))
-    interval = ("--checkpoint.interval", 0)
-    with started(*TORCHRUN, *job, *interval) as torchrun:
-        wait_for_step(tmp_path / "parts", 5, torchrun)
-        torchrun.send_signal(signal.SIGTERM)
-        said, _ = torchrun.communicate(timeout=DEADLINE)
-    assert torchrun.returncode != 0
-    assert "stopped after step" in said
-    (saved,) = complete_checkpoints(tmp_path / "parts" / "checkpoints")
-    stop = step_of(saved)
-    assert stop >= 5
-    assert metrics(tmp_path / "parts")[-1]["step"] == stop
-    steps = ("--training.steps", stop + 5)
-    succeed(2, *endless(config, tmp_path / "parts"), "--resume", *steps)
-    succeed(2, *endless(config, tmp_path / "whole"), *steps)
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
@@ -118,26 +45,6 @@ def test_torchrun_passes_on_what_slurm_sends(config: Path, tmp_path: Path) -> No
         said, _ = torchrun.communicate(timeout=DEADLINE)
     assert "continue with --resume" in said
     assert len(complete_checkpoints(tmp_path / "checkpoints")) == 1
-
-
-def test_killed_while_saving(config: Path, tmp_path: Path) -> None:
-    """A job that saves at every step is killed at a moment when it is writing."""
-    job = ("-m", "conda_dist.launch.pretrain", *endless(config, tmp_path))
-    with started(*TORCHRUN, *job, "--checkpoint.interval", 1) as torchrun:
-        wait_for_step(tmp_path, 3, torchrun)
-        deadline = time.monotonic() + DEADLINE
-        folder = tmp_path / "checkpoints"
-        while not list(folder.glob(".writing-*/__0_0.distcp")):
-            assert time.monotonic() < deadline
-        for pid in (torchrun.pid, *children(torchrun.pid)):
-            os.kill(pid, signal.SIGKILL)
-        torchrun.wait(DEADLINE)
-    survivors = [step_of(path) for path in complete_checkpoints(folder)]
-    assert survivors
-    last = survivors[-1]
-    succeed(2, *endless(config, tmp_path), "--resume", "--training.steps", last + 2)
-    assert not list(folder.glob(".writing-*"))
-    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, last + 3))
 
 
 def test_a_comparison_passes_the_stop_on(config: Path, tmp_path: Path) -> None:

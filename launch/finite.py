@@ -1,0 +1,66 @@
+"""Layer: launch. Numbers that are not finite: noticed before an update, and traced to ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .runtime import JobError, World, gather
+
+
+class NonFiniteError(JobError):
+    """The loss or the gradient is NaN or infinite; nothing was updated."""
+
+
+def finite(name: str, value: float) -> float:
+    """The value, if it is finite.
+
+    Raises:
+        NonFiniteError: It is not.
+    """
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{name} is {value}")
+    return value
+
+
+class Origin:
+    """Which ranks a number that is not finite came from, which sums over ranks do not tell.
+
+    A rank looks at its own loss, and at the gradient of its embeddings' output: the last one of
+    the backward pass, which whatever is not finite in the blocks above reaches through their
+    residual connections. Looking waits for no device.
+    """
+
+    def __init__(self, embeddings: nn.Module, world: World) -> None:
+        """Looks on from here."""
+        self._world = world
+        self._sound = torch.ones(2, dtype=torch.bool, device=world.device)
+        embeddings.register_forward_hook(self._watch)
+
+    def begin(self) -> None:
+        """Forgets the step before."""
+        self._sound.fill_(True)
+
+    def loss(self, own: Tensor) -> None:
+        """Looks at this rank's own part of the loss."""
+        self._sound[0] &= own.isfinite()
+
+    def _watch(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(self._look)  # type: ignore[no-untyped-call]
+
+    def _look(self, gradient: Tensor) -> None:
+        self._sound[1] &= gradient.isfinite().all()
+
+    def describe(self) -> str:
+        """Whose loss or gradient it was, in words; every rank asks."""
+        everyone = gather(self._world, self._sound.tolist())
+        for index, what in enumerate(("loss", "gradient")):
+            ranks = [rank for rank, sound in enumerate(everyone) if not sound[index]]
+            if ranks:
+                listed = ", ".join(map(str, ranks))
+                return f"the {what} of rank {listed} is not finite"
+        return "each rank's own loss and activations' gradients are finite"

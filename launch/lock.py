@@ -1,0 +1,50 @@
+"""Layer: launch. One job at a time writes a folder: a lock that ends with the process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .runtime import JobError, World, from_main
+
+LOCK = "lock"
+"""The file; it stays, since removing it would let two jobs lock two files of that name."""
+
+
+@contextmanager
+def locked(folder: Path, world: World) -> Iterator[None]:
+    """Keeps other jobs out of a folder while the block runs; rank 0 holds the lock.
+
+    Raises:
+        JobError: On every rank: another job holds it, or the file system has no locks.
+    """
+    held: list[int] = []
+
+    def take() -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A record lock: on network file systems it holds between hosts, and no child inherits it.
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        held.append(descriptor)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return os.read(descriptor, 1000).decode(errors="replace").strip() or "of unknown host"
+        with suppress(OSError):  # a full disk: the lock holds without a name in it
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return ""
+
+    try:
+        other = from_main(world, f"locking {folder / LOCK}", take)
+        if other:
+            raise JobError(
+                f"another job writes {folder} ({other}): wait for its end, or give another --output"
+            )
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)

@@ -1,0 +1,81 @@
+"""Jobs in processes of their own, for tests that signal or kill them."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+DEADLINE = 120.0
+
+
+@contextlib.contextmanager
+def started(*command: Any, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """A Python process in a session of its own, all of which is gone at the end."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**ENVIRONMENT, **environment},
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        for child in children(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        process.communicate()
+
+
+def children(parent: int) -> list[int]:
+    """Processes started by a process, which torchrun puts into sessions of their own."""
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=False
+    )
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+def rank_of(torchrun: subprocess.Popen[str], rank: int) -> int:
+    """The process that is a rank of torchrun's."""
+    for pid in children(torchrun.pid):
+        if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+            return pid
+    raise AssertionError(f"no rank {rank}")
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str], since: float = 0.0) -> None:
+    """Waits until a run has reported a step, in a file that was begun after `since`."""
+    deadline = time.monotonic() + DEADLINE
+    file = run / "metrics.jsonl"
+    while not _is_there(file, f'"step": {step},', since):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _is_there(file: Path, text: str, since: float) -> bool:
+    return file.exists() and file.stat().st_mtime >= since and text in file.read_text()
+
+
+def endless(config: Path, output: Path) -> tuple[Any, ...]:
+    """A job that no test waits for the end of; its learning rate does not depend on that end."""
+    steady = ("--schedule.name", "constant", "--schedule.warmup_steps", 2)
+    return (config, "--output", output, "--training.steps", 100_000, *steady)
