@@ -14,7 +14,7 @@ import launch_jobs
 from conda_dist.launch.checkpoint import complete_checkpoints, step_of
 from launch_jobs import curve, metrics, succeed
 from nodes import Node, Relay, nodes
-from test_launch_processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
+from processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
 
 PORT = 29_517
 TIMEOUT_S = 15

@@ -11,7 +11,7 @@ import pytest
 import launch_jobs
 from conda_dist.launch.checkpoint import complete_checkpoints, step_of
 from launch_jobs import curve, metrics, succeed
-from test_launch_processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
+from processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
 
 ROOT = Path(__file__).parents[1]
 SRUN = """#!/usr/bin/env bash
