@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from . import options, runtime
 from .batches import row_range
@@ -88,9 +89,7 @@ def run(config: Config, world: World) -> bool:
         JobError: On every rank: ranks differ, a checkpoint cannot be used, a loss is not finite,
             or something failed on one of them.
     """
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
-    if config.engine == "deepspeed":
-        versions["deepspeed"] = _deepspeed_version()
+    versions = used_versions(config)
     runtime.require_agreement(world, options.to_values(config) | versions)
     if not versions.get("deepspeed", "not used"):
         raise ConfigError(
@@ -99,10 +98,10 @@ def run(config: Config, world: World) -> bool:
         )
     row_range(config.training.global_batch_size, world.rank, world.size)
     with locked(Path(config.output), world):
-        return _train(config, world)
+        return _train(config, world, versions)
 
 
-def _train(config: Config, world: World) -> bool:
+def _train(config: Config, world: World, versions: dict[str, str]) -> bool:
     """The rest of `run`, with the output folder to itself."""
     checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
     source = find_checkpoint(config, checkpoints)
@@ -118,8 +117,8 @@ def _train(config: Config, world: World) -> bool:
         reporter = Reporter(config, world, trainer.step)
         reporter.facts(
             {
-                "ranks": f"{world.size} ({hosts}), {world.device.type}",
-                "versions": f"torch {torch.__version__}, Python {platform.python_version()}",
+                "ranks": f"{world.size} ({hosts}), {world.device.type}, {dist.get_backend()}",
+                "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
                 **engine.describe(),
                 "data": data.description,
                 "output": config.output,
@@ -156,12 +155,19 @@ def build_engine(config: Config, vocab_size: int, world: World) -> Engine:
     return DeepSpeedEngine(config, vocab_size, world)
 
 
-def _deepspeed_version() -> str:
-    """DeepSpeed's version; "" if it is not installed."""
-    try:
-        return importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+def used_versions(config: Config) -> dict[str, str]:
+    """Versions of what the job runs on, in which its ranks must agree; "" if not installed."""
+    packages = ["conda-dist", "transformers", "tokenizers"]
+    if config.engine == "deepspeed":
+        packages.append("deepspeed")
+    found = {"Python": platform.python_version(), "torch": torch.__version__}
+    found["numpy"] = np.__version__
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = ""
+    return found
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:

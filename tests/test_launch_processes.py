@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,12 @@ def test_a_comparison_passes_the_stop_on(config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "muon-lr0.01").exists()
 
 
-def ranks_of_their_own(config: Path, output: Path, *extra: tuple[Any, ...]) -> list[str]:
+def ranks_of_their_own(
+    config: Path,
+    output: Path,
+    *extra: tuple[Any, ...],
+    environments: Sequence[dict[str, str]] = ({}, {}),
+) -> list[str]:
     """Starts one process per tuple of extra arguments, as a cluster's launcher would."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,9 +80,10 @@ def ranks_of_their_own(config: Path, output: Path, *extra: tuple[Any, ...]) -> l
                     RANK=str(rank),
                     LOCAL_RANK=str(rank),
                     **group,
+                    **environment,
                 )
             )
-            for rank, arguments in enumerate(extra)
+            for rank, (arguments, environment) in enumerate(zip(extra, environments, strict=True))
         ]
         said = [process.communicate(timeout=DEADLINE)[0] for process in processes]
         assert all(process.returncode == 1 for process in processes), said
@@ -94,3 +101,14 @@ def test_ranks_with_different_settings_are_refused(config: Path, tmp_path: Path)
         assert "training.steps: 5 on rank [0]; 6 on rank [1]" in text
         assert "optimizer.conda.scale: 0.25 on rank [0]; 0.5 on rank [1]" in text
         assert "model.hidden_size" not in text
+
+
+def test_ranks_with_different_versions_are_refused(config: Path, tmp_path: Path) -> None:
+    """A host whose environment was not brought up to date."""
+    other = tmp_path / "transformers-0.1.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.1\n")
+    stale = {"PYTHONPATH": str(tmp_path)}
+    for text in ranks_of_their_own(config, tmp_path / "run", (), (), environments=({}, stale)):
+        assert "transformers: " in text
+        assert "'0.1' on rank [1]" in text

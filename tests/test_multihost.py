@@ -84,6 +84,8 @@ def test_two_hosts_have_the_curve_of_one(config: Path, tmp_path: Path) -> None:
     told = words(tmp_path / "said")
     for host in hosts:
         assert f"2 on {host.name}" in told
+    assert "4 (" in told
+    assert "gloo" in told
     one = (*arguments[:2], tmp_path / "one", *arguments[3:])
     succeed(4, *one)
     assert curve(tmp_path / "hosts") == curve(tmp_path / "one")
