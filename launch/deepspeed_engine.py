@@ -61,7 +61,7 @@ class DeepSpeedEngine:
             file = config.deepspeed.config
             source = f"the settings in {file}, or the job's" if file else "the job's settings"
             raise ConfigError(f"DeepSpeed does not take {source}: {error}") from error
-        self._origin = Origin(self._engine.module.get_input_embeddings(), world)
+        self._origin = Origin(self._engine.module.get_input_embeddings(), world.device)
         self._files = _Files()
         self._engine.checkpoint_engine = self._files
         self._rates = [float(group["lr"]) for group in self._groups]
@@ -130,7 +130,7 @@ class DeepSpeedEngine:
 
     def origin(self) -> str:
         """See Engine."""
-        return self._origin.describe()
+        return self._origin.describe(self._world)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:

@@ -99,7 +99,7 @@ class Fsdp2Engine:
         """Builds everything in its state at step 0."""
         self._config, self._world = config, world
         self.model = build_model(config.model, config.training, vocab_size, world)
-        self._origin = Origin(self.model.get_input_embeddings(), world)
+        self._origin = Origin(self.model.get_input_embeddings(), world.device)
         self.optimizers = optimizers.build_optimizers(self.model, config.optimizer)
         self._schedulers = schedule.build_schedulers(
             self.optimizers, config.schedule, config.optimizer.chosen.lr, config.training.steps
@@ -158,7 +158,7 @@ class Fsdp2Engine:
 
     def origin(self) -> str:
         """See Engine."""
-        return self._origin.describe()
+        return self._origin.describe(self._world)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:

@@ -34,10 +34,10 @@ class Origin:
     residual connections. Looking waits for no device.
     """
 
-    def __init__(self, embeddings: nn.Module, world: World) -> None:
+    def __init__(self, embeddings: nn.Module, device: torch.device) -> None:
         """Looks on from here."""
-        self._world = world
-        self._sound = torch.ones(2, dtype=torch.bool, device=world.device)
+        # No World: the model would keep its groups to the interpreter's end, which then aborts.
+        self._sound = torch.ones(2, dtype=torch.bool, device=device)
         embeddings.register_forward_hook(self._watch)
 
     def begin(self) -> None:
@@ -55,9 +55,9 @@ class Origin:
     def _look(self, gradient: Tensor) -> None:
         self._sound[1] &= gradient.isfinite().all()
 
-    def describe(self) -> str:
+    def describe(self, world: World) -> str:
         """Whose loss or gradient it was, in words; every rank asks."""
-        everyone = gather(self._world, self._sound.tolist())
+        everyone = gather(world, self._sound.tolist())
         for index, what in enumerate(("loss", "gradient")):
             ranks = [rank for rank, sound in enumerate(everyone) if not sound[index]]
             if ranks:

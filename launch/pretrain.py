@@ -15,7 +15,6 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -208,17 +207,5 @@ def prepare_output(config: Config, world: World) -> None:
             )
 
 
-def end(code: int) -> NoReturn:
-    """Ends the process at once, after a job that has closed its files.
-
-    The interpreter's own end takes torch's threads apart in an order that aborts the process now
-    and then ("terminate called without an active exception", about once in thirty), which would
-    make a complete job a failed one, to be started again.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    end(main())
+    sys.exit(main())

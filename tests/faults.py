@@ -240,17 +240,16 @@ def stopped_rank(scene: Scene, rank: int = 0) -> Outcome:
     return recover(scene, name, outcome)
 
 
-def asleep_rank(scene: Scene) -> Outcome:
-    """A rank that waits for its data for ever."""
+def stuck_rank(scene: Scene, fault: str = "asleep") -> Outcome:
+    """A rank that waits for its data for ever; "frozen": and keeps its threads from running."""
     limit = ("--training.stall_timeout_s", STALL_S)
-    driver = (injected.__file__, "asleep", 1, STRUCK + 1)
-    with running(scene, "asleep", *limit, program=driver) as torchrun:
+    driver = (injected.__file__, fault, 1, STRUCK + 1)
+    with running(scene, fault, *limit, program=driver) as torchrun:
         said, took = end(torchrun, time.perf_counter())
+    how = "rank 1 never gets its data" + (", in C with the GIL" if fault == "frozen" else "")
     did = "all end; it is named with host, pid, step and phase, and prints its stack"
-    outcome = Outcome(
-        f"a rank is stuck ({STALL_S:g} s allowed)", "rank 1 never gets its data", did, said, took
-    )
-    return recover(scene, "asleep", outcome)
+    outcome = Outcome(f"a rank is stuck ({STALL_S:g} s allowed)", how, did, said, took)
+    return recover(scene, fault, outcome)
 
 
 def _injected(scene: Scene, name: str, fault: str, *extra: Any, rank: int = 1) -> list[Result]:
@@ -368,7 +367,9 @@ def damaged(scene: Scene, damage: Damage) -> Outcome:
     # What the message says to do is done.
     (advised,) = set(re.findall(r"--resume (\S+)", outcome.said))
     assert Path(advised) == before
-    return recover(scene, name, outcome, advised)
+    outcome = recover(scene, name, outcome, advised)
+    outcome.lost = step_of(newest) - step_of(before)
+    return outcome
 
 
 def elastic(scene: Scene, *sizes: int) -> Outcome:
@@ -396,7 +397,8 @@ ALL: tuple[Callable[[Scene], Outcome], ...] = (
     preempted,
     stopped_rank,
     lambda scene: stopped_rank(scene, 1),
-    asleep_rank,
+    stuck_rank,
+    lambda scene: stuck_rank(scene, "frozen"),
     nan_gradient,
     lambda scene: decomposition_raises(scene, "sync"),
     lambda scene: decomposition_raises(scene, "async"),
@@ -420,7 +422,7 @@ _HEAD = (
 
 
 def main() -> None:
-    """Prints the table, row by row; only the faults whose functions' names are given, if any."""
+    """Prints the table, row by row."""
     with tempfile.TemporaryDirectory() as folder:
         scene = set_up(Path(folder), fresh=True)
         print("| " + " | ".join(_HEAD) + " |\n" + "|---" * len(_HEAD) + "|", flush=True)

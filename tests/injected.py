@@ -4,6 +4,7 @@ From that step on, on that rank, one thing goes wrong; everything else is the jo
 """
 
 import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -47,7 +48,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
     Args:
         fault: "nan": the gradient of a block's output is NaN. "no memory": a decomposition
             raises. "no svd": none converges, in two steps. "asleep": reading data never ends.
-            "slow": it takes a while. "full": files cannot grow.
+            "frozen": and no other thread of the process runs. "slow": it takes a while.
+            "full": files cannot grow.
         rank: The rank.
         step: Its first step in which it does, counted from 1.
     """
@@ -58,6 +60,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
     def read(self: Any, number: int, first: int, last: int) -> Any:
         clock.step = number + 1
         if clock.strikes():
+            if fault == "frozen":
+                ctypes.PyDLL(None).sleep(3600)  # unlike CDLL it lets no other thread run
             if fault in ("asleep", "slow"):
                 time.sleep(SLOW_S if fault == "slow" else 3600.0)
             if fault == "full":
@@ -106,4 +110,4 @@ def job(fault: str, rank: int, step: int, *arguments: str) -> Result:
 
 if __name__ == "__main__":
     with injected(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):
-        pretrain.end(pretrain.main(sys.argv[4:]))
+        sys.exit(pretrain.main(sys.argv[4:]))

@@ -157,6 +157,10 @@ def build(config: str, output: str, stage: int, dtype: str) -> tuple[Any, Any]:
     return DeepSpeedEngine(loaded, 400, runtime.join(60.0)), rows
 
 
+def _spoil(block: Any, args: Any, output: torch.Tensor) -> None:
+    output.register_hook(lambda grad: grad * math.nan)
+
+
 def _poisoned(*arguments: Any) -> tuple[list[str], list[float]]:
     """What a step says whose gradient is NaN on one rank; the losses around it."""
     engine, rows = build(*arguments)
@@ -165,14 +169,16 @@ def _poisoned(*arguments: Any) -> tuple[list[str], list[float]]:
         engine.step()
     before = engine.evaluate([rows], 256)
     if dist.get_rank() == 1:
-        weight = next(engine._engine.module.model.layers.parameters())
-        weight.register_hook(lambda grad: grad * math.nan)
+        block = engine._engine.module.model.layers[1]
+        hook = block.register_forward_hook(_spoil)
     engine.forward_backward([rows], 256)
+    if dist.get_rank() == 1:
+        hook.remove()
     said = []
     try:
         engine.step()
     except NonFiniteError as error:
-        said.append(str(error))
+        said += [str(error), engine.origin()]
     return said, [before, engine.evaluate([rows], 256)]
 
 
@@ -182,7 +188,8 @@ def test_a_gradient_that_is_not_finite_updates_nothing(
     config: Path, tmp_path: Path, stage: int, dtype: str
 ) -> None:
     for said, losses in ranks.run(2, _poisoned, str(config), str(tmp_path), stage, dtype):
-        assert said in (["the gradient's norm is inf"], ["the gradient's norm is nan"])
+        assert said[0] in ("the gradient's norm is inf", "the gradient's norm is nan")
+        assert said[1] == "the gradient of rank 1 is not finite"
         assert losses[0] == losses[1]
 
 

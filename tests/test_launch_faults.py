@@ -2,14 +2,19 @@
 
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import DistStoreError
 
 import faults
 import launch_jobs
 import ranks
 from conda_dist.launch import watchdog
+from conda_dist.launch.rendezvous import agree
 from conda_dist.launch.watchdog import Report, find_stalled
 from faults import INTERVAL, STALL_S, STRUCK, Outcome, Scene
 from launch_jobs import metrics
@@ -71,7 +76,7 @@ def test_a_stopped_rank_is_named_and_killed(scene: Scene) -> None:
 
 
 def test_a_stuck_rank_is_named_and_shows_its_stack(scene: Scene) -> None:
-    outcome = faults.asleep_rank(scene)
+    outcome = faults.stuck_rank(scene)
     assert_lost(outcome, INTERVAL)
     assert outcome.stop_s < STALL_S * 1.25 + 5
     for rank in (0, 1):
@@ -81,6 +86,15 @@ def test_a_stuck_rank_is_named_and_shows_its_stack(scene: Scene) -> None:
     assert "injected.py" in stack
     assert "in read" in stack
     assert "[rank 0] what it is doing" not in outcome.said
+
+
+def test_a_rank_that_lets_no_thread_run_shows_its_stack(scene: Scene) -> None:
+    outcome = faults.stuck_rank(scene, "frozen")
+    assert_lost(outcome, INTERVAL)
+    assert outcome.stop_s < STALL_S * 1.25 + 5
+    assert "[rank 0] error: no progress for 5 s" in outcome.said
+    assert "says nothing any more" in outcome.said
+    assert "injected.py" in outcome.said.partition("Timeout (0:00:05)!")[2]
 
 
 def test_a_slow_rank_is_left_alone(scene: Scene) -> None:
@@ -170,6 +184,25 @@ def test_a_full_disk(scene: Scene) -> None:
 @pytest.mark.parametrize("damage", [faults.delete, faults.truncate, faults.flip])
 def test_a_damaged_checkpoint(scene: Scene, damage: faults.Damage) -> None:
     assert faults.damaged(scene, damage).difference == 0.0
+
+
+def _starts(store: HashStore, early: int) -> list[str]:
+    """The names that three ranks agree on, of which one comes first."""
+    limit = timedelta(seconds=10)
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(agree, store, early, 3, limit)
+        time.sleep(0.05)
+        others = [pool.submit(agree, store, rank, 3, limit) for rank in range(3) if rank != early]
+        return [future.result() for future in (first, *others)]
+
+
+def test_a_start_takes_nothing_from_the_one_before() -> None:
+    store = HashStore()
+    names = [_starts(store, early) for early in (0, 1, 2, 0)]
+    assert all(len(set(agreed)) == 1 for agreed in names)
+    assert len({agreed[0] for agreed in names}) == 4
+    with pytest.raises(DistStoreError, match="not all 2 ranks came"):
+        agree(store, 0, 2, timedelta(seconds=0.1))
 
 
 def test_other_numbers_of_ranks(scene: Scene) -> None:

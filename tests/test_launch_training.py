@@ -123,17 +123,6 @@ def test_dropout_resumes_bit_identically(config: Path, tmp_path: Path) -> None:
     assert_identical(weights(tmp_path / "parts", 8), weights(tmp_path / "whole", 8))
 
 
-def test_resume_on_other_numbers_of_ranks(config: Path, tmp_path: Path) -> None:
-    steady = (config, "--schedule.name", "constant", "--schedule.warmup_steps", 2)
-    succeed(2, *steady, "--output", tmp_path / "whole")
-    moving = (*steady, "--output", tmp_path / "moving", "--resume", "--training.steps")
-    for world, steps in ((2, 3), (1, 5), (3, 8)):
-        succeed(world, *moving, steps)
-    ours, usual = metrics(tmp_path / "moving"), metrics(tmp_path / "whole")
-    assert [a["step"] for a in ours] == list(range(1, 9))
-    assert [a["loss"] for a in ours] == pytest.approx([b["loss"] for b in usual], abs=1e-3)
-
-
 def test_settings_changed_on_resume_are_followed(config: Path, tmp_path: Path) -> None:
     adamw = (config, "--output", tmp_path, "--optimizer.name", "adamw")
     succeed(1, *adamw, "--training.steps", 4, "--schedule.name", "constant")
