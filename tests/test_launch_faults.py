@@ -20,6 +20,8 @@ from faults import INTERVAL, STALL_S, STRUCK, Outcome, Scene
 from launch_jobs import metrics
 
 CLOSE = 1e-3
+SLACK_S = 10.0
+"""For torchrun to notice and to end, on a machine that does other things as well."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_preempted(scene: Scene) -> None:
 def test_a_stopped_rank_is_named_and_killed(scene: Scene) -> None:
     outcome = faults.stopped_rank(scene)
     assert_lost(outcome, INTERVAL)
-    assert outcome.stop_s < STALL_S * 1.25 + 5
+    assert outcome.stop_s < STALL_S * 1.25 + SLACK_S
     assert "[rank 1] error: no progress for 5 s" in outcome.said
     assert "rank 0 on " in outcome.said
     assert "says nothing any more" in outcome.said
@@ -78,7 +80,7 @@ def test_a_stopped_rank_is_named_and_killed(scene: Scene) -> None:
 def test_a_stuck_rank_is_named_and_shows_its_stack(scene: Scene) -> None:
     outcome = faults.stuck_rank(scene)
     assert_lost(outcome, INTERVAL)
-    assert outcome.stop_s < STALL_S * 1.25 + 5
+    assert outcome.stop_s < STALL_S * 1.25 + SLACK_S
     for rank in (0, 1):
         assert f"[rank {rank}] error: no progress for 5 s" in outcome.said
     assert f"is stuck in step {STRUCK + 1}, reading data; the others wait for it" in outcome.said
@@ -91,7 +93,7 @@ def test_a_stuck_rank_is_named_and_shows_its_stack(scene: Scene) -> None:
 def test_a_rank_that_lets_no_thread_run_shows_its_stack(scene: Scene) -> None:
     outcome = faults.stuck_rank(scene, "frozen")
     assert_lost(outcome, INTERVAL)
-    assert outcome.stop_s < STALL_S * 1.25 + 5
+    assert outcome.stop_s < STALL_S * 1.25 + SLACK_S
     assert "[rank 0] error: no progress for 5 s" in outcome.said
     assert "says nothing any more" in outcome.said
     assert "injected.py" in outcome.said.partition("Timeout (0:00:05)!")[2]
