@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import operator
 import os
+import sys
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -188,12 +188,14 @@ def _expand_optimizer(values: Values, name: str) -> Values:
 def _read_file(path: Path) -> Values:
     try:
         with path.open("rb") as file:
-            document = tomllib.load(file)
+            values = _flatten(tomllib.load(file))
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    values = _flatten(document)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from None
+    # Besides its own error: text that is not UTF-8, numbers of thousands of digits, deep nesting.
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{str(path)!r} is not valid TOML: {error}") from None
     for name, value in values.items():
         try:
             key = _optimizer_key(name) or lookup(name)
@@ -238,9 +240,9 @@ def _typed(key: Declared, hint: Any, value: Any) -> Any:
         if isinstance(items, list | tuple) and (options[-1] is ... or len(items) == len(options)):
             return tuple(_typed(key, options[0], item) for item in items)
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
+        if abs(value) <= sys.float_info.max:  # NaN is not
             return float(value)
-    elif type(value) is hint:
+    elif type(value) is hint and (hint is not int or abs(value) < 2**63):  # as TOML has them
         return value
     raise ConfigError(f"{key.name} = {value!r}: {_wanted(key.type)} is wanted")
 
