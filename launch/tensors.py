@@ -5,14 +5,17 @@ DCP stores each rank's shards and an index; any number of ranks can read them ba
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -38,7 +41,12 @@ def load_tensors(folder: Path, state: dict[str, Any], world: World) -> None:
         JobError: On every rank, if reading failed on any.
     """
     try:
-        load(state, storage_reader=_SafeReader(folder), process_group=world.control)
+        load(
+            state,
+            storage_reader=_SafeReader(folder),
+            planner=_TensorsOnly(),
+            process_group=world.control,
+        )
     except CheckpointException as error:
         raise JobError(_causes(error)) from error
 
@@ -65,6 +73,19 @@ class _SafeReader(FileSystemReader):
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    """torch's planner, except that nothing is unpickled where the index says "bytes".
+
+    torch would do so without weights_only, and for any key, whatever is to be loaded into.
+    """
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Raises pickle.UnpicklingError: the job saves tensors only."""
+        raise pickle.UnpicklingError(
+            f"the index has a pickle for {read_item.dest_index.fqn}, which is a tensor"
+        )
 
 
 class _IndexUnpickler(pickle.Unpickler):
