@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from conda_dist import maths, storage
+from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
 from conda_dist.layout import Coordinate, Layout
 from conda_dist.routing import CONDA, clean_name
 from conda_dist.setup import Setup, name_of
@@ -40,9 +41,10 @@ def match_state(
         and with the parameters' names as they are here.
 
     Raises:
-        ValueError: the state dict was written by another optimizer, for other parameters, or
-            misses something.
+        TypeError: something in the state dict is of another type than this optimizer saves.
+        ValueError: it was written by another optimizer, for other parameters, or misses something.
     """
+    _check_form(incoming)
     _check_groups(groups, incoming)
     saved_groups, saved_state = incoming["param_groups"], incoming["state"]
     sources = _sources(groups, saved_groups)
@@ -69,14 +71,36 @@ def match_state(
     return matched, {**incoming, "state": {}, "param_groups": named}
 
 
-def _check_groups(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]) -> None:
-    """Refuses what is not a state dict of this optimizer with these groups."""
+def _check_form(incoming: Any) -> None:
+    """Refuses what is not of the form that ``Optimizer.state_dict`` gives."""
+    if not isinstance(incoming, Mapping):
+        raise TypeError(f"a state dict must be a dict, got {type(incoming).__name__}")
     if not {"param_groups", "state"} <= incoming.keys():
         some = ", ".join(map(repr, list(incoming)[:3]))
         raise ValueError(
             f"this is not the state dict of an optimizer, which has 'state' and 'param_groups': "
             f"it has {some or 'nothing'}{', ...' if len(incoming) > 3 else ''}."
         )
+    state, saved_groups = incoming["state"], incoming["param_groups"]
+    if not isinstance(state, Mapping) or not all(isinstance(s, Mapping) for s in state.values()):
+        raise TypeError("the checkpoint's 'state' is no dict of dicts: it is damaged.")
+    if not isinstance(saved_groups, list | tuple):
+        raise TypeError("the checkpoint's 'param_groups' are no list: it is damaged.")
+    for g, saved in enumerate(saved_groups):
+        where = f"the checkpoint's parameter group {g}"
+        if not isinstance(saved, Mapping) or not _lists(saved.get("params"), int | str):
+            raise TypeError(f"{where} is no dict with a list of 'params': it is damaged.")
+        if not _lists(saved.get("param_names") or (), str):
+            raise TypeError(f"{where}: its 'param_names' are no list of names: it is damaged.")
+
+
+def _lists(value: Any, kind: Any) -> bool:
+    """Whether something is a list of that kind of items."""
+    return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+
+
+def _check_groups(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]) -> None:
+    """Refuses what is not a state dict of this optimizer with these groups."""
     saved_groups = incoming["param_groups"]
     if not any("algorithm" in saved for saved in saved_groups):
         keys = sorted({str(key) for state in incoming["state"].values() for key in state})
@@ -100,6 +124,12 @@ def _check_groups(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, An
                 "param_groups the same patterns as when it was saved, or start with fresh "
                 "optimizer state."
             )
+        where = f"the checkpoint's parameter group {g}: "
+        if missing := [key for key in HYPERPARAMETERS if key != "splits" and key not in saved]:
+            raise ValueError(f"{where}it has no {', '.join(missing)}: it is damaged.")
+        check_hyperparameters(saved, where, scheduled=True)
+        if not isinstance(saved.get("splits"), list | tuple | None):
+            raise TypeError(f"{where}splits must be rows of parts, got {saved['splits']!r}")
 
 
 def _sources(
@@ -116,6 +146,12 @@ def _sources(
     by_number = all(isinstance(saved_id, int) for saved_id, _ in by_place.values())
     if not by_number or not all(g.get("param_names") for g in (*groups, *saved_groups)):
         return by_place
+    for g, saved in enumerate(saved_groups):
+        if len(saved["param_names"]) != len(saved["params"]):
+            raise ValueError(
+                f"the checkpoint's parameter group {g} has {len(saved['param_names'])} "
+                f"'param_names' for {len(saved['params'])} 'params': it is damaged."
+            )
     saved_names = {
         clean_name(name): (saved_id, saved)
         for saved in saved_groups
@@ -179,6 +215,29 @@ def _check_state(
                 f"{name}: {key} has shape {found} in the checkpoint, but a parameter of shape "
                 f"{shape} needs {expected}. The checkpoint is of another model."
             )
+        if (wrong := _unfit(key, saved[key])) is not None:
+            raise ValueError(f"{name}: {key} is {wrong} in the checkpoint: it is damaged.")
+
+
+def _unfit(key: str, value: Any) -> str | None:
+    """What a saved state is, if no state of that name can be; counts are looked at, too."""
+    counts = "step" in key
+    if not isinstance(value, Tensor):
+        if not counts or isinstance(value, bool) or not isinstance(value, int | float):
+            return f"of type {type(value).__name__}"
+        value = torch.tensor(value)
+    if value.layout is not torch.strided or value.is_meta:
+        return f"{value.layout} on {value.device}"
+    number = value.dtype.is_floating_point or (counts and value.dtype in COUNTS)
+    if not (value.dtype == torch.uint8 if key == CODES else number):
+        return f"of {value.dtype}"
+    if counts and not isinstance(value, DTensor) and not ((value >= -1) & (value % 1 == 0)).all():
+        return f"{value.tolist()}"
+    return None
+
+
+COUNTS = (torch.int32, torch.int64)
+"""Dtypes that steps may also have been saved in."""
 
 
 def _state_shapes(

@@ -353,6 +353,7 @@ class Conda(torch.optim.Optimizer):
         or whole plain tensors. Everything is checked before anything is changed.
 
         Raises:
+            TypeError: something in the state dict is of another type than this optimizer saves.
             ValueError: the state dict is of another optimizer, of other parameters, or damaged.
         """
         before, saved = self.state, dict[Tensor, Mapping[str, Any]]()

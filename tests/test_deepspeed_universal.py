@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 import models
 import ranks
 import zero
+from test_launch_checkpoint import Payload
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -279,3 +281,17 @@ def test_stage_0_needs_no_conversion(tmp_path: Path) -> None:
         for (_, dtype, _), ours, theirs in zip(configs, loaded, saved, strict=True):
             error = models.farthest(ours[1], theirs[1], zero.start())
             assert error < (1e-5 if dtype == "fp32" else 0.01), dtype
+
+
+def test_what_is_kept_runs_no_code(tmp_path: Path) -> None:
+    """What is read of a universal checkpoint here; the rest DeepSpeed unpickles by itself."""
+    from conda_dist.integrations.deepspeed.checkpoint import read_universal
+
+    target, file = tmp_path / "made by a pickle", tmp_path / "zero" / "optimizer_state.pt"
+    file.parent.mkdir()
+    torch.save({"param_groups": [{"conda": Payload(target)}]}, file)
+    torch.load(file, weights_only=False)
+    target.rmdir()  # so much for the payload: it works
+    with pytest.raises(pickle.UnpicklingError, match="mkdir"):
+        read_universal(str(tmp_path), [], {})
+    assert not target.exists()

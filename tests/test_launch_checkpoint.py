@@ -88,18 +88,23 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+def forge(checkpoint: Path, name: str, content: bytes) -> None:
+    """Puts a file into a checkpoint as whoever knows its format would."""
+    file = checkpoint / name
+    file.write_bytes(content)
+    record = json.loads((checkpoint / "trainer.json").read_text())
+    digest = hashlib.sha256(content).hexdigest()
+    record["files"][name] = {"bytes": len(content), "sha256": digest}
+    del record["sha256"]
+    record["sha256"] = record_hash(record)
+    (checkpoint / "trainer.json").write_text(json.dumps(record))
+
+
 def test_a_checkpoint_runs_no_code(config: Path, run: Path, tmp_path: Path) -> None:
     target = tmp_path / "made by a pickle"
     pickle.loads(pickle.dumps(Payload(target)))
     target.rmdir()  # so much for the payload: it works
-    index = newest(run) / ".metadata"
-    index.write_bytes(pickle.dumps(Payload(target)))
-    record = json.loads((newest(run) / "trainer.json").read_text())
-    digest = hashlib.sha256(index.read_bytes()).hexdigest()
-    record["files"][".metadata"] = {"bytes": index.stat().st_size, "sha256": digest}
-    del record["sha256"]
-    record["sha256"] = record_hash(record)
-    (newest(run) / "trainer.json").write_text(json.dumps(record))
+    forge(newest(run), ".metadata", pickle.dumps(Payload(target)))
     for result in train(2, config, "--output", run, "--resume"):
         assert result.code == 1
         assert "which no index needs" in result.err

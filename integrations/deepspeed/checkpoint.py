@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 
 from conda_dist.integrations.deepspeed.partitions import Member
@@ -144,7 +146,8 @@ def read_universal(
     if not os.path.isfile(path):
         raise ValueError(f"{path} is missing: {folder} is not what ds_to_universal makes")
     # Mapped, for it holds the bases of all weights, of which a rank takes few.
-    read = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
+        read = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     extra = (read.get("param_groups") or [{}])[0].get(KEY)
     if isinstance(extra, Mapping) and "unfit" in extra:
         raise ValueError(f"the universal checkpoint cannot be loaded: {extra['unfit']}")
