@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist.maths import Hyper, decode, dither, store_
+from conda_dist.maths import Hyper, decode, rounding_of, store_
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +70,9 @@ def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool
         ([entry.exp_avg for entry in entries], exp_avgs),
         ([entry.exp_avg_sq for entry in entries], exp_avg_sqs),
     ):
-        coded = kept[0].dtype == torch.uint8
-        if coded or (stochastic and kept[0].dtype == torch.bfloat16):
+        if (rounding := rounding_of(kept[0], step, stochastic)) is not None:
             for moment, value in zip(kept, values, strict=True):
-                store_(moment, value, dither(step))
+                store_(moment, value, rounding)
         elif kept[0].dtype != work:
             torch._foreach_copy_(kept, values)
 

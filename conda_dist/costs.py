@@ -56,10 +56,8 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
         return _delegated(plan, coordinate, sizes, is_async)
     wave = plan_wave(plans, (0,), [range(count)], coordinate)
     bucket = plan_bucket(plans, (0,), coordinate)
-    two = [
-        sizes.moment,
-        sizes.second,
-    ]  # of a part's or a flat weight's, that travel with its gradient
+    # Moments of a part or of a flat weight travel with its gradient.
+    two = [sizes.moment, sizes.second]
     step = _sent(
         coordinate,
         (bucket.forward, [sizes.param, sizes.basis, *two]),

@@ -59,10 +59,11 @@ def project_back(y: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | Non
     return project(y, basis.mT, right, dtype)
 
 
-LEVELS_PER_OCTAVE, FIRST_OCTAVE = 3, -60
-"""The code of a second moment in 8 bits: 0 is zero, c > 0 is 2^(FIRST_OCTAVE + (c - 1) / 3), from
-2^-60, whose root is a tenth of the usual eps, to 2^24.7. Every element is by itself, without scales
-of blocks, so that codes can be sharded and resharded as the numbers they stand for."""
+LEVELS_PER_OCTAVE, FIRST_OCTAVE = 1.5, -60
+"""The code of a second moment in 8 bits: 0 is zero, c > 0 is 2^(FIRST_OCTAVE + (c - 1) / 1.5), from
+2^-60, whose root is a tenth of the usual eps, to 2^109: a spike of the gradient that had no code
+would leave a first moment that nothing divides down. Every element is by itself, without scales of
+blocks, so that codes can be sharded and resharded as the numbers they stand for."""
 
 
 def dither(step: int) -> float:
@@ -73,6 +74,13 @@ def dither(step: int) -> float:
     would, and without any to draw, or to keep in a checkpoint.
     """
     return step * 0.6180339887498949 % 1.0
+
+
+def rounding_of(moment: Tensor, step: int, stochastic: bool) -> float | None:
+    """What is added before a moment is rounded down in a step; None to round it to nearest."""
+    # Codes are so far apart that rounded to nearest they would never change.
+    shifted = moment.dtype == torch.uint8 or (stochastic and moment.dtype == torch.bfloat16)
+    return dither(step) if shifted else None
 
 
 def decode(exp_avg_sq: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,15 +98,14 @@ def store_(moment: Tensor, value: Tensor, rounding: float | None) -> None:
     Args:
         moment: bfloat16, or codes of a second moment in uint8, or of more bits.
         value: what it shall be, in at least float32.
-        rounding: from :func:`dither`: what is added, in units of the last place, before rounding
-            down; None to round to nearest.
+        rounding: from :func:`rounding_of`, in units of the last place.
     """
     if moment.dtype == torch.uint8:
         levels = value.log2().sub_(FIRST_OCTAVE).mul_(LEVELS_PER_OCTAVE)
         levels.add_(1 + (0.5 if rounding is None else rounding)).floor_().clamp_(0, 255)
         # A NaN has no code; the first moment has it, too, and keeps it.
         moment.copy_(levels.nan_to_num_(255.0))
-    elif rounding is None or moment.dtype != torch.bfloat16:
+    elif rounding is None:
         moment.copy_(value)
     else:
         value = value.float()

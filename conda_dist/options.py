@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
-"""Dtypes of moments and products by name, for command lines and JSON."""
+"""Dtypes of moments and products by name, for command lines and JSON; codes in uint8 are for the
+second moment alone."""
 
 OF_DTYPES = ("state_dtype", "second_moment_dtype", "matmul_dtype", "basis_dtype")
 """The options that are dtypes."""

@@ -277,13 +277,8 @@ class Weight:
     def average(self, moment: Tensor, projected: Tensor) -> None:
         """Updates a first moment, or some of it, with the projected gradient there."""
         beta1 = float(self.group["betas"][0])
-        maths.average_(moment, projected, beta1, self._rounding(moment))
-
-    def _rounding(self, moment: Tensor) -> float | None:
-        """What is added before a moment is rounded; None to round to nearest."""
-        # Codes are so far apart that rounded to nearest they would never change.
-        shifted = self.options.stochastic_rounding or moment.dtype == torch.uint8
-        return maths.dither(self.step) if shifted else None
+        rounding = maths.rounding_of(moment, self.step, self.options.stochastic_rounding)
+        maths.average_(moment, projected, beta1, rounding)
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
         """Takes the first moment and the projected gradient to a new basis, and keeps the basis.
@@ -339,8 +334,8 @@ class Weight:
         """Updates the second moment, counts the step and returns proj(M) / (sqrt(v) + eps)."""
         self._counts("step").add_(1)
         first, second = self.moments
-        hyper = hyper_of(self.group)
-        return maths.normalise_(projected, first, second, hyper, self._rounding(second))
+        rounding = maths.rounding_of(second, self.step, self.options.stochastic_rounding)
+        return maths.normalise_(projected, first, second, hyper_of(self.group), rounding)
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""

@@ -128,7 +128,7 @@ def plan_engines(
         arguments = [config, *ENGINES[name]]
         for key, text in options.split_arguments(overrides):
             if key in ("output", "resume", "engine", "deepspeed.stage"):
-                raise ConfigError(f"--{key} differs from run to run: compare sets it itself")
+                raise set_by("compare", key)
             if not key.startswith("deepspeed.") or name.startswith("zero"):
                 arguments.append(f"--{key}={text}")
         lr = options.load(config, arguments[1:]).optimizer.chosen.lr
@@ -138,21 +138,39 @@ def plan_engines(
     return trials
 
 
-def _parser() -> argparse.ArgumentParser:
+def set_by(command: str, key: str) -> ConfigError:
+    """The error for a key of the job that a command gives each of its runs."""
+    return ConfigError(f"--{key} differs from run to run: {command} sets it itself")
+
+
+def parser_of_runs(command: str, description: str | None, nproc: int) -> argparse.ArgumentParser:
+    """The command line of a command that makes several runs from one config.
+
+    Args:
+        command: its name.
+        description: what it does.
+        nproc: processes per run unless told.
+    """
     parser = argparse.ArgumentParser(
-        prog="python -m conda_dist.launch.compare",
-        description=__doc__,
+        prog=f"python -m conda_dist.launch.{command}",
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="Any --section.key of the pretraining job may follow; it applies to every run.",
     )
-    names = ",".join(get_args(OptimizerName))
     parser.add_argument("config", metavar="CONFIG", help="TOML file shared by all runs")
+    parser.add_argument("--output", type=Path, required=True, help="folder of all runs")
+    text = f"processes per run (default {nproc})"
+    parser.add_argument("--nproc", type=int, default=nproc, help=text)
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = parser_of_runs("compare", __doc__, nproc=2)
+    names = ",".join(get_args(OptimizerName))
     listed: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
     parser.add_argument("--optimizers", help=f"{names} (default: all of them)", **listed)
     parser.add_argument("--engines", help=f"instead: {','.join(ENGINES)}", **listed)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the comparison")
-    parser.add_argument("--nproc", type=int, default=2, help="processes per run (default 2)")
     parser.add_argument(
         "--lr",
         action="append",
@@ -182,7 +200,7 @@ def _overrides_for(optimizer: str, overrides: list[str]) -> list[str]:
     for name, text in options.split_arguments(overrides):
         parts = name.split(".")
         if parts[0] in ("output", "resume") or parts[:2] == ["optimizer", "name"]:
-            raise ConfigError(f"--{name} differs from run to run: compare sets it itself")
+            raise set_by("compare", name)
         if parts[0] == "optimizer" and len(parts) == 2:
             raise ConfigError(f"--{name}: of which optimizer? Give --optimizer.NAME.{parts[1]}")
         if parts[0] != "optimizer" or parts[1] == optimizer:

@@ -22,7 +22,7 @@ from pathlib import Path
 from conda_dist.options import REFRESH_METHODS
 
 from . import options
-from .compare import Trial, run_trial
+from .compare import Trial, parser_of_runs, run_trial, set_by
 from .comparison import read_outcome
 from .config import ConfigError
 from .picture import new_figure
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given, overrides = _parser().parse_known_args(arguments)
         trials = plan(given.config, given.output, given.refreshes, given.seeds, overrides)
-        failed = [t for t in (t for group in trials.values() for t in group) if not _ran(t, given)]
+        every = [trial for group in trials.values() for trial in group]
+        failed = [trial for trial in every if not run_trial(trial, given.nproc)]
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return EXIT_STOPPED
@@ -100,7 +101,7 @@ def plan(
     common = ["--optimizer.name", "conda"]
     for key, text in options.split_arguments(overrides):
         if key in _SET_HERE or key.endswith((".refresh_method", ".update_proj_gap")):
-            raise ConfigError(f"--{key} differs from run to run: intervals sets it itself")
+            raise set_by("intervals", key)
         common.append(f"--{key}={text}")
     trials = {}
     for method, gap in _parse(refreshes):
@@ -130,15 +131,7 @@ def _parse(refreshes: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m conda_dist.launch.intervals",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="Any --section.key of the pretraining job may follow; it applies to every run.",
-    )
-    parser.add_argument("config", metavar="CONFIG", help="TOML file shared by all runs")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the study")
+    parser = parser_of_runs("intervals", __doc__, nproc=1)
     parser.add_argument(
         "--refreshes",
         action="append",
@@ -149,12 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=lambda text: text.split(","), default=["0"], metavar="SEED,..."
     )
-    parser.add_argument("--nproc", type=int, default=1, help="processes per run (default 1)")
     return parser
-
-
-def _ran(trial: Trial, given: argparse.Namespace) -> bool:
-    return run_trial(trial, given.nproc)
 
 
 def read_pair(method: str, gap: int, folders: Sequence[Path]) -> Pair:
@@ -166,8 +154,8 @@ def read_pair(method: str, gap: int, folders: Sequence[Path]) -> Pair:
 
 def write_tables(pairs: Sequence[Pair], folder: Path) -> str:
     """Writes intervals.json and intervals.md, lowest loss first, and returns the latter's text."""
-    lines = ["| method | interval | final validation loss | mean | optimizer ms/step |", "|---" * 5]
-    lines[-1] += "|"
+    lines = ["| method | interval | final validation loss | mean | optimizer ms/step |"]
+    lines.append("|---" * 5 + "|")
     for pair in sorted(pairs, key=lambda pair: pair.mean):
         losses = ", ".join(f"{loss:.3f}" for loss in pair.val_losses)
         time = f"{1000 * pair.optimizer_s:.1f}"

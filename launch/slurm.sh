@@ -29,6 +29,7 @@ PATH=$root/.venv/bin:$PATH
 nodes=${SLURM_JOB_NUM_NODES:?error: sbatch this file, or set the variables that Slurm sets}
 ranks=${NPROC:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+[ -n "$first" ] || { echo "error: scontrol names no host of $SLURM_JOB_NODELIST" >&2; exit 1; }
 # Jobs that share a node need ports of their own.
 port=$((20000 + SLURM_JOB_ID % 20000))
 

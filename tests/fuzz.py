@@ -326,7 +326,7 @@ def _refreshed(momentum: Tensor, basis: Tensor, options: dict[str, Any]) -> Tens
 
 # Whether it is so
 
-ROUGH = ("state_dtype", "matmul_dtype", "basis_dtype")
+ROUGH = ("state_dtype", "second_moment_dtype", "matmul_dtype", "basis_dtype")
 
 
 def problem(case: Case, came: Any) -> str:
@@ -353,7 +353,7 @@ def problem(case: Case, came: Any) -> str:
     return ""
 
 
-HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16, torch.uint8)
 
 
 def _refusal(case: Case, error: Exception) -> str:

@@ -33,6 +33,7 @@ MATHS: dict[str, st.SearchStrategy[Any]] = {
 """Hyperparameters of a group."""
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "state_dtype": DTYPES,
+    "second_moment_dtype": DTYPES | st.just(torch.uint8),
     "matmul_dtype": DTYPES,
     "basis_dtype": DTYPES,
     "basis_placement": st.sampled_from(["auto", "shard", "replicate", "owner"]),

@@ -1,7 +1,6 @@
 """Hosts on one machine: network namespaces with addresses of their own, joined by a bridge.
 
-Needs root and iproute2. A relay stands for what the kernel cannot do here: delay, and connections
-that are cut.
+Needs root and iproute2. A relay stands for the delay that not every kernel can give a link.
 """
 
 import contextlib
@@ -34,11 +33,13 @@ class Node:
         name: of its namespace, and its host name.
         address: its address.
         link: its end of the cable, on the bridge's side.
+        gateway: the bridge's address, where this machine itself answers.
     """
 
     name: str
     address: str
     link: str
+    gateway: str
 
     def command(self, *words: Any) -> list[str]:
         """A command line that runs on this host, under its name."""
@@ -68,10 +69,11 @@ def nodes(count: int) -> Iterator[list[Node]]:
     made: list[Node] = []
     try:
         ip("link", "add", bridge, "type", "bridge")
-        ip("address", "add", f"{subnet}.254/24", "dev", bridge)
+        gateway = f"{subnet}.254"
+        ip("address", "add", f"{gateway}/24", "dev", bridge)
         ip("link", "set", bridge, "up")
         for i in range(count):
-            node = Node(f"node{mark}n{i}", f"{subnet}.{i + 1}", f"cd{mark}n{i}")
+            node = Node(f"node{mark}n{i}", f"{subnet}.{i + 1}", f"cd{mark}n{i}", gateway)
             ip("netns", "add", node.name)
             made.append(node)
             ip("link", "add", node.link, "type", "veth", "peer", "eth0", "netns", node.name)
@@ -88,7 +90,7 @@ def nodes(count: int) -> Iterator[list[Node]]:
 
 
 class Relay:
-    """Passes connections on to another address, later than they came; can cut them all.
+    """Passes connections on to another address, later than they came.
 
     Args:
         target: host and port that it stands before.
@@ -98,7 +100,6 @@ class Relay:
     def __init__(self, target: tuple[str, int], delay_s: float) -> None:
         self._target, self._delay = target, delay_s
         self._listener = socket.create_server(("", 0))
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self.port: int = self._listener.getsockname()[1]
         self.passed = 0
         threading.Thread(target=self._accept, daemon=True).start()
@@ -112,7 +113,6 @@ class Relay:
     def _serve(self, near: socket.socket) -> None:
         with contextlib.suppress(OSError), near:
             far = socket.create_connection(self._target, timeout=5)
-            self._pairs.append((near, far))
             with far:
                 while True:
                     for source in select.select([near, far], [], [])[0]:
@@ -122,10 +122,3 @@ class Relay:
                         time.sleep(self._delay)
                         self.passed += 1
                         (far if source is near else near).sendall(data)
-
-    def cut(self) -> None:
-        """Resets every connection and takes no more."""
-        self._listener.close()
-        for end in itertools.chain.from_iterable(self._pairs):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,15 @@ def started(*command: Any, **environment: str) -> Iterator[subprocess.Popen[str]
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         process.communicate()
+
+
+def rank_environments(world: int) -> list[dict[str, str]]:
+    """What a cluster's launcher would tell each rank of a job on this host."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def children(parent: int) -> list[int]:

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import TypeAlias
 import launch_jobs
 from conda_dist.launch.checkpoint import complete_checkpoints
 from conda_dist.launch.pretrain import EXIT_STOPPED
+from processes import ENVIRONMENT, rank_environments
 
 Process: TypeAlias = subprocess.Popen[bytes]
 PATIENCE = 120.0
@@ -90,17 +90,12 @@ class Report:
 @contextlib.contextmanager
 def started(world: int, arguments: Sequence[object], log: Path) -> Iterator[list[Process]]:
     """A job of so many processes, all of which are gone at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "conda_dist.launch.pretrain", *map(str, arguments)]
     processes = []
     try:
         with log.open("a") as said:
-            for rank in range(world):
-                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-                environment = {**os.environ, **shared, **own}
+            for told in rank_environments(world):
+                environment = {**ENVIRONMENT, **told}
                 processes.append(
                     subprocess.Popen(command, stdout=said, stderr=said, env=environment)
                 )

@@ -180,6 +180,8 @@ def test_engines_are_compared(
         for name in ("fsdp2", "zero2", "single")
     }
     assert len(set(losses["single"])) == 4
+    for name, engine in (("fsdp2", "fsdp2"), ("zero2", "deepspeed"), ("single", "fsdp2")):
+        assert f'engine = "{engine}"' in (tmp_path / name / "config.toml").read_text()
     for pair in found:  # the same on a machine whose products do not depend on the batch's size
         ways = (losses[pair["one"]], losses[pair["other"]])
         assert pair["distance"] >= max(abs(a - b) for a, b in zip(*ways, strict=True))

@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,14 @@ import launch_jobs
 from conda_dist.launch.checkpoint import complete_checkpoints, step_of
 from conda_dist.launch.pretrain import EXIT_STOPPED
 from launch_jobs import metrics
-from processes import DEADLINE, TORCHRUN, endless, started, wait_for_step
+from processes import (
+    DEADLINE,
+    TORCHRUN,
+    endless,
+    rank_environments,
+    started,
+    wait_for_step,
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +74,18 @@ def ranks_of_their_own(
     environments: Sequence[dict[str, str]] = ({}, {}),
 ) -> list[str]:
     """Starts one process per tuple of extra arguments, as a cluster's launcher would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    group = {"WORLD_SIZE": str(len(extra)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(
                 started(
                     *("-m", "conda_dist.launch.pretrain", config, "--output", output, *arguments),
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    **group,
+                    **told,
                     **environment,
                 )
             )
-            for rank, (arguments, environment) in enumerate(zip(extra, environments, strict=True))
+            for told, arguments, environment in zip(
+                rank_environments(len(extra)), extra, environments, strict=True
+            )
         ]
         said = [process.communicate(timeout=DEADLINE)[0] for process in processes]
         assert all(process.returncode == 1 for process in processes), said

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import models
 import ranks
@@ -45,7 +46,7 @@ def test_every_code_stands_for_itself() -> None:
     assert torch.equal(again, codes)
 
 
-@given(st.floats(-59, 24), st.floats(0, 0.999))
+@given(st.floats(-58, 109), st.floats(0, 0.999))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_a_code_is_next_to_its_value(octave: float, rounding: float) -> None:
     value = torch.tensor([2.0**octave])
@@ -56,7 +57,7 @@ def test_a_code_is_next_to_its_value(octave: float, rounding: float) -> None:
 
 def test_what_has_no_code() -> None:
     """Too small is zero, too large (or no number, of which the first moment tells) the largest."""
-    values = torch.tensor([0.0, 1e-30, 1e30, torch.inf, torch.nan])
+    values = torch.tensor([0.0, 1e-30, 1e37, torch.inf, torch.nan])
     largest = maths.decode(torch.tensor(255, dtype=torch.uint8), torch.float32).item()
     for rounding in (None, 0.0, 0.99):
         assert stored(values, torch.uint8, rounding).tolist() == [0, 0, *[largest] * 3]
@@ -116,6 +117,16 @@ def test_near_the_run_with_float32_moments(options: dict[str, Any], most: float)
     assert 1e-4 < models.farthest(ended, expected, start) < most
 
 
+def test_nearer_than_moments_rounded_to_nearest() -> None:
+    start, expected = models.snapshot(*models.build(PLAIN)), _run(PLAIN, {})
+    weights = {k: v for k, v in expected.items() if ":" not in k}
+    rounded, nearest = (
+        models.farthest(_run(PLAIN, {**ROUNDED, "stochastic_rounding": fair}), weights, start)
+        for fair in (True, False)
+    )
+    assert rounded < 0.7 * nearest
+
+
 @pytest.mark.parametrize("placement", ["replicate", "shard", "owner"])
 def test_on_shards(placement: str) -> None:
     """All layouts round with the same threshold; at the last bit of a sum they may part."""
@@ -132,13 +143,23 @@ def _fused(layout: Layout, options: dict[str, Any]) -> list[Tensor]:
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(8, 14, bias=False))
     if layout != PLAIN:
-        from torch.distributed.fsdp import fully_shard
-
         fully_shard(model)
     groups = param_groups(model, conda=["*"], splits={"*": (10, 4)})
     optimizer = Conda(groups, update_proj_gap=3, **options)
     models.train(model, optimizer, range(STEPS))
     return [models.whole(p.detach()) for p in model.parameters()]
+
+
+def test_a_spike_of_the_gradient_is_divided_down() -> None:
+    """In the steps after it as well, when its square is read back from a code."""
+    whole, coded = (toys.parameters((6, 4), (4,)) for _ in range(2))
+    grads = toys.gradients(whole, 6)
+    grads[2] = [grad * 1e15 for grad in grads[2]]
+    starts = toys.copies(whole)
+    toys.take(Conda(whole, **toys.OPTIONS), whole, grads)
+    toys.take(Conda(coded, **toys.OPTIONS, **CODED), coded, grads)
+    for ours, theirs, start in zip(coded, whole, starts, strict=True):
+        assert toys.error(ours, theirs, start) < 0.5
 
 
 def test_parts_of_fused_weights() -> None:
@@ -225,7 +246,8 @@ def _converted(there: dict[str, Any], back: dict[str, Any]) -> list[str]:
                 maths.decode(models.local(v), torch.float32)
                 for v in (value, third.state[other][key])
             )
-            ratio = (ours / theirs).nan_to_num_(1.0, posinf=1.0)
+            # Of numbers only what no code stands for may be lost.
+            ratio = torch.where((ours < 2.0**-60) & (theirs == 0), 1.0, ours / theirs)
             if not torch.equal(ours, theirs) and not (
                 "sq" in key and ((ratio > LEVEL**-0.51) & (ratio < LEVEL**0.51)).all()
             ):
