@@ -104,6 +104,7 @@ class Watchdog:
         gather(self._world, None)  # from here on everybody has said something
         self._ticked = self._heard = time.monotonic()
         self.mark(self._place.step, self._place.phase)
+        self._arm()  # a rank may freeze before its first interval is over
         threads = [threading.Thread(target=t, daemon=True) for t in (self._judge, self._talk)]
         for thread in threads:
             thread.start()
@@ -114,6 +115,11 @@ class Watchdog:
             for thread in threads:
                 thread.join(5.0)  # the store may not answer
             faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self) -> None:
+        """Has the stack printed unless this comes again in time."""
+        # From C, so that it is printed even where nothing lets our threads run.
+        faulthandler.dump_traceback_later(self._limit, file=_STDERR)
 
     def _idle(self, since: float) -> float:
         """Seconds since then; 0 after this whole process was held up, as by a scheduler or ^Z."""
@@ -128,8 +134,7 @@ class Watchdog:
                 self._place = replace(self._place, since=time.monotonic())
                 self._heard = time.monotonic()
             self._ticked = time.monotonic()
-            # From C, so that the stack is printed even where nothing lets this thread run.
-            faulthandler.dump_traceback_later(self._limit, file=_STDERR)
+            self._arm()
             if self._verdict is not None:
                 self._end(self._verdict)
             unheard, idle = self._idle(self._heard), self._idle(self._place.since)
