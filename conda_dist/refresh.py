@@ -164,7 +164,7 @@ def _decompose_mine(
                 outcome, rotation = maths.decompose(momentum, weight.plan.right, method)
             if rotation is not None:
                 rotation = rotation.to(dtype)
-                if not first:
+                if not first and weight.drifts:
                     rotation = maths.orthonormal(rotation, basis)
                 found[i] = rotation.contiguous()
         except Exception as caught:  # the other ranks are waiting: tell them first

@@ -19,6 +19,11 @@ NEVER = -1.0
 ``snapshot_step`` of one that has no refresh pending."""
 
 
+CORRECTED_EVERY = 16
+"""Refreshes by orthogonal iteration from one in which the basis is made orthonormal again to the
+next. What it drifts in between stays near 1e-5, and the products cost as much as the iteration's
+own, in a refresh that is due every few steps."""
+
 CODES = "exp_avg_sq_codes"
 """The state that is a second moment in 8 bits; see :func:`conda_dist.maths.decode`."""
 
@@ -353,6 +358,13 @@ class Weight:
     def taken(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis, or ``NEVER``."""
         return float(self._counts("basis_step")[matrix])
+
+    @property
+    def drifts(self) -> bool:
+        """Whether this step's refresh has to make the basis orthonormal again, too."""
+        if self.options.refresh_method != "orthogonal_iteration" or self.basis.dtype.itemsize < 4:
+            return True
+        return self.step // int(self.group["update_proj_gap"]) % CORRECTED_EVERY == 0
 
     def settle(self, matrix: int, outcome: Outcome, launched: bool) -> str | None:
         """Takes note of what came of a matrix's refresh; the same on all ranks.

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,26 @@ def _ways(mesh: DeviceMesh, sizes: Sequence[tuple[int, int]], rank: int) -> dict
         start = DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
         return start.redistribute(placements=[Shard(0)])
 
+    def gathered() -> Way:
+        """What an optimizer of whole matrices has to do with shards: every rank steps them all."""
+        params = [nn.Parameter(sharded(weight)) for weight, _ in wholes]
+        grads = [sharded(grad) for _, grad in wholes]
+        twins = [nn.Parameter(weight.clone()) for weight, _ in wholes]
+        optimizer = Conda([{"params": twins, "algorithm": "conda"}], update_proj_gap=NEVER)
+        state = sum(row["state_bytes"] for row in optimizer.report(show=False))
+
+        def step() -> None:
+            for param, grad, twin in zip(params, grads, twins, strict=True):
+                twin.data = cast(DTensor, param.detach()).full_tensor()
+                twin.grad = cast(DTensor, grad).full_tensor()
+            optimizer.step()
+            with torch.no_grad():
+                for param, twin in zip(params, twins, strict=True):
+                    cast(DTensor, param).to_local().copy_(cast(DTensor, sharded(twin)).to_local())
+
+        held = sum(p.to_local().nbytes for p in params if isinstance(p, DTensor))
+        return step, state, 2 * (dist.get_world_size() - 1) * held  # weight and gradient, to each
+
     alone: Way = way(Tensor.clone)
     if rank:
         alone = (lambda: None, 0, 0)
@@ -107,4 +127,5 @@ def _ways(mesh: DeviceMesh, sizes: Sequence[tuple[int, int]], rank: int) -> dict
         "FSDP rows, bases split": way(sharded, basis_placement="shard"),
         "FSDP rows, owners multiply": way(sharded, basis_placement="owner"),
         "whole on every rank (DDP)": way(Tensor.clone, process_group=dist.group.WORLD),
+        "FSDP rows, gathered whole": gathered(),
     }
