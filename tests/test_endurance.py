@@ -15,9 +15,13 @@ from conda_dist import Conda
 from models import FSDP2, GAP, PLAIN, Layout
 
 
-@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"state_dtype": torch.bfloat16}, {"refresh_method": "orthogonal_iteration"}],
+    ids=str,
+)
 def test_bases_stay_orthonormal(options: dict[str, Any]) -> None:
-    """Q is the product of all rotations so far."""
+    """Q is the product of all rotations so far, whether corrected in each or in every 16th."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape)) for shape in ((24, 16), (16, 40), (2, 16, 16))]
     optimizer = Conda([{"params": params, "algorithm": "conda"}], update_proj_gap=1, **options)
