@@ -102,7 +102,19 @@ class Relay:
         self._listener = socket.create_server(("", 0))
         self.port: int = self._listener.getsockname()[1]
         self.passed = 0
+        self._silent = threading.Event()
+        self._ends: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Closes all connections that it has; new ones are welcome."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def fall_silent(self) -> None:
+        """From now on takes everything and passes nothing on."""
+        self._silent.set()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -113,12 +125,15 @@ class Relay:
     def _serve(self, near: socket.socket) -> None:
         with contextlib.suppress(OSError), near:
             far = socket.create_connection(self._target, timeout=5)
+            self._ends += [near, far]
             with far:
                 while True:
                     for source in select.select([near, far], [], [])[0]:
                         data = source.recv(2**16)
                         if not data:
                             return
+                        if self._silent.is_set():
+                            continue
                         time.sleep(self._delay)
                         self.passed += 1
                         (far if source is near else near).sendall(data)
