@@ -61,8 +61,8 @@ def rendezvous(timeout: timedelta) -> Store:
         raise MpiError(
             f"an MPI launcher has started {size} processes, and mpi4py, which tells them who is "
             f"who, cannot be imported: {str(error).splitlines()[0]}. Do pip install "
-            "'conda-dist[mpi]', and set MPI4PY_LIBMPI to the libmpi.so of the launcher's MPI if it is "
-            "not found; or start the job with torchrun"
+            "'conda-dist[mpi]'; if the launcher's MPI is not found, set MPI4PY_LIBMPI to its "
+            "libmpi.so; or start the job with torchrun"
         ) from error
     ours = not MPI.Is_initialized()
     if ours:

@@ -7,12 +7,14 @@ import contextlib
 import itertools
 import os
 import select
+import shlex
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _NAMES = itertools.count()
@@ -87,6 +89,25 @@ def nodes(count: int) -> Iterator[list[Node]]:
             ip("netns", "delete", node.name)
         with contextlib.suppress(RuntimeError):
             ip("link", "delete", bridge)
+
+
+def agent(hosts: list[Node], folder: Path) -> Path:
+    """A script that stands for ssh: `agent ADDRESS COMMAND...` runs it there in a shell.
+
+    Like ssh, it takes nothing else of the environment along.
+    """
+    ways = "\n".join(f"{h.address}) set -- {shlex.join(h.command('sh', '-c'))} ;;" for h in hosts)
+    script = folder / "agent"
+    script.write_text(f"""#!/bin/sh
+host=$1; shift; command=$*
+case $host in
+{ways}
+*) echo "no host $host" >&2; exit 255 ;;
+esac
+exec env -i HOME="$HOME" PATH="$PATH" "$@" "$command"
+""")
+    script.chmod(0o755)
+    return script
 
 
 class Relay:
