@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -10,12 +12,24 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from .metrics import Record
 
 
+class _Console(Console):
+    """One whose reader may go away: a launcher that is killed must not cost the steps till then."""
+
+    def on_broken_pipe(self) -> None:
+        """Goes on silently, where rich would end the process."""
+        self.quiet = True
+        # Python itself would still complain when it flushes what is left, at the end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Display:
     """A progress bar on a terminal, a line every so often anywhere else."""
 
     def __init__(self, steps: int, done: int, interval: int) -> None:
         """Starts at `done` of `steps`; `interval` is the number of steps between plain lines."""
-        self._console = Console(highlight=False)
+        self._console = _Console(highlight=False)
         self._steps, self._interval = steps, interval
         self._val_loss: float | None = None
         self._bar: Progress | None = None
@@ -48,7 +62,10 @@ class Display:
 
     def note(self, message: str) -> None:
         """Prints a line (above the bar, if there is one)."""
-        self._console.print(message, markup=False, soft_wrap=True)
+        try:
+            self._console.print(message, markup=False, soft_wrap=True)
+        except OSError:  # what a terminal says that was closed
+            self._console.on_broken_pipe()
 
     def update(self, record: Record) -> None:
         """Shows a record: in the bar, or as a line if one is due."""

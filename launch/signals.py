@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -64,5 +67,33 @@ def end_with_launcher() -> None:
     use. A process that no launcher watches over, as under nohup, may outlive its parent. Only on
     Linux; elsewhere the job goes on.
     """
-    if sys.platform == "linux" and any(name in os.environ for name in _LAUNCHED):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if sys.platform != "linux" or not any(name in os.environ for name in _LAUNCHED):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "CROSS_RANK" in os.environ:
+        # The `deepspeed` command starts a second process, which starts the ranks, and which does
+        # not notice when the first one dies.
+        with suppress(OSError):
+            _end_with(_parent_of(os.getppid()))
+
+
+def _end_with(launcher: int) -> None:
+    """Sends SIGTERM here when that process ends, if it is a Python like this one.
+
+    Any other, such as the shell of a remote login, is not the launcher.
+    """
+    if not os.path.samefile(f"/proc/{launcher}/exe", "/proc/self/exe"):
+        return
+    alive = os.pidfd_open(launcher)
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(alive, select.POLLIN)
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -97,9 +97,8 @@ class Watchdog:
         self._own = Report(self._world.rank, socket.gethostname(), os.getpid(), _birth("self"))
         # A store may have served another job of these processes, or their previous start.
         name = gather(self._world, uuid.uuid4().hex)[0]
-        default = dist.distributed_c10d._get_default_store()
-        self._store = PrefixStore(f"conda_dist/watchdog/{name}", default.clone())
-        self._store.set_timeout(timedelta(seconds=min(self._limit, 30.0)))
+        self._prefix = f"conda_dist/watchdog/{name}"
+        self._connect()
         self._say()
         gather(self._world, None)  # from here on everybody has said something
         self._ticked = self._heard = time.monotonic()
@@ -115,6 +114,11 @@ class Watchdog:
             for thread in threads:
                 thread.join(5.0)  # the store may not answer
             faulthandler.cancel_dump_traceback_later()
+
+    def _connect(self) -> None:
+        default = dist.distributed_c10d._get_default_store()
+        self._store = PrefixStore(self._prefix, default.clone())
+        self._store.set_timeout(timedelta(seconds=min(self._limit, 30.0)))
 
     def _arm(self) -> None:
         """Has the stack printed unless this comes again in time."""
@@ -145,13 +149,18 @@ class Watchdog:
         """Reports, and looks for a verdict; may block for as long as the store does."""
         while not self._over.wait(self._interval):
             # An error is silence: the judge notices that nothing was heard.
-            with suppress(Exception):
+            try:
                 self._say()
                 if self._idle(self._place.since) > self._limit:
                     self._accuse()
                 if self._store.check([_VERDICT]):
                     self._verdict = self._store.get(_VERDICT).decode()
                 self._heard = time.monotonic()
+            except Exception:
+                # A connection that was cut does not come back by itself, and without one this
+                # rank would be taken for the one that is silent.
+                with suppress(Exception):
+                    self._connect()
 
     def _say(self) -> None:
         place = self._place
@@ -196,10 +205,11 @@ class Watchdog:
         content = json.loads(verdict)
         text = f"[rank {self._world.rank}] error: {content['said']}. Continue with --resume\n"
         # Not by sys.stderr, whose lock the stalled thread may hold.
-        os.write(_STDERR, text.encode())
-        if self._world.rank in content["stuck"]:
-            os.write(_STDERR, f"[rank {self._world.rank}] what it is doing:\n".encode())
-            faulthandler.dump_traceback(_STDERR)
+        with suppress(OSError):  # its reader may be gone
+            os.write(_STDERR, text.encode())
+            if self._world.rank in content["stuck"]:
+                os.write(_STDERR, f"[rank {self._world.rank}] what it is doing:\n".encode())
+                faulthandler.dump_traceback(_STDERR)
         for silent in content["silent"]:
             self._kill(Report(**silent))
         time.sleep(2 * self._interval)  # the store may be this process's, and the others need it

@@ -421,10 +421,12 @@ _HEAD = (
 
 def main() -> None:
     """Prints the table, row by row."""
+    import fault_links
+
     with tempfile.TemporaryDirectory() as folder:
         scene = set_up(Path(folder), fresh=True)
         print("| " + " | ".join(_HEAD) + " |\n" + "|---" * len(_HEAD) + "|", flush=True)
-        for strike in ALL:
+        for strike in (*ALL, *fault_links.ALL):
             row = strike(scene)
             times = [f"{s:.1f}" if s else "-" for s in (row.stop_s, row.recover_s)]
             cells = (row.fault, row.injected, row.did, *times, row.lost, f"{row.difference:.1g}")

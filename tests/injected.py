@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import socket
 import sys
 import time
 import traceback
@@ -41,6 +42,14 @@ class _Clock:
         return rank == self._rank and self.step >= self._first
 
 
+def _cut() -> None:
+    """Shuts down this process's connections, but for those to the rendezvous store."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as end:
+            if end.getpeername()[1] != int(os.environ["MASTER_PORT"]):
+                end.shutdown(socket.SHUT_RDWR)
+
+
 @contextlib.contextmanager
 def injected(fault: str, rank: int, step: int) -> Iterator[None]:
     """Has a rank go wrong while the block runs.
@@ -49,7 +58,7 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
         fault: "nan": the gradient of a block's output is NaN. "no memory": a decomposition
             raises. "no svd": none converges, in two steps. "asleep": reading data never ends.
             "frozen": and no other thread of the process runs. "slow": it takes a while.
-            "full": files cannot grow.
+            "full": files cannot grow. "cut": its connections to other ranks are shut down.
         rank: The rank.
         step: Its first step in which it does, counted from 1.
     """
@@ -64,6 +73,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
                 ctypes.PyDLL(None).sleep(3600)  # unlike CDLL it lets no other thread run
             if fault in ("asleep", "slow"):
                 time.sleep(SLOW_S if fault == "slow" else 3600.0)
+            if fault == "cut":
+                _cut()
             if fault == "full":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, limits[1]))
         return rows(self, number, first, last)

@@ -7,12 +7,14 @@ import contextlib
 import itertools
 import os
 import select
+import shlex
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _NAMES = itertools.count()
@@ -89,6 +91,25 @@ def nodes(count: int) -> Iterator[list[Node]]:
             ip("link", "delete", bridge)
 
 
+def agent(hosts: list[Node], folder: Path) -> Path:
+    """A script that stands for ssh: `agent ADDRESS COMMAND...` runs it there in a shell.
+
+    Like ssh, it takes nothing else of the environment along.
+    """
+    ways = "\n".join(f"{h.address}) set -- {shlex.join(h.command('sh', '-c'))} ;;" for h in hosts)
+    script = folder / "agent"
+    script.write_text(f"""#!/bin/sh
+host=$1; shift; command=$*
+case $host in
+{ways}
+*) echo "no host $host" >&2; exit 255 ;;
+esac
+exec env -i HOME="$HOME" PATH="$PATH" "$@" "$command"
+""")
+    script.chmod(0o755)
+    return script
+
+
 class Relay:
     """Passes connections on to another address, later than they came.
 
@@ -102,7 +123,19 @@ class Relay:
         self._listener = socket.create_server(("", 0))
         self.port: int = self._listener.getsockname()[1]
         self.passed = 0
+        self._silent = threading.Event()
+        self._ends: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Closes all connections that it has; new ones are welcome."""
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def fall_silent(self) -> None:
+        """From now on takes everything and passes nothing on."""
+        self._silent.set()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -113,12 +146,15 @@ class Relay:
     def _serve(self, near: socket.socket) -> None:
         with contextlib.suppress(OSError), near:
             far = socket.create_connection(self._target, timeout=5)
+            self._ends += [near, far]
             with far:
                 while True:
                     for source in select.select([near, far], [], [])[0]:
                         data = source.recv(2**16)
                         if not data:
                             return
+                        if self._silent.is_set():
+                            continue
                         time.sleep(self._delay)
                         self.passed += 1
                         (far if source is near else near).sendall(data)

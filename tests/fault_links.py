@@ -1,0 +1,132 @@
+"""Launchers that are killed and connections that are cut: more rows of faults.py's table."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import faults
+import injected
+import launchers
+from faults import STEPS, STRUCK, Outcome, Scene, farthest, recover
+from launch_jobs import metrics
+from nodes import Relay
+from processes import DEADLINE, children, has_ended, rank_environments, started, wait_for_step
+
+WATCH_S = 1.0
+"""Limit of a phase of a step, while the store is cut off."""
+
+
+def _below(pid: int) -> list[int]:
+    """All processes that a process has started, and those that they have."""
+    return [below for child in children(pid) for below in (child, *_below(child))]
+
+
+@contextlib.contextmanager
+def _under(
+    scene: Scene, name: str, command: tuple[Any, ...], variables: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A job under that launcher that has reached the step; what is printed goes to NAME.txt."""
+    words = [*map(str, command), *map(str, scene.job(name))]
+    with (scene.folder / f"{name}.txt").open("w") as said:
+        launcher = subprocess.Popen(
+            words,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables},
+            start_new_session=True,
+        )
+        try:
+            deadline, file = time.monotonic() + DEADLINE, scene.folder / name / "metrics.jsonl"
+            while not file.exists() or f'"step": {STRUCK},' not in file.read_text():
+                assert launcher.poll() is None, (scene.folder / f"{name}.txt").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            yield launcher
+        finally:
+            for pid in (launcher.pid, *_below(launcher.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            launcher.wait(DEADLINE)
+
+
+def launcher_killed(scene: Scene, name: str) -> Outcome:
+    """kill -9 of "deepspeed", which has started another that starts the ranks; or of an mpirun."""
+    variables: dict[str, str] = {}
+    if name in launchers.MPIS:
+        mpi = launchers.MPIS[name]()
+        command, variables = mpi.command(2, *launchers.JOB), mpi.environment
+    else:
+        command = launchers.deepspeed()
+    run = f"{name}-killed"
+    with _under(scene, run, command, variables) as launcher:
+        pids, begun = _below(launcher.pid), time.perf_counter()
+        try:
+            launcher.kill()
+            while not all(map(has_ended, pids)):
+                assert time.perf_counter() - begun < DEADLINE
+                time.sleep(0.01)
+            took = time.perf_counter() - begun
+        finally:  # they are nobody's children any more
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    killed = name == "mpich"
+    did = "its proxy killed the ranks" if killed else "the ranks noticed, saved and ended"
+    whose = "deepspeed" if name == "deepspeed" else f"{name}'s mpirun"
+    said = (scene.folder / f"{run}.txt").read_text()
+    return recover(scene, run, Outcome(f"{whose} dies", "kill -9 of it", did, said, took))
+
+
+def store_cut_off(scene: Scene, silent: bool) -> Outcome:
+    """A rank whose connections to the rendezvous store are closed, or pass nothing on any more."""
+    name = "store-silent" if silent else "store-cut"
+    run, environments = scene.folder / name, rank_environments(2)
+    relay = Relay(("127.0.0.1", int(environments[0]["MASTER_PORT"])), 0.0)
+    environments[1]["MASTER_PORT"] = str(relay.port)
+    limits = ("--training.stall_timeout_s", WATCH_S, "--training.steps", STEPS)
+    # Slow from then on, so that the watchdog has the time to be wrong.
+    driver = (injected.__file__, "slow", 1, STRUCK + 1)
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(started(*driver, *scene.job(name), *limits, **variables))
+            for variables in environments
+        ]
+        wait_for_step(run, STRUCK, ranks[0])
+        relay.fall_silent() if silent else relay.cut()
+        passed = relay.passed
+        ended = [rank.communicate(timeout=DEADLINE)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], ended
+    # The rank is heard again where it can be.
+    assert relay.passed - passed > 5 if not silent else relay.passed - passed < 5
+    assert metrics(run)[-1]["train_s"] > 3 * WATCH_S
+    how = "pass nothing on" if silent else "are closed"
+    fault = "the store is out of a rank's reach" if silent else "a rank's way to the store is cut"
+    did = "went on" if silent else "went on; the rank connected again"
+    outcome = Outcome(fault, f"its connections {how}, in a relay", did, "\n".join(ended), 0.0)
+    outcome.difference = farthest(run, scene.reference)
+    return outcome
+
+
+def data_cut(scene: Scene) -> Outcome:
+    """A rank whose connections to the others are closed under it."""
+    driver = (injected.__file__, "cut", 1, STRUCK + 1)
+    with faults.running(scene, "data-cut", program=driver) as torchrun:
+        said, took = faults.end(torchrun, time.perf_counter())
+    did = "ended on all ranks with gloo's error"
+    how = "the sockets between the ranks shut down"
+    outcome = Outcome("connections of a rank are cut", how, did, said, took)
+    return recover(scene, "data-cut", outcome)
+
+
+ALL: tuple[Callable[[Scene], Outcome], ...] = (
+    lambda scene: launcher_killed(scene, "deepspeed"),
+    lambda scene: launcher_killed(scene, "openmpi"),
+    lambda scene: launcher_killed(scene, "mpich"),
+    lambda scene: store_cut_off(scene, silent=False),
+    lambda scene: store_cut_off(scene, silent=True),
+    data_cut,
+)

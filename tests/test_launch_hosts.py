@@ -1,0 +1,109 @@
+"""Two hosts (network namespaces) under mpirun and under DeepSpeed's launcher with a hostfile."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import launch_jobs
+from conda_dist.launch.checkpoint import complete_checkpoints, step_of
+from launch_jobs import curve, metrics, succeed
+from launchers import JOB, MPIS, deepspeed_over, openmpi
+from nodes import Node, agent, nodes
+from processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
+
+STRUCK, STEPS, INTERVAL = 6, 12, 4
+"""The step at which mpirun is killed, the last one, and steps between checkpoints."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch_jobs.write_config(tmp_path_factory.mktemp("launched"))
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path) -> list[tuple[Any, ...]]:
+    """The curve of four ranks on one host."""
+    output = config.parent / "whole"
+    succeed(4, *endless(config, output), "--training.steps", STEPS)
+    return curve(output)
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Node]]:
+    with nodes(2) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def running(
+    host: Node, said: Path, *command: Any, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A command on a host, in a session of its own; its output goes to a file."""
+    process = subprocess.Popen(
+        host.command(*command),
+        stdout=said.open("w"),
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**ENVIRONMENT, **host.environment, **environment},
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        subprocess.run(["kill", "-9", *host.processes()], capture_output=True, check=False)
+        process.wait(DEADLINE)
+
+
+@pytest.mark.parametrize("name", MPIS)
+def test_mpirun_starts_ranks_on_two_hosts_and_dies(
+    name: str, config: Path, whole: list[tuple[Any, ...]], hosts: list[Node], tmp_path: Path
+) -> None:
+    """With kill -9: none of its ranks is left; the rest of the curve is that of one host."""
+    mpi, output, said = MPIS[name](), tmp_path / "run", tmp_path / "said"
+    job = (*JOB, *endless(config, output), "--checkpoint.interval", INTERVAL)
+    command = mpi.over(hosts, agent(hosts, tmp_path), *job)
+    with running(hosts[0], said, *command, **mpi.environment) as mpirun:
+        wait_for_step(output, STRUCK, mpirun)
+        begun = time.monotonic()
+        os.kill(mpirun.pid, signal.SIGKILL)
+        while any(host.processes() for host in hosts):
+            assert time.monotonic() - begun < DEADLINE
+            time.sleep(0.05)
+        took = time.monotonic() - begun
+    assert took < 20
+    for host in hosts:
+        assert f"2 on {host.name}" in said.read_text()
+    reached, saved = metrics(output)[-1]["step"], complete_checkpoints(output / "checkpoints")
+    lost = reached - step_of(saved[-1])
+    print(f"{name}: {took:.1f} s to end, {lost} steps to take again")
+    assert lost <= INTERVAL
+    succeed(4, *endless(config, output), "--training.steps", STEPS, "--resume")
+    assert curve(output) == whole
+
+
+@pytest.mark.parametrize("how", ["no_ssh", "openmpi"])
+def test_deepspeed_starts_the_ranks_of_a_hostfile(
+    how: str, config: Path, whole: list[tuple[Any, ...]], hosts: list[Node], tmp_path: Path
+) -> None:
+    job = (*endless(config, tmp_path / "run"), "--training.steps", STEPS)
+    mpi = openmpi()
+    variables = {**mpi.environment, "PATH": f"{mpi.mpirun.parent}{os.pathsep}{os.environ['PATH']}"}
+    commands = deepspeed_over(how, hosts, agent(hosts, tmp_path), tmp_path, *job)
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(running(host, tmp_path / host.name, *command, **variables))
+            for host, command in zip(hosts, commands, strict=False)
+        ]
+        codes = [process.wait(DEADLINE) for process in started]
+    told = "\n".join((tmp_path / host.name).read_text() for host in hosts[: len(commands)])
+    assert codes == [0] * len(commands), told
+    for host in hosts:
+        assert f"2 on {host.name}" in told
+    assert curve(tmp_path / "run") == whole
