@@ -133,7 +133,7 @@ class DeepSpeedEngine:
 
     def origin(self) -> str:
         """See Engine."""
-        return self._origin.describe(self._world)
+        return self._origin.describe(self._world, self._engine.module)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
@@ -172,7 +172,8 @@ class DeepSpeedEngine:
             raise JobError(
                 f"ZeRO's files hold what single ranks have: {', '.join(differing)}. Start "
                 f"{saved.get('ranks')} ranks with --deepspeed.stage {saved.get('stage')} "
-                f"--training.compute_dtype {saved.get('dtype')}"
+                f"--training.compute_dtype {saved.get('dtype')}. On others this job cannot go on; "
+                "what DeepSpeed's ds_to_universal makes of them, a script of your own can load"
             )
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups]
         # It may raise on one rank alone: no JobError, whose ranks wait for each other at the end.

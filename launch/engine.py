@@ -158,7 +158,7 @@ class Fsdp2Engine:
 
     def origin(self) -> str:
         """See Engine."""
-        return self._origin.describe(self._world)
+        return self._origin.describe(self._world, self.model)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:

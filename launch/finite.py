@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conda_dist.storage import local
+
 from .runtime import JobError, World, gather
 
 
@@ -55,12 +57,36 @@ class Origin:
     def _look(self, gradient: Tensor) -> None:
         self._sound[1] &= gradient.isfinite().all()
 
-    def describe(self, world: World) -> str:
-        """Whose loss or gradient it was, in words; every rank asks."""
+    def describe(self, world: World, model: nn.Module) -> str:
+        """Whose loss or gradient it was, or of which weights, in words; every rank asks.
+
+        Args:
+            world: All ranks.
+            model: With the gradients still there. After their reduction a number that is not finite
+                is on the rank that keeps it, wherever it came from: that rank is not named.
+        """
         everyone = gather(world, self._sound.tolist())
         for index, what in enumerate(("loss", "gradient")):
             ranks = [rank for rank, sound in enumerate(everyone) if not sound[index]]
             if ranks:
                 listed = ", ".join(map(str, ranks))
                 return f"the {what} of rank {listed} is not finite"
-        return "each rank's own loss and activations' gradients are finite"
+        sound = "each rank's own loss and activations' gradients are finite"
+        bad = {name for names in gather(world, _not_finite(model)) for name in names}
+        names = [name for name, _ in model.named_parameters() if name in bad]
+        if not names:
+            return sound
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"{sound}, not the gradient of {', '.join(names[:_NAMED])}{more}"
+
+
+_NAMED = 3
+
+
+def _not_finite(model: nn.Module) -> list[str]:
+    """Names of the weights of which this rank has a gradient that is not finite."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not local(parameter.grad).isfinite().all()
+    ]

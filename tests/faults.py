@@ -271,11 +271,13 @@ def _ended(
     return recover(scene, name, Outcome(*words, said, took), *extra)
 
 
-def nan_gradient(scene: Scene) -> Outcome:
-    """A rank whose gradient is NaN."""
-    did = "ended before the update, naming step and rank; nothing saved after"
-    words = ("a NaN gradient", "in a block of rank 1", did)
-    return _ended(scene, "nan", "nan", words=words)
+def nan_gradient(scene: Scene, weight: bool = False) -> Outcome:
+    """A rank whose gradient is NaN: of a block's output, or of one weight alone."""
+    named = "weight" if weight else "rank"
+    did = f"ended before the update, naming step and {named}; nothing saved after"
+    words = ("a NaN gradient", f"in a {'weight' if weight else 'block'} of rank 1", did)
+    fault = "nan weight" if weight else "nan"
+    return _ended(scene, fault.replace(" ", "-"), fault, words=words)
 
 
 def decomposition_raises(scene: Scene, refresh: str) -> Outcome:
@@ -398,6 +400,7 @@ ALL: tuple[Callable[[Scene], Outcome], ...] = (
     stuck_rank,
     lambda scene: stuck_rank(scene, "frozen"),
     nan_gradient,
+    lambda scene: nan_gradient(scene, weight=True),
     lambda scene: decomposition_raises(scene, "sync"),
     lambda scene: decomposition_raises(scene, "async"),
     decomposition_fails_twice,

@@ -141,6 +141,9 @@ def sound(draw: st.DrawFn, arguments: Sequence[str] = (*MATHS, *OPTIONS)) -> Cas
                 chosen[i] = replace(spec, splits=draw(cuts(spec.shape[-2])))
     names = draw(st.sets(st.sampled_from(sorted(arguments)), max_size=6))
     given = {n: draw({**MATHS, **OPTIONS}[n]) for n in sorted(names)}
+    halves = torch.bfloat16 in (given.get("state_dtype"), given.get("second_moment_dtype"))
+    if halves and draw(st.booleans()):
+        given["stochastic_rounding"] = True
     group = {n: given.pop(n) for n in sorted(names & MATHS.keys()) if draw(st.booleans())}
     return Case(tuple(chosen), given, algorithm, group, named=draw(st.booleans()))
 

@@ -55,7 +55,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
     """Has a rank go wrong while the block runs.
 
     Args:
-        fault: "nan": the gradient of a block's output is NaN. "no memory": a decomposition
+        fault: "nan": the gradient of a block's output is NaN. "nan weight": that of one weight
+            alone. "no memory": a decomposition
             raises. "no svd": none converges, in two steps. "asleep": reading data never ends.
             "frozen": and no other thread of the process runs. "slow": it takes a while.
             "full": files cannot grow. "cut": its connections to other ranks are shut down.
@@ -86,7 +87,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
             raise LinAlgError("linalg.svd: the algorithm failed to converge")
         return svd(*args, **kwargs)
 
-    hook = register_module_forward_hook(_spoil(clock) if fault == "nan" else _leave)
+    spoil = {"nan": _spoil, "nan weight": _spoil_weight}.get(fault, lambda clock: _leave)
+    hook = register_module_forward_hook(spoil(clock))
     TokenBatches.rows, torch.linalg.svd = read, decompose  # type: ignore[method-assign]
     try:
         yield
@@ -106,6 +108,15 @@ def _spoil(clock: _Clock) -> Callable[[Any, Any, Any], None]:
         block = type(module).__name__.endswith("LlamaDecoderLayer")
         if block and output.requires_grad and clock.strikes():
             output.register_hook(lambda gradient: gradient * float("nan"))
+
+    return hook
+
+
+def _spoil_weight(clock: _Clock) -> Callable[[Any, Any, Any], None]:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        block = type(module).__name__.endswith("LlamaDecoderLayer")
+        if block and module.self_attn.layer_idx == 1 and output.requires_grad and clock.strikes():
+            module.mlp.up_proj.weight.register_hook(lambda gradient: gradient * float("nan"))
 
     return hook
 

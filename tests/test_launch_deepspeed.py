@@ -22,6 +22,7 @@ from conda_dist.launch.config import ConfigError
 from conda_dist.launch.finite import NonFiniteError
 from conda_dist.launch.runtime import JobError
 from launch_jobs import Result, curve, metrics
+from test_deepspeed_universal import convert
 from test_launch_checkpoint import Payload, forge, newest
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -230,6 +231,15 @@ def test_a_checkpoint_of_other_partitions_is_refused(
     for result in train(world, config, stage, *steps):
         assert result.code == 1
         assert words in result.err
+
+
+def test_a_universal_checkpoint_is_refused(config: Path, whole: list[Path], tmp_path: Path) -> None:
+    saved = shutil.copytree(newest(whole[2]), tmp_path / "saved")
+    ranks.run(1, convert, str(saved), "deepspeed")
+    given = ("--output", tmp_path / "on", "--resume", saved / "universal")
+    for result in train(2, config, 2, *given):
+        assert result.code == 1
+        assert "It is a universal checkpoint" in result.err
 
 
 def _attempt(*arguments: str) -> str:

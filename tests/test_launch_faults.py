@@ -184,6 +184,16 @@ def test_a_nan_gradient_is_traced_to_its_rank(scene: Scene) -> None:
     assert "Nothing was updated; the newest checkpoint is" in outcome.said
 
 
+def test_a_nan_gradient_of_one_weight_is_traced_to_it(scene: Scene) -> None:
+    """Which rank it comes from is lost where gradients are reduced."""
+    outcome = faults.nan_gradient(scene, weight=True)
+    assert_lost(outcome, INTERVAL)
+    words = (
+        "are finite, not the gradient of model.layers.1.mlp.up_proj.weight). Nothing was updated"
+    )
+    assert outcome.said.count(words) == 2
+
+
 @pytest.mark.parametrize("refresh", ["sync", "async"])
 def test_a_decomposition_that_raises(scene: Scene, refresh: str) -> None:
     outcome = faults.decomposition_raises(scene, refresh)
