@@ -9,8 +9,10 @@ Arithmetic is done in float32, or float64 if the basis is, whatever the moments'
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -114,11 +116,47 @@ def store_(moment: Tensor, value: Tensor, rounding: float | None) -> None:
         moment.copy_(bits.view(torch.float32).where(value.isfinite(), value))
 
 
+@cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """An elementwise function as one kernel, for tensors of one dimension and any length.
+
+    Compiled by torch.compile when it is first called, and once more for other dtypes or numbers.
+    """
+    return torch.compile(function, dynamic=True)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    # Not a view to torch, which would compile once more for every shape of what it is a view of.
+    return tensor.view(-1).data
+
+
+def _can_compile(*tensors: Tensor) -> bool:
+    """Whether tensors of one shape can be seen as of one dimension: without gaps, in one order.
+
+    Those of one element or none are not worth a kernel, for they would have one to themselves.
+    """
+    return tensors[0].numel() > 1 and all(tensor.is_contiguous() for tensor in tensors)
+
+
 def average_(
-    exp_avg: Tensor, projected_grad: Tensor, beta1: float, rounding: float | None = None
+    exp_avg: Tensor,
+    projected_grad: Tensor,
+    beta1: float,
+    rounding: float | None = None,
+    compile: bool = False,
 ) -> None:
-    """Updates the projected first moment in place; ``rounding`` as of :func:`store_`."""
-    if exp_avg.dtype == projected_grad.dtype:
+    """Updates the projected first moment in place.
+
+    Args:
+        exp_avg: the moment.
+        projected_grad: proj(G).
+        beta1: its decay rate.
+        rounding: as of :func:`store_`.
+        compile: whether in one kernel, where none is rounded in proportion.
+    """
+    if compile and rounding is None and _can_compile(exp_avg, projected_grad):
+        _compiled(average_)(_flat(exp_avg), _flat(projected_grad), beta1)
+    elif exp_avg.dtype == projected_grad.dtype:
         exp_avg.lerp_(projected_grad, 1 - beta1)
     else:  # moments of fewer bits are rounded once, not at every operation
         average = exp_avg.to(projected_grad.dtype).lerp_(projected_grad, 1 - beta1)
@@ -131,6 +169,7 @@ def normalise_(
     exp_avg_sq: Tensor,
     hyper: Hyper,
     rounding: float | None = None,
+    compile: bool = False,
 ) -> Tensor:
     """Updates the second moment and returns proj(M) / (sqrt(v) + eps).
 
@@ -140,13 +179,31 @@ def normalise_(
         exp_avg_sq: second moment, updated in place.
         hyper: hyperparameters of the step.
         rounding: as of :func:`store_`.
+        compile: as of :func:`average_`.
     """
+    tensors = projected_grad, exp_avg, exp_avg_sq
+    numbers = hyper.beta2, hyper.eps
+    if compile and rounding is None and _can_compile(*tensors):
+        _compiled(_normalise_)(*map(_flat, tensors), *numbers)
+    else:
+        _normalise_(*tensors, *numbers, rounding)
+    return projected_grad
+
+
+def _normalise_(
+    projected_grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    beta2: float,
+    eps: float,
+    rounding: float | None = None,
+) -> None:
     second = decode(exp_avg_sq, projected_grad.dtype)
-    second.mul_(hyper.beta2).addcmul_(projected_grad, projected_grad, value=1 - hyper.beta2)
+    second.mul_(beta2).addcmul_(projected_grad, projected_grad, value=1 - beta2)
     if second is not exp_avg_sq:
         store_(exp_avg_sq, second, rounding)
-    denominator = torch.sqrt(second, out=projected_grad).add_(hyper.eps)
-    return torch.div(exp_avg.to(denominator.dtype), denominator, out=denominator)
+    denominator = torch.sqrt(second, out=projected_grad).add_(eps)
+    torch.div(exp_avg.to(denominator.dtype), denominator, out=denominator)
 
 
 def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:

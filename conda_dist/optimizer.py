@@ -97,6 +97,9 @@ class Conda(torch.optim.Optimizer):
         stochastic_rounding: whether bfloat16 moments are rounded like that too, not to nearest, so
             that changes of less than their last bit add up over steps. Nothing is random: steps
             have the golden ratio's multiples for a threshold, the same in every run.
+        compile: whether the elementwise work on the conda path's moments is done in one kernel
+            each, made by torch.compile at the first step, which needs what that needs (a C++
+            compiler on CPUs, Triton on GPUs). Moments rounded in proportion are left to torch's.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
 
@@ -132,6 +135,7 @@ class Conda(torch.optim.Optimizer):
         refresh_waves: int = 1,
         second_moment_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
+        compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -160,6 +164,7 @@ class Conda(torch.optim.Optimizer):
             refresh_waves,
             second_moment_dtype,
             stochastic_rounding,
+            compile,
         )
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(

@@ -34,6 +34,7 @@ class Options:
     refresh_waves: int = 1
     second_moment_dtype: torch.dtype | None = None
     stochastic_rounding: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant.
@@ -58,8 +59,9 @@ class Options:
                 raise ValueError(
                     f"{name}=torch.float16 loses the squares of small gradients; use bfloat16"
                 )
-        if not isinstance(self.stochastic_rounding, bool):
-            raise TypeError(f"stochastic_rounding must be a bool, got {self.stochastic_rounding!r}")
+        for name in ("stochastic_rounding", "compile"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be a bool, got {value!r}")
         if self.stochastic_rounding and torch.bfloat16 not in (
             self.state_dtype,
             self.second_moment_dtype,

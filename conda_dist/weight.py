@@ -283,7 +283,7 @@ class Weight:
         """Updates a first moment, or some of it, with the projected gradient there."""
         beta1 = float(self.group["betas"][0])
         rounding = maths.rounding_of(moment, self.step, self.options.stochastic_rounding)
-        maths.average_(moment, projected, beta1, rounding)
+        maths.average_(moment, projected, beta1, rounding, self.options.compile)
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
         """Takes the first moment and the projected gradient to a new basis, and keeps the basis.
@@ -340,7 +340,8 @@ class Weight:
         self._counts("step").add_(1)
         first, second = self.moments
         rounding = maths.rounding_of(second, self.step, self.options.stochastic_rounding)
-        return maths.normalise_(projected, first, second, hyper_of(self.group), rounding)
+        hyper, compile = hyper_of(self.group), self.options.compile
+        return maths.normalise_(projected, first, second, hyper, rounding, compile)
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""

@@ -63,6 +63,7 @@ def contenders(sizes: Sequence[tuple[int, int]]) -> dict[str, Callable[[], Any]]
     steps: dict[str, Callable[[], Any]] = {
         "conda_dist": conda(),
         "conda_dist, bfloat16": conda(matmul_dtype=torch.bfloat16),
+        "conda_dist, bfloat16, compiled": conda(matmul_dtype=torch.bfloat16, compile=True),
         "two products": _two_products(sizes),
         "torch.optim.AdamW": torch.optim.AdamW(_parameters(sizes), foreach=True).step,
     }

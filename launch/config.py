@@ -143,6 +143,7 @@ class CondaConfig:
     stochastic_rounding: Annotated[
         bool, Key("round bfloat16 moments up or down in proportion, not to nearest")
     ] = False
+    compile: Annotated[bool, Key("elementwise work in kernels made by torch.compile")] = False
     grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
 
 

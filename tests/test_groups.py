@@ -97,6 +97,7 @@ def test_integers_no_float_can_hold(name: str, integer: int) -> None:
         ("second_moment_dtype", torch.float16),
         ("second_moment_dtype", torch.int8),
         ("stochastic_rounding", 1),
+        ("compile", "max-autotune"),
         ("stochastic_rounding", True),  # of moments in float32
         ("matmul_dtype", torch.float16),
         ("refresh", "later"),

@@ -64,6 +64,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         refresh_waves: int = 1
         second_moment_dtype: Literal["float32", "bfloat16", "uint8"] | None = None
         stochastic_rounding: bool = False
+        compile: bool = False
 
         conda_params: list[str] = field(default_factory=list)
         """Patterns (as of fnmatch) of parameters to project whatever their names say."""
