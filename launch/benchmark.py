@@ -1,12 +1,14 @@
 """Layer: launch. Time of an optimizer's step on LLaMA-shaped matrices, one process, one thread.
 
     python -m conda_dist.launch.benchmark [--width 512] [--mlp 1376] [--layers 4] [--rounds 40]
+    python -m conda_dist.launch.benchmark --gap 5 [--refresh-method orthogonal_iteration]
     python -m conda_dist.launch.benchmark --ranks 4 ...
 
 All run in turns within one process, so that whatever slows the machine down slows all; medians
 and quartiles of the rounds are printed, and the medians of their ratios to the first. Steps are
-those between refreshes. "two products" is the floor: the projection and the way back alone.
-`--ranks` instead compares the CPU time of a step on as many processes with one process's.
+those between refreshes, or with `--gap` the mean of so many, one of which refreshes the bases
+(SOAP's and the other Conda's, too). "two products" is the floor: the projection and the way back
+alone. `--ranks` instead compares the CPU time of a step on as many processes with one process's.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from torch import nn
 
 from conda_dist import Conda
 from conda_dist.launch import benchmark_ranks
+from conda_dist.options import REFRESH_METHODS
 
 NEVER = 10**9  # steps between refreshes: none but the first
 
@@ -53,12 +56,20 @@ def _two_products(sizes: Sequence[tuple[int, int]]) -> Callable[[], None]:
     return step
 
 
-def contenders(sizes: Sequence[tuple[int, int]]) -> dict[str, Callable[[], Any]]:
-    """A step of each optimizer, by name; each has parameters of its own and has begun."""
+def contenders(
+    sizes: Sequence[tuple[int, int]], gap: int = NEVER, method: str = "svd"
+) -> dict[str, Callable[[], Any]]:
+    """A step of each optimizer, by name; each has parameters of its own and has begun.
+
+    Args:
+        sizes: shapes of the matrices.
+        gap: steps between refreshes of the bases.
+        method: Conda's ``refresh_method``.
+    """
 
     def conda(**options: Any) -> Callable[[], Any]:
         group = {"params": _parameters(sizes), "algorithm": "conda"}
-        return Conda([group], update_proj_gap=NEVER, **options).step
+        return Conda([group], update_proj_gap=gap, refresh_method=method, **options).step
 
     steps: dict[str, Callable[[], Any]] = {
         "conda_dist": conda(),
@@ -75,9 +86,9 @@ def contenders(sizes: Sequence[tuple[int, int]]) -> dict[str, Callable[[], Any]]
     except ModuleNotFoundError:
         print("pip install pytorch_optimizer to compare with its Conda and SOAP")
     else:
-        group = {"params": _parameters(sizes), "update_proj_gap": NEVER, "scale": 0.25}
+        group = {"params": _parameters(sizes), "update_proj_gap": gap, "scale": 0.25}
         steps = {"pytorch_optimizer.Conda": Other([group]).step, **steps}
-        soap = SOAP(_parameters(sizes), precondition_frequency=NEVER)
+        soap = SOAP(_parameters(sizes), precondition_frequency=gap)
         steps["pytorch_optimizer.SOAP"] = soap.step
     for step in steps.values():
         for _ in range(2):  # the first takes the bases
@@ -85,15 +96,18 @@ def contenders(sizes: Sequence[tuple[int, int]]) -> dict[str, Callable[[], Any]]
     return steps
 
 
-def measure(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in every round, in turns."""
+def measure(
+    steps: dict[str, Callable[[], Any]], rounds: int, each: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each step in every round, in turns; the mean of ``each`` in a row."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds):
         names = list(steps) if i % 2 else list(steps)[::-1]
         for name in names:
             start = time.perf_counter()
-            steps[name]()
-            taken[name].append(time.perf_counter() - start)
+            for _ in range(each):
+                steps[name]()
+            taken[name].append((time.perf_counter() - start) / each)
     return taken
 
 
@@ -119,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for option, default in (("width", 512), ("mlp", 1376), ("layers", 4), ("rounds", 40)):
         parser.add_argument(f"--{option}", type=int, default=default)
+    parser.add_argument("--gap", type=int, default=NEVER)
+    parser.add_argument("--refresh-method", choices=REFRESH_METHODS, default=REFRESH_METHODS[1])
     parser.add_argument("--ranks", type=int, default=1)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -129,7 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.ranks > 1:
         console.print(benchmark_ranks.measure(sizes, given.ranks, max(given.rounds, 2)))
         return
-    taken = measure(contenders(sizes), max(given.rounds, 2))
+    steps = contenders(sizes, given.gap, given.refresh_method)
+    taken = measure(steps, max(given.rounds, 2), 1 if given.gap == NEVER else given.gap)
     title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, one thread"
     console.print(_table(taken, title))
 

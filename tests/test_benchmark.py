@@ -33,6 +33,15 @@ def test_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch.optim.Muon" in said
 
 
+def test_refreshes_are_in_the_mean() -> None:
+    sizes = benchmark.shapes(16, 24, 1)
+    steps = benchmark.contenders(sizes, 3, "orthogonal_iteration")
+    benchmark.measure({"conda_dist": steps["conda_dist"]}, 2, 3)
+    optimizer = steps["conda_dist"].__self__  # type: ignore[attr-defined]
+    taken = {int(state["basis_step"]) for state in optimizer.state.values()}
+    assert taken == {6}  # of 8 steps, two of them at the start
+
+
 def test_ranks_are_compared_with_one_process(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2"]
     benchmark.main([*small, "--ranks", "2"])
