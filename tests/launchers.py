@@ -43,13 +43,13 @@ class Mpi:
         options = ("--oversubscribe",) if self.name == "openmpi" else ()
         return (self.mpirun, "-n", ranks, *options, *job)
 
-    def over(self, hosts: list[Node], agent: Path, *job: Any) -> tuple[Any, ...]:
-        """Starts two ranks on each host, through what stands for ssh."""
-        count = 2 * len(hosts)
+    def over(self, hosts: list[Node], each: int, agent: Path, *job: Any) -> tuple[Any, ...]:
+        """Starts that many ranks on each host, through what stands for ssh."""
+        count = each * len(hosts)
         if self.name == "openmpi":
-            where = ("--host", ",".join(f"{host.address}:2" for host in hosts))
+            where = ("--host", ",".join(f"{host.address}:{each}" for host in hosts))
             return (self.mpirun, "-n", count, *where, *remote(agent), *job)
-        where = ("-hosts", ",".join(host.address for host in hosts), "-ppn", 2)
+        where = ("-hosts", ",".join(host.address for host in hosts), "-ppn", each)
         through = ("-launcher", "rsh", "-launcher-exec", agent)
         return (self.mpirun, "-n", count, *where, *through, *job)
 
@@ -105,7 +105,7 @@ def deepspeed_runner(*options: Any) -> tuple[Any, ...]:
 def deepspeed_over(
     how: str, hosts: list[Node], agent: Path, folder: Path, *arguments: Any
 ) -> list[tuple[Any, ...]]:
-    """The job on the hosts of a hostfile, two ranks on each: what to run on which of them.
+    """The job on the hosts of a hostfile, a rank on each: what to run on which of them.
 
     Args:
         how: "openmpi": one command, which calls Open MPI. "no_ssh": one on each host.
@@ -115,7 +115,7 @@ def deepspeed_over(
         arguments: The job's.
     """
     file = folder / "hostfile"
-    file.write_text("".join(f"{host.address} slots=2\n" for host in hosts))
+    file.write_text("".join(f"{host.address} slots=1\n" for host in hosts))
     first = ("--hostfile", file, "--master_addr", hosts[0].address, "--master_port", 29_519)
     if how == "openmpi":
         words = shlex.join(map(str, remote(agent)))

@@ -67,9 +67,8 @@ def test_no_rank_outlives_the_deepspeed_command_unseen(scene: Scene) -> None:
     assert "stopped after step" in outcome.said
 
 
-@pytest.mark.parametrize("silent", [False, True])
-def test_a_rank_cut_off_from_the_store_trains_on(scene: Scene, silent: bool) -> None:
-    assert_lost(fault_links.store_cut_off(scene, silent), 0)
+def test_a_rank_cut_off_from_the_store_trains_on(scene: Scene) -> None:
+    assert_lost(fault_links.store_cut_off(scene), 0)
 
 
 def test_connections_between_ranks_cut(scene: Scene) -> None:

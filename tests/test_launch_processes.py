@@ -1,7 +1,9 @@
 """The job under its real launchers: torchrun, signals, kills, and ranks that disagree."""
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 import launch_jobs
 from conda_dist.launch.checkpoint import complete_checkpoints, step_of
+from conda_dist.launch.console import Display
 from conda_dist.launch.pretrain import EXIT_STOPPED
 from launch_jobs import metrics
 from processes import (
@@ -114,3 +117,20 @@ def test_ranks_with_different_versions_are_refused(config: Path, tmp_path: Path)
     for text in ranks_of_their_own(config, tmp_path / "run", (), (), environments=({}, stale)):
         assert "transformers: " in text
         assert "'0.1' on rank [1]" in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_reader_that_is_gone_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    """A closed pipe, as of a killed launcher, or the closed terminal that Open MPI gives rank 0."""
+    reader, writer = os.openpty() if terminal else os.pipe()
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setenv("TERM", "dumb")
+        display = Display(10, 0, 1)
+        display.note("heard")
+        os.close(reader)
+        display.note("not heard")
+        display.note("nor this")
+        out.write("nor what others print")
