@@ -5,11 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .runtime import JobError, World, from_main
+
+PATIENCE_S = 5.0
+"""Seconds to wait for a lock: a process that was killed keeps its own until the system has taken
+its memory back, and jobs are resumed at once."""
 
 LOCK = "lock"
 """The file; it stays, since removing it would let two jobs lock two files of that name."""
@@ -29,9 +34,7 @@ def locked(folder: Path, world: World) -> Iterator[None]:
         # A record lock: on network file systems it holds between hosts, and no child inherits it.
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         held.append(descriptor)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        if not _taken(descriptor):
             return os.read(descriptor, 1000).decode(errors="replace").strip() or "of unknown host"
         with suppress(OSError):  # a full disk: the lock holds without a name in it
             os.ftruncate(descriptor, 0)
@@ -48,3 +51,17 @@ def locked(folder: Path, world: World) -> Iterator[None]:
     finally:
         for descriptor in held:
             os.close(descriptor)
+
+
+def _taken(descriptor: int) -> bool:
+    """Whether the lock could be had in time."""
+    begun = time.monotonic()
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() - begun > PATIENCE_S:
+                return False
+            time.sleep(0.1)
+        else:
+            return True

@@ -3,17 +3,23 @@
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 import launch_jobs
+import ranks
 from conda_dist.launch.checkpoint import complete_checkpoints, step_of
 from conda_dist.launch.console import Display
+from conda_dist.launch.lock import LOCK, locked
 from conda_dist.launch.pretrain import EXIT_STOPPED
+from conda_dist.launch.runtime import World
 from launch_jobs import metrics
 from processes import (
     DEADLINE,
@@ -134,3 +140,36 @@ def test_a_reader_that_is_gone_stops_nothing(
         display.note("not heard")
         display.note("nor this")
         out.write("nor what others print")
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("held_s", [1, 100])
+def test_a_lock_is_waited_for_a_little(held_s: int, tmp_path: Path) -> None:
+    """A killed job may hold it for a moment more; another job's is refused."""
+    words = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK), str(held_s)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        try:
+            if held_s == 1:
+                ranks.run(1, _lock, tmp_path)
+            else:
+                with pytest.raises(ranks.RankError, match="another job writes"):
+                    ranks.run(1, _lock, tmp_path)
+        finally:
+            holder.kill()
+
+
+def _lock(folder: Path) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    with locked(folder, World(0, 1, 0, torch.device("cpu"), group, group)):
+        pass
