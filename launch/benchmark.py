@@ -124,6 +124,13 @@ def _table(taken: dict[str, list[float]], title: str) -> Table:
     return table
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark and prints its table."""
     parser = argparse.ArgumentParser(
@@ -132,11 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for option, default in (("width", 512), ("mlp", 1376), ("layers", 4), ("rounds", 40)):
-        parser.add_argument(f"--{option}", type=int, default=default)
-    parser.add_argument("--gap", type=int, default=NEVER)
+        parser.add_argument(f"--{option}", type=_positive, default=default)
+    parser.add_argument("--gap", type=_positive)
     parser.add_argument("--refresh-method", choices=REFRESH_METHODS, default=REFRESH_METHODS[1])
-    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--ranks", type=_positive, default=1)
     given = parser.parse_args(arguments)
+    if given.ranks > 1 and given.gap:
+        parser.error("--gap is for one process: with --ranks, steps are those between refreshes")
     torch.set_num_threads(1)
     sizes = shapes(given.width, given.mlp, given.layers)
     console = Console()
@@ -145,9 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.ranks > 1:
         console.print(benchmark_ranks.measure(sizes, given.ranks, max(given.rounds, 2)))
         return
-    steps = contenders(sizes, given.gap, given.refresh_method)
-    taken = measure(steps, max(given.rounds, 2), 1 if given.gap == NEVER else given.gap)
+    steps = contenders(sizes, given.gap or NEVER, given.refresh_method)
+    taken = measure(steps, max(given.rounds, 2), given.gap or 1)
     title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, one thread"
+    if given.gap:
+        title += f", one step in {given.gap} with a refresh ({given.refresh_method})"
     console.print(_table(taken, title))
 
 

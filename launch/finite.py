@@ -81,6 +81,7 @@ class Origin:
 
 
 _NAMED = 3
+"""Weights that a message names; of the others it gives the number."""
 
 
 def _not_finite(model: nn.Module) -> list[str]:

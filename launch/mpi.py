@@ -7,6 +7,7 @@ wait for it elsewhere.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
@@ -134,8 +135,6 @@ def _own_address() -> str:
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
     if not interface or sys.platform != "linux":
         return socket.gethostname()
-    import fcntl
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("256s", interface.encode()[:15])
         try:

@@ -56,10 +56,10 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
 
     Args:
         fault: "nan": the gradient of a block's output is NaN. "nan weight": that of one weight
-            alone. "no memory": a decomposition
-            raises. "no svd": none converges, in two steps. "asleep": reading data never ends.
-            "frozen": and no other thread of the process runs. "slow": it takes a while.
-            "full": files cannot grow. "cut": its connections to other ranks are shut down.
+            alone. "no memory": a decomposition raises. "no svd": none converges, in two steps.
+            "asleep": reading data never ends. "frozen": and no other thread of the process runs.
+            "slow": it takes a while. "full": files cannot grow. "cut": its connections to other
+            ranks are shut down.
         rank: The rank.
         step: Its first step in which it does, counted from 1.
     """

@@ -33,6 +33,20 @@ def test_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch.optim.Muon" in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gap", "0"], "0 is not positive"),
+        (["--width", "-3"], "-3 is not positive"),
+        (["--gap", "5", "--ranks", "2"], "--gap is for one process"),
+    ],
+)
+def test_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(arguments)
+    assert words in capsys.readouterr().err
+
+
 def test_refreshes_are_in_the_mean() -> None:
     sizes = benchmark.shapes(16, 24, 1)
     steps = benchmark.contenders(sizes, 3, "orthogonal_iteration")

@@ -22,7 +22,8 @@ def _trained(shapes: list[tuple[int, ...]], **options: Any) -> list[Tensor]:
     group = {"params": params, "algorithm": "conda"}
     optimizer = Conda([group], update_proj_gap=3, weight_decay=0.1, **options)
     for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        group, lr = optimizer.param_groups[0], 0.1 / (step + 1)
+        group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         for param in params:
             param.grad = torch.randn(param.shape)
         optimizer.step()
@@ -36,7 +37,7 @@ def _trained(shapes: list[tuple[int, ...]], **options: Any) -> list[Tensor]:
 )
 def test_steps_are_the_same(options: dict[str, Any]) -> None:
     # Products are in float32 either way; a moment in bfloat16 may round to its other neighbour.
-    tolerance = 2e-2 if "state_dtype" in options else 1e-5
+    tolerance = 1e-3 if "state_dtype" in options else 1e-5
     pairs = zip(_trained(SHAPES, compile=True, **options), _trained(SHAPES, **options), strict=True)
     for ours, usual in pairs:
         torch.testing.assert_close(ours, usual, rtol=0, atol=tolerance)
@@ -53,6 +54,7 @@ def test_one_kernel_serves_all_shapes_and_learning_rates() -> None:
 
 
 def test_nothing_is_compiled_unasked() -> None:
+    torch.compiler.reset()  # what was compiled before would not be counted again
     counters.clear()
     _trained(SHAPES)
     rounded = {"state_dtype": torch.bfloat16, "stochastic_rounding": True}
@@ -64,10 +66,12 @@ def test_nothing_is_compiled_unasked() -> None:
 def _run(layout: Layout, compile: bool) -> Any:
     model, optimizer = models.build(layout, compile=compile)
     models.train(model, optimizer, range(8))
+    assert bool(counters["stats"]["unique_graphs"]) is compile
     return models.snapshot(model, optimizer, models.whole)
 
 
 def test_on_shards() -> None:
+    counters.clear()
     usual = _run(PLAIN, False)
     for ours in ranks.run(2, _run, ("fsdp", (2,)), True):
         assert ours.keys() == usual.keys()

@@ -251,7 +251,7 @@ def test_any_command_line_of_a_comparison(
     assert code == 0 or "error:" in said
 
 
-BENCHMARK = ("width", "mlp", "layers", "rounds", "ranks")
+BENCHMARK = ("width", "mlp", "layers", "rounds", "ranks", "gap", "refresh-method")
 
 
 @given(
