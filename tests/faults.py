@@ -88,12 +88,19 @@ def set_up(folder: Path, *, fresh: bool) -> Scene:
     return scene
 
 
-def farthest(run: Path, reference: Path) -> float:
+def farthest(run: Path, reference: Path, steps: int = STEPS) -> float:
     """The greatest difference between two runs' losses; both must have all steps, once each."""
-    ours, theirs = metrics(run), metrics(reference)
-    numbers = list(range(1, STEPS + 1))
+    ours, theirs = metrics(run), metrics(reference)[:steps]
+    numbers = list(range(1, steps + 1))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == numbers
     return max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True))
+
+
+def lengthened(scene: Scene, steps: int) -> int:
+    """Has the uninterrupted run go on to a step, and says to which; a slow machine strikes late."""
+    if metrics(scene.reference)[-1]["step"] < steps:
+        succeed(2, *scene.job("reference"), "--training.steps", steps, "--resume")
+    return steps
 
 
 def recover(scene: Scene, name: str, outcome: Outcome, *extra: Any) -> Outcome:
@@ -102,7 +109,8 @@ def recover(scene: Scene, name: str, outcome: Outcome, *extra: Any) -> Outcome:
     reached = metrics(run)[-1]["step"]
     complete = complete_checkpoints(run / "checkpoints")
     outcome.lost = reached - (step_of(complete[-1]) if complete else 0)
-    again = (*scene.job(name), "--training.steps", STEPS, "--resume", *extra)
+    steps = lengthened(scene, max(STEPS, reached + 1))
+    again = (*scene.job(name), "--training.steps", steps, "--resume", *extra)
     begun, since = time.perf_counter(), time.time()
     if scene.fresh:
         with started(*TORCHRUN, *PRETRAIN, *again) as torchrun:
@@ -112,7 +120,7 @@ def recover(scene: Scene, name: str, outcome: Outcome, *extra: Any) -> Outcome:
     else:
         succeed(2, *again)
         outcome.recover_s = time.perf_counter() - begun
-    outcome.difference = farthest(run, scene.reference)
+    outcome.difference = farthest(run, scene.reference, steps)
     return outcome
 
 
@@ -171,7 +179,12 @@ def restarted_by_torchrun(scene: Scene) -> Outcome:
 def launcher_killed(scene: Scene, meanwhile: Callable[[], None] = lambda: None) -> Outcome:
     """kill -9 of torchrun; before that, `meanwhile`."""
     with running(scene, "launcher-killed") as torchrun:
+        # The job stands still meanwhile, or there is no saying how far it would get.
+        for pid in children(torchrun.pid):
+            os.kill(pid, signal.SIGSTOP)
         meanwhile()
+        for pid in children(torchrun.pid):
+            os.kill(pid, signal.SIGCONT)
         pids, begun = children(torchrun.pid), time.perf_counter()
         torchrun.kill()
         while not all(map(has_ended, pids)):
