@@ -127,7 +127,7 @@ class CondaPath:
     def _plan_launch(self, due: Which) -> list[Launch]:
         return [
             plan_launch(self._plans, w, [due[i] for i in w], self._mesh(w).coordinate)
-            for w in fill_waves(self._plans, due, 4, self.options.refresh_bytes)
+            for w in fill_waves(self._plans, due, 4, self.options.refresh_limit)
         ]
 
     def plan_step(self, due: Which, ready: Which) -> Schedule:
@@ -142,26 +142,26 @@ class CondaPath:
         steady = [i for i, which in taking.items() if not which]
         fresh = [i for i, which in taking.items() if which]
         travelling = [i for i in steady if plans[i].travels and not plans[i].delegated]
-        buckets = fill_buckets(plans, travelling, itemsize, options.bucket_bytes)
+        buckets = fill_buckets(plans, travelling, itemsize, options.bucket_limit)
         waves = fill_waves(
-            plans, (i for i in fresh if not plans[i].delegated), itemsize, options.refresh_bytes
+            plans, (i for i in fresh if not plans[i].delegated), itemsize, options.refresh_limit
         )
         errands = [
             weights
-            for some, limit in ((steady, options.bucket_bytes), (fresh, options.refresh_bytes))
+            for some, limit in ((steady, options.bucket_limit), (fresh, options.refresh_limit))
             for weights in fill_waves(
                 plans, (i for i in some if plans[i].delegated), itemsize, limit
             )
         ]
 
-        def planned(plan: Callable[..., T], weights: tuple[int, ...]) -> T:
+        def planned(plan: Callable[..., T], weights: tuple[int, ...], **limits: int) -> T:
             which, launched = ([some.get(i, ()) for i in weights] for some in (taking, ready))
-            return plan(plans, weights, which, self._mesh(weights).coordinate, launched)
+            return plan(plans, weights, which, self._mesh(weights).coordinate, launched, **limits)
 
         return Schedule(
             tuple(i for i in steady if not plans[i].travels),
             tuple(plan_bucket(plans, b, self._mesh(b).coordinate) for b in buckets),
-            tuple(planned(plan_wave, weights) for weights in waves),
+            tuple(planned(plan_wave, weights, limit=options.bucket_limit) for weights in waves),
             tuple(planned(plan_errand, weights) for weights in errands),
         )
 
@@ -176,18 +176,25 @@ class CondaPath:
             self._solo(self.weights[i], grads[i])
         going: deque[tuple[Bucket, Exchange]] = deque()
         for k, bucket in enumerate(buckets):
-            tensors, bases = self._arrived(bucket, coming.popleft())
+            arrived = self._arrived(bucket, coming.popleft())
             coming.extend(self._forward(after, grads) for after in buckets[k + 1 : k + 2])
-            weights = [self.weights[i] for i in bucket.weights]
-            updates = [
-                weight.advance(basis, weight.project(grad, basis))
-                for weight, grad, basis in zip(weights, tensors, bases, strict=True)
-            ]
+            updates = self._updates(bucket, *arrived)
             if going:
                 self._apply(*going.popleft())
             going.append((bucket, self._backward(bucket, updates)))
+            del updates  # they are packed
         if going:
             self._apply(*going.popleft())
+
+    def _updates(
+        self, bucket: Bucket, grads: list[Tensor], bases: list[Tensor]
+    ) -> list[Tensor | None]:
+        """What the gradients of a bucket become, one after another; they are used up."""
+        updates: list[Tensor | None] = []
+        for i in bucket.weights:
+            weight, basis = self.weights[i], bases.pop(0)
+            updates.append(weight.advance(basis, weight.project(grads.pop(0), basis)))
+        return updates
 
     def _solo(self, weight: Weight, grad: Tensor) -> None:
         """The step of a weight that needs no other rank."""
@@ -198,7 +205,7 @@ class CondaPath:
         if update is not None:
             weight.apply(update)
         if borrows:
-            weight.give_back(*weight.moments)
+            weight.give_back(*weight.return_borrowed())
 
     def _refreshing(self, wave: Wave, grads: dict[int, Tensor]) -> None:
         """The step of weights that take new bases."""
@@ -256,7 +263,7 @@ class CondaPath:
         weights = [self.weights[i] for i in bucket.weights]
         dtypes = [weight.param.dtype for weight in weights]
         for i in bucket.borrowers:
-            moments = weights[i].moments
+            moments = weights[i].return_borrowed()
             updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]
         device = weights[0].basis.device
         return Exchange(weights[0].mesh, bucket.backward, updates, dtypes, device)

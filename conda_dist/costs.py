@@ -63,7 +63,8 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
         (bucket.forward, [sizes.param, sizes.basis, *two]),
         (bucket.backward, [sizes.param, *two]),
     )
-    moved = [(wave.gather, [sizes.moment] * count), (wave.scatter, [sizes.rotation] * count)]
+    (scatter,) = wave.scatters
+    moved = [(wave.gather, [sizes.moment] * count), (scatter.hops, [sizes.rotation] * count)]
     kept, counts = sizes.moment + sizes.second, 4 + 4 * count
     if is_async:
         launch = plan_launch(plans, (0,), [range(count)], coordinate)

@@ -46,47 +46,76 @@ def run(
     Raises:
         RuntimeError: see :func:`conda_dist.refresh.refresh`.
     """
-    mesh, device, count = weights[0].mesh, weights[0].basis.device, len(weights)
-    work = [rotation_dtype(weight.basis) for weight in weights]
-    multiplied = [_product_dtype(weight) for weight in weights]
-    tensors = arriving.wait()
+    tensors, count = arriving.wait(), len(weights)
+    dealing, counted = _deal(plan, weights, tensors, background)
+    collecting = _collect(plan, weights, dealing.wait(), counted)
+    return _return(plan, weights, collecting.wait(), tensors[count : 2 * count])
+
+
+def _deal(
+    plan: Errand, weights: Sequence[Weight], tensors: Tensors, background: Background
+) -> tuple[Exchange, list[bool]]:
+    """Projects gradients, which are used up, and starts them to where their moments are.
+
+    Returns:
+        The exchange, and for each weight whether its step counts.
+    """
+    count = len(weights)
     bases, momenta = tensors[count : 2 * count], tensors[2 * count :]
     projected: Tensors = [None] * count
+    multiplied = _product_dtypes(weights)
     for i in plan.mine:
-        grad, basis = _there(tensors[i]), _there(bases[i])
-        projected[i] = maths.project(grad, basis, weights[i].plan.right, multiplied[i])
+        basis, right = _there(bases[i]), weights[i].plan.right
+        projected[i] = maths.project(_taken(tensors, i), basis, right, multiplied[i])
     counted = [True] * count
     if plan.matrices:
         outcomes = _refresh(plan, weights, projected, bases, momenta, background)
-        pairs = zip(weights, outcomes, strict=True)
-        counted = [bool(weight.step) or outcome != Outcome.ZERO for weight, outcome in pairs]
-        dealt = [*projected, *bases, *momenta]
+        counted = [
+            bool(weight.step) or outcome != Outcome.ZERO
+            for weight, outcome in zip(weights, outcomes, strict=True)
+        ]
+        projected += [*bases, *momenta]
+        work = [rotation_dtype(weight.basis) for weight in weights]
         dtypes = [*work, *_dtypes(w.basis for w in weights), *_dtypes(_first(weights))]
     else:
         # Rounded to the products' dtype already: fewer bytes for the same numbers.
-        dealt = [None if x is None else x.to(d) for x, d in zip(projected, multiplied, strict=True)]
         dtypes = multiplied
-    dealt = Exchange(mesh, plan.deal, dealt, dtypes, device).wait()
+        pairs = zip(projected, dtypes, strict=True)
+        projected = [None if x is None else x.to(dtype) for x, dtype in pairs]
+    device = weights[0].basis.device
+    return Exchange(weights[0].mesh, plan.deal, projected, dtypes, device), counted
 
+
+def _collect(
+    plan: Errand, weights: Sequence[Weight], dealt: Tensors, counted: Sequence[bool]
+) -> Exchange:
+    """Updates the moments of this rank's shares and starts the normalised steps to the owners."""
     steps: Tensors = []
+    count, multiplied = len(weights), _product_dtypes(weights)
     for i, weight in enumerate(weights):
-        mine = _there(dealt[i])
+        mine = _taken(dealt, i)
         if plan.matrices:
-            weight.basis.copy_(_there(dealt[count + i]))
-            weight.moments[0].copy_(_there(dealt[2 * count + i]))
+            weight.basis.copy_(_taken(dealt, count + i))
+            weight.moments[0].copy_(_taken(dealt, 2 * count + i))
         else:
-            weight.average(weight.moments[0], mine := mine.to(work[i]))
+            mine = mine.to(rotation_dtype(weight.basis))
+            weight.average(weight.moments[0], mine)
         step = weight.normalise(mine) if counted[i] else mine.zero_()
         steps.append(step.to(multiplied[i]))
-    steps = Exchange(mesh, plan.collect, steps, multiplied, device).wait()
+    device = weights[0].basis.device
+    return Exchange(weights[0].mesh, plan.collect, steps, multiplied, device)
 
-    updates: Tensors = [None] * count
+
+def _return(plan: Errand, weights: Sequence[Weight], steps: Tensors, bases: Tensors) -> Exchange:
+    """Brings steps, which are used up, back from the bases, and starts the updates to all."""
+    updates: Tensors = [None] * len(weights)
+    multiplied = _product_dtypes(weights)
     for i in plan.mine:
-        weight, step, basis = weights[i], _there(steps[i]), _there(bases[i])
-        update = maths.project_back(step, basis, weight.plan.right, multiplied[i])
+        weight, basis = weights[i], _there(bases[i])
+        update = maths.project_back(_taken(steps, i), basis, weight.plan.right, multiplied[i])
         updates[i] = update.to(weight.param.dtype)
-    dtypes = [weight.param.dtype for weight in weights]
-    return Exchange(mesh, plan.backward, updates, dtypes, device)
+    dtypes, device = [weight.param.dtype for weight in weights], weights[0].basis.device
+    return Exchange(weights[0].mesh, plan.backward, updates, dtypes, device)
 
 
 def finish(weights: Sequence[Weight], returning: Exchange) -> None:
@@ -126,8 +155,14 @@ def _first(weights: Sequence[Weight]) -> list[Tensor]:
     return [weight.moments[0] for weight in weights]
 
 
-def _product_dtype(weight: Weight) -> torch.dtype:
-    return weight.options.matmul_dtype or weight.basis.dtype
+def _taken(tensors: Tensors, index: int) -> Tensor:
+    """A tensor that nobody else needs any more."""
+    tensor, tensors[index] = tensors[index], None
+    return _there(tensor)
+
+
+def _product_dtypes(weights: Iterable[Weight]) -> list[torch.dtype]:
+    return [weight.options.matmul_dtype or weight.basis.dtype for weight in weights]
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> list[torch.dtype]:

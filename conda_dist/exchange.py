@@ -118,51 +118,49 @@ class Exchange:
         """Does the silent hops that are next and launches the first that is not."""
         while self._hops and not self._inflight:
             hop = self._hops.pop(0)
-            outputs = {t.item: self._keep(hop, t) for t in hop.transfers}
-            if not hop.silent:
-                # One collective for each dtype: nearly always one.
-                for dtype in dict.fromkeys(self._dtypes[t.item] for t in hop.transfers):
-                    same = [t for t in hop.transfers if self._dtypes[t.item] == dtype]
-                    self._inflight.append(self._launch(hop.mesh_dim, same, dtype, outputs))
-            for item, output in outputs.items():
-                self._tensors[item] = output
+            if hop.silent:
+                for transfer in hop.transfers:
+                    self._tensors[transfer.item] = self._slice(hop.mesh_dim, transfer)
+                continue
+            # One collective for each dtype: nearly always one.
+            for dtype in dict.fromkeys(self._dtypes[t.item] for t in hop.transfers):
+                same = [t for t in hop.transfers if self._dtypes[t.item] == dtype]
+                self._inflight.append(self._launch(hop.mesh_dim, same, dtype))
 
-    def _keep(self, hop: Hop, transfer: Transfer) -> Tensor | None:
-        """The new local tensor, filled with what this rank has of it already."""
+    def _slice(self, mesh_dim: int, transfer: Transfer) -> Tensor | None:
+        """The new local tensor, all of which this rank has already."""
         if transfer.shape is None:
             return None
-        source, here = self._tensors[transfer.item], self._mesh.coordinate[hop.mesh_dim]
-        if source is not None and hop.silent and tuple(source.shape) == transfer.shape:
+        source, here = self._tensors[transfer.item], self._mesh.coordinate[mesh_dim]
+        if source is not None and tuple(source.shape) == transfer.shape:
             return source
-        output = torch.empty(transfer.shape, dtype=self._dtypes[transfer.item], device=self._device)
+        output = self._empty(transfer)
         for mine, new in zip(transfer.sends[here], transfer.receives[here], strict=True):
             assert source is not None
             _view(output, new).copy_(_view(source, mine))
         return output
 
-    def _launch(
-        self,
-        mesh_dim: int,
-        transfers: list[Transfer],
-        dtype: torch.dtype,
-        outputs: dict[int, Tensor | None],
-    ) -> "_Packed":
+    def _empty(self, transfer: Transfer) -> Tensor:
+        assert transfer.shape is not None
+        dtype = self._dtypes[transfer.item]
+        return torch.empty(transfer.shape, dtype=dtype, device=self._device)
+
+    def _launch(self, mesh_dim: int, transfers: list[Transfer], dtype: torch.dtype) -> "_Packed":
+        """Packs tensors, which are let go of, and sends them."""
         here, size = self._mesh.coordinate[mesh_dim], self._mesh.topology.sizes[mesh_dim]
         peers = [peer for peer in range(size) if peer != here]
-        sends = {p: [(t.item, b) for t in transfers for b in t.sends[p]] for p in peers}
-        receives = {p: [(t.item, b) for t in transfers for b in t.receives[p]] for p in peers}
-        send_sizes = [_numel(sends.get(p, [])) for p in range(size)]
-        receive_sizes = [_numel(receives.get(p, [])) for p in range(size)]
+        sends = {p: [(t.item, b) for t in transfers for b in t.sends[p]] for p in range(size)}
+        send_sizes = [_numel(sends[p]) if p != here else 0 for p in range(size)]
+        receive_sizes = [
+            sum(_block_numel(b) for t in transfers for b in t.receives[p]) if p != here else 0
+            for p in range(size)
+        ]
         device = self._mesh.device(mesh_dim, self._device)
-        send = torch.empty(sum(send_sizes), dtype=dtype, device=device)
+        send = self._pack([pair for p in peers for pair in sends[p]], dtype, device)
+        kept = self._pack(sends[here], dtype, self._device)
+        for transfer in transfers:
+            self._tensors[transfer.item] = None
         received = torch.empty(sum(receive_sizes), dtype=dtype, device=device)
-        offset = 0
-        for item, block in (pair for p in peers for pair in sends[p]):
-            source = self._tensors[item]
-            assert source is not None
-            count = math.prod(block.shape)
-            send[offset : offset + count].view(block.shape).copy_(_view(source, block))
-            offset += count
         work = dist.all_to_all_single(
             received,
             send,
@@ -171,39 +169,67 @@ class Exchange:
             group=self._mesh.groups[mesh_dim],
             async_op=True,
         )
-        into = []
-        for item, block in (pair for p in peers for pair in receives[p]):
-            output = outputs[item]
-            assert output is not None
-            into.append(_view(output, block))
-        return _Packed(work, send, received, into)
+        return _Packed(work, transfers, peers, here, send, received, kept)
+
+    def _pack(
+        self, boxes: list[tuple[int, Block]], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        packed = torch.empty(_numel(boxes), dtype=dtype, device=device)
+        offset = 0
+        for item, block in boxes:
+            source = self._tensors[item]
+            assert source is not None
+            count = _block_numel(block)
+            packed[offset : offset + count].view(block.shape).copy_(_view(source, block))
+            offset += count
+        return packed
+
+    def _unpack(self, packed: "_Packed") -> None:
+        """Waits for a collective and makes its tensors."""
+        if packed.work is not None:
+            packed.work.wait()
+        packed.work = packed.send = None
+        there = [t for t in packed.transfers if t.shape is not None]
+        outputs = {t.item: self._empty(t) for t in there}
+        for buffer, senders in ((packed.received, packed.peers), (packed.kept, [packed.here])):
+            offset = 0
+            for transfer, block in ((t, b) for p in senders for t in there for b in t.receives[p]):
+                count = _block_numel(block)
+                view = buffer[offset : offset + count].view(block.shape)
+                _view(outputs[transfer.item], block).copy_(view)
+                offset += count
+        self._tensors = [outputs.get(i, tensor) for i, tensor in enumerate(self._tensors)]
 
     def wait(self) -> list[Tensor | None]:
         """The local tensors in their new layouts, None where this rank holds none."""
         while self._inflight:
-            for packed in self._inflight:
-                packed.finish()
-            self._inflight.clear()
+            while self._inflight:
+                self._unpack(self._inflight.pop(0))
             self._start()
         return self._tensors
 
 
 @dataclass
 class _Packed:
-    """One collective under way; keeps its buffers alive until it is done."""
+    """One collective under way; keeps its buffers alive until it is done.
 
-    work: Any  # dist.Work; None from backends that finish at once
-    send: Tensor
+    Attributes:
+        work: the collective; None from backends that finish at once.
+        transfers: the tensors in it.
+        peers: indices of the other ranks, in the order of the buffers.
+        here: this rank's own.
+        send: what the others get.
+        received: what comes from them.
+        kept: what stays on this rank.
+    """
+
+    work: Any
+    transfers: list[Transfer]
+    peers: list[int]
+    here: int
+    send: Tensor | None
     received: Tensor
-    into: list[Tensor]
-
-    def finish(self) -> None:
-        if self.work is not None:
-            self.work.wait()
-        offset = 0
-        for view in self.into:
-            view.copy_(self.received[offset : offset + view.numel()].view(view.shape))
-            offset += view.numel()
+    kept: Tensor
 
 
 def _view(tensor: Tensor, block: Block) -> Tensor:
@@ -215,8 +241,12 @@ def _view(tensor: Tensor, block: Block) -> Tensor:
     return tensor
 
 
+def _block_numel(block: Block) -> int:
+    return math.prod(block.shape)
+
+
 def _numel(boxes: list[tuple[int, Block]]) -> int:
-    return sum(math.prod(block.shape) for _, block in boxes)
+    return sum(_block_numel(block) for _, block in boxes)
 
 
 def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:

@@ -74,8 +74,9 @@ class Conda(torch.optim.Optimizer):
             weights and batches: as "shard"). "auto" replicates while ``basis_budget`` allows, and
             then takes of the other two what moves less.
         basis_budget: bytes a rank may spend on replicated bases under "auto".
-        bucket_bytes: most bytes of a rank's gradients exchanged at once.
-        refresh_bytes: most bytes of momenta an owner gathers at once, and at least one matrix.
+        bucket_bytes: half of what a step may hold beside state, gradients and parameters, in all
+            its buffers together; more only where one weight needs more.
+        refresh_bytes: half of what a refresh may hold; likewise.
         max_refresh_failures: refreshes of one matrix that may fail in a row before all ranks
             raise.
         refresh_method: how a basis is taken from the momentum after the first, which is always by

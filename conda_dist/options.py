@@ -15,6 +15,10 @@ PLACEMENTS = ("auto", "replicate", "shard", "owner")
 REFRESH_METHODS = ("svd", "orthogonal_iteration", "eigh64")
 REFRESHES = ("sync", "async")
 
+COPIES = 5
+"""Times that a step has what travels in one bucket in memory: one bucket comes, packed and
+received, one is computed, and one goes, packed and received. Measured in tests/test_memory.py."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -35,6 +39,16 @@ class Options:
     second_moment_dtype: torch.dtype | None = None
     stochastic_rounding: bool = False
     compile: bool = False
+
+    @property
+    def bucket_limit(self) -> int:
+        """Most bytes that travel in one bucket, so that a step holds twice ``bucket_bytes``."""
+        return 2 * self.bucket_bytes // COPIES
+
+    @property
+    def refresh_limit(self) -> int:
+        """Most bytes that a wave gathers on a rank, so that it holds twice ``refresh_bytes``."""
+        return 2 * self.refresh_bytes // COPIES
 
     def __post_init__(self) -> None:
         """Refuses what cannot be meant.

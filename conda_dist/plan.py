@@ -24,6 +24,9 @@ from conda_dist.layout import (
 )
 from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
 
+ROTATION_ITEMSIZE = 4
+"""Bytes of an element of a rotation that waves count with; its own are as many or more."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightPlan:
@@ -121,6 +124,25 @@ class WeightPlan:
     def matrix_numel(self) -> int:
         """Elements of one matrix."""
         return math.prod(self.storage.shape[-2:])
+
+    @property
+    def carried(self) -> int:
+        """Elements of it that travel with a bucket on every rank: its share, a gathered basis.
+
+        Those of an even split, so that every rank counts alike.
+        """
+        share = (3 if self.borrows else 1) * math.prod(self.storage.shape)
+        basis = 0
+        if not self.delegated and not all(leg.silent for leg in redistribution(self.basis_moves)):
+            split = math.prod(self.topology.sizes[d] for d in batch_mesh_dims(self.basis))
+            basis = -(-math.prod(self.basis.shape) // split)
+        return -(-share // len(self.topology.ranks)) + basis
+
+    @property
+    def gathered(self) -> int:
+        """Elements of one matrix that its owner gathers: the momentum, or all it multiplies."""
+        r = min(self.storage.shape[-2:])
+        return self.matrix_numel + (r * r if self.delegated else 0)
 
     def __str__(self) -> str:
         owners = ",".join(str(self.topology.rank_at(owner)) for owner in self.owners)
@@ -236,6 +258,21 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
+class Scatter:
+    """Rotations that travel together.
+
+    Attributes:
+        start: the first of their matrices in the wave.
+        stop: the one after the last.
+        hops: exchanges that bring each rotation to all. Items: these matrices.
+    """
+
+    start: int
+    stop: int
+    hops: tuple[Hop, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Wave:
     """Weights refreshed together.
 
@@ -244,13 +281,13 @@ class Wave:
         matrices: their matrices.
         gather: exchanges that bring each projected momentum to its owner. Items: ``matrices``, of
             which those launched stay where they are.
-        scatter: exchanges that bring each rotation to all. Items: ``matrices``.
+        scatters: how the rotations travel, in parts: all ranks get all of them.
     """
 
     bucket: Bucket
     matrices: tuple[Matrix, ...]
     gather: tuple[Hop, ...]
-    scatter: tuple[Hop, ...]
+    scatters: tuple[Scatter, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +336,7 @@ def plan_wave(
     due: Sequence[Collection[int]],
     coordinate: Coordinate,
     launched: Sequence[Collection[int]] = (),
+    limit: float = math.inf,
 ) -> Wave:
     """Plans the refresh of weights of one mesh, seen from one rank.
 
@@ -308,6 +346,7 @@ def plan_wave(
         due: for each of them which matrices of its batch take new bases.
         coordinate: the rank for which boxes are computed.
         launched: for each of them which of these were launched in an earlier step; () for none.
+        limit: most bytes of rotations that travel together, and at least one of them.
     """
     matrices = tuple(plan_matrices(plans, weights, due, coordinate, launched))
     chosen = [plans[weights[m.position]] for m in matrices]
@@ -316,8 +355,28 @@ def plan_wave(
         plan_bucket(plans, weights, coordinate),
         matrices,
         plan_hops([() if m.launched else _gather_route(p, m.owner) for m, p in routes], coordinate),
-        plan_hops([_scatter_route(p, m.owner) for m, p in routes], coordinate),
+        tuple(_plan_scatters(routes, coordinate, limit)),
     )
+
+
+def _plan_scatters(
+    routes: Sequence[tuple[Matrix, WeightPlan]], coordinate: Coordinate, limit: float
+) -> Iterator[Scatter]:
+    start, size = 0, 0
+    for stop, (_, plan) in enumerate(routes):
+        rotation = ROTATION_ITEMSIZE * min(plan.storage.shape[-2:]) ** 2
+        if stop > start and size + rotation > limit:
+            yield _plan_scatter(routes, start, stop, coordinate)
+            start, size = stop, 0
+        size += rotation
+    yield _plan_scatter(routes, start, len(routes), coordinate)
+
+
+def _plan_scatter(
+    routes: Sequence[tuple[Matrix, WeightPlan]], start: int, stop: int, coordinate: Coordinate
+) -> Scatter:
+    legs = [_scatter_route(plan, matrix.owner) for matrix, plan in routes[start:stop]]
+    return Scatter(start, stop, plan_hops(legs, coordinate))
 
 
 def plan_launch(
@@ -394,15 +453,13 @@ def fill_buckets(
 ) -> list[tuple[int, ...]]:
     """Cuts weights into buckets of at most ``limit`` bytes on a rank, each of one mesh.
 
-    A weight larger than the limit has a bucket of its own. Sizes are those of an even split, so
-    that every rank cuts alike.
+    A weight larger than the limit has a bucket of its own.
     """
     buckets: list[list[int]] = []
     current: dict[Topology, tuple[list[int], int]] = {}
     for index in weights:
         plan = plans[index]
-        tensors = 3 if plan.borrows else 1
-        size = tensors * math.prod(plan.storage.shape) * itemsize // len(plan.topology.ranks)
+        size = plan.carried * itemsize
         bucket, used = current.get(plan.topology, (None, 0))
         if bucket is None or used + size > limit:
             bucket, used = [], 0
@@ -423,22 +480,22 @@ def fill_waves(
     """Cuts weights due for a refresh into waves, each of one mesh.
 
     Waves take the owners' queues in turn, so that all owners have work in each, and end when one
-    owner has gathered ``limit`` bytes of momenta; a larger one is gathered by itself.
+    owner has ``limit`` bytes: of momenta it has gathered, and of what every rank has of each
+    weight. A larger weight is gathered by itself.
     """
     waves: list[list[int]] = []
-    current: dict[Topology, tuple[list[int], dict[int, int]]] = {}
+    current: dict[Topology, tuple[list[int], int, dict[int, int]]] = {}
     for index in sorted(weights, key=lambda i: _wave_order(plans[i], i)):
         plan = plans[index]
-        size = plan.matrix_numel * itemsize
         added: dict[int, int] = defaultdict(int)
         for owner in plan.owners:
-            added[plan.topology.rank_at(owner)] += size
-        wave, used = current.get(plan.topology, (None, {}))
-        if wave is None or any(used.get(rank, 0) + more > limit for rank, more in added.items()):
-            wave, used = [], {}
+            added[plan.topology.rank_at(owner)] += plan.gathered * itemsize
+        wave, carried, used = current.get(plan.topology, (None, 0, {}))
+        carried += plan.carried * itemsize
+        after = {**used, **{rank: used.get(rank, 0) + more for rank, more in added.items()}}
+        if wave is None or carried + max(after.values()) > limit:
+            wave, carried, after = [], plan.carried * itemsize, dict(added)
             waves.append(wave)
         wave.append(index)
-        for rank, more in added.items():
-            used[rank] = used.get(rank, 0) + more
-        current[plan.topology] = wave, used
+        current[plan.topology] = wave, carried, after
     return [tuple(sorted(wave)) for wave in waves]

@@ -6,6 +6,7 @@ snapshot of the momenta, and its rotations are taken some steps later.
 """
 
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -73,14 +74,19 @@ def refresh(
     whole = Exchange(mesh, wave.gather, momenta, moment_dtypes, device).wait()
 
     found, outcomes = decompose(wave.matrices, weights, bases, whole, background)
+    del whole
     dtypes = [rotation_dtype(bases[m.position]) for m in wave.matrices]
-    rotations = Exchange(mesh, wave.scatter, found, dtypes, device).wait()
-    taken: list[dict[int, Tensor]] = [{} for _ in weights]
-    for matrix, outcome, rotation in zip(wave.matrices, outcomes, rotations, strict=True):
-        if outcome == Outcome.DONE and matrix.local is not None and rotation is not None:
-            taken[matrix.position][matrix.local] = rotation
-    for weight, basis, grad, rotated in zip(weights, bases, projected, taken, strict=True):
-        weight.rotate(basis, grad, rotated)
+    for scatter in wave.scatters:
+        part = slice(scatter.start, scatter.stop)
+        rotations = Exchange(mesh, scatter.hops, found[part], dtypes[part], device).wait()
+        taken: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        for matrix, outcome, rotation in zip(
+            wave.matrices[part], outcomes[part], rotations, strict=True
+        ):
+            if outcome == Outcome.DONE and matrix.local is not None and rotation is not None:
+                taken[matrix.position][matrix.local] = rotation
+        for position, rotated in taken.items():
+            weights[position].rotate(bases[position], projected[position], rotated)
     moved = {m.position for m, o in zip(wave.matrices, outcomes, strict=True) if o != Outcome.ZERO}
     return [bool(weight.step) or i in moved for i, weight in enumerate(weights)]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
 
-from conda_dist.layout import Block, Coordinate, Layout, Move, intersect
+from conda_dist.layout import Block, Coordinate, Layout, Move, Split, intersect
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +204,11 @@ def deal_from(
     return tuple(legs)
 
 
+SPREAD_BEYOND = 4
+"""Ranks to which an owner sends what all shall have itself. For more it would have to pack as many
+copies: it deals the rows out instead, and all ranks send theirs to all."""
+
+
 def send_from(
     shape: tuple[int, ...],
     mesh: tuple[int, ...],
@@ -220,6 +225,12 @@ def send_from(
     legs = []
     for i, mesh_dim in enumerate(ways):
         among = {d: owner[d] for d in (*fixed, *ways[i + 1 :])}
-        move = Move(mesh_dim, layout, target or layout)
-        legs.append(Leg(move, sender=owner[mesh_dim], among=among))
+        sender = owner[mesh_dim]
+        if target is None and mesh[mesh_dim] > SPREAD_BEYOND:
+            rows = layout.move(mesh_dim, Split(0))
+            legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, among=among))
+            legs.append(Leg(Move(mesh_dim, rows, layout), among=among))
+        else:
+            move = Move(mesh_dim, layout, target or layout)
+            legs.append(Leg(move, sender=sender, among=among))
     return tuple(legs)

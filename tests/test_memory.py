@@ -1,0 +1,68 @@
+"""What a step holds beside state, gradients and parameters: two buckets, whatever the model's size.
+
+Measured as the system does: by how much a process grows in a step. The profiler of torch, which
+tests of one process use, does not see what the threads of process groups let go of.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import ranks
+from conda_dist import Conda
+
+MIB = 2**20
+BUCKET = 10 * MIB
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def _kib(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    raise AssertionError(f"no {name}")
+
+
+def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any]) -> float:
+    """Bytes by which this process grows in a step, at most, in buckets."""
+    # Blocks from 64 KiB on come from the system and go back to it at once.
+    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    params = []
+    for _ in range(count):
+        params.append(nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)])))
+        params[-1].grad = distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
+    group = {"params": params, "algorithm": "conda"}
+    optimizer = Conda([group], update_proj_gap=gap, bucket_bytes=BUCKET, **options)
+    for _ in range(2):
+        optimizer.step()
+    peaks = []
+    for _ in range(3):
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before = _kib("VmRSS")
+        optimizer.step()
+        peaks.append((_kib("VmHWM") - before) * 1024 / BUCKET)
+    return max(peaks)
+
+
+@pytest.mark.parametrize("gap", [1, 1000], ids=["refresh", "steady"])
+@pytest.mark.parametrize("placement", ["replicate", "shard", "owner"])
+@pytest.mark.parametrize("shape", [(2048, 256), (256, 2048), (512, 512)], ids=str)
+def test_a_step_holds_two_buckets(shape: tuple[int, int], placement: str, gap: int) -> None:
+    options = {
+        "basis_placement": placement,
+        "refresh_method": "orthogonal_iteration",
+        "refresh_bytes": BUCKET,
+    }
+    few, many = (max(ranks.run(2, _peak, shape, n, gap, options)) for n in (16, 48))
+    print(few, many)
+    assert few <= 2
+    assert many <= 2
+    if gap == 1 or placement != "replicate" or shape[0] < shape[1]:
+        assert few > 0.2  # it is measured at all
