@@ -5,7 +5,9 @@ moves nothing in a step; a wide one is transposed, mn/p elements each way, of wh
 refresh gathers the mn/p of each rank to one owner and sends r^2 to the p - 1 others.
 """
 
+import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 
+import models
 import ranks
-from conda_dist import Conda
+from conda_dist import Conda, transfer
 from traffic import Call, recorded
 
 WIDTH, MLP, LAYERS = 32, 88, 2
@@ -140,6 +143,34 @@ def test_replicas_share_the_refreshes_and_nothing_else() -> None:
             "all_to_all",  # and to the other shards
             "all_to_all",  # updates
         ]
+
+
+def _in_parts(layout: models.Layout) -> tuple[list[str], list[str]]:
+    """What differs where rotations travel one by one, their rows passed on by all ranks."""
+    ended = []
+    for beyond, options in ((4, {}), (1, {}), (1, {"bucket_bytes": 1})):
+        with mock.patch.object(transfer, "SPREAD_BEYOND", beyond):
+            model, optimizer = models.build(layout, basis_placement="replicate", **options)
+            models.train(model, optimizer, range(8))
+            ended.append(models.snapshot(model, optimizer))
+    return models.unequal(ended[0], ended[1]), models.unequal(ended[0], ended[2])
+
+
+@pytest.mark.parametrize("layout", [("fsdp", (3,)), ("hsdp", (2, 2)), ("fsdp", (4,))], ids=str)
+def test_rotations_arrive_alike_by_any_way(layout: models.Layout) -> None:
+    world = math.prod(layout[1])
+    for differing in ranks.run(world, _in_parts, layout):
+        assert differing == ([], [])
+
+
+def test_many_ranks_pass_rotations_on() -> None:
+    """No owner packs a rotation for each of many ranks."""
+    p, (name, (m, n)) = 6, TALL[0]
+    answers = ranks.run(p, _run, [(name, (m, n))], (p,), (Shard(0),), {})
+    rotations = [call.sent for first, _, _ in answers for call in first[-2:]]
+    assert all(first[-1].name == first[-2].name == "all_to_all" for first, _, _ in answers)
+    assert sum(rotations) == F32 * (n * n - -(-n // p) * n + n * n * (p - 1))
+    assert max(rotations) <= F32 * n * n
 
 
 def test_row_wise_tensor_parallel_moves_along_one_dimension() -> None:
