@@ -4,8 +4,9 @@ Elementwise, so it works on whatever shards there are. As the authors' code for 
 eps is added to the uncorrected root of the second moment, and decay comes after the update.
 """
 
+import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +45,24 @@ def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool =
         alike[entry.param.device, *dtypes].append(entry)
     for same in alike.values():
         chunk, numel = [], 0
-        for entry in same:
+        for entry in itertools.chain.from_iterable(map(_pieces, same)):
             chunk.append(entry)
             numel += entry.param.numel()
             if numel >= CHUNK_NUMEL:
                 _foreach(chunk, step, hyper, stochastic)
                 chunk, numel = [], 0
         _foreach(chunk, step, hyper, stochastic)
+
+
+def _pieces(entry: Entry) -> Iterator[Entry]:
+    """A parameter larger than a chunk in several, if its elements are in one order in all."""
+    tensors = entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq
+    if entry.param.numel() <= CHUNK_NUMEL or not all(t.is_contiguous() for t in tensors):
+        yield entry
+        return
+    pieces = (torch.split(tensor.view(-1), CHUNK_NUMEL) for tensor in tensors)
+    for parts in zip(*pieces, strict=True):
+        yield Entry(*parts)
 
 
 def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool) -> None:

@@ -16,13 +16,12 @@ from conda_dist import errand
 from conda_dist.background import Background
 from conda_dist.delegate import Errand, plan_errand
 from conda_dist.exchange import Exchange, Mesh
+from conda_dist.filling import fill_buckets, fill_waves
 from conda_dist.options import Options
 from conda_dist.plan import (
     Bucket,
     Launch,
     Wave,
-    fill_buckets,
-    fill_waves,
     plan_bucket,
     plan_launch,
     plan_wave,

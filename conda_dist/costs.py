@@ -42,11 +42,13 @@ class Costs:
         state: bytes it keeps.
         step: bytes it sends in a step without a refresh.
         refresh: bytes it sends more for a refresh.
+        collectives: how many a step without a refresh takes.
     """
 
     state: int
     step: Sent
     refresh: Sent
+    collectives: int
 
 
 def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Costs:
@@ -58,11 +60,10 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     bucket = plan_bucket(plans, (0,), coordinate)
     # Moments of a part or of a flat weight travel with its gradient.
     two = [sizes.moment, sizes.second]
-    step = _sent(
-        coordinate,
+    steady: list[Exchanged] = [
         (bucket.forward, [sizes.param, sizes.basis, *two]),
         (bucket.backward, [sizes.param, *two]),
-    )
+    ]
     (scatter,) = wave.scatters
     moved = [(wave.gather, [sizes.moment] * count), (scatter.hops, [sizes.rotation] * count)]
     kept, counts = sizes.moment + sizes.second, 4 + 4 * count
@@ -73,19 +74,20 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
         kept, counts = kept + sizes.moment, 4 + 8 * count
     numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
     state = numel * kept + basis * sizes.basis + counts
-    return Costs(state, step, _sent(coordinate, *moved))
+    step, refresh = _sent(coordinate, *steady), _sent(coordinate, *moved)
+    return Costs(state, step, refresh, _collectives(*steady))
 
 
 def _delegated(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Costs:
     plans = [plan]
     steady, fresh = (plan_errand(plans, (0,), [which], coordinate) for which in ((), (0,)))
     back = [(steady.collect, [sizes.product]), (steady.backward, [sizes.param])]
-    step = _sent(
-        coordinate,
+    usual = [
         (steady.forward, [sizes.param, sizes.basis]),
         (steady.deal, [sizes.product]),
         *back,
-    )
+    ]
+    step = _sent(coordinate, *usual)
     moved = [
         (fresh.forward, [sizes.param, sizes.basis, sizes.moment]),
         (fresh.deal, [sizes.rotation, sizes.basis, sizes.moment]),
@@ -99,10 +101,25 @@ def _delegated(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async:
     numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
     firsts, counts = (2, 12) if is_async else (1, 8)
     kept = firsts * sizes.moment + sizes.second
-    return Costs(numel * kept + basis * sizes.basis + counts, step, refresh)
+    state = numel * kept + basis * sizes.basis + counts
+    return Costs(state, step, refresh, _collectives(*usual))
 
 
-def _sent(coordinate: Coordinate, *exchanges: tuple[Sequence[Hop], Sequence[int]]) -> Sent:
+Exchanged = tuple[Sequence[Hop], Sequence[int]]
+"""Exchanges, and the bytes of an element of each of their items."""
+
+
+def _collectives(*exchanges: Exchanged) -> int:
+    """One for each dtype, by its bytes, of every exchange that is not silent."""
+    return sum(
+        len({itemsizes[transfer.item] for transfer in hop.transfers})
+        for hops, itemsizes in exchanges
+        for hop in hops
+        if not hop.silent
+    )
+
+
+def _sent(coordinate: Coordinate, *exchanges: Exchanged) -> Sent:
     sent: dict[int, int] = defaultdict(int)
     for hops, itemsizes in exchanges:
         for hop in hops:

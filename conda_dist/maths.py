@@ -214,7 +214,8 @@ def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:
     else:
         param.sub_(update, alpha=step_size)
     if hyper.weight_decay:
-        param.mul_(hyper.keep)
+        keep = hyper.keep
+        param.mul_(keep.to(param.device) if isinstance(keep, Tensor) else keep)
 
 
 def project_back_and_apply_(

@@ -23,6 +23,19 @@ from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up
 from conda_dist.weight import hyper_of
 
 
+def refuse_capture() -> None:
+    """Refuses to be recorded: a replay would repeat one step's count and never refresh a basis.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Conda cannot be captured in a CUDA graph: which steps refresh their bases is decided "
+            "on the host. Capture forward and backward, and call optimizer.step() outside."
+        )
+
+
 class Conda(torch.optim.Optimizer):
     r"""Column-Normalized Adam (arXiv 2509.24218), on whatever shards there are.
 
@@ -232,13 +245,15 @@ class Conda(torch.optim.Optimizer):
         Raises:
             TypeError: a hyperparameter was set to something of another type.
             ValueError: one was set to something out of its range.
-            RuntimeError: a gradient is sparse; ranks have different plans; a decomposition raised
-                or failed too often. The last two on all ranks of the mesh alike.
+            RuntimeError: a gradient is sparse; a CUDA graph is being captured; ranks have
+                different plans; a decomposition raised or failed too often. The last two on all
+                ranks of the mesh alike.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_capture()
         setup, path = self._resolve(agreeing=True)
         grads: dict[Tensor, Tensor | None] = {}
         for member in setup.members:  # parts share a parameter, whose gradient is reduced once

@@ -6,8 +6,7 @@ asks but the boxes inside the hops.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from conda_dist.flat import Flat, Held, flat_basis, flat_to_compute
@@ -126,17 +125,18 @@ class WeightPlan:
         return math.prod(self.storage.shape[-2:])
 
     @property
-    def carried(self) -> int:
-        """Elements of it that travel with a bucket on every rank: its share, a gathered basis.
+    def share(self) -> int:
+        """Elements that every rank has of what a step moves of it, by an even split."""
+        moved = (3 if self.borrows else 1) * math.prod(self.storage.shape)
+        return -(-moved // len(self.topology.ranks))
 
-        Those of an even split, so that every rank counts alike.
-        """
-        share = (3 if self.borrows else 1) * math.prod(self.storage.shape)
-        basis = 0
-        if not self.delegated and not all(leg.silent for leg in redistribution(self.basis_moves)):
-            split = math.prod(self.topology.sizes[d] for d in batch_mesh_dims(self.basis))
-            basis = -(-math.prod(self.basis.shape) // split)
-        return -(-share // len(self.topology.ranks)) + basis
+    @property
+    def gathered_basis(self) -> int:
+        """Elements that every rank gathers of its basis for a step."""
+        if self.delegated or all(leg.silent for leg in redistribution(self.basis_moves)):
+            return 0
+        split = math.prod(self.topology.sizes[d] for d in batch_mesh_dims(self.basis))
+        return -(-math.prod(self.basis.shape) // split)
 
     @property
     def gathered(self) -> int:
@@ -446,56 +446,3 @@ def basis_to_first(plan: WeightPlan) -> tuple[Leg, ...]:
         sender = basis.holders.index(True)
         return (Leg(Move(0, basis, everywhere), sender, 0),) if sender else ()
     return gather_to(basis, tuple(range(len(basis.shape))), first, ())
-
-
-def fill_buckets(
-    plans: Sequence[WeightPlan], weights: Iterable[int], itemsize: int, limit: int
-) -> list[tuple[int, ...]]:
-    """Cuts weights into buckets of at most ``limit`` bytes on a rank, each of one mesh.
-
-    A weight larger than the limit has a bucket of its own.
-    """
-    buckets: list[list[int]] = []
-    current: dict[Topology, tuple[list[int], int]] = {}
-    for index in weights:
-        plan = plans[index]
-        size = plan.carried * itemsize
-        bucket, used = current.get(plan.topology, (None, 0))
-        if bucket is None or used + size > limit:
-            bucket, used = [], 0
-            buckets.append(bucket)
-        bucket.append(index)
-        current[plan.topology] = bucket, used + size
-    return [tuple(bucket) for bucket in buckets]
-
-
-def _wave_order(plan: WeightPlan, index: int) -> tuple[object, ...]:
-    # Mesh after mesh: ranks that share one of several must not wait for each other in a circle.
-    return (plan.topology.ranks, plan.topology.sizes, max(plan.turns), index)
-
-
-def fill_waves(
-    plans: Sequence[WeightPlan], weights: Iterable[int], itemsize: int, limit: int
-) -> list[tuple[int, ...]]:
-    """Cuts weights due for a refresh into waves, each of one mesh.
-
-    Waves take the owners' queues in turn, so that all owners have work in each, and end when one
-    owner has ``limit`` bytes: of momenta it has gathered, and of what every rank has of each
-    weight. A larger weight is gathered by itself.
-    """
-    waves: list[list[int]] = []
-    current: dict[Topology, tuple[list[int], int, dict[int, int]]] = {}
-    for index in sorted(weights, key=lambda i: _wave_order(plans[i], i)):
-        plan = plans[index]
-        added: dict[int, int] = defaultdict(int)
-        for owner in plan.owners:
-            added[plan.topology.rank_at(owner)] += plan.gathered * itemsize
-        wave, carried, used = current.get(plan.topology, (None, 0, {}))
-        carried += plan.carried * itemsize
-        after = {**used, **{rank: used.get(rank, 0) + more for rank, more in added.items()}}
-        if wave is None or carried + max(after.values()) > limit:
-            wave, carried, after = [], plan.carried * itemsize, dict(added)
-            waves.append(wave)
-        wave.append(index)
-        current[plan.topology] = wave, carried, after
-    return [tuple(sorted(wave)) for wave in waves]

@@ -32,8 +32,10 @@ def hyper_of(group: dict[str, Any]) -> Hyper:
     """The hyperparameters a group has at this moment, as numbers that torch's kernels know."""
     beta1, beta2 = group["betas"]
     lr = group["lr"]
+    # Read where that costs nothing; foreach kernels want others 0-d.
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     return Hyper(
-        lr.reshape(()) if isinstance(lr, Tensor) else float(lr),  # foreach kernels want it 0-d
+        lr.reshape(()) if on_device else float(lr),
         float(beta1),
         float(beta2),
         float(group["eps"]),
@@ -386,7 +388,9 @@ class Weight:
         if launched:
             when = float(self._counts("snapshot_step")[matrix])
             self._counts("snapshot_step")[matrix] = NEVER
-        if outcome == Outcome.DONE:
+        # A momentum that has become zero, as of an expert that gets no tokens any more, has a basis
+        # already; a first one is due until there is something to take it from.
+        if outcome == Outcome.DONE or (outcome == Outcome.ZERO and self.taken(matrix) != NEVER):
             self._counts("basis_step")[matrix] = when
             self.failures.pop(matrix, None)
         if outcome in (Outcome.DONE, Outcome.ZERO):

@@ -73,6 +73,7 @@ def contenders(
 
     steps: dict[str, Callable[[], Any]] = {
         "conda_dist": conda(),
+        "conda_dist, compiled": conda(compile=True),
         "conda_dist, bfloat16": conda(matmul_dtype=torch.bfloat16),
         "conda_dist, bfloat16, compiled": conda(matmul_dtype=torch.bfloat16, compile=True),
         "two products": _two_products(sizes),

@@ -94,9 +94,13 @@ def _ways(mesh: DeviceMesh, sizes: Sequence[tuple[int, int]], rank: int) -> dict
         state = sum(row["state_bytes"] for row in report)
         return optimizer.step, state, sum(row["step_bytes"] for row in report)
 
-    def sharded(whole: Tensor) -> Tensor:
+    def sharded(whole: Tensor, dim: int = 0) -> Tensor:
         start = DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
-        return start.redistribute(placements=[Shard(0)])
+        return start.redistribute(placements=[Shard(dim)])
+
+    def kept(whole: Tensor) -> Tensor:
+        """As `conda_shard_placement` has it."""
+        return sharded(whole, int(whole.shape[0] < whole.shape[1]))
 
     def gathered() -> Way:
         """What an optimizer of whole matrices has to do with shards: every rank steps them all."""
@@ -124,6 +128,7 @@ def _ways(mesh: DeviceMesh, sizes: Sequence[tuple[int, int]], rank: int) -> dict
     return {
         ALONE: alone,
         "FSDP rows": way(sharded),
+        "FSDP, wide ones by columns": way(kept),
         "FSDP rows, bases split": way(sharded, basis_placement="shard"),
         "FSDP rows, owners multiply": way(sharded, basis_placement="owner"),
         "whole on every rank (DDP)": way(Tensor.clone, process_group=dist.group.WORLD),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -16,13 +16,12 @@ from torch import nn
 from conda_dist import param_groups
 from conda_dist.costs import Costs, Sent, Sizes, costs, refresh_flops, svd_flops
 from conda_dist.delegate import delegate
+from conda_dist.filling import fill_buckets, fill_waves
 from conda_dist.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import DTYPES, Options
 from conda_dist.owners import deal_owners
 from conda_dist.plan import (
     WeightPlan,
-    fill_buckets,
-    fill_waves,
     plan_weight,
     replicated_basis_bytes,
 )
@@ -34,7 +33,8 @@ AXES = ("dp_replicate", "dp_shard", "tp")
 """Mesh dimensions, the outermost first, as DeviceMesh orders them."""
 ROW_WISE = (".o_proj.", ".down_proj.", ".attn.c_proj.", ".mlp.c_proj.")
 """Weights whose columns tensor parallelism splits; it splits the rows of the others."""
-BUCKET_BYTES = Options().bucket_bytes
+LIMITS, ITEMSIZE = Options(), 4
+"""What bounds buckets and waves, and the bytes of an element that the optimizer fills them by."""
 PASSES = 11
 """Times an element of 4 bytes is read or written in a step, beside the two products."""
 
@@ -62,21 +62,27 @@ class Mesh:
         return math.prod(self.sizes[axis:]) <= hardware.per_host
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Kind:
     """Weights that are alike: those of one name in all layers.
 
     Attributes:
         name: Their name, with * for the layer.
-        count: How many there are.
         plan: The plan of one of them.
-        costs: What one costs the rank that was asked, not counting what it decomposes.
+        count: How many there are.
+        state: Bytes of state that all of them cost the rank that was asked.
+        step: Bytes it sends for them in a step without a refresh.
+        refresh: Bytes it sends more for a refresh.
+        flops: Operations of its matrix products in a step.
     """
 
     name: str
-    count: int
     plan: WeightPlan
-    costs: Costs
+    count: int = 0
+    state: int = 0
+    step: int = 0
+    refresh: int = 0
+    flops: float = 0.0
 
 
 @dataclass(slots=True)
@@ -88,7 +94,9 @@ class Forecast:
         step: Bytes it sends in a step without a refresh, by mesh dimension.
         refresh: Bytes it sends more for a refresh.
         flops: Operations of its matrix products in a step.
-        decompose: Operations of its decompositions in a refresh.
+        waited: Operations for whose results it waits beyond its own: of an errand's busiest owner.
+        decompose: Operations of the decompositions in a refresh, one after another: the busiest
+            owner's, wave after wave where training waits for each.
         rotate: Operations of taking what it has to new bases.
         elements: Elements it updates in a step.
         collectives: Collectives of a step.
@@ -101,6 +109,7 @@ class Forecast:
     step: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     refresh: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     flops: float = 0.0
+    waited: float = 0.0
     decompose: float = 0.0
     rotate: float = 0.0
     elements: int = 0
@@ -187,11 +196,12 @@ def _sum_up(
         multiplied[plan.owners[0]] += 4.0 * plan.delegated * m * n * min(m, n)
     busiest = at or max(load, key=lambda c: (multiplied[c], load[c], c))
     found = Forecast(
-        decompose=load[busiest],
+        decompose=max(load.values()),
         bf16=(settings.matmul_dtype or settings.basis_dtype) == "bfloat16",
         svd=settings.refresh_method == "svd",
     )
     known: dict[object, Costs] = {}
+    collectives = []
     for plan in plans:
         mine = plan.owners[0] == busiest
         # What a rank sends depends on the owner only by where their coordinates agree.
@@ -205,25 +215,63 @@ def _sum_up(
         _add(found.refresh, cost.refresh)
         r, numel = min(plan.storage.shape), plan.compute.numel(busiest)
         share = plan.matrix_numel * mine if plan.delegated else numel
-        found.flops += 2 * 2.0 * share * r
+        flops = 2 * 2.0 * share * r
+        found.flops += flops
+        collectives.append(cost.collectives)
         found.rotate += 2 * 2.0 * share * r + 2.0 * r**3 * (mine or not plan.delegated)
         found.elements += numel
-        _count(found.kinds, plan, cost)
-    travelling = [i for i, plan in enumerate(plans) if plan.travels and not plan.delegated]
-    delegated = [i for i, plan in enumerate(plans) if plan.delegated]
-    found.collectives = 2 * len(fill_buckets(plans, travelling, sizes.param, BUCKET_BYTES))
-    found.collectives += 4 * len(fill_waves(plans, delegated, sizes.param, BUCKET_BYTES))
+        _count(found.kinds, plan, cost, flops)
+    _together(found, plans, settings, busiest, collectives)
     _add_adamw(found, others, mesh, busiest, sizes)
     return found
 
 
-def _count(kinds: list[Kind], plan: WeightPlan, cost: Costs) -> None:
+def _together(
+    found: Forecast,
+    plans: Sequence[WeightPlan],
+    settings: CondaConfig,
+    at: Coordinate,
+    collectives: Sequence[int],
+) -> None:
+    """Adds what weights that step together cost: collectives, and the waiting for their owners."""
+    travelling = [i for i, plan in enumerate(plans) if plan.travels and not plan.delegated]
+    delegated = [i for i, plan in enumerate(plans) if plan.delegated]
+    errands = fill_waves(plans, delegated, ITEMSIZE, LIMITS.bucket_limit)
+    for together in (*fill_buckets(plans, travelling, ITEMSIZE, LIMITS.bucket_limit), *errands):
+        found.collectives += max(collectives[i] for i in together)
+
+    def work(weights: Sequence[int], of: Callable[[WeightPlan], float]) -> dict[Coordinate, float]:
+        load: dict[Coordinate, float] = defaultdict(float)
+        for i in weights:
+            load[plans[i].owners[0]] += of(plans[i])
+        return load
+
+    for errand in errands:
+        load = work(errand, lambda plan: 4.0 * plan.matrix_numel * min(plan.storage.shape))
+        found.waited += max(load.values()) - load.get(at, 0.0)
+
+    def decomposition(plan: WeightPlan) -> float:
+        m, n = plan.storage.shape
+        return refresh_flops(m, n, settings.refresh_method)
+
+    if settings.refresh == "sync":
+        found.decompose = 0.0
+        for some in (delegated, [i for i, plan in enumerate(plans) if not plan.delegated]):
+            for wave in fill_waves(plans, some, ITEMSIZE, LIMITS.refresh_limit):
+                load = work(wave, decomposition)
+                found.decompose += max(load.values())
+
+
+def _count(kinds: list[Kind], plan: WeightPlan, cost: Costs, flops: float) -> None:
     name = ".".join("*" if part.isdigit() else part for part in plan.name.split("."))
-    for i, kind in enumerate(kinds):
-        if kind.name == name and kind.plan.basis == plan.basis:
-            kinds[i] = Kind(name, kind.count + 1, kind.plan, kind.costs)
-            return
-    kinds.append(Kind(name, 1, plan, cost))
+    alike = (kind for kind in kinds if kind.name == name and kind.plan.basis == plan.basis)
+    if (kind := next(alike, None)) is None:
+        kinds.append(kind := Kind(name, plan))
+    kind.count += 1
+    kind.state += cost.state
+    kind.step += sum(cost.step.values())
+    kind.refresh += sum(cost.refresh.values())
+    kind.flops += flops
 
 
 def _add(to: dict[int, int], sent: Sent) -> None:
@@ -342,7 +390,7 @@ def seconds(
         )
 
     step = (
-        found.flops / rate
+        (found.flops + found.waited) / rate
         + found.elements * 4.0 * PASSES / (hardware.memory * hardware.reached)
         + moved(found.step)
         + found.collectives * hardware.latency

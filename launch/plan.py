@@ -14,6 +14,7 @@ optimizer's own plans, which tests hold to counted runs; seconds are arithmetic 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 SCALES = ("llama_7b", "llama_70b", "llama_405b")
 RANKS = [2**k for k in range(13)]
 GIB = 2**30
+MOST_RANKS = 2**16
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, keys = _parser().parse_known_args(arguments)
     try:
         if given.scaling:
+            if given.model is not None or given.mesh or given.tp is not None:
+                raise ConfigError("--scaling draws its own models and meshes: leave the others out")
+            check_picture(given.scaling)
             draw_scaling(given.scaling, HARDWARE[given.hardware], given.tokens_per_rank, keys)
             print(f"drawn in {given.scaling}")
             return 0
@@ -71,13 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hardware", choices=HARDWARE, default="h100-ib400")
     parser.add_argument(
         "--tokens-per-rank",
-        type=int,
+        type=_tokens,
         default=8192,
         help="tokens of a step on each data-parallel rank (default 8192)",
     )
     parser.add_argument(
         "--basis-budget-gib",
-        type=float,
+        type=_gib,
         default=4.0,
         help="memory of a rank for replicated bases (default 4); past it they are split",
     )
@@ -85,11 +90,38 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _tokens(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _gib(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no size of memory")
+    return number
+
+
+def check_picture(path: Path) -> None:
+    """Refuses a picture that could not be written, before minutes of work on it.
+
+    Raises:
+        ConfigError: The folder is not there, or the format unknown.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError(f"--scaling {path}: there is no folder {path.parent}")
+    formats = ("png", "pdf", "svg")
+    if path.suffix.removeprefix(".") not in formats:
+        raise ConfigError(f"--scaling {path}: name a file that ends in .{', .'.join(formats)}")
+
+
 def read_mesh(axes: Sequence[str], tp: int | None = None) -> Mesh:
     """The mesh of words such as "dp_shard=64".
 
     Raises:
-        ConfigError: an axis is unknown or named twice, or its number is not a positive one.
+        ConfigError: an axis is unknown or named twice, its number is not a positive one, or there
+            would be more ranks than a plan can look at.
     """
     sizes: dict[str, int] = {} if tp is None else {"tp": tp}
     for word in axes:
@@ -102,7 +134,10 @@ def read_mesh(axes: Sequence[str], tp: int | None = None) -> Mesh:
     for name, size in sizes.items():
         if size < 1:
             raise ConfigError(f"{name} must be a positive number of ranks, as in {name}=8")
-    return Mesh(**sizes)
+    mesh = Mesh(**sizes)
+    if mesh.ranks > MOST_RANKS:
+        raise ConfigError(f"{mesh.ranks} ranks are more than the {MOST_RANKS} that can be planned")
+    return mesh
 
 
 class Planned:
@@ -193,18 +228,17 @@ class Planned:
         for heading in ("state MiB", "sent a step MiB", "more a refresh MiB", "GFLOP a step"):
             table.add_column(heading, justify="right")
         for kind in self.conda.kinds:
-            plan, cost = kind.plan, kind.costs
+            plan = kind.plan
             moved = "" if plan.compute == plan.storage else f" -> {plan.compute}"
-            numel = plan.compute.numel((0, 0, 0))
             table.add_row(
                 f"{kind.count} x {kind.name}",
                 "x".join(map(str, plan.storage.shape)),
                 f"{plan.storage}{moved}",
                 str(plan.basis),
-                f"{kind.count * cost.state / 2**20:.1f}",
-                f"{kind.count * sum(cost.step.values()) / 2**20:.1f}",
-                f"{kind.count * sum(cost.refresh.values()) / 2**20:.1f}",
-                f"{kind.count * 4e-9 * numel * min(plan.storage.shape):.1f}",
+                f"{kind.state / 2**20:.1f}",
+                f"{kind.step / 2**20:.1f}",
+                f"{kind.refresh / 2**20:.1f}",
+                f"{kind.flops / 1e9:.1f}",
             )
         return table
 

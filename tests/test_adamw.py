@@ -143,10 +143,11 @@ def test_chunks_do_not_change_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_needs_memory_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adamw, "CHUNK_NUMEL", 4096)
-    params = toys.parameters(*[(64, 64)] * 12)
-    optimizer = _conda(params)
-    toys.take(optimizer, params, toys.gradients(params, 2))
-    assert 0 < toys.peak(optimizer.step) <= 3 * params[0].nbytes
+    for shapes in ([(64, 64)] * 12, [(12 * 64, 64)]):  # many parameters; one larger than a chunk
+        params = toys.parameters(*shapes)
+        optimizer = _conda(params)
+        toys.take(optimizer, params, toys.gradients(params, 2))
+        assert 0 < toys.peak(optimizer.step) <= 3 * 4096 * 4
 
 
 def test_empty_and_scalar_parameters() -> None:

@@ -20,7 +20,7 @@ def test_every_contender_steps_in_every_round() -> None:
     before = [[param.detach().clone() for param in some] for some in params]
     taken = benchmark.measure(steps, 3)
     assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys(steps, 3)
-    assert len(params) == 7
+    assert len(params) == 8
     for some, were in zip(params, before, strict=True):
         assert not any(map(torch.equal, some, were))
 
@@ -61,5 +61,6 @@ def test_ranks_are_compared_with_one_process(capsys: pytest.CaptureFixture[str])
     benchmark.main([*small, "--ranks", "2"])
     said = capsys.readouterr().out
     assert "7 matrices on 2 ranks" in said
-    for name in ("one process", "FSDP rows", "bases split", "owners multiply", "(DDP)"):
+    ways = ("one process", "FSDP rows", "columns", "bases split", "owners multiply", "(DDP)")
+    for name in ways:
         assert name in said

@@ -6,15 +6,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import ranks
 from conda_dist import Conda
+from conda_dist.delegate import delegate
+from conda_dist.filling import fill_waves
 from conda_dist.launch import forecast, plan
 from conda_dist.launch.config import CondaConfig
 from conda_dist.launch.forecast import Mesh
 from conda_dist.launch.hardware import HARDWARE
+from conda_dist.layout import Layout, Split, Topology
 from conda_dist.options import DTYPES
+from conda_dist.owners import deal_owners
+from conda_dist.plan import plan_weight
 from conda_dist.storage import placements
 from test_layout_traffic import _place, _sent
 from traffic import recorded
@@ -60,16 +66,20 @@ SETTINGS = [
 ]
 
 
-def _count(mesh: Mesh, settings: CondaConfig) -> list[tuple[int, int, int]]:
-    """Bytes this rank keeps, sends in a step and in one with a refresh: counted, and planned."""
+def _count(mesh: Mesh, settings: CondaConfig) -> tuple[list[tuple[int, int, int]], tuple[int, int]]:
+    """Bytes this rank keeps, sends in a step and in one with a refresh: counted, and planned.
+
+    And the collectives of a step.
+    """
     groups: list[dict[str, Any]] = []
+    ranks_here = init_device_mesh("cpu", mesh.sizes)
     for algorithm, shapes in (("conda", PROJECTED), ("adamw", OTHERS)):
         for name, shape in shapes.items():
             where = forecast.layout(name, shape, mesh)
             torch.manual_seed(len(groups))
             places = list(placements(where))
-            param = nn.Parameter(_place(torch.randn(shape), mesh.sizes, places))
-            param.grad = _place(torch.randn(shape), mesh.sizes, places)
+            param = nn.Parameter(_place(torch.randn(shape), ranks_here, places))
+            param.grad = _place(torch.randn(shape), ranks_here, places)
             groups.append({"params": [(name, param)], "algorithm": algorithm})
     optimizer = Conda(
         groups,
@@ -81,11 +91,12 @@ def _count(mesh: Mesh, settings: CondaConfig) -> list[tuple[int, int, int]]:
         state_dtype=DTYPES.get(settings.state_dtype),
         second_moment_dtype=DTYPES.get(settings.second_moment_dtype),
     )
-    sent = []
+    sent, counts = [], []
     for _ in range(3):
         with recorded() as calls:
             optimizer.step()
         sent.append(_sent(calls))
+        counts.append(len(calls))
     state = sum(
         (value.to_local() if isinstance(value, DTensor) else value).nbytes
         for state in optimizer.state.values()
@@ -94,14 +105,16 @@ def _count(mesh: Mesh, settings: CondaConfig) -> list[tuple[int, int, int]]:
     coordinate = next(iter(optimizer.state)).device_mesh.get_coordinate()
     found = forecast.forecast_conda(PROJECTED, OTHERS, mesh, settings, BUDGET, tuple(coordinate))
     step = sum(found.step.values())
-    return [(state, sent[1], sent[2]), (found.state, step, step + sum(found.refresh.values()))]
+    planned = (found.state, step, step + sum(found.refresh.values()))
+    return [(state, sent[1], sent[2]), planned], (counts[1], found.collectives)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m.sizes)))
 def test_bytes_are_those_of_real_runs(mesh: Mesh) -> None:
     for settings in SETTINGS:
-        for counted, planned in ranks.run(mesh.ranks, _count, mesh, settings):
+        for (counted, planned), collectives in ranks.run(mesh.ranks, _count, mesh, settings):
             assert counted == planned
+            assert collectives[0] == collectives[1]
 
 
 @pytest.mark.parametrize(
@@ -113,6 +126,8 @@ def test_bytes_are_those_of_real_runs(mesh: Mesh) -> None:
         (["--mesh", "dp_shard=2", "dp_shard=4"], "dp_shard is given twice"),
         (["--mesh", "tp=2", "--tp", "2"], "tp is given twice"),
         ([], "name a --model and a --mesh"),
+        (["--mesh", "dp_shard=1000000"], "1000000 ranks are more than the 65536"),
+        (["--scaling", "x.png"], "--scaling draws its own models and meshes"),
         (["--mesh", "dp_shard=2", "--optimizer.conda.lrr", "1"], "optimizer.conda.lr"),
     ],
 )
@@ -121,6 +136,30 @@ def test_what_cannot_be_planned_is_said(
 ) -> None:
     assert plan.main(["--model", str(CONFIGS / "llama_60m.toml"), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--scaling", "/no/such/folder/x.png"], "there is no folder /no/such/folder"),
+        (["--scaling", "x.bogus"], "name a file that ends in .png"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_said(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--basis-budget-gib", "nan"], ["--basis-budget-gib=-1"], ["--tokens-per-rank", "0"]],
+    ids=str,
+)
+def test_numbers_that_mean_nothing_are_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        plan.main(["--model", str(CONFIGS / "llama_60m.toml"), "--mesh", "dp_shard=2", *words])
 
 
 def test_gpt2_has_no_tensor_parallelism_here(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +191,31 @@ def test_delegating_keeps_a_step_small() -> None:
     planned = plan.Planned(config, Mesh(dp_shard=64, tp=8), 4.0, 8192)
     share = 4 * planned.parameters / 512
     assert 4 * share < sum(planned.conda.step.values()) < 12 * share
+
+
+@pytest.mark.parametrize("name", ["7b", "70b"])
+def test_rows_add_up_to_the_total(name: str) -> None:
+    config = plan.options.load(str(CONFIGS / f"llama_{name}.toml"), [])
+    found = plan.Planned(config, Mesh(dp_shard=64), 4.0, 8192).conda
+    assert sum(kind.step for kind in found.kinds) == sum(found.step.values())
+    assert sum(kind.refresh for kind in found.kinds) == sum(found.refresh.values())
+    assert sum(kind.flops for kind in found.kinds) == pytest.approx(found.flops)
+
+
+def test_owners_work_at_the_same_time() -> None:
+    """Each of many ranks may have one matrix in a wave, however large: none waits for another."""
+    topology = Topology((8,), tuple(range(8)))
+    large = Layout((8192, 8192), (8,), (Split(0),))
+    for sharded, placement in ((False, "replicate"), (True, "owner")):
+        plans = [plan_weight(f"{i}", topology, large, sharded) for i in range(16)]
+        plans = deal_owners([delegate(each, placement) for each in plans])
+        waves = fill_waves(plans, range(16), 4, 2**20)
+        assert [len(wave) for wave in waves] == [8, 8]
+        for wave in waves:
+            assert {plans[i].owners[0] for i in wave} == {(rank,) for rank in range(8)}
+    # Bases that all ranks gather are bounded all the same.
+    plans = deal_owners([plan_weight(f"{i}", topology, large, True) for i in range(3)])
+    assert fill_waves(plans, range(3), 4, 2**20) == [(0,), (1,), (2,)]
 
 
 def test_more_ranks_take_less_time_each() -> None:

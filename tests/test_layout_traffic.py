@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -62,19 +62,19 @@ SPLITS = (32, 16, 16)
 Traffic = tuple[list[Call], list[Call], int, int]
 
 
-def _place(whole: Tensor, mesh_shape: tuple[int, ...], places: list[Placement]) -> Tensor:
-    mesh = init_device_mesh("cpu", mesh_shape)
-    example = DTensor.from_local(torch.zeros(1), mesh, [ALL] * len(mesh_shape), run_check=False)
+def _place(whole: Tensor, mesh: DeviceMesh, places: list[Placement]) -> Tensor:
+    example = DTensor.from_local(torch.zeros(1), mesh, [ALL] * mesh.ndim, run_check=False)
     return models.like(example, whole).redistribute(mesh, places)
 
 
 def _optimizer(name: str, **options: Any) -> Conda:
     mesh_shape, weights = LAYOUTS[name]
     groups: list[dict[str, Any]] = []
+    mesh = init_device_mesh("cpu", mesh_shape)
     for weight, shape, places in weights:
         torch.manual_seed(len(groups))
-        param = nn.Parameter(_place(torch.randn(shape), mesh_shape, places))
-        param.grad = _place(torch.randn(shape), mesh_shape, places)
+        param = nn.Parameter(_place(torch.randn(shape), mesh, places))
+        param.grad = _place(torch.randn(shape), mesh, places)
         splits = SPLITS if weight == "wqkv" else None
         groups.append({"params": [(weight, param)], "algorithm": "conda", "splits": splits})
     return Conda(groups, update_proj_gap=2, **options)

@@ -49,10 +49,10 @@ BATCHES: list[Layout] = [
 
 def train(layout: Layout | None, shapes: dict[str, tuple[int, ...]], options: Any) -> Any:
     params: dict[str, nn.Parameter] = {}
+    mesh = init_device_mesh("cpu", layout[0]) if layout is not None else None
     for name, shape in shapes.items():
         whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(params)))
-        if layout is not None:
-            mesh = init_device_mesh("cpu", layout[0])
+        if layout is not None and mesh is not None:
             start = [ALL] * mesh.ndim
             replicated = DTensor.from_local(whole, mesh, start, run_check=False)
             whole = replicated.redistribute(mesh, layout[1])
