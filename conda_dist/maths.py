@@ -120,9 +120,14 @@ def store_(moment: Tensor, value: Tensor, rounding: float | None) -> None:
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     """An elementwise function as one kernel, for tensors of one dimension and any length.
 
-    Compiled by torch.compile when it is first called, and once more for other dtypes or numbers.
+    Compiled by torch.compile when it is first called, and once more for other dtypes. Numbers,
+    which schedules may change in every step, must come as tensors.
     """
     return torch.compile(function, dynamic=True)
+
+
+def _numbers(*values: float) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(value, dtype=torch.float64, device="cpu") for value in values)
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -155,12 +160,17 @@ def average_(
         compile: whether in one kernel, where none is rounded in proportion.
     """
     if compile and rounding is None and _can_compile(exp_avg, projected_grad):
-        _compiled(average_)(_flat(exp_avg), _flat(projected_grad), beta1)
+        _compiled(_average_fused_)(_flat(exp_avg), _flat(projected_grad), *_numbers(1 - beta1))
     elif exp_avg.dtype == projected_grad.dtype:
         exp_avg.lerp_(projected_grad, 1 - beta1)
     else:  # moments of fewer bits are rounded once, not at every operation
         average = exp_avg.to(projected_grad.dtype).lerp_(projected_grad, 1 - beta1)
         store_(exp_avg, average, rounding)
+
+
+def _average_fused_(exp_avg: Tensor, projected_grad: Tensor, weight: Tensor) -> None:
+    average = exp_avg.to(projected_grad.dtype)
+    exp_avg.copy_(average + weight * (projected_grad - average))
 
 
 def normalise_(
@@ -182,12 +192,26 @@ def normalise_(
         compile: as of :func:`average_`.
     """
     tensors = projected_grad, exp_avg, exp_avg_sq
-    numbers = hyper.beta2, hyper.eps
     if compile and rounding is None and _can_compile(*tensors):
-        _compiled(_normalise_)(*map(_flat, tensors), *numbers)
+        numbers = _numbers(hyper.beta2, 1 - hyper.beta2, hyper.eps)
+        _compiled(_normalise_fused_)(*map(_flat, tensors), *numbers)
     else:
-        _normalise_(*tensors, *numbers, rounding)
+        _normalise_(*tensors, hyper.beta2, hyper.eps, rounding)
     return projected_grad
+
+
+def _normalise_fused_(
+    projected_grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    beta2: Tensor,
+    weight: Tensor,
+    eps: Tensor,
+) -> None:
+    second = decode(exp_avg_sq, projected_grad.dtype)
+    second = second * beta2 + weight * projected_grad * projected_grad
+    exp_avg_sq.copy_(second)
+    projected_grad.copy_(exp_avg.to(second.dtype) / (second.sqrt() + eps))
 
 
 def _normalise_(
