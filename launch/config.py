@@ -134,6 +134,13 @@ class CondaConfig:
     basis_placement: Annotated[
         Literal["auto", "replicate", "shard", "owner"], Key("where bases are kept and used")
     ] = "auto"
+    basis_budget: Annotated[
+        int, Key("bytes of a rank for replicated bases, with auto; past it they are split", ge=0)
+    ] = 4 * 2**30
+    bucket_bytes: Annotated[int, Key("half of the bytes a step may hold for a moment", ge=1)] = (
+        64 * 2**20
+    )
+    refresh_bytes: Annotated[int, Key("the same of a refresh", ge=1)] = 512 * 2**20
     state_dtype: Annotated[
         Literal["", "bfloat16", "float32"], Key("type of the moments (default: float32)")
     ] = ""

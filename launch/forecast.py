@@ -33,8 +33,8 @@ AXES = ("dp_replicate", "dp_shard", "tp")
 """Mesh dimensions, the outermost first, as DeviceMesh orders them."""
 ROW_WISE = (".o_proj.", ".down_proj.", ".attn.c_proj.", ".mlp.c_proj.")
 """Weights whose columns tensor parallelism splits; it splits the rows of the others."""
-LIMITS, ITEMSIZE = Options(), 4
-"""What bounds buckets and waves, and the bytes of an element that the optimizer fills them by."""
+ITEMSIZE = 4
+"""Bytes of an element that the optimizer fills buckets and waves by."""
 PASSES = 11
 """Times an element of 4 bytes is read or written in a step, beside the two products."""
 
@@ -143,7 +143,6 @@ def forecast_conda(
     others: Mapping[str, tuple[int, ...]],
     mesh: Mesh,
     settings: CondaConfig,
-    basis_budget: int,
     at: Coordinate | None = None,
 ) -> Forecast:
     """Conda on shards.
@@ -153,7 +152,6 @@ def forecast_conda(
         others: Shapes of those that AdamW updates.
         mesh: The ranks.
         settings: Conda's own options.
-        basis_budget: Bytes a rank may spend on replicated bases; a weight past it splits its.
         at: The rank to look at, by its coordinate; the busiest if none is given.
     """
     topology = Topology(mesh.sizes, tuple(range(mesh.ranks)))
@@ -163,7 +161,7 @@ def forecast_conda(
     sharded, spent = {}, 0
     for name in sorted(layouts, key=lambda name: whole[name].travels):
         size = replicated_basis_bytes(whole[name], basis_size)[0]
-        over = {"auto": spent + size > basis_budget, "replicate": False}
+        over = {"auto": spent + size > settings.basis_budget, "replicate": False}
         sharded[name] = over.get(settings.basis_placement, True)
         spent += 0 if sharded[name] else size
     plans = [
@@ -234,10 +232,11 @@ def _together(
     collectives: Sequence[int],
 ) -> None:
     """Adds what weights that step together cost: collectives, and the waiting for their owners."""
+    limits = Options(bucket_bytes=settings.bucket_bytes, refresh_bytes=settings.refresh_bytes)
     travelling = [i for i, plan in enumerate(plans) if plan.travels and not plan.delegated]
     delegated = [i for i, plan in enumerate(plans) if plan.delegated]
-    errands = fill_waves(plans, delegated, ITEMSIZE, LIMITS.bucket_limit)
-    for together in (*fill_buckets(plans, travelling, ITEMSIZE, LIMITS.bucket_limit), *errands):
+    errands = fill_waves(plans, delegated, ITEMSIZE, limits.bucket_limit)
+    for together in (*fill_buckets(plans, travelling, ITEMSIZE, limits.bucket_limit), *errands):
         found.collectives += max(collectives[i] for i in together)
 
     def work(weights: Sequence[int], of: Callable[[WeightPlan], float]) -> dict[Coordinate, float]:
@@ -257,7 +256,7 @@ def _together(
     if settings.refresh == "sync":
         found.decompose = 0.0
         for some in (delegated, [i for i, plan in enumerate(plans) if not plan.delegated]):
-            for wave in fill_waves(plans, some, ITEMSIZE, LIMITS.refresh_limit):
+            for wave in fill_waves(plans, some, ITEMSIZE, limits.refresh_limit):
                 load = work(wave, decomposition)
                 found.decompose += max(load.values())
 

@@ -14,7 +14,6 @@ optimizer's own plans, which tests hold to counted runs; seconds are arithmetic 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError("name a --model and a --mesh, such as dp_shard=64 (or --scaling)")
         mesh = read_mesh(given.mesh, given.tp)
         config = options.load(str(given.model), keys)
-        Planned(config, mesh, given.basis_budget_gib, given.tokens_per_rank).show(
-            HARDWARE[given.hardware], given.hardware
-        )
+        Planned(config, mesh, given.tokens_per_rank).show(HARDWARE[given.hardware], given.hardware)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
@@ -80,12 +77,6 @@ def _parser() -> argparse.ArgumentParser:
         default=8192,
         help="tokens of a step on each data-parallel rank (default 8192)",
     )
-    parser.add_argument(
-        "--basis-budget-gib",
-        type=_gib,
-        default=4.0,
-        help="memory of a rank for replicated bases (default 4); past it they are split",
-    )
     parser.add_argument("--scaling", type=Path, metavar="PNG", help="draw cost against ranks")
     return parser
 
@@ -93,13 +84,6 @@ def _parser() -> argparse.ArgumentParser:
 def _tokens(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
-def _gib(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no size of memory")
     return number
 
 
@@ -146,14 +130,13 @@ class Planned:
     Args:
         config: The pretraining job's config, of which model and Conda's keys are read.
         mesh: The ranks.
-        budget_gib: Memory of a rank for replicated bases.
         tokens: Tokens of a step on each data-parallel rank.
 
     Raises:
         ConfigError: Tensor parallelism is asked for another architecture than LLaMA's.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, budget_gib: float, tokens: int) -> None:
+    def __init__(self, config: Config, mesh: Mesh, tokens: int) -> None:
         if mesh.tp > 1 and config.model.architecture != "llama":
             raise ConfigError("tensor parallelism is planned for LLaMA only; leave tp out")
         self.mesh, self._tokens = mesh, tokens
@@ -161,9 +144,7 @@ class Planned:
         model = empty_model(config.model, config.training, config.tokenizer.vocab_size)
         self.projected, self.others = forecast.named_shapes(model)
         self.parameters = parameter_count(model)
-        self.conda = forecast.forecast_conda(
-            self.projected, self.others, mesh, self._settings, int(budget_gib * GIB)
-        )
+        self.conda = forecast.forecast_conda(self.projected, self.others, mesh, self._settings)
 
     def rivals(self) -> dict[str, Forecast]:
         """What other ways would cost."""
@@ -282,7 +263,7 @@ def draw_scaling(path: Path, hardware: Hardware, tokens: int, keys: Sequence[str
         config = options.load(str(CONFIGS / f"{name}.toml"), keys)
         curves: dict[str, list[tuple[float, float]]] = {}
         for ranks in RANKS:
-            planned = Planned(config, Mesh(dp_shard=ranks), 4.0, tokens)
+            planned = Planned(config, Mesh(dp_shard=ranks), tokens)
             for title, found in {"Conda, sharded": planned.conda, **planned.rivals()}.items():
                 point = planned.per_step(found, hardware), found.state / GIB
                 curves.setdefault(title, []).append(point)

@@ -208,7 +208,7 @@ def _command(main: Callable[[Sequence[str]], Any], words: list[str]) -> tuple[in
     return int(code or 0), err.getvalue()
 
 
-PLANNER = ("model", "mesh", "tp", "hardware", "tokens-per-rank", "basis-budget-gib", "scaling")
+PLANNER = ("model", "mesh", "tp", "hardware", "tokens-per-rank", "scaling")
 MODEL = str(Path(__file__).parent.parent / "configs" / "llama_tiny.toml")
 MESHES = st.lists(
     st.sampled_from(["dp_shard", "dp_replicate", "tp", "pp", ""]).flatmap(

@@ -51,10 +51,8 @@ MESHES = [
     Mesh(dp_shard=2, tp=2),
     Mesh(dp_replicate=2, dp_shard=2, tp=2),
 ]
-BUDGET = 25_000
-"""Bytes: some bases are replicated, some are not."""
 SETTINGS = [
-    CondaConfig(update_proj_gap=2),
+    CondaConfig(update_proj_gap=2, basis_budget=25_000),  # for some bases, and not for all
     CondaConfig(update_proj_gap=2, basis_placement="owner", matmul_dtype="bfloat16"),
     CondaConfig(
         update_proj_gap=2,
@@ -85,7 +83,7 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[list[tuple[int, int, int]
         groups,
         update_proj_gap=settings.update_proj_gap,
         basis_placement=settings.basis_placement,
-        basis_budget=BUDGET,
+        basis_budget=settings.basis_budget,
         matmul_dtype=DTYPES.get(settings.matmul_dtype),
         basis_dtype=DTYPES.get(settings.basis_dtype),
         state_dtype=DTYPES.get(settings.state_dtype),
@@ -103,7 +101,7 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[list[tuple[int, int, int]
         for value in state.values()
     )
     coordinate = next(iter(optimizer.state)).device_mesh.get_coordinate()
-    found = forecast.forecast_conda(PROJECTED, OTHERS, mesh, settings, BUDGET, tuple(coordinate))
+    found = forecast.forecast_conda(PROJECTED, OTHERS, mesh, settings, tuple(coordinate))
     step = sum(found.step.values())
     planned = (found.state, step, step + sum(found.refresh.values()))
     return [(state, sent[1], sent[2]), planned], (counts[1], found.collectives)
@@ -154,7 +152,7 @@ def test_a_picture_that_cannot_be_drawn_is_said(
 
 @pytest.mark.parametrize(
     "words",
-    [["--basis-budget-gib", "nan"], ["--basis-budget-gib=-1"], ["--tokens-per-rank", "0"]],
+    [["--tokens-per-rank", "x"], ["--tokens-per-rank=-1"], ["--tokens-per-rank", "0"]],
     ids=str,
 )
 def test_numbers_that_mean_nothing_are_refused(words: list[str]) -> None:
@@ -181,14 +179,14 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_sizes_of_known_models() -> None:
     for name, billions in (("7b", 6.7), ("70b", 70.6), ("405b", 405.9)):
         config = plan.options.load(str(CONFIGS / f"llama_{name}.toml"), [])
-        planned = plan.Planned(config, Mesh(dp_shard=8), 4.0, 8192)
+        planned = plan.Planned(config, Mesh(dp_shard=8), 8192)
         assert round(planned.parameters / 1e9, 1) == billions
 
 
 def test_delegating_keeps_a_step_small() -> None:
     """A rank sends four times its share of the weights, and again what it owns and passes on."""
     config = plan.options.load(str(CONFIGS / "llama_70b.toml"), [])
-    planned = plan.Planned(config, Mesh(dp_shard=64, tp=8), 4.0, 8192)
+    planned = plan.Planned(config, Mesh(dp_shard=64, tp=8), 8192)
     share = 4 * planned.parameters / 512
     assert 4 * share < sum(planned.conda.step.values()) < 12 * share
 
@@ -196,7 +194,7 @@ def test_delegating_keeps_a_step_small() -> None:
 @pytest.mark.parametrize("name", ["7b", "70b"])
 def test_rows_add_up_to_the_total(name: str) -> None:
     config = plan.options.load(str(CONFIGS / f"llama_{name}.toml"), [])
-    found = plan.Planned(config, Mesh(dp_shard=64), 4.0, 8192).conda
+    found = plan.Planned(config, Mesh(dp_shard=64), 8192).conda
     assert sum(kind.step for kind in found.kinds) == sum(found.step.values())
     assert sum(kind.refresh for kind in found.kinds) == sum(found.refresh.values())
     assert sum(kind.flops for kind in found.kinds) == pytest.approx(found.flops)
@@ -222,7 +220,7 @@ def test_more_ranks_take_less_time_each() -> None:
     config = plan.options.load(str(CONFIGS / "llama_7b.toml"), [])
     times, states = [], []
     for count in (8, 64, 512):
-        planned = plan.Planned(config, Mesh(dp_shard=count), 4.0, 8192)
+        planned = plan.Planned(config, Mesh(dp_shard=count), 8192)
         times.append(planned.seconds(planned.conda, HARDWARE["h100-ib400"]).step)
         states.append(planned.conda.state)
     assert times == sorted(times, reverse=True)
