@@ -152,7 +152,7 @@ def test_who_computes_nothing_keeps_no_basis(
         assert [dealt.basis.numel((rank,)) for rank in range(world)] == expected
         for rank in range(world):
             wave = plan_wave([dealt], (0,), [range(len(dealt.owners))], (rank,))
-            hops = [*wave.gather, *wave.scatter]
+            hops = [*wave.gather, *(hop for part in wave.scatters for hop in part.hops)]
             counted = sum(hop.sent(rank, item) for hop in hops for item in range(len(shape)))
             assert counted == sent[rank]
 
