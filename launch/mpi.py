@@ -114,11 +114,14 @@ def _open(
         return None, ("", 0, "")
     # Hosts that have several addresses may be told which one to use.
     address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if alone else _own_address())
-    wanted = int(os.environ.get("MASTER_PORT", "0"))
+    given = os.environ.get("MASTER_PORT", "0")
+    if not given.isdecimal():  # the others wait to be told
+        return None, (address, 0, f"MASTER_PORT is {given!r}, and no port: unset it, or give one")
+    wanted = int(given)
     options: dict[str, Any] = {"is_master": True, "timeout": timeout, "wait_for_workers": False}
     try:
         store = TCPStore(address, wanted, size, **options)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
         reason = f"rank 0 cannot open port {wanted or 'of any number'} at {address}: {error}"
         return None, (address, wanted, f"{reason}. Set MASTER_ADDR and MASTER_PORT to what it can")
     return store, (address, store.port, "")

@@ -64,8 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = given.pop(0) if given and not given[0].startswith("--") else None
         config = options.load(path, given)
     except ConfigError as error:
-        if runtime.launched_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        # Once on every host: the file may be missing on one alone.
+        if (rank := runtime.launched_rank()) == 0 or runtime.is_first_of_host():
+            print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
     try:
         end_with_launcher()

@@ -110,6 +110,15 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", mpi.launched()[0]))
 
 
+_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+"""Where launchers say a rank's number on its host: torchrun, `deepspeed`, Open MPI, MPICH."""
+
+
+def is_first_of_host() -> bool:
+    """Whether this is the first of its host's ranks, by its launcher's word."""
+    return any(os.environ.get(name) == "0" for name in _LOCAL_RANKS)
+
+
 def leave() -> None:
     """Ends the process group, if there is one; for when every rank does so."""
     if dist.is_initialized():

@@ -52,6 +52,8 @@ while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
 
 if [ "$code" -eq 0 ]; then
     echo "job $SLURM_JOB_ID is complete"
+elif scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
+    echo "job $SLURM_JOB_ID was cancelled"  # with the same signal
 elif [ -n "$stopping" ]; then
     echo "job $SLURM_JOB_ID has stopped, and goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"

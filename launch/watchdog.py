@@ -81,6 +81,7 @@ class Watchdog:
         self._world, self._limit, self._exit_code = world, limit_s, exit_code
         self._interval = min(max(limit_s / 20, 0.05), 10.0)
         self._place = _Place(0, 0, "starting", time.monotonic())
+        self._held_until = 0.0  # when this process last came back from being held up
         self._over = threading.Event()
         self._verdict: str | None = None
 
@@ -131,17 +132,20 @@ class Watchdog:
         late = now - self._ticked > max(5 * self._interval, 2.0)
         return 0.0 if late else now - since
 
+    @property
+    def _since(self) -> float:
+        return max(self._place.since, self._held_until)
+
     def _judge(self) -> None:
         """Ends this process once a verdict is there, or the store is not. Never blocks."""
         while not self._over.wait(self._interval):
             if not self._idle(0.0):
-                self._place = replace(self._place, since=time.monotonic())
-                self._heard = time.monotonic()
+                self._held_until = self._heard = time.monotonic()
             self._ticked = time.monotonic()
             self._arm()
             if self._verdict is not None:
                 self._end(self._verdict)
-            unheard, idle = self._idle(self._heard), self._idle(self._place.since)
+            unheard, idle = self._idle(self._heard), self._idle(self._since)
             if min(unheard, idle) > self._limit:
                 self._end(json.dumps({"said": self._lost(unheard), "silent": [], "stuck": []}))
 
@@ -151,7 +155,7 @@ class Watchdog:
             # An error is silence: the judge notices that nothing was heard.
             try:
                 self._say()
-                if self._idle(self._place.since) > self._limit:
+                if self._idle(self._since) > self._limit:
                     self._accuse()
                 if self._store.check([_VERDICT]):
                     self._verdict = self._store.get(_VERDICT).decode()
@@ -164,7 +168,7 @@ class Watchdog:
 
     def _say(self) -> None:
         place = self._place
-        idle = time.monotonic() - place.since
+        idle = time.monotonic() - max(place.since, self._held_until)
         self._own = replace(
             self._own,
             count=place.count,

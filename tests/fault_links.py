@@ -16,7 +16,7 @@ from launch_jobs import metrics
 from nodes import Relay
 from processes import DEADLINE, children, has_ended, rank_environments, started, wait_for_step
 
-WATCH_S = 1.0
+WATCH_S = 2.0
 """Limit of a phase of a step, while the store is cut off."""
 
 

@@ -344,7 +344,7 @@ def problem(case: Case, came: Any) -> str:
         rough = any(case.arguments.get(key) in HALVES for key in ROUGH)
         # Every step rounds to the parameter's dtype, and a direction whose gradient is nearly
         # zero may step either way; moments of 8 bits may be many times what they should be there.
-        allowed = (10.0 if rough else 1e-2) * way
+        allowed = (0.3 if rough else 1e-2) * way
         largest = max(start.abs().max(), theirs.abs().max()) if theirs.numel() else 0.0
         unit = 2 * torch.finfo(ours.dtype).eps * largest
         allowed += len(spec.grads) * unit * math.sqrt(max(theirs.numel(), 1)) + 1e-7

@@ -24,7 +24,7 @@ from conda_dist.launch import pretrain
 from conda_dist.launch.batches import TokenBatches
 from launch_jobs import Result
 
-SLOW_S = 0.4
+SLOW_S = 0.6
 """Seconds that a slow rank takes to read its data."""
 FILE_BYTES = 60_000
 """Size that no file may exceed, of a rank whose disk is full."""

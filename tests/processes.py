@@ -35,7 +35,8 @@ def started(*command: Any, **environment: str) -> Iterator[subprocess.Popen[str]
                 os.kill(child, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        process.communicate()
+        with contextlib.suppress(ValueError):  # somebody has read it to the end already
+            process.communicate()
 
 
 def rank_environments(world: int) -> list[dict[str, str]]:

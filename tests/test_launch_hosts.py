@@ -27,12 +27,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch_jobs.write_config(tmp_path_factory.mktemp("launched"))
 
 
-def whole(config: Path, ranks: int) -> list[tuple[Any, ...]]:
+def whole(config: Path, ranks: int, steps: int = STEPS) -> list[tuple[Any, ...]]:
     """The curve of the job on one host."""
     output = config.parent / f"whole-{ranks}"
-    if not output.exists():
-        succeed(ranks, *endless(config, output), "--training.steps", STEPS)
-    return curve(output)
+    if not output.exists() or metrics(output)[-1]["step"] < steps:
+        succeed(ranks, *endless(config, output), "--training.steps", steps, "--resume")
+    return [line for line in curve(output) if line[0] <= steps]
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,9 @@ def test_mpirun_starts_ranks_on_two_hosts_and_dies(
     lost = reached - step_of(saved[-1])
     print(f"{name}: {took:.1f} s to end, {lost} steps to take again")
     assert lost <= INTERVAL
-    ranks = each * len(hosts)
-    succeed(ranks, *endless(config, output), "--training.steps", STEPS, "--resume")
-    assert curve(output) == whole(config, ranks)
+    ranks, steps = each * len(hosts), max(STEPS, reached + 1)  # a busy machine strikes late
+    succeed(ranks, *endless(config, output), "--training.steps", steps, "--resume")
+    assert curve(output) == whole(config, ranks, steps)
 
 
 @pytest.mark.parametrize("how", ["no_ssh", "openmpi"])

@@ -27,6 +27,7 @@ done
 exit $code
 """
 SCONTROL = """#!/usr/bin/env bash
+if [ "$1 $2" = "show job" ]; then echo "JobId=$3 JobState=${STATE:-RUNNING}"; exit; fi
 if [ "$1" = show ]; then printf 'localhost\\nlocalhost\\n'; exit; fi
 echo "scontrol $*" >> "$SCONTROL_LOG"
 """
@@ -107,6 +108,30 @@ def test_a_job_that_fails_is_not_requeued(tmp_path: Path, slurm: dict[str, str])
     assert ended.returncode != 0
     assert "error: --optimizer.conda.lr fast: a number is wanted" in ended.stderr
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_a_job_that_was_cancelled_does_not_come_back(
+    state: str, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text("#!/usr/bin/env bash\ntrap 'exit 1' TERM\necho started\nsleep 60 & wait\n")
+    job = subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "slurm.sh"), "config.toml"],
+        env={**slurm, "STATE": state},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert job.stdout is not None
+        while job.stdout.readline() != "started\n":
+            assert job.poll() is None
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(DEADLINE) == 1
+    finally:
+        subprocess.run(["pkill", "-9", "-s", str(job.pid)], check=False)
+    assert (tmp_path / "log").exists() is (state == "COMPLETING")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from soak import Report, damaged, soak
 
 def test_a_short_soak(tmp_path: Path) -> None:
     kinds = ("one", "stop")
-    report = soak(tmp_path, steps=14, ranks=2, life=(4, 5), interval=2, kinds=kinds)
+    report = soak(tmp_path, steps=40, ranks=2, life=(4, 5), interval=2, kinds=kinds)
     said = report.table()
     assert {kind for kind, *_ in report.kills} == {*kinds}, said
     assert {world for _, world, _, _ in report.kills} == {1, 2}, said
-    assert report.steps == 14, said
+    assert report.steps == 40, said
     assert report.damaged == report.hung == 0, said
     assert set(report.lost("stop")) == {0}, said
     assert all(reached >= resumed for _, _, reached, resumed in report.kills), said
