@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conda_dist.launch import options, pretrain
+from conda_dist.launch import mpi, options, pretrain
 from conda_dist.launch.config import Config, ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -214,3 +215,26 @@ def test_a_wrong_key_ends_the_job_with_code_2() -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: unknown key 'training.stps'. Did you mean")
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(("local_rank", "said"), [("0", "[rank 2] error: "), ("1", "")])
+def test_a_config_that_one_host_lacks_is_said_there(
+    local_rank: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in (("RANK", "2"), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert pretrain.main(["/no/such/file.toml"]) == pretrain.EXIT_CONFIG
+    err = capsys.readouterr().err
+    assert err.startswith(said)
+    assert ("/no/such/file.toml" in err) is bool(said)
+
+
+def test_a_port_that_is_none_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under mpirun the others wait for what rank 0 has found."""
+    monkeypatch.setenv("MASTER_PORT", "abc")
+    store, (_, _, problem) = mpi._open(0, 2, True, timedelta(seconds=1))
+    assert store is None
+    assert "MASTER_PORT is 'abc'" in problem
