@@ -126,7 +126,7 @@ class CondaPath:
     def _plan_launch(self, due: Which) -> list[Launch]:
         return [
             plan_launch(self._plans, w, [due[i] for i in w], self._mesh(w).coordinate)
-            for w in fill_waves(self._plans, due, 4, self.options.refresh_limit)
+            for w in fill_waves(self._plans, due, self.options.refresh_limit)
         ]
 
     def plan_step(self, due: Which, ready: Which) -> Schedule:
@@ -136,21 +136,19 @@ class CondaPath:
             due: for each weight with a gradient the matrices of its batch to be decomposed.
             ready: the matrices that take bases they were launched for in an earlier step.
         """
-        plans, itemsize, options = self._plans, 4, self.options
+        plans, options = self._plans, self.options
         taking = {i: (*which, *ready.get(i, ())) for i, which in due.items()}
         steady = [i for i, which in taking.items() if not which]
         fresh = [i for i, which in taking.items() if which]
         travelling = [i for i in steady if plans[i].travels and not plans[i].delegated]
-        buckets = fill_buckets(plans, travelling, itemsize, options.bucket_limit)
+        buckets = fill_buckets(plans, travelling, options.bucket_limit)
         waves = fill_waves(
-            plans, (i for i in fresh if not plans[i].delegated), itemsize, options.refresh_limit
+            plans, (i for i in fresh if not plans[i].delegated), options.refresh_limit
         )
         errands = [
             weights
             for some, limit in ((steady, options.bucket_limit), (fresh, options.refresh_limit))
-            for weights in fill_waves(
-                plans, (i for i in some if plans[i].delegated), itemsize, limit
-            )
+            for weights in fill_waves(plans, (i for i in some if plans[i].delegated), limit)
         ]
 
         def planned(plan: Callable[..., T], weights: tuple[int, ...], **limits: int) -> T:

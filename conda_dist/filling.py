@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from conda_dist.layout import Topology
-from conda_dist.plan import WeightPlan
+from conda_dist.plan import ITEMSIZE, WeightPlan
 
 
 def fill_buckets(
-    plans: Sequence[WeightPlan], weights: Iterable[int], itemsize: int, limit: int
+    plans: Sequence[WeightPlan], weights: Iterable[int], limit: int
 ) -> list[tuple[int, ...]]:
     """Cuts weights into buckets of at most ``limit`` bytes on a rank, each of one mesh.
 
@@ -21,7 +21,7 @@ def fill_buckets(
     current: dict[Topology, tuple[list[int], int]] = {}
     for index in weights:
         plan = plans[index]
-        size = (plan.share + plan.gathered_basis) * itemsize
+        size = (plan.share + plan.gathered_basis) * ITEMSIZE
         bucket, used = current.get(plan.topology, (None, 0))
         if bucket is None or used + size > limit:
             bucket, used = [], 0
@@ -37,7 +37,7 @@ def _wave_order(plan: WeightPlan, index: int) -> tuple[object, ...]:
 
 
 def fill_waves(
-    plans: Sequence[WeightPlan], weights: Iterable[int], itemsize: int, limit: int
+    plans: Sequence[WeightPlan], weights: Iterable[int], limit: int
 ) -> list[tuple[int, ...]]:
     """Cuts weights due for a refresh into waves, each of one mesh.
 
@@ -52,8 +52,8 @@ def fill_waves(
         plan = plans[index]
         added: dict[int, int] = defaultdict(int)
         for owner in plan.owners:
-            added[plan.topology.rank_at(owner)] += plan.gathered * itemsize
-        share, basis = plan.share * itemsize, plan.gathered_basis * itemsize
+            added[plan.topology.rank_at(owner)] += plan.gathered * ITEMSIZE
+        share, basis = plan.share * ITEMSIZE, plan.gathered_basis * ITEMSIZE
         wave, shares, bases, used = current.get(plan.topology, (None, 0, 0, {}))
         second = any(
             rank in used and shares + share + used[rank] + more > limit
@@ -63,6 +63,7 @@ def fill_waves(
             wave, shares, bases, used = [], 0, 0, {}
             waves.append(wave)
         wave.append(index)
-        used = {**used, **{rank: used.get(rank, 0) + more for rank, more in added.items()}}
+        for rank, more in added.items():
+            used[rank] = used.get(rank, 0) + more
         current[plan.topology] = wave, shares + share, bases + basis, used
     return [tuple(sorted(wave)) for wave in waves]

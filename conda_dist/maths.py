@@ -208,8 +208,8 @@ def _normalise_fused_(
     weight: Tensor,
     eps: Tensor,
 ) -> None:
-    second = decode(exp_avg_sq, projected_grad.dtype)
-    second = second * beta2 + weight * projected_grad * projected_grad
+    second = exp_avg_sq.to(projected_grad.dtype) * beta2
+    second = second + weight * projected_grad * projected_grad
     exp_avg_sq.copy_(second)
     projected_grad.copy_(exp_avg.to(second.dtype) / (second.sqrt() + eps))
 

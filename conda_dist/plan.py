@@ -23,8 +23,8 @@ from conda_dist.layout import (
 )
 from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
 
-ROTATION_ITEMSIZE = 4
-"""Bytes of an element of a rotation that waves count with; its own are as many or more."""
+ITEMSIZE = 4
+"""Bytes of an element by which buckets, waves and their parts are filled, whatever its own are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -364,7 +364,7 @@ def _plan_scatters(
 ) -> Iterator[Scatter]:
     start, size = 0, 0
     for stop, (_, plan) in enumerate(routes):
-        rotation = ROTATION_ITEMSIZE * min(plan.storage.shape[-2:]) ** 2
+        rotation = ITEMSIZE * min(plan.storage.shape[-2:]) ** 2
         if stop > start and size + rotation > limit:
             yield _plan_scatter(routes, start, stop, coordinate)
             start, size = stop, 0

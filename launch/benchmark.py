@@ -24,6 +24,7 @@ from torch import nn
 
 from conda_dist import Conda
 from conda_dist.launch import benchmark_ranks
+from conda_dist.launch.options import positive
 from conda_dist.options import REFRESH_METHODS
 
 NEVER = 10**9  # steps between refreshes: none but the first
@@ -125,13 +126,6 @@ def _table(taken: dict[str, list[float]], title: str) -> Table:
     return table
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the benchmark and prints its table."""
     parser = argparse.ArgumentParser(
@@ -140,10 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for option, default in (("width", 512), ("mlp", 1376), ("layers", 4), ("rounds", 40)):
-        parser.add_argument(f"--{option}", type=_positive, default=default)
-    parser.add_argument("--gap", type=_positive)
+        parser.add_argument(f"--{option}", type=positive, default=default)
+    parser.add_argument("--gap", type=positive)
     parser.add_argument("--refresh-method", choices=REFRESH_METHODS, default=REFRESH_METHODS[1])
-    parser.add_argument("--ranks", type=_positive, default=1)
+    parser.add_argument("--ranks", type=positive, default=1)
     given = parser.parse_args(arguments)
     if given.ranks > 1 and given.gap:
         parser.error("--gap is for one process: with --ranks, steps are those between refreshes")

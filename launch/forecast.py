@@ -33,8 +33,6 @@ AXES = ("dp_replicate", "dp_shard", "tp")
 """Mesh dimensions, the outermost first, as DeviceMesh orders them."""
 ROW_WISE = (".o_proj.", ".down_proj.", ".attn.c_proj.", ".mlp.c_proj.")
 """Weights whose columns tensor parallelism splits; it splits the rows of the others."""
-ITEMSIZE = 4
-"""Bytes of an element that the optimizer fills buckets and waves by."""
 PASSES = 11
 """Times an element of 4 bytes is read or written in a step, beside the two products."""
 
@@ -235,8 +233,8 @@ def _together(
     limits = Options(bucket_bytes=settings.bucket_bytes, refresh_bytes=settings.refresh_bytes)
     travelling = [i for i, plan in enumerate(plans) if plan.travels and not plan.delegated]
     delegated = [i for i, plan in enumerate(plans) if plan.delegated]
-    errands = fill_waves(plans, delegated, ITEMSIZE, limits.bucket_limit)
-    for together in (*fill_buckets(plans, travelling, ITEMSIZE, limits.bucket_limit), *errands):
+    errands = fill_waves(plans, delegated, limits.bucket_limit)
+    for together in (*fill_buckets(plans, travelling, limits.bucket_limit), *errands):
         found.collectives += max(collectives[i] for i in together)
 
     def work(weights: Sequence[int], of: Callable[[WeightPlan], float]) -> dict[Coordinate, float]:
@@ -256,7 +254,7 @@ def _together(
     if settings.refresh == "sync":
         found.decompose = 0.0
         for some in (delegated, [i for i, plan in enumerate(plans) if not plan.delegated]):
-            for wave in fill_waves(plans, some, ITEMSIZE, limits.refresh_limit):
+            for wave in fill_waves(plans, some, limits.refresh_limit):
                 load = work(wave, decomposition)
                 found.decompose += max(load.values())
 

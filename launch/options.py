@@ -6,6 +6,7 @@ set values in that flat space, where an unknown or ill-typed key is easy to name
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -314,6 +315,17 @@ def _toml_value(value: Any) -> str:
         # JSON escapes are TOML escapes, except that JSON lets DEL through unescaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def positive(text: str) -> int:
+    """A number of the commands beside the job's own, for argparse: 1 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: It is less.
+    """
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
 
 
 def help_text() -> str:

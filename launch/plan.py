@@ -73,18 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hardware", choices=HARDWARE, default="h100-ib400")
     parser.add_argument(
         "--tokens-per-rank",
-        type=_tokens,
+        type=options.positive,
         default=8192,
         help="tokens of a step on each data-parallel rank (default 8192)",
     )
     parser.add_argument("--scaling", type=Path, metavar="PNG", help="draw cost against ranks")
     return parser
-
-
-def _tokens(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
 
 
 def check_picture(path: Path) -> None:

@@ -7,7 +7,6 @@ same functions. There they resume on processes that are kept; the table starts n
 
 import contextlib
 import os
-import random
 import re
 import shutil
 import signal
@@ -35,7 +34,6 @@ from processes import (
     wait_for_step,
 )
 
-Damage = Callable[[Path], None]
 PRETRAIN = ("-m", "conda_dist.launch.pretrain")
 STRUCK, STEPS, INTERVAL = 6, 20, 4
 """The step at which a job is struck, the one it goes on to, and steps between checkpoints."""
@@ -265,7 +263,7 @@ def stuck_rank(scene: Scene, fault: str = "asleep") -> Outcome:
     return recover(scene, fault, outcome)
 
 
-def _injected(scene: Scene, name: str, fault: str, *extra: Any, rank: int = 1) -> list[Result]:
+def with_fault(scene: Scene, name: str, fault: str, *extra: Any, rank: int = 1) -> list[Result]:
     """A job on kept processes, of which a rank goes wrong in the step after STRUCK."""
     words = map(str, (*scene.job(name), "--training.steps", STEPS, *extra))
     results: list[Result] = ranks.run(2, injected.job, fault, rank, STRUCK + 1, *words)
@@ -277,7 +275,7 @@ def _ended(
 ) -> Outcome:
     """The same, of a job that must end in error on all ranks."""
     begun = time.perf_counter()
-    results = _injected(scene, name, fault, *extra, rank=rank)
+    results = with_fault(scene, name, fault, *extra, rank=rank)
     took = time.perf_counter() - begun - metrics(scene.folder / name)[-1]["train_s"]
     assert [result.code for result in results] == [1, 1], results
     said = "\n".join(result.err for result in results)
@@ -312,78 +310,11 @@ def decomposition_raises(scene: Scene, refresh: str) -> Outcome:
 
 def decomposition_fails_twice(scene: Scene) -> Outcome:
     """A rank whose decompositions do not converge in two steps."""
-    results = _injected(scene, "no-svd", "no svd")
+    results = with_fault(scene, "no-svd", "no svd")
     assert [result.code for result in results] == [0, 0], results
     did = "went on with the old basis, warned, and refreshed it later"
     outcome = Outcome("an SVD does not converge", "twice on rank 1", did, results[0].err, 0.0, 0.0)
     outcome.difference = farthest(scene.folder / "no-svd", scene.reference)
-    return outcome
-
-
-def full_disk(scene: Scene) -> Outcome:
-    """A disk with room for one checkpoint."""
-    folder = scene.folder / "full" / "checkpoints"
-    folder.mkdir(parents=True)
-    (one,) = complete_checkpoints(scene.reference / "checkpoints")[-1:]
-    size = sum(file.stat().st_size for file in one.iterdir())
-    small = ("mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", folder)
-    mounted = subprocess.run(small, capture_output=True, check=False).returncode == 0
-    did = "ended on all ranks, naming the file system's error; the checkpoint before loads"
-    try:
-        # Who may not mount gets a limit on the size of files, whose error is another.
-        how = "a tmpfs of 1.5 checkpoints" if mounted else "a limit on file sizes on both ranks"
-        begun = time.perf_counter()
-        results = _injected(scene, "full", "none" if mounted else "full")
-        took = time.perf_counter() - begun - metrics(scene.folder / "full")[-1]["train_s"]
-        assert [result.code for result in results] == [1, 1], results
-        outcome = Outcome(
-            "the disk is full", how, did, "".join(result.err for result in results), took
-        )
-        if mounted:
-            subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
-        return recover(scene, "full", outcome)
-    finally:
-        if mounted:
-            subprocess.run(["umount", folder], check=True)
-
-
-def delete(path: Path) -> None:
-    """Removes a file."""
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    """Cuts the end of a file off."""
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def flip(path: Path) -> None:
-    """Changes one bit, and not the size."""
-    content = bytearray(path.read_bytes())
-    content[random.Random(0).randrange(len(content))] ^= 4
-    path.write_bytes(content)
-
-
-def damaged(scene: Scene, damage: Damage) -> Outcome:
-    """A file of the newest checkpoint that is not what was written."""
-    name = f"damaged-{damage.__name__}"
-    run = scene.folder / name
-    shutil.copytree(scene.reference, run)
-    *_, before, newest = complete_checkpoints(run / "checkpoints")
-    damage(newest / "__1_0.distcp")
-    again = (*scene.job(name), "--training.steps", STEPS, "--resume")
-    begun = time.perf_counter()
-    results = launch_jobs.train(2, *again)
-    took = time.perf_counter() - begun
-    assert [result.code for result in results] == [1, 1], results
-    did = "refused on all ranks, naming the file and the checkpoint to resume from instead"
-    how = f"{damage.__name__}: a rank's file of the newest"
-    outcome = Outcome("a damaged checkpoint", how, did, results[1].err, took)
-    # What the message says to do is done.
-    (advised,) = set(re.findall(r"--resume (\S+)", outcome.said))
-    assert Path(advised) == before
-    outcome = recover(scene, name, outcome, advised)
-    outcome.lost = step_of(newest) - step_of(before)
     return outcome
 
 
@@ -417,10 +348,6 @@ ALL: tuple[Callable[[Scene], Outcome], ...] = (
     lambda scene: decomposition_raises(scene, "sync"),
     lambda scene: decomposition_raises(scene, "async"),
     decomposition_fails_twice,
-    full_disk,
-    lambda scene: damaged(scene, delete),
-    lambda scene: damaged(scene, truncate),
-    lambda scene: damaged(scene, flip),
     lambda scene: elastic(scene, 4, 2, 3),
 )
 
@@ -437,12 +364,13 @@ _HEAD = (
 
 def main() -> None:
     """Prints the table, row by row."""
+    import fault_files
     import fault_links
 
     with tempfile.TemporaryDirectory() as folder:
         scene = set_up(Path(folder), fresh=True)
         print("| " + " | ".join(_HEAD) + " |\n" + "|---" * len(_HEAD) + "|", flush=True)
-        for strike in (*ALL, *fault_links.ALL):
+        for strike in (*ALL, *fault_files.ALL, *fault_links.ALL):
             row = strike(scene)
             times = [f"{s:.1f}" if s else "-" for s in (row.stop_s, row.recover_s)]
             cells = (row.fault, row.injected, row.did, *times, row.lost, f"{row.difference:.1g}")

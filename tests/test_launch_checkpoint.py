@@ -11,7 +11,7 @@ import pytest
 
 import launch_jobs
 from conda_dist.launch.checkpoint import complete_checkpoints, record_hash, step_of
-from faults import Damage, delete, flip, truncate
+from fault_files import Damage, delete, flip, truncate
 from launch_jobs import metrics, succeed, train
 
 

@@ -10,6 +10,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import DistStoreError
 
+import fault_files
 import fault_links
 import faults
 import launch_jobs
@@ -207,15 +208,15 @@ def test_a_decomposition_that_does_not_converge(scene: Scene) -> None:
 
 
 def test_a_full_disk(scene: Scene) -> None:
-    outcome = faults.full_disk(scene)
+    outcome = fault_files.full_disk(scene)
     assert_lost(outcome, INTERVAL)
     assert outcome.said.count("error: saving to") == 2
     assert outcome.said.count("No space left on device") == 2 or "limit" in outcome.injected
 
 
-@pytest.mark.parametrize("damage", [faults.delete, faults.truncate, faults.flip])
-def test_a_damaged_checkpoint(scene: Scene, damage: faults.Damage) -> None:
-    assert faults.damaged(scene, damage).difference == 0.0
+@pytest.mark.parametrize("damage", [fault_files.delete, fault_files.truncate, fault_files.flip])
+def test_a_damaged_checkpoint(scene: Scene, damage: fault_files.Damage) -> None:
+    assert fault_files.damaged(scene, damage).difference == 0.0
 
 
 def _starts(store: HashStore, early: int) -> list[str]:

@@ -207,13 +207,13 @@ def test_owners_work_at_the_same_time() -> None:
     for sharded, placement in ((False, "replicate"), (True, "owner")):
         plans = [plan_weight(f"{i}", topology, large, sharded) for i in range(16)]
         plans = deal_owners([delegate(each, placement) for each in plans])
-        waves = fill_waves(plans, range(16), 4, 2**20)
+        waves = fill_waves(plans, range(16), 2**20)
         assert [len(wave) for wave in waves] == [8, 8]
         for wave in waves:
             assert {plans[i].owners[0] for i in wave} == {(rank,) for rank in range(8)}
     # Bases that all ranks gather are bounded all the same.
     plans = deal_owners([plan_weight(f"{i}", topology, large, True) for i in range(3)])
-    assert fill_waves(plans, range(3), 4, 2**20) == [(0,), (1,), (2,)]
+    assert fill_waves(plans, range(3), 2**20) == [(0,), (1,), (2,)]
 
 
 def test_more_ranks_take_less_time_each() -> None:

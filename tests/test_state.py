@@ -142,6 +142,24 @@ def test_a_first_step_of_zeros_does_not_count() -> None:
     assert toys.same(params, twins)
 
 
+def test_a_momentum_that_becomes_zero_has_a_basis_already() -> None:
+    """As of an expert that gets no tokens any more: it must not make every step a refresh."""
+    (param,) = toys.parameters((2, 6, 4))
+    optimizer = Conda(
+        [{"params": [param], "algorithm": "conda"}], betas=(0.0, 0.9), update_proj_gap=2
+    )
+    rows = [grads[0] for grads in toys.gradients([param], 6)]
+    for grad in rows[2:]:
+        grad[1] = 0.0
+    toys.take(optimizer, [param], [[grad] for grad in rows[:2]])
+    before = optimizer.state[param]["basis"].clone()
+    toys.take(optimizer, [param], [[grad] for grad in rows[2:]])
+    basis, taken = (optimizer.state[param][key] for key in ("basis", "basis_step"))
+    assert taken.tolist() == [4.0, 4.0]  # the last step that was due, for both
+    assert not torch.equal(basis[0], before[0])
+    assert torch.equal(basis[1], before[1])
+
+
 def test_a_weight_whose_first_gradient_is_zero() -> None:
     """As LoRA's A: the SVD of zeros must not become its basis for a whole interval."""
     params, twins = toys.parameters(), toys.parameters()
