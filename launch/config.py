@@ -12,6 +12,11 @@ from typing import Annotated, Literal
 
 OptimizerName = Literal["conda", "adamw", "muon"]
 
+_MOST = 2**31 - 1
+"""Of sizes and counts: what the libraries below take."""
+_LARGE = 1e9
+"""Of rates and decays: more than anyone's, and float32 can still multiply two of them."""
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message says which key and what to do."""
@@ -39,21 +44,24 @@ class ModelConfig:
     architecture: Annotated[
         Literal["llama", "gpt2"], Key("LlamaForCausalLM or GPT2LMHeadModel")
     ] = "llama"
-    hidden_size: Annotated[int, Key("width of the residual stream", ge=1)] = 192
-    intermediate_size: Annotated[int, Key("width inside the MLP", ge=1)] = 512
-    num_hidden_layers: Annotated[int, Key("number of blocks", ge=1)] = 4
-    num_attention_heads: Annotated[int, Key("attention heads per block", ge=1)] = 6
+    hidden_size: Annotated[int, Key("width of the residual stream", ge=1, le=_MOST)] = 192
+    intermediate_size: Annotated[int, Key("width inside the MLP", ge=1, le=_MOST)] = 512
+    num_hidden_layers: Annotated[int, Key("number of blocks", ge=1, le=_MOST)] = 4
+    num_attention_heads: Annotated[int, Key("attention heads per block", ge=1, le=_MOST)] = 6
     num_key_value_heads: Annotated[
-        int | None, Key("llama: key/value heads (default: as many as attention heads)", ge=1)
+        int | None,
+        Key("llama: key/value heads (default: as many as attention heads)", ge=1, le=_MOST),
     ] = None
-    rope_theta: Annotated[float, Key("llama: base of the rotary embedding", gt=0)] = 10000.0
-    rms_norm_eps: Annotated[float, Key("llama: epsilon of the RMS norms", gt=0)] = 1e-6
+    rope_theta: Annotated[float, Key("llama: base of the rotary embedding", ge=1, le=1e30)] = (
+        10000.0
+    )
+    rms_norm_eps: Annotated[float, Key("llama: epsilon of the RMS norms", gt=0, le=1)] = 1e-6
     dropout: Annotated[
         float, Key("gpt2: dropout of embeddings, attention and residuals", ge=0, lt=1)
     ] = 0.0
-    initializer_range: Annotated[float, Key("standard deviation of the initial weights", gt=0)] = (
-        0.02
-    )
+    initializer_range: Annotated[
+        float, Key("standard deviation of the initial weights", gt=0, le=1)
+    ] = 0.02
     tie_word_embeddings: Annotated[bool, Key("output head shares the embedding's weight")] = False
 
 
@@ -62,9 +70,11 @@ class TokenizerConfig:
     """Byte-level BPE: trained once on the data and cached, or read from a file."""
 
     path: Annotated[str, Key("a tokenizers JSON file to use instead of training one")] = ""
-    vocab_size: Annotated[int, Key("vocabulary to train, special token included", ge=257)] = 4096
+    vocab_size: Annotated[
+        int, Key("vocabulary to train, special token included", ge=257, le=_MOST)
+    ] = 4096
     sample_mb: Annotated[
-        float, Key("MB of text to train it on, from the start of the data", gt=0)
+        float, Key("MB of text to train it on, from the start of the data", gt=0, le=_LARGE)
     ] = 32.0
     end_of_text: Annotated[str, Key("token put after each document")] = "<|endoftext|>"
 
@@ -90,9 +100,9 @@ class DataConfig:
     val_fraction: Annotated[
         float, Key("share of the documents held out for validation", gt=0, lt=1)
     ] = 0.05
-    shuffle_block: Annotated[int, Key("hf: sequences read ahead and shuffled together", ge=1)] = (
-        1024
-    )
+    shuffle_block: Annotated[
+        int, Key("hf: sequences read ahead and shuffled together", ge=1, le=_MOST)
+    ] = 1024
     cache: Annotated[
         str, Key("folder for tokens and tokenizers (default: ~/.cache/conda_dist)")
     ] = ""
@@ -102,15 +112,17 @@ class DataConfig:
 class CondaConfig:
     """Conda's own keys; the defaults are the paper's for LLaMA (arXiv 2509.24218)."""
 
-    lr: Annotated[float, Key("peak learning rate", gt=0)] = 1e-2
+    lr: Annotated[float, Key("peak learning rate", gt=0, le=_LARGE)] = 1e-2
     betas: Annotated[tuple[float, float], Key("decay of the two moments", ge=0, lt=1)] = (0.9, 0.99)
-    eps: Annotated[float, Key("added to the square root of the second moment", gt=0)] = 1e-8
-    weight_decay: Annotated[float, Key("decoupled weight decay", ge=0)] = 0.0
-    scale: Annotated[float, Key("multiplies the projected update", gt=0)] = 0.25
+    eps: Annotated[float, Key("added to the square root of the second moment", gt=0, le=_LARGE)] = (
+        1e-8
+    )
+    weight_decay: Annotated[float, Key("decoupled weight decay", ge=0, le=_LARGE)] = 0.0
+    scale: Annotated[float, Key("multiplies the projected update", gt=0, le=_LARGE)] = 0.25
     update_proj_gap: Annotated[int, Key("steps between refreshes of the bases", ge=1)] = 2000
     correct_bias: Annotated[bool, Key("divide by 1 - beta^t as Adam does")] = True
     adamw_lr: Annotated[
-        float | None, Key("peak rate of embeddings, head, norms (default: lr)", gt=0)
+        float | None, Key("peak rate of embeddings, head, norms (default: lr)", gt=0, le=_LARGE)
     ] = None
     refresh_method: Annotated[
         Literal["svd", "orthogonal_iteration", "eigh64"], Key("how bases are refreshed")
@@ -151,41 +163,47 @@ class CondaConfig:
         bool, Key("round bfloat16 moments up or down in proportion, not to nearest")
     ] = False
     compile: Annotated[bool, Key("elementwise work in kernels made by torch.compile")] = False
-    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
+    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0, le=1e30)] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class AdamWConfig:
     """torch.optim.AdamW's keys."""
 
-    lr: Annotated[float, Key("peak learning rate", gt=0)] = 1e-3
+    lr: Annotated[float, Key("peak learning rate", gt=0, le=_LARGE)] = 1e-3
     betas: Annotated[tuple[float, float], Key("decay of the two moments", ge=0, lt=1)] = (
         0.9,
         0.999,
     )
-    eps: Annotated[float, Key("added to the square root of the second moment", gt=0)] = 1e-8
-    weight_decay: Annotated[float, Key("decoupled weight decay", ge=0)] = 0.0
-    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
+    eps: Annotated[float, Key("added to the square root of the second moment", gt=0, le=_LARGE)] = (
+        1e-8
+    )
+    weight_decay: Annotated[float, Key("decoupled weight decay", ge=0, le=_LARGE)] = 0.0
+    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0, le=1e30)] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class MuonConfig:
     """torch.optim.Muon's keys for the blocks' matrices, AdamW's for everything else."""
 
-    lr: Annotated[float, Key("peak learning rate of the matrices", gt=0)] = 1e-3
+    lr: Annotated[float, Key("peak learning rate of the matrices", gt=0, le=_LARGE)] = 1e-3
     momentum: Annotated[float, Key("decay of the momentum", ge=0, lt=1)] = 0.95
-    weight_decay: Annotated[float, Key("decoupled weight decay, of both parts", ge=0)] = 0.0
+    weight_decay: Annotated[
+        float, Key("decoupled weight decay, of both parts", ge=0, le=_LARGE)
+    ] = 0.0
     ns_steps: Annotated[int, Key("Newton-Schulz iterations", ge=1, lt=100)] = 5
     adjust_lr: Annotated[
         Literal["original", "match_rms_adamw"], Key("how the rate follows a matrix's shape")
     ] = "match_rms_adamw"
-    adamw_lr: Annotated[float | None, Key("peak rate of the AdamW part (default: lr)", gt=0)] = None
+    adamw_lr: Annotated[
+        float | None, Key("peak rate of the AdamW part (default: lr)", gt=0, le=_LARGE)
+    ] = None
     adamw_betas: Annotated[tuple[float, float], Key("betas of the AdamW part", ge=0, lt=1)] = (
         0.9,
         0.95,
     )
-    adamw_eps: Annotated[float, Key("eps of the AdamW part", gt=0)] = 1e-8
-    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0)] = 0.0
+    adamw_eps: Annotated[float, Key("eps of the AdamW part", gt=0, le=_LARGE)] = 1e-8
+    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0, le=1e30)] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,17 +253,19 @@ class ScheduleConfig:
 class TrainingConfig:
     """The loop: how much, how often, in which precision."""
 
-    steps: Annotated[int, Key("optimizer steps", ge=1)] = 600
+    steps: Annotated[int, Key("optimizer steps", ge=1, le=_MOST)] = 600
     seed: Annotated[int, Key("of the initial weights, the data order and dropout", ge=0)] = 0
-    sequence_length: Annotated[int, Key("tokens per sequence", ge=2)] = 256
-    global_batch_size: Annotated[int, Key("sequences per step over all ranks", ge=1)] = 8
-    micro_batch_size: Annotated[int, Key("most sequences per rank and forward pass", ge=1)] = 4
+    sequence_length: Annotated[int, Key("tokens per sequence", ge=2, le=_MOST)] = 256
+    global_batch_size: Annotated[int, Key("sequences per step over all ranks", ge=1, le=_MOST)] = 8
+    micro_batch_size: Annotated[
+        int, Key("most sequences per rank and forward pass", ge=1, le=_MOST)
+    ] = 4
     compute_dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
         Key("type of forward and backward; auto: bfloat16 where it is fast"),
     ] = "auto"
     hsdp_replicas: Annotated[
-        int, Key("copies of the sharded model (HSDP); 1: plain FSDP", ge=1)
+        int, Key("copies of the sharded model (HSDP); 1: plain FSDP", ge=1, le=_MOST)
     ] = 1
     lean_accumulation: Annotated[
         bool, Key("keep weights and gradients sharded between micro-batches: more communication")
@@ -254,13 +274,14 @@ class TrainingConfig:
         False
     )
     compile: Annotated[bool, Key("torch.compile each block")] = False
-    val_interval: Annotated[int, Key("steps between validations", ge=1)] = 50
-    val_sequences: Annotated[int, Key("sequences in the fixed validation set", ge=1)] = 64
+    val_interval: Annotated[int, Key("steps between validations", ge=1, le=_MOST)] = 50
+    val_sequences: Annotated[int, Key("sequences in the fixed validation set", ge=1, le=_MOST)] = 64
     timeout_s: Annotated[
-        float, Key("seconds after which a stuck collective ends the job", gt=0)
+        float, Key("seconds after which a stuck collective ends the job", ge=1, le=1e7)
     ] = 1800.0
     stall_timeout_s: Annotated[
-        float, Key("seconds one phase of a step may take on a rank, or a save; 0: any", ge=0)
+        float,
+        Key("seconds one phase of a step may take on a rank, or a save; 0: any", ge=0, le=1e7),
     ] = 900.0
 
 
@@ -353,6 +374,16 @@ def _conflicts(config: Config) -> list[tuple[bool, str]]:
         (
             model.architecture == "gpt2" and kv_heads is not None,
             "model.num_key_value_heads has no effect with model.architecture gpt2: remove it",
+        ),
+        (
+            model.architecture == "llama" and model.hidden_size // heads % 2 != 0,
+            f"model.hidden_size {model.hidden_size} over model.num_attention_heads {heads} is an "
+            "odd head size, which rotary embeddings cannot take: change one of them",
+        ),
+        (
+            0 < config.training.stall_timeout_s < 1,
+            f"training.stall_timeout_s {config.training.stall_timeout_s}: no phase of a step is "
+            "that quick; give 0 (any time) or at least 1",
         ),
         (
             (schedule.warmup_steps or 0) > config.training.steps,

@@ -24,7 +24,7 @@ from conda_dist import Conda
 
 from . import optimizers, schedule
 from .batches import Tokens
-from .config import Config
+from .config import Config, ConfigError
 from .finite import Origin, finite
 from .model import build_model, compute_dtype, parameter_count
 from .runtime import World, synchronise
@@ -96,11 +96,18 @@ class Fsdp2Engine:
     """A model sharded with FSDP2 and the torch optimizers that train it."""
 
     def __init__(self, config: Config, vocab_size: int, world: World) -> None:
-        """Builds everything in its state at step 0."""
+        """Builds everything in its state at step 0.
+
+        Raises:
+            ConfigError: The optimizer does not take the settings.
+        """
         self._config, self._world = config, world
         self.model = build_model(config.model, config.training, vocab_size, world)
         self._origin = Origin(self.model.get_input_embeddings(), world.device)
-        self.optimizers = optimizers.build_optimizers(self.model, config.optimizer)
+        try:
+            self.optimizers = optimizers.build_optimizers(self.model, config.optimizer)
+        except ValueError as error:
+            raise ConfigError(f"optimizer.{config.optimizer.name}: {error}") from error
         self._schedulers = schedule.build_schedulers(
             self.optimizers, config.schedule, config.optimizer.chosen.lr, config.training.steps
         )

@@ -125,7 +125,7 @@ def check(key: Declared, value: Any) -> Any:
         for name, (sign, holds) in _BOUNDS.items():
             bound = getattr(key.key, name)
             if item is not None and bound is not None and not holds(item, bound):
-                raise ConfigError(f"{key.name} = {value!r}: must be {sign} {bound:g}")
+                raise ConfigError(f"{key.name} = {value!r}: must be {sign} {bound:.10g}")
     return typed
 
 

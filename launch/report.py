@@ -12,7 +12,7 @@ from .config import Config
 from .console import Display
 from .metrics import MetricsWriter, Record
 from .picture import draw_loss
-from .runtime import World
+from .runtime import World, together
 
 SUMMARY = "summary.json"
 """Written when a run is complete: its last step, validation loss and seconds of training."""
@@ -22,15 +22,36 @@ class Reporter:
     """Console, metrics.jsonl, TensorBoard and pictures on rank 0; silent on every other rank."""
 
     def __init__(self, config: Config, world: World, step: int) -> None:
-        """Opens the files to continue after `step` steps."""
-        self._config, self._output = config, Path(config.output)
+        """Opens the files to continue after `step` steps.
+
+        Raises:
+            JobError: On every rank: they cannot be written.
+        """
+        self._config, self._world, self._output = config, world, Path(config.output)
         self._writer: MetricsWriter | None = None
         self._display: Display | None = None
-        if world.is_main:
-            (self._output / SUMMARY).unlink(missing_ok=True)
-            metrics, steps = config.metrics, config.training.steps
-            self._writer = MetricsWriter(self._output, step=step, tensorboard=metrics.tensorboard)
-            self._display = Display(steps, step, metrics.console_interval)
+        self._error: OSError | None = None
+        with together(world, f"opening the metrics in {config.output}"):
+            if world.is_main:
+                (self._output / SUMMARY).unlink(missing_ok=True)
+                board, steps = config.metrics.tensorboard, config.training.steps
+                self._writer = MetricsWriter(self._output, step=step, tensorboard=board)
+                self._display = Display(steps, step, config.metrics.console_interval)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write what it was given to record."""
+        return self._error is not None
+
+    def require_written(self) -> None:
+        """Raises if a record could not be written; to be called on every rank.
+
+        Raises:
+            JobError: On every rank.
+        """
+        with together(self._world, f"writing the metrics in {self._output}"):
+            if self._error is not None:
+                raise self._error
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -42,7 +63,10 @@ class Reporter:
             with self._display:
                 yield
         finally:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:  # all but TensorBoard's last lines are written by now
+                self.note(f"the last metrics could not be written: {error}")
 
     def facts(self, rows: Mapping[str, str]) -> None:
         """Prints names and values, a line each."""
@@ -56,16 +80,27 @@ class Reporter:
             self._display.note(message)
 
     def record(self, record: Record) -> None:
-        """Writes and shows a record."""
+        """Writes and shows a record.
+
+        A disk that is full is no reason to leave the other ranks in the midst of a step: see
+        `failed`.
+        """
         if self._writer is not None and self._display is not None:
-            self._writer.write(record)
+            try:
+                self._writer.write(record)
+            except OSError as error:
+                self._error = error
             self._display.update(record)
 
     def complete(self, summary: Mapping[str, Any]) -> None:
-        """Draws the curves and marks the run as complete."""
-        if self._display is None:
-            return
-        title = f"{self._config.model.architecture}, {self._config.optimizer.name}"
-        picture = draw_loss(self._output, title)
-        (self._output / SUMMARY).write_text(json.dumps(dict(summary)) + "\n")
-        self.note(f"curves in {picture}")
+        """Draws the curves and marks the run as complete.
+
+        Raises:
+            JobError: On every rank: they cannot be written.
+        """
+        with together(self._world, f"writing the curves and {SUMMARY} in {self._output}"):
+            if self._display is not None:
+                title = f"{self._config.model.architecture}, {self._config.optimizer.name}"
+                picture = draw_loss(self._output, title)
+                (self._output / SUMMARY).write_text(json.dumps(dict(summary)) + "\n")
+                self.note(f"curves in {picture}")

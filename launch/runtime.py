@@ -132,11 +132,11 @@ def gather(world: World, item: Any, *, patient: bool = False) -> list[Any]:
     return items
 
 
-def any_rank(world: World, flag: bool) -> bool:
-    """Whether `flag` is set on any rank; the same answer on all of them."""
-    seen = torch.tensor(int(flag))
+def any_rank(world: World, *flags: bool) -> list[bool]:
+    """For each flag, whether it is set on any rank; the same answer on all of them."""
+    seen = torch.tensor(flags, dtype=torch.uint8)
     dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=world.control)
-    return bool(seen)
+    return [bool(flag) for flag in seen.tolist()]
 
 
 @contextmanager

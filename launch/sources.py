@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,21 @@ class FileSource:
         return [self._field, self._separator, listing]
 
     def documents(self) -> Iterator[str]:
-        """The documents, in the order of the sorted files."""
+        """The documents, in the order of the sorted files.
+
+        Raises:
+            ConfigError: A file is damaged, cannot be read, or holds something else than texts.
+        """
         for file in self._files:
-            yield from (text for text in self._read(file) if text)
+            try:
+                yield from (text for text in self._read(file) if text)
+            except ConfigError:
+                raise
+            # Of the system, gzip, zlib, UTF-8 and JSON; pyarrow's derive from some of them.
+            except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
+                raise ConfigError(
+                    f"data.path: {file} cannot be read ({error}): mend it, or leave it out"
+                ) from error
 
     def _read(self, file: Path) -> Iterator[str]:
         if file.suffix == ".parquet":

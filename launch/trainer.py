@@ -103,14 +103,16 @@ class Trainer:
 
         Raises:
             NonFiniteError: On every rank: the loss or the gradient is not finite.
-            JobError: On every rank: a checkpoint could not be saved.
+            JobError: On every rank: a checkpoint, or the metrics, could not be saved.
         """
         training, saving = self._config.training, self._config.checkpoint.interval
         reporting = self._config.metrics.interval
         while self.step < training.steps:
             self._watchdog.mark(self.step, "between steps")
-            if runtime.any_rank(self._world, bool(stop)):
+            stopping, failed = runtime.any_rank(self._world, bool(stop), reporter.failed)
+            if stopping or failed:
                 self._save(reporter)
+                reporter.require_written()
                 return False
             loss, result = self._train_step()
             val_loss = None
@@ -130,6 +132,7 @@ class Trainer:
             if saving and self.step % saving == 0:
                 self._save(reporter)
         self._save(reporter)
+        reporter.require_written()
         return True
 
     def summary(self) -> dict[str, Any]:

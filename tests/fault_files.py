@@ -10,8 +10,8 @@ from pathlib import Path
 
 import launch_jobs
 from conda_dist.launch.checkpoint import complete_checkpoints, step_of
-from faults import STEPS, Outcome, Scene, recover, with_fault
-from launch_jobs import metrics
+from faults import STEPS, STRUCK, Outcome, Scene, recover, with_fault
+from launch_jobs import metrics, succeed
 
 Damage = Callable[[Path], None]
 
@@ -41,6 +41,24 @@ def full_disk(scene: Scene) -> Outcome:
     finally:
         if mounted:
             subprocess.run(["umount", folder], check=True)
+
+
+def full_metrics(scene: Scene) -> Outcome:
+    """A disk that is full when a step's metrics are written, and has room for a checkpoint."""
+    name, run = "full-metrics", scene.folder / "full-metrics"
+    begun = time.perf_counter()
+    results = with_fault(scene, name, "full metrics", rank=0)
+    took = time.perf_counter() - begun - metrics(run)[-1]["train_s"]
+    assert [result.code for result in results] == [1, 1], results
+    said = "".join(result.err for result in results)
+    did = "saved, and ended on all ranks; that step's line is missing, no step is"
+    outcome = Outcome("the disk of the metrics is full", "/dev/full", did, said, took)
+    succeed(2, *scene.job(name), "--training.steps", STEPS, "--resume")
+    ours, theirs = metrics(run), metrics(scene.reference)[:STEPS]
+    del theirs[STRUCK]
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    outcome.difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True))
+    return outcome
 
 
 def delete(path: Path) -> None:
@@ -85,6 +103,7 @@ def damaged(scene: Scene, damage: Damage) -> Outcome:
 
 ALL: tuple[Callable[[Scene], Outcome], ...] = (
     full_disk,
+    full_metrics,
     lambda scene: damaged(scene, delete),
     lambda scene: damaged(scene, truncate),
     lambda scene: damaged(scene, flip),

@@ -50,6 +50,15 @@ def _cut() -> None:
                 end.shutdown(socket.SHUT_RDWR)
 
 
+def _fill(name: str) -> None:
+    """Has the disk under a file that this process has open be full."""
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").endswith(name):
+                with open("/dev/full", "wb") as full:
+                    os.dup2(full.fileno(), int(number))
+
+
 @contextlib.contextmanager
 def injected(fault: str, rank: int, step: int) -> Iterator[None]:
     """Has a rank go wrong while the block runs.
@@ -58,8 +67,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
         fault: "nan": the gradient of a block's output is NaN. "nan weight": that of one weight
             alone. "no memory": a decomposition raises. "no svd": none converges, in two steps.
             "asleep": reading data never ends. "frozen": and no other thread of the process runs.
-            "slow": it takes a while. "full": files cannot grow. "cut": its connections to other
-            ranks are shut down.
+            "slow": it takes a while. "full": files cannot grow. "full metrics": metrics.jsonl
+            cannot. "cut": its connections to other ranks are shut down.
         rank: The rank.
         step: Its first step in which it does, counted from 1.
     """
@@ -76,6 +85,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
                 time.sleep(SLOW_S if fault == "slow" else 3600.0)
             if fault == "cut":
                 _cut()
+            if fault == "full metrics":
+                _fill("metrics.jsonl")
             if fault == "full":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, limits[1]))
         return rows(self, number, first, last)

@@ -25,6 +25,19 @@ MORE_THREADS, MOST_THREADS = 16, 200
 which it ends: DeepSpeed keeps what groups it has made."""
 
 
+_context = mp.get_context("forkserver")
+# Processes are forked from one that has imported what takes seconds, and has no threads.
+_context.set_forkserver_preload(
+    [
+        "torch._dynamo",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.tensor.parallel",
+        "transformers.models.llama.modeling_llama",
+        "conda_dist.launch.pretrain",
+    ]
+)
+
+
 class RankError(Exception):
     """A function raised on some rank."""
 
@@ -37,9 +50,8 @@ class _Pool:
         self, world: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
     ) -> list[Any]:
         while len(self._workers) < world:
-            context = mp.get_context("spawn")
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            ours, theirs = _context.Pipe()
+            process = _context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -74,7 +86,7 @@ class _Pool:
                 rank = pipes.index(pipe)
                 try:
                     answers[rank] = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     answers[rank] = (False, "the process died", 0)
         return [answers[rank] for rank in range(len(pipes))]
 
@@ -108,6 +120,7 @@ def _work(pipe: Connection) -> None:
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
+    _share_device()
     warnings.filterwarnings("ignore", message=".*destroy_process_group.*")
     threads = _threads()
     while True:
@@ -134,6 +147,29 @@ def _work(pipe: Connection) -> None:
             _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
             threads = _collect_groups(threads)
         pipe.send((*answer, threads))
+
+
+def _share_device() -> None:
+    """Has all of this process's gloo groups share what they wait for messages with.
+
+    Each has a thread of its own for that otherwise, which wakes a hundred times a second.
+    """
+    from torch.distributed import Backend, ProcessGroup, ProcessGroupGloo
+
+    device = ProcessGroupGloo.create_default_device()
+
+    def create(opts: Any, _: Any) -> ProcessGroupGloo:
+        options = ProcessGroupGloo._Options()
+        options._devices, options._threads = [device], 2
+        options._timeout = opts.timeout
+        options.global_ranks_in_group = opts.global_ranks_in_group
+        options.group_name = opts.group_id
+        return ProcessGroupGloo(opts.store, opts.group_rank, opts.group_size, options)
+
+    kind, devices = ProcessGroup.BackendType.GLOO, Backend.backend_capability[Backend.GLOO]
+    Backend.register_backend(
+        Backend.GLOO, create, extended_api=True, devices=devices, _backend_type=kind
+    )
 
 
 def _threads() -> int:

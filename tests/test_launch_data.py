@@ -1,6 +1,7 @@
 """Documents, tokens and batches: the same ones for every rank count, source format and resume."""
 
 import gzip
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,34 @@ def test_unreadable_files_are_named(tmp_path: Path, name: str, content: str, wor
     file = tmp_path / name
     file.write_text(content)
     with pytest.raises(ConfigError, match=words) as caught:
+        texts(tmp_path, "--data.path", file)
+    assert str(file) in str(caught.value)
+
+
+def _damaged() -> dict[str, bytes]:
+    """Files of each kind that are cut, flipped, empty or something else."""
+    table = pa.table({"text": [f"document {i}" * 9 for i in range(3000)]})
+    into = io.BytesIO()
+    pq.write_table(table, into)
+    parquet, lines = into.getvalue(), gzip.compress(b'{"text": "some"}\n' * 999)
+    return {
+        "cut.parquet": parquet[: len(parquet) // 2],
+        "flipped.parquet": parquet[:50] + bytes(byte ^ 255 for byte in parquet[50:])[:400],
+        "spoilt.parquet": parquet[:60] + b"spoilt" * 20 + parquet[180:],
+        "empty.parquet": b"",
+        "cut.jsonl.gz": lines[: len(lines) // 2],
+        "spoilt.jsonl.gz": lines[:20] + b"spoilt" + lines[26:],
+        "no.jsonl.gz": b"{}",
+        "bytes.jsonl": b'{"text": "\xff"}\n',
+        "deep.jsonl": b"[" * 100_000,
+    }
+
+
+@pytest.mark.parametrize("name", _damaged())
+def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(_damaged()[name])
+    with pytest.raises(ConfigError, match=r"cannot be read .*: mend it, or leave it out") as caught:
         texts(tmp_path, "--data.path", file)
     assert str(file) in str(caught.value)
 

@@ -214,9 +214,16 @@ def test_a_full_disk(scene: Scene) -> None:
     assert outcome.said.count("No space left on device") == 2 or "limit" in outcome.injected
 
 
-@pytest.mark.parametrize("damage", [fault_files.delete, fault_files.truncate, fault_files.flip])
-def test_a_damaged_checkpoint(scene: Scene, damage: fault_files.Damage) -> None:
-    assert fault_files.damaged(scene, damage).difference == 0.0
+def test_a_full_disk_of_the_metrics(scene: Scene) -> None:
+    outcome = fault_files.full_metrics(scene)
+    assert (outcome.lost, outcome.difference) == (0, 0.0)
+    words = "error: writing the metrics in .* failed on rank 0: OSError: .*No space left on device"
+    assert len(re.findall(words, outcome.said)) == 2
+
+
+def test_a_damaged_checkpoint(scene: Scene) -> None:
+    """Other damages: test_launch_checkpoint.py."""
+    assert fault_files.damaged(scene, fault_files.flip).difference == 0.0
 
 
 def _starts(store: HashStore, early: int) -> list[str]:

@@ -67,6 +67,15 @@ def test_values_on_the_command_line(argument: str, text: str, value: object) -> 
         (["training.steps", "5"], ["found 'training.steps'"]),
         (["--data.path", "x", "--data.hf", "y"], ["data.path and data.hf"]),
         (["--model.hidden_size", "100"], ["100 is not a multiple of", "num_attention_heads 6"]),
+        (
+            ["--model.hidden_size", "18"],
+            ["18 over model.num_attention_heads 6 is an odd head size"],
+        ),
+        (["--training.stall_timeout_s", "1e-9"], ["give 0 (any time) or at least 1"]),
+        (
+            ["--training.timeout_s", "1e14"],
+            ["training.timeout_s = 100000000000000.0: must be <= 10000000"],
+        ),
         (["--model.dropout", "0.1"], ["no effect with model.architecture llama"]),
         (["--schedule.min_lr", "1.0"], ["above the peak rate 0.01"]),
     ],

@@ -1,0 +1,104 @@
+"""Jobs of any settings within their bounds: they train, or end with an error and no traceback."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import launch_jobs
+from conda_dist.launch import options
+from fuzz import examples
+
+SMALL: Mapping[str, st.SearchStrategy[Any]] = {
+    "model.hidden_size": st.integers(1, 33),
+    "model.intermediate_size": st.integers(1, 33),
+    "model.num_hidden_layers": st.integers(1, 2),
+    "model.num_attention_heads": st.integers(1, 4),
+    "model.num_key_value_heads": st.integers(1, 4),
+    "training.steps": st.integers(1, 3),
+    "training.sequence_length": st.integers(2, 33),
+    "training.global_batch_size": st.integers(1, 9),
+    "training.val_sequences": st.integers(1, 99),
+    "training.hsdp_replicas": st.integers(1, 2),
+    "optimizer.muon.ns_steps": st.integers(1, 99),
+}
+"""What a job's size and length follow from."""
+NOT_DRAWN = (
+    "output",
+    "resume",
+    "engine",
+    "data.",
+    "tokenizer.",
+    "deepspeed.",
+    "metrics.tensorboard",
+    "optimizer.conda.compile",
+    "training.compile",
+)
+"""Files and folders, what other tests have, and what compiles for minutes."""
+
+
+def _values(key: options.Declared) -> st.SearchStrategy[Any]:
+    """Values that the declaration allows, its bounds among them."""
+    if key.name in SMALL:
+        return SMALL[key.name]
+    kind = key.type
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if kind is bool:
+        return st.booleans()
+    if get_origin(kind) is tuple:
+        return st.lists(st.just(0.0) | st.floats(0, 1, exclude_max=True), min_size=2, max_size=2)
+    bounds = key.key
+    if kind is int or int in get_args(kind):
+        least, most = bounds.ge or 0, bounds.le or bounds.lt or 2**63
+        some = [*range(int(least), 6), 10**6, int(most) - 1, int(most)]
+        return st.sampled_from([number for number in some if least <= number < 2**63])
+    least, most = bounds.ge or bounds.gt or 0.0, bounds.le or bounds.lt or 1e300
+    return (
+        st.sampled_from([least, most])
+        | st.floats(least, most)
+        | st.floats(max(least, 1e-40), min(most, 10.0))
+    ).filter(lambda value: bounds.gt is None or value > bounds.gt)
+
+
+DRAWN = {name: key for name, key in options.SCHEMA.items() if not name.startswith(NOT_DRAWN)}
+
+
+@st.composite
+def _settings(draw: st.DrawFn) -> dict[str, Any]:
+    """A few settings, of the optimizer that they name."""
+    values: dict[str, Any] = {"optimizer.name": draw(_values(DRAWN["optimizer.name"]))}
+    own = f"optimizer.{values['optimizer.name']}."
+    fitting = [n for n in DRAWN if not n.startswith("optimizer.") or n.startswith(own)]
+    for name in draw(st.lists(st.sampled_from(fitting), max_size=6, unique=True)):
+        values[name] = draw(_values(DRAWN[name]))
+    return values
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch_jobs.write_config(tmp_path_factory.mktemp("fuzzed"))
+
+
+@given(_settings())
+@examples(40)
+def test_any_settings_within_their_bounds(
+    config: Path, tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
+) -> None:
+    words = {"training.steps": 2, **values}
+    output = tmp_path_factory.mktemp("run")
+    given_words = [f"--{name}={_text(value)}" for name, value in words.items()]
+    result = launch_jobs.train(1, config, "--output", output, *given_words)[0]
+    assert result.code in (0, 1, 2)
+    assert "Traceback" not in result.err
+    if result.code == 0:
+        assert launch_jobs.metrics(output)[-1]["step"] == words["training.steps"]
+    else:
+        assert "error: " in result.err
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
