@@ -302,22 +302,36 @@ def test_any_params_of_a_deepspeed_json(given_params: dict[str, Any]) -> None:
 # The processes themselves
 
 
+REFUSED: list[tuple[Callable[[Sequence[str]], Any], list[str]]] = [
+    (pretrain.main, ["--training.steps", "9" * 5000]),
+    (pretrain.main, ["folder"]),
+    (pretrain.main, ["binary.toml"]),
+    (plan.main, ["--model", "binary.toml", "--mesh", "dp_shard=2"]),
+    (compare.main, ["binary.toml", "--output", "out"]),
+]
+
+
 @pytest.mark.parametrize(
-    "words",
-    [
-        ("pretrain", "--training.steps", "9" * 5000),
-        ("pretrain", "folder"),
-        ("pretrain", "binary.toml"),
-        ("plan", "--model", "binary.toml", "--mesh", "dp_shard=2"),
-        ("compare", "binary.toml", "--output", "out"),
-    ],
-    ids=lambda words: " ".join(words)[:40],
+    ("main", "words"),
+    REFUSED,
+    ids=lambda each: " ".join(each)[:40] if isinstance(each, list) else each.__module__,
 )
-def test_what_is_said_is_an_error_and_no_traceback(tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_what_is_said_is_an_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    main: Callable[[Sequence[str]], Any],
+    words: list[str],
+) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    module, *rest = words
-    command = [sys.executable, "-m", f"conda_dist.launch.{module}", *rest]
+    monkeypatch.chdir(tmp_path)
+    code, said = _command(main, words)
+    assert code == pretrain.EXIT_CONFIG
+    assert said.startswith("error: ")
+
+
+def test_what_a_process_says_is_an_error_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "conda_dist.launch.pretrain", "nothing.toml"]
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
     )

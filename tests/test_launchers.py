@@ -54,9 +54,7 @@ def test_launchers_start_the_same_job(config: Path, tmp_path: Path) -> None:
     assert len(curves[0]) == 3
     assert all(other == curves[0] for other in curves)
 
-    command, variables = launcher("openmpi")
-    ended = start(*command, config, "--output", tmp_path / "fsdp2", *BRIEF, **variables)
-    assert ended.returncode == 0, (ended.stdout, ended.stderr)
+    launch_jobs.succeed(2, config, "--output", tmp_path / "fsdp2", *BRIEF)
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("openmpi", "fsdp2")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
