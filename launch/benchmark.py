@@ -1,33 +1,57 @@
-"""Layer: launch. Time of an optimizer's step on LLaMA-shaped matrices, one process, one thread.
+"""Layer: launch. Time and memory of an optimizer's step on LLaMA-shaped matrices.
 
     python -m conda_dist.launch.benchmark [--width 512] [--mlp 1376] [--layers 4] [--rounds 40]
     python -m conda_dist.launch.benchmark --gap 5 [--refresh-method orthogonal_iteration]
     python -m conda_dist.launch.benchmark --ranks 4 ...
+    python -m conda_dist.launch.benchmark --picture FILE ...
 
-All run in turns within one process, so that whatever slows the machine down slows all; medians
-and quartiles of the rounds are printed, and the medians of their ratios to the first. Steps are
-those between refreshes, or with `--gap` the mean of so many, one of which refreshes the bases
-(SOAP's and the other Conda's, too). "two products" is the floor: the projection and the way back
-alone. `--ranks` instead compares the CPU time of a step on as many processes with one process's.
+One process, one thread. All run in turns, so that whatever slows the machine down slows all;
+medians and quartiles of the rounds are printed, and the medians of their ratios to the first.
+Steps are those between refreshes, or with `--gap` the mean of so many, one of which refreshes the
+bases (SOAP's and the other Conda's, too). "two products" is the floor: the projection and the way
+back alone. After that come the bytes of state, those by which the process grows in a step, and the
+time that a refresh adds to the steps around it. `--ranks` instead compares the CPU time of a step
+on as many processes with one process's.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.optim import Optimizer
 
 from conda_dist import Conda
 from conda_dist.launch import benchmark_ranks
+from conda_dist.launch.config import ConfigError
+from conda_dist.launch.footprint import peak_bytes, state_bytes
 from conda_dist.launch.options import positive
+from conda_dist.launch.picture import check_picture, new_figure
 from conda_dist.options import REFRESH_METHODS
 
 NEVER = 10**9  # steps between refreshes: none but the first
+STALL_GAP = 8  # the same, where the time is measured that they add
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is measured of a step besides its time."""
+
+    state: int
+    """Bytes of the optimizer's state."""
+    peak: int | None
+    """Bytes by which the process grows in a step; None where the system does not say."""
+    stall_s: float | None
+    """Seconds that a refresh adds to the steps around it; None: there are no refreshes."""
 
 
 def shapes(width: int, mlp: int, layers: int) -> list[tuple[int, int]]:
@@ -57,10 +81,10 @@ def _two_products(sizes: Sequence[tuple[int, int]]) -> Callable[[], None]:
     return step
 
 
-def contenders(
+def builders(
     sizes: Sequence[tuple[int, int]], gap: int = NEVER, method: str = "svd"
-) -> dict[str, Callable[[], Any]]:
-    """A step of each optimizer, by name; each has parameters of its own and has begun.
+) -> dict[str, Callable[[], Step]]:
+    """For each optimizer, by name, what makes its step, with parameters of its own.
 
     Args:
         sizes: shapes of the matrices.
@@ -68,34 +92,86 @@ def contenders(
         method: Conda's ``refresh_method``.
     """
 
-    def conda(**options: Any) -> Callable[[], Any]:
-        group = {"params": _parameters(sizes), "algorithm": "conda"}
-        return Conda([group], update_proj_gap=gap, refresh_method=method, **options).step
+    def conda(**options: Any) -> Callable[[], Step]:
+        def build() -> Step:
+            group = {"params": _parameters(sizes), "algorithm": "conda"}
+            return Conda([group], update_proj_gap=gap, refresh_method=method, **options).step
 
-    steps: dict[str, Callable[[], Any]] = {
+        return build
+
+    half = {"matmul_dtype": torch.bfloat16}
+    ours = {
         "conda_dist": conda(),
         "conda_dist, compiled": conda(compile=True),
-        "conda_dist, bfloat16": conda(matmul_dtype=torch.bfloat16),
-        "conda_dist, bfloat16, compiled": conda(matmul_dtype=torch.bfloat16, compile=True),
-        "two products": _two_products(sizes),
-        "torch.optim.AdamW": torch.optim.AdamW(_parameters(sizes), foreach=True).step,
+        "conda_dist, bfloat16": conda(**half),
+        "conda_dist, bfloat16, compiled": conda(compile=True, **half),
+        "conda_dist, async": conda(refresh="async", refresh_delay=max(1, min(gap // 2, 20))),
     }
-    muon = torch.optim.Muon(_parameters(sizes))
-    steps["torch.optim.Muon"] = muon.step
+    others: dict[str, Callable[[], Step]] = {
+        "two products": lambda: _two_products(sizes),
+        "torch.optim.AdamW": lambda: torch.optim.AdamW(_parameters(sizes), foreach=True).step,
+        "torch.optim.Muon": lambda: torch.optim.Muon(_parameters(sizes)).step,
+    }
     try:
         from pytorch_optimizer import SOAP
         from pytorch_optimizer import Conda as Other
     except ModuleNotFoundError:
         print("pip install pytorch_optimizer to compare with its Conda and SOAP")
-    else:
-        group = {"params": _parameters(sizes), "update_proj_gap": gap, "scale": 0.25}
-        steps = {"pytorch_optimizer.Conda": Other([group]).step, **steps}
-        soap = SOAP(_parameters(sizes), precondition_frequency=gap)
-        steps["pytorch_optimizer.SOAP"] = soap.step
+        return {**ours, **others}
+    group = {"update_proj_gap": gap, "scale": 0.25}
+    return {
+        "pytorch_optimizer.Conda": lambda: Other([{"params": _parameters(sizes), **group}]).step,
+        **ours,
+        **others,
+        "pytorch_optimizer.SOAP": lambda: SOAP(_parameters(sizes), precondition_frequency=gap).step,
+    }
+
+
+def contenders(
+    sizes: Sequence[tuple[int, int]], gap: int = NEVER, method: str = "svd"
+) -> dict[str, Step]:
+    """A step of each optimizer, which has begun; see `builders`."""
+    steps = {name: build() for name, build in builders(sizes, gap, method).items()}
+    if gap == NEVER:
+        del steps["conda_dist, async"]  # the same as in sync
     for step in steps.values():
         for _ in range(2):  # the first takes the bases
             step()
     return steps
+
+
+def facts(
+    steps: dict[str, Step], sizes: Sequence[tuple[int, int]], method: str
+) -> dict[str, Facts]:
+    """What each step holds, and what refreshes add to it, whatever the gap of ``steps``.
+
+    Args:
+        steps: those of `contenders`, timed already.
+        sizes: shapes of the matrices.
+        method: Conda's ``refresh_method``.
+    """
+    made = builders(sizes, STALL_GAP, method)
+    stalls = {name: stall(made[name]()) for name in made if "onda" in name or "SOAP" in name}
+    found = {}
+    for name, step in steps.items():
+        owner = getattr(step, "__self__", None)
+        state = state_bytes(owner) if isinstance(owner, Optimizer) else 0
+        found[name] = Facts(state, peak_bytes(step), stalls.get(name))
+    if "conda_dist, async" not in found:
+        found["conda_dist, async"] = Facts(0, None, stalls["conda_dist, async"])
+    return found
+
+
+def stall(step: Step, refreshes: int = 2) -> float:
+    """Seconds that a refresh every STALL_GAP steps adds to the steps around it."""
+    for _ in range(STALL_GAP):  # the first takes the bases
+        step()
+    taken = []
+    for _ in range(refreshes * STALL_GAP):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return (sum(taken) - len(taken) * statistics.median(taken)) / refreshes
 
 
 def measure(
@@ -113,17 +189,46 @@ def measure(
     return taken
 
 
-def _table(taken: dict[str, list[float]], title: str) -> Table:
+def _table(taken: dict[str, list[float]], found: dict[str, Facts], title: str) -> Table:
     first = next(iter(taken))
     table = Table(title=title)
-    for heading in ("step of", "median ms", "quartiles ms", "times the first"):
+    for heading in (
+        "step of", "median ms", "quartiles ms", "times the first",
+        "state MiB", "peak MiB", "a refresh ms",
+    ):  # fmt: skip
         justify: Literal["left", "right"] = "left" if heading == "step of" else "right"
         table.add_column(heading, justify=justify, no_wrap=True)
-    for name, seconds in taken.items():
-        low, median, high = (1e3 * s for s in statistics.quantiles(seconds, n=4))
-        ratio = statistics.median(a / b for a, b in zip(seconds, taken[first], strict=True))
-        table.add_row(name, f"{median:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.3f}")
+    for name, about in found.items():
+        times = ["", "", ""]
+        if seconds := taken.get(name):
+            low, median, high = (1e3 * s for s in statistics.quantiles(seconds, n=4))
+            ratio = statistics.median(a / b for a, b in zip(seconds, taken[first], strict=True))
+            times = [f"{median:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.3f}"]
+        state = f"{about.state / 2**20:.1f}" if about.state else ""
+        peak = "" if about.peak is None else f"{about.peak / 2**20:.1f}"
+        stalled = "" if about.stall_s is None else f"{1e3 * about.stall_s:.1f}"
+        table.add_row(name, *times, state, peak, stalled)
     return table
+
+
+def draw(taken: dict[str, list[float]], title: str, unit: str, file: Path) -> None:
+    """Draws medians as bars, and the quartiles around them.
+
+    Args:
+        taken: seconds of every round, by name.
+        title: of the picture.
+        unit: what the axis says.
+        file: where to; its ending says in which format.
+    """
+    figure, (axis,) = new_figure(1)
+    for place, (name, seconds) in enumerate(reversed(taken.items())):
+        low, median, high = (1e3 * s for s in statistics.quantiles(seconds, n=4))
+        colour = "#1f5a94" if name.startswith("conda_dist") or "FSDP" in name else "#a9c1d9"
+        axis.barh(name, median, color=colour, xerr=[[median - low], [high - median]])
+        axis.text(high, place, f" {median:.3g}", va="center")
+    axis.set(xlabel=unit, title=title)
+    axis.margins(x=0.1)
+    figure.savefig(file, dpi=150)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -138,23 +243,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gap", type=positive)
     parser.add_argument("--refresh-method", choices=REFRESH_METHODS, default=REFRESH_METHODS[1])
     parser.add_argument("--ranks", type=positive, default=1)
+    parser.add_argument("--picture", metavar="FILE", help="draw the times, in the file's format")
     given = parser.parse_args(arguments)
     if given.ranks > 1 and given.gap:
         parser.error("--gap is for one process: with --ranks, steps are those between refreshes")
+    if given.picture:
+        try:
+            check_picture("--picture", Path(given.picture))
+        except ConfigError as error:
+            parser.error(str(error))
     torch.set_num_threads(1)
     sizes = shapes(given.width, given.mlp, given.layers)
+    rounds = max(given.rounds, 2)
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
+    what = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}"
     if given.ranks > 1:
-        console.print(benchmark_ranks.measure(sizes, given.ranks, max(given.rounds, 2)))
-        return
-    steps = contenders(sizes, given.gap or NEVER, given.refresh_method)
-    taken = measure(steps, max(given.rounds, 2), given.gap or 1)
-    title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, one thread"
-    if given.gap:
-        title += f", one step in {given.gap} with a refresh ({given.refresh_method})"
-    console.print(_table(taken, title))
+        taken, held = benchmark_ranks.measure(sizes, given.ranks, rounds)
+        title = f"{what}, {given.ranks} ranks: CPU time of all together"
+        console.print(benchmark_ranks.table(taken, held, title))
+        unit = "ms of CPU time in a step, all ranks together"
+    else:
+        steps = contenders(sizes, given.gap or NEVER, given.refresh_method)
+        taken = measure(steps, rounds, given.gap or 1)
+        title, unit = f"{what}, one thread", "ms a step"
+        if given.gap:
+            title += f", one step in {given.gap} with a refresh ({given.refresh_method})"
+        console.print(_table(taken, facts(steps, sizes, given.refresh_method), title))
+    if given.picture:
+        draw(taken, title, unit, Path(given.picture))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,37 +26,72 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from conda_dist import Conda
 
+from .footprint import peak_bytes
+
 NEVER = 10**9
 ALONE = "one process"
-Way = tuple[Callable[[], Any], int, int]
-"""A step, bytes of state on this rank and bytes it sends in a step."""
 
 
-def measure(sizes: Sequence[tuple[int, int]], ranks: int, rounds: int) -> Table:
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A step, and what it takes on this rank."""
+
+    step: Callable[[], Any]
+    state: int = 0
+    """Bytes of state."""
+    sent: int = 0
+    """Bytes that it sends in a step."""
+    refresh: int = 0
+    """Bytes that it sends besides in a step with a refresh."""
+    peak: int | None = None
+    """Bytes by which the process grows in a step; None where the system does not say."""
+
+
+Taken = dict[str, list[float]]
+
+
+def measure(
+    sizes: Sequence[tuple[int, int]], ranks: int, rounds: int
+) -> tuple[Taken, dict[str, Way]]:
     """Runs the benchmark on as many processes of this host.
 
     Args:
         sizes: shapes of the matrices.
         ranks: processes.
         rounds: steps of every way.
+
+    Returns:
+        CPU seconds of all ranks together in every round, and rank 0's numbers, by name.
     """
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, list(sizes), rounds, folder)
         mp.spawn(_work, arguments, nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
-        taken, facts = torch.load(f"{folder}/taken.pt")
-    table = Table(title=f"{len(sizes)} matrices on {ranks} ranks: CPU time of all ranks together")
+        found: dict[str, tuple[list[float], dict[str, Any]]] = torch.load(f"{folder}/found.pt")
+    taken = {name: seconds for name, (seconds, _) in found.items()}
+    return taken, {name: Way(_nothing, **numbers) for name, (_, numbers) in found.items()}
+
+
+def table(taken: Taken, ways: dict[str, Way], title: str) -> Table:
+    """What `measure` has found."""
+    made = Table(title=title)
     for heading in (
         "step of", "median ms", "quartiles ms", f"times {ALONE}'s",
-        "state of a rank MiB", "sent by a rank MiB",
+        "state MiB", "peak MiB", "sent MiB", "in a refresh MiB",
     ):  # fmt: skip
-        table.add_column(heading, justify="left" if heading == "step of" else "right")
+        made.add_column(heading, justify="left" if heading == "step of" else "right", no_wrap=True)
     for name, seconds in taken.items():
         low, median, high = (1e3 * s for s in statistics.quantiles(seconds, n=4))
         pairs = zip(seconds, taken[ALONE], strict=True)
         ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-        state, sent = (f"{count / 2**20:.1f}" for count in facts[name])
-        table.add_row(name, f"{median:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.3f}", state, sent)
-    return table
+        way = ways[name]
+        numbers = (way.state, way.peak, way.sent, way.refresh)
+        mib = ["" if count is None else f"{count / 2**20:.1f}" for count in numbers]
+        made.add_row(name, f"{median:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.3f}", *mib)
+    return made
+
+
+def _nothing() -> None:
+    """What other ranks do while one process steps."""
 
 
 def _work(rank: int, ranks: int, sizes: list[tuple[int, int]], rounds: int, folder: str) -> None:
@@ -64,19 +100,23 @@ def _work(rank: int, ranks: int, sizes: list[tuple[int, int]], rounds: int, fold
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
     ways = _ways(mesh, sizes, rank)
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+    taken: Taken = {name: [] for name in ways}
     for turn in range(rounds + 2):  # the first two steps plan, allocate and take the bases
-        for name, (step, _, _) in ways.items():
+        for name, way in ways.items():
             dist.barrier()
             start = time.process_time()
-            step()
+            way.step()
             spent = torch.tensor(time.process_time() - start, dtype=torch.float64)
             dist.all_reduce(spent)
             if turn >= 2:
                 taken[name].append(float(spent))
+    found = {}
+    for name, way in ways.items():
+        dist.barrier()
+        numbers = {"state": way.state, "sent": way.sent, "refresh": way.refresh}
+        found[name] = (taken[name], {**numbers, "peak": peak_bytes(way.step)})
     if rank == 0:
-        facts = {name: (state, sent) for name, (_, state, sent) in ways.items()}
-        torch.save((taken, facts), f"{folder}/taken.pt")
+        torch.save(found, f"{folder}/found.pt")
     dist.destroy_process_group()
 
 
@@ -92,7 +132,9 @@ def _ways(mesh: DeviceMesh, sizes: Sequence[tuple[int, int]], rank: int) -> dict
         optimizer = Conda([group], update_proj_gap=NEVER, **options)
         report = optimizer.report(show=False)
         state = sum(row["state_bytes"] for row in report)
-        return optimizer.step, state, sum(row["step_bytes"] for row in report)
+        sent = sum(row["step_bytes"] for row in report)
+        refresh = sum(row["refresh_bytes"] for row in report)
+        return Way(optimizer.step, state, sent, refresh)
 
     def sharded(whole: Tensor, dim: int = 0) -> Tensor:
         start = DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
@@ -120,13 +162,11 @@ def _ways(mesh: DeviceMesh, sizes: Sequence[tuple[int, int]], rank: int) -> dict
                     cast(DTensor, param).to_local().copy_(cast(DTensor, sharded(twin)).to_local())
 
         held = sum(p.to_local().nbytes for p in params if isinstance(p, DTensor))
-        return step, state, 2 * (dist.get_world_size() - 1) * held  # weight and gradient, to each
+        # Weight and gradient, to each.
+        return Way(step, state, 2 * (dist.get_world_size() - 1) * held)
 
-    alone: Way = way(Tensor.clone)
-    if rank:
-        alone = (lambda: None, 0, 0)
     return {
-        ALONE: alone,
+        ALONE: Way(_nothing) if rank else way(Tensor.clone),
         "FSDP rows": way(sharded),
         "FSDP, wide ones by columns": way(kept),
         "FSDP rows, bases split": way(sharded, basis_placement="shard"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .config import ConfigError
 from .metrics import METRICS, read_metrics
 
 LOSS_PICTURE = "loss.png"
@@ -34,6 +35,23 @@ def draw_loss(folder: Path, title: str) -> Path:
     path = folder / LOSS_PICTURE
     figure.savefig(path, dpi=150)
     return path
+
+
+def check_picture(option: str, path: Path) -> None:
+    """Refuses a picture that could not be written, before minutes of work on it.
+
+    Args:
+        option: by which it was asked for.
+        path: the file.
+
+    Raises:
+        ConfigError: The folder is not there, or the format unknown.
+    """
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
+    formats = ("png", "pdf", "svg")
+    if path.suffix.removeprefix(".") not in formats:
+        raise ConfigError(f"{option} {path}: name a file that ends in .{', .'.join(formats)}")
 
 
 def new_figure(panels: int) -> tuple[Any, Sequence[Any]]:

@@ -26,7 +26,7 @@ from .config import Config, ConfigError
 from .forecast import AXES, Forecast, Mesh, Seconds
 from .hardware import HARDWARE, Hardware
 from .model import empty_model, parameter_count
-from .picture import new_figure
+from .picture import check_picture, new_figure
 from .pretrain import EXIT_CONFIG
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.scaling:
             if given.model is not None or given.mesh or given.tp is not None:
                 raise ConfigError("--scaling draws its own models and meshes: leave the others out")
-            check_picture(given.scaling)
+            check_picture("--scaling", given.scaling)
             draw_scaling(given.scaling, HARDWARE[given.hardware], given.tokens_per_rank, keys)
             print(f"drawn in {given.scaling}")
             return 0
@@ -79,19 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--scaling", type=Path, metavar="PNG", help="draw cost against ranks")
     return parser
-
-
-def check_picture(path: Path) -> None:
-    """Refuses a picture that could not be written, before minutes of work on it.
-
-    Raises:
-        ConfigError: The folder is not there, or the format unknown.
-    """
-    if not path.parent.is_dir():
-        raise ConfigError(f"--scaling {path}: there is no folder {path.parent}")
-    formats = ("png", "pdf", "svg")
-    if path.suffix.removeprefix(".") not in formats:
-        raise ConfigError(f"--scaling {path}: name a file that ends in .{', .'.join(formats)}")
 
 
 def read_mesh(axes: Sequence[str], tp: int | None = None) -> Mesh:

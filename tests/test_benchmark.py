@@ -1,9 +1,13 @@
 """The benchmark measures what it says: real steps, in turns, of optimizers that have begun."""
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
-from conda_dist.launch import benchmark
+import ranks
+from conda_dist.launch import benchmark, footprint
 
 
 def test_every_contender_steps_in_every_round() -> None:
@@ -25,12 +29,58 @@ def test_every_contender_steps_in_every_round() -> None:
         assert not any(map(torch.equal, some, were))
 
 
-def test_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.main(["--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2"])
+def test_prints_its_table_and_draws_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "times.svg"
+    small = ["--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2"]
+    benchmark.main([*small, "--picture", str(picture)])
     said = capsys.readouterr().out
     assert "7 matrices, width 16, MLP 24" in said
-    assert "torch.optim.AdamW" in said
-    assert "torch.optim.Muon" in said
+    for name in ("torch.optim.AdamW", "torch.optim.Muon", "conda_dist, async"):
+        assert name in said
+    assert "<svg" in picture.read_text()
+
+
+def test_the_bytes_of_state_are_those_of_the_tensors() -> None:
+    """A moment each of a 64 x 64 matrix for Muon, two for AdamW, and a basis for Conda."""
+    sizes = [(64, 64)] * 3
+    steps = benchmark.contenders(sizes)
+    found = benchmark.facts(steps, sizes, "svd")
+    matrices = {name: fact.state / (3 * 64 * 64 * 4) for name, fact in found.items()}
+    assert matrices["torch.optim.Muon"] == 1
+    counters = 0.01  # of steps
+    assert 2 <= matrices["torch.optim.AdamW"] < 2 + counters
+    assert 3 <= matrices["conda_dist"] < 3 + counters
+    assert found["two products"].state == 0
+    for name, fact in found.items():
+        assert (fact.stall_s is None) is (name.startswith(("torch", "two"))), name
+        assert fact.peak is not None or name == "conda_dist, async"
+
+
+def test_the_growth_of_a_step_is_seen() -> None:
+    """And given back: a second call grows by as much."""
+    (first, second, nothing), *_ = ranks.run(1, _growth)
+    for found in (first, second):
+        assert found == pytest.approx(30 * 2**20, rel=0.05)
+    assert nothing < 2**20
+
+
+def _growth() -> list[int | None]:
+    def hold() -> None:
+        torch.ones(30 * 2**18).sum()  # 30 MiB
+
+    return [footprint.peak_bytes(each) for each in (hold, hold, lambda: None)]
+
+
+def test_a_stall_is_what_refreshes_add() -> None:
+    """Of a step that sleeps 2 ms, and 30 ms more in one of eight."""
+    calls = 0
+
+    def step() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.032 if calls % benchmark.STALL_GAP == 0 else 0.002)
+
+    assert 0.025 < benchmark.stall(step) < 0.2
 
 
 @pytest.mark.parametrize(
@@ -39,6 +89,7 @@ def test_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--gap", "0"], "0 is not positive"),
         (["--width", "-3"], "-3 is not positive"),
         (["--gap", "5", "--ranks", "2"], "--gap is for one process"),
+        (["--picture", "times.doc"], "--picture times.doc: name a file that ends in .png"),
     ],
 )
 def test_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
@@ -60,7 +111,7 @@ def test_ranks_are_compared_with_one_process(capsys: pytest.CaptureFixture[str])
     small = ["--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2"]
     benchmark.main([*small, "--ranks", "2"])
     said = capsys.readouterr().out
-    assert "7 matrices on 2 ranks" in said
+    assert "7 matrices, width 16, MLP 24, 2 ranks" in said
     ways = ("one process", "FSDP rows", "columns", "bases split", "owners multiply", "(DDP)")
     for name in ways:
         assert name in said

@@ -4,8 +4,6 @@ Measured as the system does: by how much a process grows in a step. The profiler
 tests of one process use, does not see what the threads of process groups let go of.
 """
 
-import ctypes
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,23 +14,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import ranks
 from conda_dist import Conda
+from conda_dist.launch.footprint import peak_bytes
 
 MIB = 2**20
 BUCKET = 6 * MIB
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-
-
-def _kib(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    raise AssertionError(f"no {name}")
 
 
 def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any]) -> float:
     """Bytes by which this process grows in a step, at most, in buckets."""
-    # Blocks from 64 KiB on come from the system and go back to it at once.
-    assert ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     params = []
     for _ in range(count):
@@ -40,15 +29,10 @@ def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any])
         params[-1].grad = distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
     group = {"params": params, "algorithm": "conda"}
     optimizer = Conda([group], update_proj_gap=gap, bucket_bytes=BUCKET, **options)
-    for _ in range(2):
-        optimizer.step()
-    peaks = []
-    for _ in range(2):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        before = _kib("VmRSS")
-        optimizer.step()
-        peaks.append((_kib("VmHWM") - before) * 1024 / BUCKET)
-    return max(peaks)
+    optimizer.step()
+    peak = peak_bytes(optimizer.step)
+    assert peak is not None
+    return peak / BUCKET
 
 
 @pytest.mark.parametrize("gap", [1, 1000], ids=["refresh", "steady"])
