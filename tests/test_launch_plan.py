@@ -1,5 +1,6 @@
 """The planner: its bytes are those of real runs, its words are checked, its tables are printed."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import ranks
 from conda_dist import Conda
@@ -64,10 +66,21 @@ SETTINGS = [
 ]
 
 
-def _count(mesh: Mesh, settings: CondaConfig) -> tuple[list[tuple[int, int, int]], tuple[int, int]]:
-    """Bytes this rank keeps, sends in a step and in one with a refresh: counted, and planned.
+Counts = tuple[int, int, int, int, float]
 
-    And the collectives of a step.
+
+def _added(into: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], **_: Any) -> int:
+    """Operations of a product that is added in place, by shapes; torch's counter has none."""
+    return 2 * math.prod(a) * b[-1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: _added, torch.ops.aten.baddbmm_: _added}
+
+
+def _count(mesh: Mesh, settings: CondaConfig) -> tuple[Counts, Counts]:
+    """Bytes this rank keeps, sends in a step and in one with a refresh, counted and planned.
+
+    And the collectives of a step, and the operations of its products.
     """
     groups: list[dict[str, Any]] = []
     ranks_here = init_device_mesh("cpu", mesh.sizes)
@@ -89,12 +102,14 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[list[tuple[int, int, int]
         state_dtype=DTYPES.get(settings.state_dtype),
         second_moment_dtype=DTYPES.get(settings.second_moment_dtype),
     )
-    sent, counts = [], []
+    sent, counts, flops = [], [], []
     for _ in range(3):
-        with recorded() as calls:
+        counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
+        with recorded() as calls, counter:
             optimizer.step()
         sent.append(_sent(calls))
         counts.append(len(calls))
+        flops.append(counter.get_total_flops())
     state = sum(
         (value.to_local() if isinstance(value, DTensor) else value).nbytes
         for state in optimizer.state.values()
@@ -103,16 +118,16 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[list[tuple[int, int, int]
     coordinate = next(iter(optimizer.state)).device_mesh.get_coordinate()
     found = forecast.forecast_conda(PROJECTED, OTHERS, mesh, settings, tuple(coordinate))
     step = sum(found.step.values())
-    planned = (found.state, step, step + sum(found.refresh.values()))
-    return [(state, sent[1], sent[2]), planned], (counts[1], found.collectives)
+    both = step + sum(found.refresh.values())
+    planned = (found.state, step, both, found.collectives, found.flops)
+    return (state, sent[1], sent[2], counts[1], flops[1]), planned
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m.sizes)))
-def test_bytes_are_those_of_real_runs(mesh: Mesh) -> None:
+def test_bytes_and_operations_are_those_of_real_runs(mesh: Mesh) -> None:
     for settings in SETTINGS:
-        for (counted, planned), collectives in ranks.run(mesh.ranks, _count, mesh, settings):
+        for counted, planned in ranks.run(mesh.ranks, _count, mesh, settings):
             assert counted == planned
-            assert collectives[0] == collectives[1]
 
 
 @pytest.mark.parametrize(
