@@ -93,8 +93,9 @@ class Forecast:
         refresh: Bytes it sends more for a refresh.
         flops: Operations of its matrix products in a step.
         waited: Operations for whose results it waits beyond its own: of an errand's busiest owner.
-        decompose: Operations of the decompositions in a refresh, one after another: the busiest
-            owner's, wave after wave where training waits for each.
+        decompose: Operations of the decompositions in a refresh that training waits for, one after
+            another: the busiest owner's of each wave.
+        busiest: Those of the owner that has most of them, which nothing holds up in the background.
         rotate: Operations of taking what it has to new bases.
         elements: Elements it updates in a step.
         collectives: Collectives of a step.
@@ -109,6 +110,7 @@ class Forecast:
     flops: float = 0.0
     waited: float = 0.0
     decompose: float = 0.0
+    busiest: float = 0.0
     rotate: float = 0.0
     elements: int = 0
     collectives: int = 0
@@ -192,7 +194,7 @@ def _sum_up(
         multiplied[plan.owners[0]] += 4.0 * plan.delegated * m * n * min(m, n)
     busiest = at or max(load, key=lambda c: (multiplied[c], load[c], c))
     found = Forecast(
-        decompose=max(load.values()),
+        busiest=max(load.values()),
         bf16=(settings.matmul_dtype or settings.basis_dtype) == "bfloat16",
         svd=settings.refresh_method == "svd",
     )
@@ -251,12 +253,9 @@ def _together(
         m, n = plan.storage.shape
         return refresh_flops(m, n, settings.refresh_method)
 
-    if settings.refresh == "sync":
-        found.decompose = 0.0
-        for some in (delegated, [i for i, plan in enumerate(plans) if not plan.delegated]):
-            for wave in fill_waves(plans, some, limits.refresh_limit):
-                load = work(wave, decomposition)
-                found.decompose += max(load.values())
+    for some in (delegated, [i for i, plan in enumerate(plans) if not plan.delegated]):
+        for wave in fill_waves(plans, some, limits.refresh_limit):
+            found.decompose += max(work(wave, decomposition).values())
 
 
 def _count(kinds: list[Kind], plan: WeightPlan, cost: Costs, flops: float) -> None:
@@ -332,6 +331,7 @@ def forecast_replicated(
         found.state += 4 * (2 * numel + r * r)
         found.flops += 3 * 2.0 * numel * r
         found.decompose += svd_flops(m, n)
+        found.busiest = found.decompose
         found.elements += numel
     _add_adamw(found, others, Mesh())
     return found
@@ -343,19 +343,22 @@ class Seconds:
 
     Attributes:
         step: Of a step without a refresh.
-        decompose: Of its decompositions in a refresh.
+        decompose: Of the decompositions in a refresh, where training waits for them.
+        busiest: Of those of the busiest owner.
         exchange: Of what a refresh moves and rotates, beside them.
         training: Of forward and backward passes of a step.
     """
 
     step: float
     decompose: float
+    busiest: float
     exchange: float
     training: float
 
     def stall(self, delay: int) -> float:
         """Seconds a refresh holds training up; ``delay`` steps go on meanwhile, 0 if none do."""
-        return self.exchange + max(0.0, self.decompose - delay * (self.training + self.step))
+        hidden = delay * (self.training + self.step)
+        return self.exchange + (max(0.0, self.busiest - hidden) if delay else self.decompose)
 
 
 def seconds(
@@ -394,6 +397,6 @@ def seconds(
     )
     exchange = moved(found.refresh) + found.rotate / fp32
     training = 6.0 * parameters * tokens / mesh.tp / (hardware.bf16_flops * hardware.training)
-    return Seconds(
-        step, found.decompose / (hardware.svd_flops if found.svd else fp32), exchange, training
-    )
+    decomposing = hardware.svd_flops if found.svd else fp32
+    waited, busiest = found.decompose / decomposing, found.busiest / decomposing
+    return Seconds(step, waited, busiest, exchange, training)

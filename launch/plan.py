@@ -147,9 +147,14 @@ class Planned:
         )
 
     def per_step(self, found: Forecast, hardware: Hardware) -> float:
-        """Mean seconds of a step, its share of a refresh that nothing hides included."""
-        time = self.seconds(found, hardware)
-        return time.step + time.stall(0) / self._settings.update_proj_gap
+        """Mean seconds of a step, its share of a refresh included."""
+        time, settings = self.seconds(found, hardware), self._settings
+        hidden = self._delay if found is self.conda and settings.refresh == "async" else 0
+        return time.step + time.stall(hidden) / settings.update_proj_gap
+
+    @property
+    def _delay(self) -> int:
+        return min(self._settings.refresh_delay, self._settings.update_proj_gap)
 
     def show(self, hardware: Hardware, name: str) -> None:
         """Prints the tables."""
@@ -162,7 +167,7 @@ class Planned:
         every = f"every {gap} steps"
         stalls = {
             "sync": time.stall(0),
-            "async": time.stall(min(self._settings.refresh_delay, gap)),
+            "async": time.stall(self._delay),
         }
         for refresh, stall in stalls.items():
             share = stall / gap / (time.training + time.step)
@@ -174,8 +179,9 @@ class Planned:
                 f"{share:.2%} of the training time"
             )
         console.print(
-            f"the busiest owner decomposes for {_time(time.decompose)}; exchanges and rotations "
-            f"take {_time(time.exchange)}; forward and backward {_time(time.training)} a step"
+            f"the busiest owner decomposes for {_time(time.busiest)}, in waves that wait for each "
+            f"other {_time(time.decompose)}; exchanges and rotations take {_time(time.exchange)}; "
+            f"forward and backward {_time(time.training)} a step"
         )
 
     def _weights(self) -> Table:

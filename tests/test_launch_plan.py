@@ -1,6 +1,7 @@
 """The planner: its bytes are those of real runs, its words are checked, its tables are printed."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ranks
 from conda_dist import Conda
+from conda_dist.costs import svd_flops
 from conda_dist.delegate import delegate
 from conda_dist.filling import fill_waves
 from conda_dist.launch import forecast, plan
@@ -229,6 +231,20 @@ def test_owners_work_at_the_same_time() -> None:
     # Bases that all ranks gather are bounded all the same.
     plans = deal_owners([plan_weight(f"{i}", topology, large, True) for i in range(3)])
     assert fill_waves(plans, range(3), 2**20) == [(0,), (1,), (2,)]
+
+
+@pytest.mark.parametrize("refresh", ["sync", "async"])
+def test_what_waits_for_a_refresh(refresh: str) -> None:
+    """16 matrices of 4 owners: four in turn, or in eight waves of two where bases are gathered."""
+    shapes = {f"layers.{i}.weight": (64, 64) for i in range(16)}
+    many = CondaConfig(refresh_delay=5, refresh=refresh)
+    few = replace(many, basis_placement="shard", refresh_bytes=2 * 64 * 64 * 4 * 5 // 2)
+    one = svd_flops(64, 64)
+    for settings, waited in ((many, 4 * one), (few, 8 * one)):
+        found = forecast.forecast_conda(shapes, {}, Mesh(dp_shard=4), settings)
+        assert (found.decompose, found.busiest) == (waited, 4 * one)
+    time = forecast.Seconds(step=1.0, decompose=50.0, busiest=20.0, exchange=3.0, training=2.0)
+    assert [time.stall(delay) for delay in (0, 1, 5, 9)] == [53.0, 20.0, 8.0, 3.0]
 
 
 def test_more_ranks_take_less_time_each() -> None:
