@@ -37,6 +37,10 @@ EXIT_FAILED, EXIT_CONFIG = 1, 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: not finished, worth starting again."""
 
+STOP_NOTE = "CONDA_DIST_STOP_NOTE"
+"""Variable that names a file to make when the job has stopped as asked, for scripts such as
+`slurm.sh`: launchers exit with codes of their own."""
+
 RESOLVED_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
 
 _USAGE = """usage: python -m conda_dist.launch.pretrain CONFIG [--section.key value ...]
@@ -135,6 +139,8 @@ def _train(config: Config, world: World, versions: dict[str, str]) -> bool:
             reporter.complete(trainer.summary())
         else:
             reporter.note(f"stopped after step {trainer.step}; continue with --resume")
+            if world.is_main and (file := os.environ.get(STOP_NOTE)):
+                Path(file).touch()
     return complete
 
 

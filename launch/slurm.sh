@@ -31,13 +31,16 @@ ranks=${NPROC:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 [ -n "$first" ] || { echo "error: scontrol names no host of $SLURM_JOB_NODELIST" >&2; exit 1; }
 # Jobs that share a node need ports of their own.
-port=$((20000 + SLURM_JOB_ID % 20000))
+port=$((10000 + SLURM_JOB_ID % 20000))  # below those that systems give out
 
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $nodes nodes x $ranks ranks," \
     "rendezvous at $first:$port"
 
-# The ranks' own exit codes do not come through torchrun: a note says that a stop was asked for.
+# The ranks' own exit codes do not come through torchrun: a note says that a stop was asked for, of
+# this script, or (by a preemption with a grace time) of what srun has started.
 stopping=
+export CONDA_DIST_STOP_NOTE=$root/.stopped-$SLURM_JOB_ID
+rm -f "$CONDA_DIST_STOP_NOTE"
 srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 \
     python -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" \
@@ -54,7 +57,8 @@ if [ "$code" -eq 0 ]; then
     echo "job $SLURM_JOB_ID is complete"
 elif scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
     echo "job $SLURM_JOB_ID was cancelled"  # with the same signal
-elif [ -n "$stopping" ]; then
+elif [ -n "$stopping" ] || [ -e "$CONDA_DIST_STOP_NOTE" ]; then
+    rm -f "$CONDA_DIST_STOP_NOTE"
     echo "job $SLURM_JOB_ID has stopped, and goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi

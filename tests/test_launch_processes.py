@@ -18,7 +18,7 @@ import ranks
 from conda_dist.launch.checkpoint import complete_checkpoints, step_of
 from conda_dist.launch.console import Display
 from conda_dist.launch.lock import LOCK, locked
-from conda_dist.launch.pretrain import EXIT_STOPPED
+from conda_dist.launch.pretrain import EXIT_STOPPED, STOP_NOTE
 from conda_dist.launch.runtime import World
 from launch_jobs import metrics
 from processes import (
@@ -38,13 +38,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_one_process_stops_on_a_signal(config: Path, tmp_path: Path, number: int) -> None:
-    with started("-m", "conda_dist.launch.pretrain", *endless(config, tmp_path)) as process:
+    note, job = tmp_path / "note", ("-m", "conda_dist.launch.pretrain", *endless(config, tmp_path))
+    with started(*job, **{STOP_NOTE: str(note)}) as process:
         wait_for_step(tmp_path, 3, process)
+        assert not note.exists()
         process.send_signal(number)
         said, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == EXIT_STOPPED
     assert "continue with --resume" in said
     assert "Traceback" not in said
+    assert note.exists()
     reached = metrics(tmp_path)[-1]["step"]
     assert step_of(complete_checkpoints(tmp_path / "checkpoints")[-1]) == reached
 

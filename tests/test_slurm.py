@@ -109,6 +109,18 @@ def test_a_job_that_fails_is_not_requeued(tmp_path: Path, slurm: dict[str, str])
     assert not (tmp_path / "log").exists()
 
 
+def test_a_preemption_that_signals_the_ranks_alone(tmp_path: Path, slurm: dict[str, str]) -> None:
+    """They say in a note that they have stopped as asked; see test_launch_processes.py."""
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text('#!/bin/sh\n: > "$CONDA_DIST_STOP_NOTE"\nexit 1\n')
+    for _ in range(2):
+        command = ["bash", str(ROOT / "launch" / "slurm.sh"), "config.toml"]
+        assert subprocess.run(command, env=slurm, timeout=DEADLINE, check=False).returncode == 1
+        srun.write_text("#!/bin/sh\nexit 1\n")  # fails, after it has come back
+    assert (tmp_path / "log").read_text().count("requeue") == 1
+    assert not list(Path(slurm["SLURM_SUBMIT_DIR"]).glob(".stopped-*"))
+
+
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
 def test_a_job_that_was_cancelled_does_not_come_back(
     state: str, tmp_path: Path, slurm: dict[str, str]
