@@ -65,6 +65,9 @@ def refresh(
             every rank of the mesh.
     """
     mesh = weights[0].mesh
+    if _nothing_yet(wave, weights):
+        _settle(wave.matrices, weights, [Outcome.ZERO] * len(wave.matrices))
+        return [bool(weight.step) for weight in weights]
     momenta = [
         None if m.launched else _local_matrix(weights[m.position].moments[0], m)
         for m in wave.matrices
@@ -89,6 +92,18 @@ def refresh(
             weights[position].rotate(bases[position], projected[position], rotated)
     moved = {m.position for m, o in zip(wave.matrices, outcomes, strict=True) if o != Outcome.ZERO}
     return [bool(weight.step) or i in moved for i, weight in enumerate(weights)]
+
+
+def _nothing_yet(wave: Wave, weights: Sequence[Weight]) -> bool:
+    """Whether all that is due waits for its first momentum still, the same on all ranks.
+
+    As do experts that get no tokens, which are asked in every step: this is all that it costs.
+    """
+    if any(m.launched or weights[m.position].taken(m.index) != NEVER for m in wave.matrices):
+        return False
+    local = (_local_matrix(weights[m.position].moments[0], m) for m in wave.matrices)
+    moved = any(bool(momentum.any()) for momentum in local if momentum is not None)
+    return not any(all_max(weights[0].mesh, [int(moved)]))
 
 
 def rotation_dtype(basis: Tensor) -> torch.dtype:

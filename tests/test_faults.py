@@ -16,6 +16,7 @@ from torch.linalg import LinAlgError
 import models
 import ranks
 from models import GAP, Layout
+from traffic import Call, recorded
 
 LAYOUTS: list[Layout] = [("fsdp", (2,)), ("fsdp", (3,)), ("hsdp", (2, 2)), ("ddp", (2,))]
 ON_ALL = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -135,6 +136,28 @@ def test_an_expert_without_tokens_waits_for_its_own(layout: Layout, until: int) 
     for ended, problems in _run(layout, _zero_expert, until, 2 * GAP + 2):
         assert not problems
         assert models.farthest(ended, alone, start) < 1e-4
+
+
+def _waiting(layout: Layout) -> tuple[list[Call], int]:
+    """What a step sends while an expert has had no tokens yet, and what steps send by the plan."""
+    model, optimizer = models.build(layout)
+    for step in range(2):
+        for name, param in model.named_parameters():
+            whole = models.whole(models.gradient(name, param, step))
+            if name == BATCH:
+                whole[1] = 0
+            param.grad = models.like(param, whole)
+        with recorded() as calls:
+            optimizer.step()
+    planned = sum(row["step_bytes"] for row in optimizer.report(show=False))
+    return calls, planned
+
+
+@pytest.mark.parametrize("layout", [("fsdp", (2,)), ("fsdp", (3,)), ("hsdp", (2, 2))], ids=str)
+def test_an_expert_without_tokens_costs_next_to_nothing(layout: Layout) -> None:
+    for calls, planned in _run(layout, _waiting):
+        assert sum(call.sent for call in calls if call.name == "all_to_all") == planned > 0
+        assert 0 < sum(call.sent for call in calls if call.name != "all_to_all") <= 16
 
 
 def _spoil(optimizer: Any, model: Any, names: tuple[str, ...], value: float) -> dict[str, Tensor]:
