@@ -46,12 +46,14 @@ def peak_bytes(step: Callable[[], object], steps: int = 2) -> int | None:
     Returns:
         None where the system does not say (it is Linux with glibc that does).
     """
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         return None
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _BLOCK)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK)
     step()
     peaks = []
     for _ in range(steps):
+        libc.malloc_trim(0)  # what was freed before is not there to be taken again unseen
         _CLEAR_REFS.write_text("5")  # the high-water mark begins anew
         before = _kib("VmRSS")
         step()
