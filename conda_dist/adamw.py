@@ -1,10 +1,11 @@
-"""The adamw path: everything that is not a matrix, with torch's foreach kernels.
+"""The adamw path: everything that is not a matrix, with torch's fused and foreach kernels.
 
 Elementwise, so it works on whatever shards there are. As the authors' code for these parameters:
 eps is added to the uncorrected root of the second moment, and decay comes after the update.
 """
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from conda_dist.maths import Hyper, decode, rounding_of, store_
 
@@ -27,7 +29,10 @@ class Entry:
 
 
 CHUNK_NUMEL = 2**24
-"""Elements updated at a time: bounds what a step allocates, whatever the size of the model."""
+"""Elements updated at a time without the fused kernel: bounds what a step allocates, whatever the
+size of the model."""
+
+FUSED_DEVICES = frozenset(_get_fused_kernels_supported_devices())
 
 
 def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool = False) -> None:
@@ -44,8 +49,11 @@ def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool =
         dtypes = entry.param.dtype, entry.exp_avg.dtype, entry.exp_avg_sq.dtype
         alike[entry.param.device, *dtypes].append(entry)
     for same in alike.values():
+        fusable = [entry for entry in same if _is_fusable(entry, hyper)]
+        others = [entry for entry in same if not _is_fusable(entry, hyper)]
+        _fused([entry for entry in fusable if entry.param.numel()], step, hyper)
         chunk, numel = [], 0
-        for entry in itertools.chain.from_iterable(map(_pieces, same)):
+        for entry in itertools.chain.from_iterable(map(_pieces, others)):
             chunk.append(entry)
             numel += entry.param.numel()
             if numel >= CHUNK_NUMEL:
@@ -63,6 +71,47 @@ def _pieces(entry: Entry) -> Iterator[Entry]:
     pieces = (torch.split(tensor.view(-1), CHUNK_NUMEL) for tensor in tensors)
     for parts in zip(*pieces, strict=True):
         yield Entry(*parts)
+
+
+def _is_fusable(entry: Entry, hyper: Hyper) -> bool:
+    """Whether torch's fused kernel takes it: all of one dtype, in one order."""
+    tensors = entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq
+    return (
+        entry.param.device.type in FUSED_DEVICES
+        and {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
+        and all(tensor.is_contiguous() for tensor in tensors)
+        and (not isinstance(hyper.lr, Tensor) or hyper.lr.device == entry.param.device)
+    )
+
+
+def _fused(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
+    """A step in one kernel, which holds nothing beside.
+
+    Torch's adds eps to the corrected root of the second moment: eps over the correction is that.
+    Its decay would come before the update.
+    """
+    if not entries:
+        return
+    params = [entry.param for entry in entries]
+    taken = float(step) if hyper.correct_bias else math.inf  # of which no correction is left
+    steps = torch.full((), taken, dtype=torch.float32, device=params[0].device)
+    torch._fused_adamw_(
+        params,
+        [entry.grad for entry in entries],
+        [entry.exp_avg for entry in entries],
+        [entry.exp_avg_sq for entry in entries],
+        [],
+        [steps] * len(entries),
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        weight_decay=0.0,
+        eps=hyper.eps / math.sqrt(1 - hyper.beta2**taken),
+        amsgrad=False,
+        maximize=False,
+    )
+    if hyper.weight_decay:
+        torch._foreach_mul_(params, hyper.keep)
 
 
 def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool) -> None:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_BLOCK = 64 * 1024
+_BLOCK, _MOST = 64 * 1024, 32 * 2**20  # the latter is the most that glibc goes to by itself
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux's proc(5)
 
 
@@ -36,8 +36,8 @@ def peak_bytes(step: Callable[[], object], steps: int = 2) -> int | None:
     """Bytes by which this process grows in a step, at most.
 
     As the system counts them, on the CPU: what threads of process groups hold is in it, which
-    torch's profiler does not see. From the first call on, blocks of 64 KiB and more go back to the
-    system when they are freed, which takes time; measure times before.
+    torch's profiler does not see. Meanwhile blocks of 64 KiB and more go back to the system when
+    they are freed, which takes time.
 
     Args:
         step: What is measured; it must have been called before, so that it has its state.
@@ -48,16 +48,20 @@ def peak_bytes(step: Callable[[], object], steps: int = 2) -> int | None:
     """
     if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         return None
-    libc = ctypes.CDLL(None)
+    libc, peaks = ctypes.CDLL(None), []
     libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK)
-    step()
-    peaks = []
-    for _ in range(steps):
-        libc.malloc_trim(0)  # what was freed before is not there to be taken again unseen
-        _CLEAR_REFS.write_text("5")  # the high-water mark begins anew
-        before = _kib("VmRSS")
+    try:
         step()
-        peaks.append(_kib("VmHWM") - before)
+        for _ in range(steps):
+            libc.malloc_trim(0)  # what was freed before is not there to be taken again unseen
+            _CLEAR_REFS.write_text("5")  # the high-water mark begins anew
+            before = _kib("VmRSS")
+            step()
+            peaks.append(_kib("VmHWM") - before)
+    except (FileNotFoundError, PermissionError):  # a sandbox without these files
+        return None
+    finally:
+        libc.mallopt(_M_MMAP_THRESHOLD, _MOST)
     return max(peaks) * 1024
 
 

@@ -107,9 +107,11 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        try:
+            self._file.close()
+        finally:
+            if self._board is not None:
+                self._board.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

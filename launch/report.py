@@ -65,7 +65,7 @@ class Reporter:
         finally:
             try:
                 self._writer.close()
-            except OSError as error:  # all but TensorBoard's last lines are written by now
+            except OSError as error:  # of which `failed` has told, or TensorBoard's
                 self.note(f"the last metrics could not be written: {error}")
 
     def facts(self, rows: Mapping[str, str]) -> None:
@@ -98,7 +98,8 @@ class Reporter:
         Raises:
             JobError: On every rank: they cannot be written.
         """
-        with together(self._world, f"writing the curves and {SUMMARY} in {self._output}"):
+        doing = f"writing the curves and {SUMMARY} in {self._output}"
+        with together(self._world, doing, patient=True):
             if self._display is not None:
                 title = f"{self._config.model.architecture}, {self._config.optimizer.name}"
                 picture = draw_loss(self._output, title)

@@ -53,12 +53,13 @@ trap 'stopping=1; kill -TERM $step 2>/dev/null' USR1 TERM
 # A wait ends when a signal comes, and has to be taken up again.
 while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
 
+[ -e "$CONDA_DIST_STOP_NOTE" ] && stopping=1
+rm -f "$CONDA_DIST_STOP_NOTE"
 if [ "$code" -eq 0 ]; then
     echo "job $SLURM_JOB_ID is complete"
 elif scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
     echo "job $SLURM_JOB_ID was cancelled"  # with the same signal
-elif [ -n "$stopping" ] || [ -e "$CONDA_DIST_STOP_NOTE" ]; then
-    rm -f "$CONDA_DIST_STOP_NOTE"
+elif [ -n "$stopping" ]; then
     echo "job $SLURM_JOB_ID has stopped, and goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
 fi

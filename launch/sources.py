@@ -105,8 +105,15 @@ class FileSource:
                 yield text_of(record, self._field, f"{file}, line {number}")
 
     def _read_parquet(self, file: Path) -> Iterator[str]:
+        import pyarrow
         import pyarrow.parquet as parquet
 
+        try:
+            yield from self._read_table(file, parquet)
+        except pyarrow.ArrowException as error:  # not all derive from what is caught above
+            raise ValueError(str(error)) from error
+
+    def _read_table(self, file: Path, parquet: Any) -> Iterator[str]:
         table = parquet.ParquetFile(file)
         if self._field not in table.schema_arrow.names:
             raise ConfigError(

@@ -100,38 +100,49 @@ def test_small_steps_are_not_lost_to_rounding_of_the_moments() -> None:
     assert (v - (1 - 0.99**200)).abs().max() < 0.5
 
 
-def test_foreach_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call for all parameters alike, not one for each."""
-    calls = []
-    lerp = torch._foreach_lerp_
-
-    def counting(tensors: list[Tensor], *args: Any, **kwargs: Any) -> None:
-        calls.append(len(tensors))
-        lerp(tensors, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "_foreach_lerp_", counting)
-    params = toys.parameters(*[(3, 2)] * 20)
-    toys.take(_conda(params), params, toys.gradients(params, 3))
-    assert calls == [20, 20, 20]
-    calls.clear()
-    mixed = toys.parameters((3,), (4,)) + toys.parameters((3,), (4,), dtype=torch.bfloat16)
-    optimizer = _conda(mixed)
-    toys.take(optimizer, mixed, toys.gradients(mixed, 1))
-    assert calls == [2, 2]
-
-
-def test_foreach_kernels_are_what_runs() -> None:
-    params = toys.parameters(*[(3, 2)] * 10)
-    optimizer = _conda(params)
-    toys.take(optimizer, params, toys.gradients(params, 2))
+def _kernels(optimizer: Conda) -> dict[str, int]:
+    """How often a step calls which kernel for many tensors."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         optimizer.step()
-    counts = {event.key: event.count for event in trace.key_averages()}
-    assert counts["aten::_foreach_lerp_"] == counts["aten::_foreach_addcmul_"] == 1
+    counts = {event.key.removeprefix("aten::"): event.count for event in trace.key_averages()}
+    return {name: n for name, n in counts.items() if name in ("_fused_adamw_", "_foreach_lerp_")}
+
+
+@pytest.mark.parametrize("correct_bias", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_both_kernels_take_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, weight_decay: float, correct_bias: bool
+) -> None:
+    """With an eps that matters, as do decay and the correction of the first moments."""
+    runs = []
+    for devices in ({"cpu"}, set()):
+        monkeypatch.setattr(adamw, "FUSED_DEVICES", devices)
+        params = toys.parameters(*SHAPES, (9, 9), (3,))
+        options = {"eps": 0.1, "weight_decay": weight_decay, "correct_bias": correct_bias}
+        toys.take(
+            _conda(params, lr=torch.tensor(0.1), **options), params, toys.gradients(params, 4)
+        )
+        runs.append(params)
+    for fused, foreach in zip(*runs, strict=True):
+        torch.testing.assert_close(fused, foreach, rtol=1e-6, atol=1e-7)
+
+
+def test_one_call_for_all_parameters_alike() -> None:
+    params = toys.parameters(*[(3, 2)] * 20)
+    optimizer = _conda(params)
+    toys.take(optimizer, params, toys.gradients(params, 2))
+    assert _kernels(optimizer) == {"_fused_adamw_": 1}
+    # Of two dtypes, and of one that is in another order.
+    mixed = toys.parameters((3,), (4,)) + toys.parameters((3,), (4,), dtype=torch.bfloat16)
+    turned = torch.nn.Parameter(torch.ones(4, 3).T)
+    optimizer = _conda([*mixed, turned])
+    toys.take(optimizer, [*mixed, turned], toys.gradients([*mixed, turned], 1))
+    assert _kernels(optimizer) == {"_fused_adamw_": 1, "_foreach_lerp_": 2}
 
 
 def test_chunks_do_not_change_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
+    monkeypatch.setattr(adamw, "FUSED_DEVICES", frozenset())
     for numel in (2**24, 30, 1):
         monkeypatch.setattr(adamw, "CHUNK_NUMEL", numel)
         params = toys.parameters(*SHAPES, (9, 9), (3,))
@@ -143,11 +154,19 @@ def test_chunks_do_not_change_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_needs_memory_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adamw, "CHUNK_NUMEL", 4096)
+    monkeypatch.setattr(adamw, "FUSED_DEVICES", frozenset())
     for shapes in ([(64, 64)] * 12, [(12 * 64, 64)]):  # many parameters; one larger than a chunk
         params = toys.parameters(*shapes)
         optimizer = _conda(params)
         toys.take(optimizer, params, toys.gradients(params, 2))
         assert 0 < toys.peak(optimizer.step) <= 3 * 4096 * 4
+
+
+def test_the_fused_kernel_holds_nothing() -> None:
+    params = toys.parameters(*[(64, 64)] * 12)
+    optimizer = _conda(params)
+    toys.take(optimizer, params, toys.gradients(params, 2))
+    assert toys.peak(optimizer.step) < 1024
 
 
 def test_empty_and_scalar_parameters() -> None:

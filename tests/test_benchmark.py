@@ -71,16 +71,17 @@ def _growth() -> list[int | None]:
     return [footprint.peak_bytes(each) for each in (hold, hold, lambda: None)]
 
 
-def test_a_stall_is_what_refreshes_add() -> None:
-    """Of a step that sleeps 2 ms, and 30 ms more in one of eight."""
-    calls = 0
+def test_a_stall_is_what_refreshes_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step that takes 2 ms, and 30 ms more in one of eight."""
+    calls, now = 0, 0.0
 
     def step() -> None:
-        nonlocal calls
+        nonlocal calls, now
         calls += 1
-        time.sleep(0.032 if calls % benchmark.STALL_GAP == 0 else 0.002)
+        now += 0.032 if calls % benchmark.STALL_GAP == 0 else 0.002
 
-    assert 0.025 < benchmark.stall(step) < 0.2
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    assert benchmark.stall(step) == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,9 @@ NOT_DRAWN = (
     "metrics.tensorboard",
     "optimizer.conda.compile",
     "training.compile",
+    "training.stall_timeout_s",
 )
-"""Files and folders, what other tests have, and what compiles for minutes."""
+"""Files and folders, what other tests have, what compiles for minutes, and what ends a rank."""
 
 
 def _values(key: options.Declared) -> st.SearchStrategy[Any]:

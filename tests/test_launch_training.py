@@ -157,7 +157,16 @@ def test_bfloat16_compute_trains(config: Path, whole: Path, tmp_path: Path) -> N
 def test_a_loss_that_is_not_finite_ends_the_job_before_any_update(
     config: Path, tmp_path: Path
 ) -> None:
-    hot = ("--optimizer.name", "adamw", "--optimizer.lr", 1e9, "--optimizer.betas", "0,0", "--schedule.warmup_ratio", 0)
+    hot = (
+        "--optimizer.name",
+        "adamw",
+        "--optimizer.lr",
+        1e9,
+        "--optimizer.betas",
+        "0,0",
+        "--schedule.warmup_ratio",
+        0,
+    )
     for result in train(2, config, "--output", tmp_path, *hot, "--checkpoint.interval", 1):
         assert result.code == 1
         assert "step 2: the loss is nan" in result.err or "step 3" in result.err

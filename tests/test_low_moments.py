@@ -181,7 +181,8 @@ def test_adamw_path(dtype: torch.dtype) -> None:
     )
     for entry in (whole, low):
         adamw_([entry], 1, hyper, stochastic=True)
-    assert torch.equal(whole.param, low.param)
+    # Two kernels: one is fused.
+    torch.testing.assert_close(whole.param, low.param, rtol=1e-6, atol=1e-7)
     ratio = maths.decode(low.exp_avg_sq, torch.float32) / whole.exp_avg_sq
     assert ((ratio > LEVEL**-1.01) & (ratio < LEVEL**1.01)).all()
 

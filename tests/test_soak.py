@@ -7,15 +7,15 @@ from soak import Report, damaged, soak
 
 def test_a_short_soak(tmp_path: Path) -> None:
     kinds = ("one", "stop")
-    report = soak(tmp_path, steps=24, ranks=2, life=(4, 5), interval=2, kinds=kinds)
+    report = soak(tmp_path, steps=16, ranks=2, life=(4, 5), interval=2, kinds=kinds)
     said = report.table()
     assert {kind for kind, *_ in report.kills} == {*kinds}, said
     assert {world for _, world, _, _ in report.kills} == {1, 2}, said
-    assert report.steps == 24, said
+    assert report.steps == 16, said
     assert report.damaged == report.hung == 0, said
     assert set(report.lost("stop")) == {0}, said
     # One stop at least struck a job that had steps left to take.
-    assert any(reached < 24 for kind, _, reached, _ in report.kills if kind == "stop"), said
+    assert any(reached < 16 for kind, _, reached, _ in report.kills if kind == "stop"), said
     assert all(reached >= resumed for _, _, reached, resumed in report.kills), said
     assert report.difference < 1e-4, said
     assert report.final < 1e-4, said
