@@ -210,7 +210,8 @@ class CondaPath:
         weights = [self.weights[i] for i in bucket.weights]
         tensors, bases = self._arrived(bucket, self._forward(bucket, grads))
         projected = [w.project(g, q) for w, g, q in zip(weights, tensors, bases, strict=True)]
-        counts = refresh(wave, weights, bases, projected, self._background)
+        begun = any(weight.step for weight in self.weights)
+        counts = refresh(wave, weights, bases, projected, self._background, begun)
         updates = [
             weight.advance(basis, grad) if counted else weight.nothing(grad)
             for weight, basis, grad, counted in zip(weights, bases, projected, counts, strict=True)

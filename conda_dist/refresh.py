@@ -47,6 +47,7 @@ def refresh(
     bases: Sequence[Tensor],
     projected: Sequence[Tensor],
     background: Background,
+    begun: bool,
 ) -> list[bool]:
     """Takes the weights of a wave to new bases.
 
@@ -56,6 +57,7 @@ def refresh(
         bases: the whole basis of each; replaced in place.
         projected: the projected gradient of each, in compute layout; replaced in place.
         background: has the decompositions launched before.
+        begun: whether any weight has moved before.
 
     Returns:
         For each weight whether its step counts: not while it is the first and all momentum zero.
@@ -65,7 +67,7 @@ def refresh(
             every rank of the mesh.
     """
     mesh = weights[0].mesh
-    if _nothing_yet(wave, weights):
+    if begun and _nothing_yet(wave, weights):
         _settle(wave.matrices, weights, [Outcome.ZERO] * len(wave.matrices))
         return [bool(weight.step) for weight in weights]
     momenta = [
