@@ -18,7 +18,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +33,7 @@ from torch.optim import Optimizer
 from conda_dist import Conda
 from conda_dist.launch import benchmark_ranks
 from conda_dist.launch.config import ConfigError
-from conda_dist.launch.footprint import peak_bytes, state_bytes
+from conda_dist.launch.footprint import count_exactly, peak_bytes, state_bytes
 from conda_dist.launch.options import positive
 from conda_dist.launch.picture import check_picture, new_figure
 from conda_dist.options import REFRESH_METHODS
@@ -152,14 +154,23 @@ def facts(
     """
     made = builders(sizes, STALL_GAP, method)
     stalls = {name: stall(made[name]()) for name in made if "onda" in name or "SOAP" in name}
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        peaks = fresh.submit(_peaks, sizes, method).result()
     found = {}
     for name, step in steps.items():
         owner = getattr(step, "__self__", None)
         state = state_bytes(owner) if isinstance(owner, Optimizer) else 0
-        found[name] = Facts(state, peak_bytes(step), stalls.get(name))
+        found[name] = Facts(state, peaks.get(name), stalls.get(name))
     if "conda_dist, async" not in found:
         found["conda_dist, async"] = Facts(0, None, stalls["conda_dist, async"])
     return found
+
+
+def _peaks(sizes: Sequence[tuple[int, int]], method: str) -> dict[str, int | None]:
+    """Bytes by which a process grows in steps between refreshes; for a process of its own."""
+    count_exactly()
+    torch.set_num_threads(1)
+    return {name: peak_bytes(step) for name, step in contenders(sizes, NEVER, method).items()}
 
 
 def stall(step: Step, refreshes: int = 2) -> float:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from conda_dist import Conda
 
-from .footprint import peak_bytes
+from .footprint import count_exactly, peak_bytes
 
 NEVER = 10**9
 ALONE = "one process"
@@ -64,11 +64,12 @@ def measure(
         CPU seconds of all ranks together in every round, and rank 0's numbers, by name.
     """
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (ranks, list(sizes), rounds, folder)
-        mp.spawn(_work, arguments, nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
-        found: dict[str, tuple[list[float], dict[str, Any]]] = torch.load(f"{folder}/found.pt")
-    taken = {name: seconds for name, (seconds, _) in found.items()}
-    return taken, {name: Way(_nothing, **numbers) for name, (_, numbers) in found.items()}
+        for work in (_time, _weigh):
+            arguments = (work, ranks, list(sizes), rounds, folder)
+            mp.spawn(_work, arguments, nprocs=ranks)  # type: ignore[attr-defined, no-untyped-call]
+        taken: Taken = torch.load(f"{folder}/_time.pt")
+        numbers: dict[str, dict[str, Any]] = torch.load(f"{folder}/_weigh.pt")
+    return taken, {name: Way(_nothing, **found) for name, found in numbers.items()}
 
 
 def table(taken: Taken, ways: dict[str, Way], title: str) -> Table:
@@ -94,12 +95,28 @@ def _nothing() -> None:
     """What other ranks do while one process steps."""
 
 
-def _work(rank: int, ranks: int, sizes: list[tuple[int, int]], rounds: int, folder: str) -> None:
+def _work(
+    rank: int,
+    work: Callable[[dict[str, Way], int], Any],
+    ranks: int,
+    sizes: list[tuple[int, int]],
+    rounds: int,
+    folder: str,
+) -> None:
+    """Does one kind of work on a rank; the first keeps what has come of it."""
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
+    if work is _weigh:
+        count_exactly()
+    store = f"file://{folder}/{work.__name__}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    mesh = init_device_mesh("cpu", (ranks,))
-    ways = _ways(mesh, sizes, rank)
+    found = work(_ways(init_device_mesh("cpu", (ranks,)), sizes, rank), rounds)
+    if rank == 0:
+        torch.save(found, f"{folder}/{work.__name__}.pt")
+    dist.destroy_process_group()
+
+
+def _time(ways: dict[str, Way], rounds: int) -> Taken:
+    """CPU seconds of all ranks together."""
     taken: Taken = {name: [] for name in ways}
     for turn in range(rounds + 2):  # the first two steps plan, allocate and take the bases
         for name, way in ways.items():
@@ -110,14 +127,17 @@ def _work(rank: int, ranks: int, sizes: list[tuple[int, int]], rounds: int, fold
             dist.all_reduce(spent)
             if turn >= 2:
                 taken[name].append(float(spent))
+    return taken
+
+
+def _weigh(ways: dict[str, Way], rounds: int) -> dict[str, dict[str, Any]]:
+    """Bytes, by the names of a Way's."""
     found = {}
     for name, way in ways.items():
-        dist.barrier()
-        numbers = {"state": way.state, "sent": way.sent, "refresh": way.refresh}
-        found[name] = (taken[name], {**numbers, "peak": peak_bytes(way.step)})
-    if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    dist.destroy_process_group()
+        way.step()
+        bytes_of = {"state": way.state, "sent": way.sent, "refresh": way.refresh}
+        found[name] = {**bytes_of, "peak": peak_bytes(way.step)}
+    return found
 
 
 def _ways(mesh: DeviceMesh, sizes: Sequence[tuple[int, int]], rank: int) -> dict[str, Way]:

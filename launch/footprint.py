@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-_BLOCK, _MOST = 64 * 1024, 32 * 2**20  # the latter is the most that glibc goes to by itself
+_BLOCK = 64 * 1024
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux's proc(5)
 
 
@@ -32,36 +31,41 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def count_exactly() -> None:
+    """Has blocks of 64 KiB and more, from here on, go back to the system when they are freed.
+
+    To be called before anything is allocated that `peak_bytes` is to count: room that earlier
+    blocks have left would be taken again unseen, or counted twice. It takes time: measure times in
+    another process.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK)
+
+
 def peak_bytes(step: Callable[[], object], steps: int = 2) -> int | None:
-    """Bytes by which this process grows in a step, at most.
+    """Bytes by which this process, which has called `count_exactly`, grows in a step, at most.
 
     As the system counts them, on the CPU: what threads of process groups hold is in it, which
-    torch's profiler does not see. Meanwhile blocks of 64 KiB and more go back to the system when
-    they are freed, which takes time.
+    torch's profiler does not see.
 
     Args:
-        step: What is measured; it must have been called before, so that it has its state.
+        step: What is measured; it is called once before, so that it has its state.
         steps: How often.
 
     Returns:
-        None where the system does not say (it is Linux with glibc that does).
+        None where the system does not say (Linux does).
     """
-    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"):
-        return None
-    libc, peaks = ctypes.CDLL(None), []
-    libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK)
-    try:
-        step()
-        for _ in range(steps):
-            libc.malloc_trim(0)  # what was freed before is not there to be taken again unseen
+    peaks = []
+    step()
+    for _ in range(steps):
+        try:
             _CLEAR_REFS.write_text("5")  # the high-water mark begins anew
             before = _kib("VmRSS")
-            step()
-            peaks.append(_kib("VmHWM") - before)
-    except (FileNotFoundError, PermissionError):  # a sandbox without these files
-        return None
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, _MOST)
+        except OSError:
+            return None
+        step()
+        peaks.append(_kib("VmHWM") - before)
     return max(peaks) * 1024
 
 

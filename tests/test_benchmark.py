@@ -68,6 +68,7 @@ def _growth() -> list[int | None]:
     def hold() -> None:
         torch.ones(30 * 2**18).sum()  # 30 MiB
 
+    footprint.count_exactly()
     return [footprint.peak_bytes(each) for each in (hold, hold, lambda: None)]
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import ranks
 from conda_dist import Conda
-from conda_dist.launch.footprint import peak_bytes
+from conda_dist.launch.footprint import count_exactly, peak_bytes
 
 MIB = 2**20
 BUCKET = 6 * MIB
@@ -22,6 +22,7 @@ BUCKET = 6 * MIB
 
 def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any]) -> float:
     """Bytes by which this process grows in a step, at most, in buckets."""
+    count_exactly()
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     params = []
     for _ in range(count):
