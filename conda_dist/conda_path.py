@@ -106,9 +106,12 @@ class CondaPath:
             ready = {i: which for i in grads if (which := self.weights[i].ready())}
         key = (*due.items(), *ready.items(), len(ready))
         schedule = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
+        # As of before this step, and mesh by mesh: other ranks may have other weights beside.
+        begun = {weight.plan.topology for weight in self.weights if schedule.waves and weight.step}
         self._steady(schedule, grads)
         for wave in schedule.waves:
-            self._refreshing(wave, grads)
+            mine = self.weights[wave.bucket.weights[0]].plan.topology
+            self._refreshing(wave, grads, mine in begun)
         self._errands(schedule.errands, grads)
         if self.options.refresh == "async":
             self._launch({i: self.weights[i].start() for i in grads})
@@ -204,13 +207,12 @@ class CondaPath:
         if borrows:
             weight.give_back(*weight.return_borrowed())
 
-    def _refreshing(self, wave: Wave, grads: dict[int, Tensor]) -> None:
-        """The step of weights that take new bases."""
+    def _refreshing(self, wave: Wave, grads: dict[int, Tensor], begun: bool) -> None:
+        """The step of weights that take new bases; ``begun``: see :func:`refresh`."""
         bucket = wave.bucket
         weights = [self.weights[i] for i in bucket.weights]
         tensors, bases = self._arrived(bucket, self._forward(bucket, grads))
         projected = [w.project(g, q) for w, g, q in zip(weights, tensors, bases, strict=True)]
-        begun = any(weight.step for weight in self.weights)
         counts = refresh(wave, weights, bases, projected, self._background, begun)
         updates = [
             weight.advance(basis, grad) if counted else weight.nothing(grad)

@@ -57,7 +57,7 @@ def refresh(
         bases: the whole basis of each; replaced in place.
         projected: the projected gradient of each, in compute layout; replaced in place.
         background: has the decompositions launched before.
-        begun: whether any weight has moved before.
+        begun: whether a weight of this mesh has moved in an earlier step.
 
     Returns:
         For each weight whether its step counts: not while it is the first and all momentum zero.

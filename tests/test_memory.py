@@ -20,6 +20,12 @@ MIB = 2**20
 BUCKET = 6 * MIB
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fresh() -> None:
+    """Processes whose heaps have no room left by other tests; see `count_exactly`."""
+    ranks.close()
+
+
 def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any]) -> float:
     """Bytes by which this process grows in a step, at most, in buckets."""
     count_exactly()
@@ -50,4 +56,4 @@ def test_a_step_holds_two_buckets(shape: tuple[int, int], placement: str, gap: i
     assert few <= 2
     assert many <= 2
     if gap == 1 or placement != "replicate" or shape[0] < shape[1]:
-        assert few > 0.2  # it is measured at all
+        assert few > 0.1  # it is measured at all
