@@ -143,4 +143,4 @@ def job(fault: str, rank: int, step: int, *arguments: str) -> Result:
 
 if __name__ == "__main__":
     with injected(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):
-        sys.exit(pretrain.main(sys.argv[4:]))
+        pretrain.end(pretrain.main(sys.argv[4:]))
