@@ -49,9 +49,12 @@ def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool =
         dtypes = entry.param.dtype, entry.exp_avg.dtype, entry.exp_avg_sq.dtype
         alike[entry.param.device, *dtypes].append(entry)
     for same in alike.values():
-        fusable = [entry for entry in same if _is_fusable(entry, hyper)]
-        others = [entry for entry in same if not _is_fusable(entry, hyper)]
-        _fused([entry for entry in fusable if entry.param.numel()], step, hyper)
+        fused: list[Entry] = []
+        others: list[Entry] = []
+        for entry in same:
+            if entry.param.numel():
+                (fused if _is_fusable(entry, hyper) else others).append(entry)
+        _fused(fused, step, hyper)
         chunk, numel = [], 0
         for entry in itertools.chain.from_iterable(map(_pieces, others)):
             chunk.append(entry)

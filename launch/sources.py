@@ -106,14 +106,15 @@ class FileSource:
 
     def _read_parquet(self, file: Path) -> Iterator[str]:
         import pyarrow
-        import pyarrow.parquet as parquet
 
         try:
-            yield from self._read_table(file, parquet)
+            yield from self._read_table(file)
         except pyarrow.ArrowException as error:  # not all derive from what is caught above
             raise ValueError(str(error)) from error
 
-    def _read_table(self, file: Path, parquet: Any) -> Iterator[str]:
+    def _read_table(self, file: Path) -> Iterator[str]:
+        import pyarrow.parquet as parquet
+
         table = parquet.ParquetFile(file)
         if self._field not in table.schema_arrow.names:
             raise ConfigError(

@@ -179,8 +179,7 @@ def _threads() -> int:
 def _collect_groups(before: int) -> int:
     """Has process groups that only reference cycles keep end their threads, once there are many.
 
-    Each wakes a hundred times a second, so that those of some hundred groups, trained on and
-    forgotten, leave little of a machine.
+    Each group has two beside the one that all share (`_share_device`).
 
     Args:
         before: threads that were left the last time.

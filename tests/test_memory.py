@@ -56,4 +56,4 @@ def test_a_step_holds_two_buckets(shape: tuple[int, int], placement: str, gap: i
     assert few <= 2
     assert many <= 2
     if gap == 1 or placement != "replicate" or shape[0] < shape[1]:
-        assert few > 0.1  # it is measured at all
+        assert few > 0.2  # it is measured at all
