@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from conda_dist import Conda
 
+from . import runtime
 from .footprint import count_exactly, peak_bytes
 
 NEVER = 10**9
@@ -112,7 +113,8 @@ def _work(
     found = work(_ways(init_device_mesh("cpu", (ranks,)), sizes, rank), rounds)
     if rank == 0:
         torch.save(found, f"{folder}/{work.__name__}.pt")
-    dist.destroy_process_group()
+    runtime.leave()
+    runtime.end(0)
 
 
 def _time(ways: dict[str, Way], rounds: int) -> Taken:

@@ -14,9 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
@@ -216,17 +214,5 @@ def prepare_output(config: Config, world: World) -> None:
             )
 
 
-def end(code: int) -> NoReturn:
-    """Ends this process as it is.
-
-    DeepSpeed keeps process groups to the interpreter's end, where their threads abort it now and
-    then: the status of a job that is complete must not depend on that.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
-            stream.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    end(main())
+    runtime.end(main())

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -123,6 +124,18 @@ def leave() -> None:
     """Ends the process group, if there is one; for when every rank does so."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process as it is.
+
+    DeepSpeed and caches of meshes keep process groups to the interpreter's end, where their
+    threads abort it now and then: the status of work that is complete must not depend on that.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def gather(world: World, item: Any, *, patient: bool = False) -> list[Any]:

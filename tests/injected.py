@@ -20,7 +20,7 @@ from torch.linalg import LinAlgError
 from torch.nn.modules.module import register_module_forward_hook
 
 import launch_jobs
-from conda_dist.launch import pretrain
+from conda_dist.launch import pretrain, runtime
 from conda_dist.launch.batches import TokenBatches
 from launch_jobs import Result
 
@@ -143,4 +143,4 @@ def job(fault: str, rank: int, step: int, *arguments: str) -> Result:
 
 if __name__ == "__main__":
     with injected(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):
-        pretrain.end(pretrain.main(sys.argv[4:]))
+        runtime.end(pretrain.main(sys.argv[4:]))
