@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
-from conda_dist.maths import Hyper, decode, rounding_of, store_
+from conda_dist.maths import Hyper, can_fuse, decode, fused_adamw_, rounding_of, store_
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,6 @@ class Entry:
 CHUNK_NUMEL = 2**24
 """Elements updated at a time without the fused kernel: bounds what a step allocates, whatever the
 size of the model."""
-
-FUSED_DEVICES = frozenset(_get_fused_kernels_supported_devices())
 
 
 def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool = False) -> None:
@@ -77,41 +74,23 @@ def _pieces(entry: Entry) -> Iterator[Entry]:
 
 
 def _is_fusable(entry: Entry, hyper: Hyper) -> bool:
-    """Whether torch's fused kernel takes it: all of one dtype, in one order."""
-    tensors = entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq
-    return (
-        entry.param.device.type in FUSED_DEVICES
-        and {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
-        and all(tensor.is_contiguous() for tensor in tensors)
-        and (not isinstance(hyper.lr, Tensor) or hyper.lr.device == entry.param.device)
-    )
+    """Whether torch's fused kernel takes it."""
+    here = not isinstance(hyper.lr, Tensor) or hyper.lr.device == entry.param.device
+    return here and can_fuse(entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq)
 
 
 def _fused(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
-    """A step in one kernel, which holds nothing beside.
-
-    Torch's adds eps to the corrected root of the second moment: eps over the correction is that.
-    Its decay would come before the update.
-    """
     if not entries:
         return
     params = [entry.param for entry in entries]
-    taken = float(step) if hyper.correct_bias else math.inf  # of which no correction is left
-    steps = torch.full((), taken, dtype=torch.float32, device=params[0].device)
-    torch._fused_adamw_(
+    fused_adamw_(
         params,
         [entry.grad for entry in entries],
         [entry.exp_avg for entry in entries],
         [entry.exp_avg_sq for entry in entries],
-        [],
-        [steps] * len(entries),
-        lr=hyper.lr,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        weight_decay=0.0,
-        eps=hyper.eps / math.sqrt(1 - hyper.beta2**taken),
-        amsgrad=False,
-        maximize=False,
+        step if hyper.correct_bias else math.inf,
+        hyper.lr,
+        hyper,
     )
     if hyper.weight_decay:
         torch._foreach_mul_(params, hyper.keep)

@@ -97,10 +97,9 @@ def _collect(
         if plan.matrices:
             weight.basis.copy_(_taken(dealt, count + i))
             weight.moments[0].copy_(_taken(dealt, 2 * count + i))
+            step = weight.normalise(mine) if counted[i] else mine.zero_()
         else:
-            mine = mine.to(rotation_dtype(weight.basis))
-            weight.average(weight.moments[0], mine)
-        step = weight.normalise(mine) if counted[i] else mine.zero_()
+            step = weight.average_and_normalise(mine.to(rotation_dtype(weight.basis)))
         steps.append(step.to(multiplied[i]))
     device = weights[0].basis.device
     return Exchange(weights[0].mesh, plan.collect, steps, multiplied, device)

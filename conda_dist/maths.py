@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,23 @@ def matrices(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(0, -3)
 
 
-def project(x: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """``x Q`` or ``Q^T x``, multiplied in ``dtype`` (None: the basis's); in at least float32."""
+def project(
+    x: Tensor,
+    basis: Tensor,
+    right: bool,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``x Q`` or ``Q^T x``, multiplied in ``dtype`` (None: the basis's).
+
+    In at least float32, or written to ``out``, of x's shape.
+    """
     Q = basis.to(dtype or basis.dtype)
     x = x.to(Q.dtype)
-    return (x @ Q if right else Q.mT @ x).to(torch.promote_types(basis.dtype, torch.float32))
+    a, b = (x, Q) if right else (Q.mT, x)
+    if out is None:
+        return (a @ b).to(torch.promote_types(basis.dtype, torch.float32))
+    return torch.matmul(a, b, out=out) if out.dtype == Q.dtype else out.copy_(a @ b)
 
 
 def project_back(y: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -114,6 +127,80 @@ def store_(moment: Tensor, value: Tensor, rounding: float | None) -> None:
         bits = value.view(torch.int32).add(int(rounding * 2**16)).bitwise_and_(-(2**16))
         # The bits of a NaN may overflow into those of zero.
         moment.copy_(bits.view(torch.float32).where(value.isfinite(), value))
+
+
+FUSED_DEVICES = frozenset(_get_fused_kernels_supported_devices())
+
+
+def can_fuse(*tensors: Tensor) -> bool:
+    """Whether torch's fused kernel takes tensors of one shape: of one dtype, in one order."""
+    return (
+        tensors[0].device.type in FUSED_DEVICES
+        and {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
+        and tensors[0].numel() > 0
+        and all(tensor.is_contiguous() for tensor in tensors)
+    )
+
+
+def average_and_normalise_(
+    projected_grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: Hyper,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`average_` and :func:`normalise_` in one pass, for tensors that :func:`can_fuse`.
+
+    Args:
+        projected_grad: proj(G).
+        exp_avg: projected first moment, updated in place.
+        exp_avg_sq: second moment, updated in place.
+        hyper: hyperparameters of the step.
+        out: takes the result; contiguous, and of no memory that the others have.
+    """
+    result = torch.zeros_like(projected_grad) if out is None else out.zero_()
+    # AdamW's step of rate -1 from zero, after so many that no correction of bias is left.
+    fused_adamw_([result], [projected_grad], [exp_avg], [exp_avg_sq], math.inf, -1.0, hyper)
+    return result
+
+
+def fused_adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: float,
+    lr: float | Tensor,
+    hyper: Hyper,
+) -> None:
+    """A step without decay in one kernel, which holds nothing beside.
+
+    Args:
+        params: parameters, updated in place.
+        grads: their gradients.
+        exp_avgs: their first moments, updated in place.
+        exp_avg_sqs: their second moments, updated in place.
+        step: how many they have taken with this one; infinitely many: no bias is corrected.
+        lr: the learning rate.
+        hyper: the betas, and eps, which is added to the uncorrected root of the second moment:
+            torch's adds it to the corrected one, so that eps over the correction is that.
+    """
+    taken = torch.full((), step, dtype=torch.float32, device=params[0].device)
+    torch._fused_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [taken] * len(params),
+        lr=lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        weight_decay=0.0,
+        eps=hyper.eps / math.sqrt(1 - hyper.beta2**step),
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 @cache
@@ -325,9 +412,9 @@ def _iterated(tall: Tensor) -> Tensor:
     One step of orthogonal iteration (Golub and Van Loan 2013, section 8.2.4), warm-started: the
     momentum is in the coordinates of the basis in use, in which that is the identity.
     """
-    q, r = torch.linalg.qr(tall.mT @ tall)
-    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
-    rotation: Tensor = q.mul_(signs)
+    reflectors, factors = torch.geqrf(tall.mT @ tall)  # of R only the diagonal is needed
+    signs = torch.where(reflectors.diagonal() < 0, -1.0, 1.0).to(reflectors.dtype)
+    rotation: Tensor = torch.linalg.householder_product(reflectors, factors).mul_(signs)
     return rotation
 
 

@@ -165,15 +165,19 @@ class Weight:
             rows = torch.arange(block.shape[-2], device=elements.device)
             elements[..., block.local[-2] + rows, block.start[-2] + rows] = 1
 
-    def _counts(self, key: str) -> Tensor:
-        """This part's entries of ``step`` or ``basis_step``; a view."""
+    def _own(self, key: str) -> Tensor:
+        """This part's entry or entries of ``step`` or ``basis_step``; a view."""
         counts: Tensor = self.state[key]
-        return (counts if self.plan.part is None else counts[self.plan.part]).view(-1)
+        return counts if self.plan.part is None else counts[self.plan.part]
+
+    def _counts(self, key: str) -> Tensor:
+        """The same by matrix of the batch."""
+        return self._own(key).view(-1)
 
     @property
     def step(self) -> int:
         """Steps taken."""
-        return int(self._counts("step"))
+        return int(self._own("step"))
 
     def _last(self, step: int) -> int:
         """The step, at or before this one, of the last refresh that its interval has."""
@@ -277,13 +281,11 @@ class Weight:
             for view, part in zip(views, _pieces(moment, views), strict=True):
                 view.copy_(part)
 
-    def project(self, grad: Tensor, basis: Tensor) -> Tensor:
-        """Projects the gradient, in compute layout, and updates the first moment with it."""
+    def project(self, grad: Tensor, basis: Tensor, out: Tensor | None = None) -> Tensor:
+        """Projects the gradient, in compute layout."""
         if not basis.numel():  # there is nothing of it here
             return grad.to(basis.dtype)
-        projected = maths.project(grad, basis, self.plan.right, self.options.matmul_dtype)
-        self.average(self.moments[0], projected)
-        return projected
+        return maths.project(grad, basis, self.plan.right, self.options.matmul_dtype, out)
 
     def average(self, moment: Tensor, projected: Tensor) -> None:
         """Updates a first moment, or some of it, with the projected gradient there."""
@@ -310,12 +312,21 @@ class Weight:
                 rows = basis.narrow(-2, there, block.shape[-2])
                 kept.narrow(-2, here, block.shape[-2]).copy_(rows)
 
-    def advance(self, basis: Tensor, projected: Tensor) -> Tensor | None:
-        """Updates the second moment, counts the step and brings the update back.
+    def advance(
+        self,
+        basis: Tensor,
+        projected: Tensor,
+        *,
+        averaged: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        """Updates the moments, counts the step and brings the update back.
 
         Args:
             basis: the whole basis of this rank's matrices.
-            projected: the projected gradient, in compute layout; overwritten.
+            projected: the projected gradient, in compute layout; used up.
+            averaged: whether the first moment was updated before, as it is for a refresh.
+            out: memory of this shape and dtype to work in.
 
         Returns:
             The update in compute layout and the parameter's dtype, or None if it was applied,
@@ -323,9 +334,9 @@ class Weight:
         """
         hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.matmul_dtype
         if not basis.numel():
-            self._counts("step").add_(1)
+            self._own("step").add_(1)
             return None if self.plan.in_place else projected.to(self.param.dtype)
-        y = self.normalise(projected)
+        y = self.normalise(projected) if averaged else self.average_and_normalise(projected, out)
         param = storage.local(self.param)
         multiplied = {y.dtype, basis.dtype, dtype or param.dtype}
         if not self.plan.in_place or multiplied != {param.dtype}:
@@ -341,9 +352,23 @@ class Weight:
             maths.project_back_and_apply_(self.rows(param), y, basis, right, self.step, hyper)
         return None
 
+    def average_and_normalise(self, projected: Tensor, out: Tensor | None = None) -> Tensor:
+        """Updates both moments, counts the step and returns proj(M) / (sqrt(v) + eps).
+
+        Args:
+            projected: the projected gradient; used up.
+            out: as of :meth:`advance`.
+        """
+        first, second = self.moments
+        if self.options.compile or not maths.can_fuse(projected, first, second):
+            self.average(first, projected)
+            return self.normalise(projected)
+        self._own("step").add_(1)
+        return maths.average_and_normalise_(projected, first, second, hyper_of(self.group), out)
+
     def normalise(self, projected: Tensor) -> Tensor:
         """Updates the second moment, counts the step and returns proj(M) / (sqrt(v) + eps)."""
-        self._counts("step").add_(1)
+        self._own("step").add_(1)
         first, second = self.moments
         rounding = maths.rounding_of(second, self.step, self.options.stochastic_rounding)
         hyper, compile = hyper_of(self.group), self.options.compile

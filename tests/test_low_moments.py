@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 import models
 import ranks
 import toys
-from conda_dist import Conda, adamw, maths, param_groups
+from conda_dist import Conda, maths, param_groups
 from conda_dist.adamw import Entry, adamw_
 from conda_dist.weight import CODES
 from models import FSDP2, PLAIN, Layout
@@ -173,7 +173,7 @@ def test_parts_of_fused_weights() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
 def test_adamw_path(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """A step is that of float32 moments; what is kept of them is next to theirs."""
-    monkeypatch.setattr(adamw, "FUSED_DEVICES", frozenset())  # the same kernels for both
+    monkeypatch.setattr(maths, "FUSED_DEVICES", frozenset())  # the same kernels for both
     grad, start = toys.random(50), toys.random(50, seed=1)
     hyper = maths.Hyper(0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True)
     whole, low = (

@@ -1,5 +1,6 @@
 """The mathematics of a step, each identity by itself."""
 
+import math
 from typing import Any
 
 import pytest
@@ -377,6 +378,41 @@ def test_average(dtype: torch.dtype) -> None:
     )
     assert exp_avg.dtype == dtype
     assert torch.equal(grad, toys.random(5, 4, seed=1))
+
+
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.0, 0.0), (0.999999, 0.9999999)])
+@pytest.mark.parametrize("shape", [(33, 17), (3, 5, 8), (1, 1)])
+def test_one_pass_is_the_same_step(
+    shape: tuple[int, ...], betas: tuple[float, float], out: bool
+) -> None:
+    """Also from zero, where eps is all there is below, and for what is not finite."""
+    hyper = Hyper(0.1, *betas, eps=0.1, weight_decay=0.3, scale=0.25, correct_bias=True)
+    for dtype in (torch.float32, DOUBLE):
+        grad, exp_avg, exp_avg_sq = (toys.random(*shape, seed=i, dtype=dtype) for i in range(3))
+        exp_avg_sq.square_()
+        for moment in (exp_avg, exp_avg_sq):
+            moment.view(-1)[::2] = 0
+        grad.view(-1)[::3] = 0
+        grad.view(-1)[5:6] = math.inf
+        first, second, kept = exp_avg.clone(), exp_avg_sq.clone(), grad.clone()
+        assert maths.can_fuse(grad, exp_avg, exp_avg_sq)
+        given = torch.full_like(grad, math.nan) if out else None
+        result = maths.average_and_normalise_(grad, exp_avg, exp_avg_sq, hyper, given)
+        assert given is None or result is given
+        assert torch.equal(grad, kept)
+        maths.average_(first, grad, betas[0])
+        expected = maths.normalise_(grad, first, second, hyper)
+        for ours, theirs in ((exp_avg, first), (exp_avg_sq, second), (result, expected)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-9, equal_nan=True)
+
+
+def test_what_is_not_fused() -> None:
+    x = torch.ones(4, 4)
+    assert maths.can_fuse(x, x)
+    for y in (x.T, x[:, 2:], x[:0], x.bfloat16(), x.to("meta")):
+        assert not maths.can_fuse(y, y)
+    assert not maths.can_fuse(x, x.double())
 
 
 @pytest.mark.parametrize("lr", [0.1, 0, torch.tensor(0.1, dtype=DOUBLE)], ids=str)
