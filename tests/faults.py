@@ -6,6 +6,7 @@ same functions. There they resume on processes that are kept; the table starts n
 """
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from processes import (
     wait_for_step,
 )
 
+ROOT = Path(__file__).parents[1]
 PRETRAIN = ("-m", "conda_dist.launch.pretrain")
 STRUCK, STEPS, INTERVAL = 6, 20, 4
 """The step at which a job is struck, the one it goes on to, and steps between checkpoints."""
@@ -124,10 +126,14 @@ def recover(scene: Scene, name: str, outcome: Outcome, *extra: Any) -> Outcome:
 
 @contextlib.contextmanager
 def running(
-    scene: Scene, name: str, *extra: Any, program: tuple[Any, ...] = PRETRAIN
+    scene: Scene,
+    name: str,
+    *extra: Any,
+    program: tuple[Any, ...] = PRETRAIN,
+    options: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[str]]:
     """A job under torchrun that has reported the step at which it is struck."""
-    launcher = (*TORCHRUN, "--monitor-interval", 0.1)
+    launcher = (*TORCHRUN, "--monitor-interval", 0.1, *options)
     with started(*launcher, *program, *scene.job(name), *extra) as torchrun:
         wait_for_step(scene.folder / name, STRUCK, torchrun)
         yield torchrun
@@ -225,15 +231,18 @@ def all_killed(scene: Scene) -> Outcome:
     return recover(scene, "all-at-once", outcome)
 
 
-def preempted(scene: Scene) -> Outcome:
-    """SIGTERM to torchrun, as from a scheduler."""
-    with running(scene, "preempted", "--checkpoint.interval", 0) as torchrun:
+def preempted(scene: Scene, number: signal.Signals = signal.SIGTERM) -> Outcome:
+    """A signal to torchrun, as from a scheduler, with the options that launch/train.sh has."""
+    name, script = f"preempted-{number.name}", Path(ROOT, "launch", "train.sh").read_text()
+    options = [word for word in script.split() if word.startswith(("--signals", "--shutdown"))]
+    assert len(options) == 2
+    with running(scene, name, "--checkpoint.interval", 0, options=options) as torchrun:
         begun = time.perf_counter()
-        torchrun.send_signal(signal.SIGTERM)
+        torchrun.send_signal(number)
         said, took = end(torchrun, begun)
     did = "saved a checkpoint after the step at hand and ended"
-    outcome = Outcome("preemption", "SIGTERM to torchrun", did, said, took)
-    return recover(scene, "preempted", outcome)
+    outcome = Outcome("preemption", f"{number.name} to torchrun", did, said, took)
+    return recover(scene, name, outcome)
 
 
 def stopped_rank(scene: Scene, rank: int = 0) -> Outcome:
@@ -339,6 +348,8 @@ ALL: tuple[Callable[[Scene], Outcome], ...] = (
     all_killed,
     all_killed_while_saving,
     preempted,
+    lambda scene: preempted(scene, signal.SIGINT),
+    lambda scene: preempted(scene, signal.SIGUSR1),
     stopped_rank,
     lambda scene: stopped_rank(scene, 1),
     stuck_rank,
@@ -365,13 +376,18 @@ _HEAD = (
 def main() -> None:
     """Prints the table, row by row."""
     import fault_files
+    import fault_hosts
     import fault_links
 
     with tempfile.TemporaryDirectory() as folder:
         scene = set_up(Path(folder), fresh=True)
         print("| " + " | ".join(_HEAD) + " |\n" + "|---" * len(_HEAD) + "|", flush=True)
-        for strike in (*ALL, *fault_files.ALL, *fault_links.ALL):
-            row = strike(scene)
+        alone = (*ALL, *fault_files.ALL, *fault_links.ALL)
+        rows = itertools.chain(
+            (strike(scene) for strike in alone),
+            itertools.chain.from_iterable(strike(scene) for strike in fault_hosts.ALL),
+        )
+        for row in rows:
             times = [f"{s:.1f}" if s else "-" for s in (row.stop_s, row.recover_s)]
             cells = (row.fault, row.injected, row.did, *times, row.lost, f"{row.difference:.1g}")
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)

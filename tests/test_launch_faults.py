@@ -1,6 +1,7 @@
 """What strikes a job costs it what the README says, and never more; see faults.py."""
 
 import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -83,8 +84,10 @@ def test_all_killed_while_saving(scene: Scene) -> None:
     assert_lost(faults.all_killed_while_saving(scene), 2)
 
 
-def test_preempted(scene: Scene) -> None:
-    outcome = faults.preempted(scene)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_preempted(scene: Scene, number: signal.Signals) -> None:
+    """Slurm sends the second; torchrun by itself would die of it alone."""
+    outcome = faults.preempted(scene, number)
     assert_lost(outcome, 0)
     assert "stopped after step" in outcome.said
 

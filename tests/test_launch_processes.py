@@ -23,7 +23,6 @@ from conda_dist.launch.runtime import World
 from launch_jobs import metrics
 from processes import (
     DEADLINE,
-    TORCHRUN,
     endless,
     rank_environments,
     started,
@@ -50,20 +49,6 @@ def test_one_process_stops_on_a_signal(config: Path, tmp_path: Path, number: int
     assert note.exists()
     reached = metrics(tmp_path)[-1]["step"]
     assert step_of(complete_checkpoints(tmp_path / "checkpoints")[-1]) == reached
-
-
-def test_torchrun_passes_on_what_slurm_sends(config: Path, tmp_path: Path) -> None:
-    """With the options that launch/train.sh gives it: by itself it would die of SIGUSR1 alone."""
-    script = (Path(__file__).parents[1] / "launch" / "train.sh").read_text()
-    options = [word for word in script.split() if word.startswith(("--signals", "--shutdown"))]
-    assert len(options) == 2
-    job = ("-m", "conda_dist.launch.pretrain", *endless(config, tmp_path))
-    with started(*TORCHRUN, *options, *job, "--checkpoint.interval", 0) as torchrun:
-        wait_for_step(tmp_path, 3, torchrun)
-        torchrun.send_signal(signal.SIGUSR1)
-        said, _ = torchrun.communicate(timeout=DEADLINE)
-    assert "continue with --resume" in said
-    assert len(complete_checkpoints(tmp_path / "checkpoints")) == 1
 
 
 def test_a_comparison_passes_the_stop_on(config: Path, tmp_path: Path) -> None:
