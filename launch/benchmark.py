@@ -273,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.ranks > 1:
         taken, held = benchmark_ranks.measure(sizes, given.ranks, rounds)
         title = f"{what}, {given.ranks} ranks: CPU time of all together"
-        console.print(benchmark_ranks.table(taken, held, title))
+        console.print(benchmark_ranks.table(taken, held, given.ranks, title))
         unit = "ms of CPU time in a step, all ranks together"
     else:
         steps = contenders(sizes, given.gap or NEVER, given.refresh_method)

@@ -4,7 +4,9 @@
 
 Every way steps in turn with one process's, which rank 0 takes while the others wait: what is
 compared is the CPU time of all ranks together, so that ranks may outnumber cores. Work that ranks
-repeat shows as a ratio above 1.
+repeat shows as a ratio above 1. So does what cores share, caches and vector units of two threads,
+which a process that steps while the others wait has to itself: the second ratio is to a process
+that steps while the others do, too, each its own copy of the whole.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from .footprint import count_exactly, peak_bytes
 
 NEVER = 10**9
 ALONE = "one process"
+WHOLE = "whole on every rank (DDP)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +76,31 @@ def measure(
     return taken, {name: Way(_nothing, **found) for name, found in numbers.items()}
 
 
-def table(taken: Taken, ways: dict[str, Way], title: str) -> Table:
+def table(taken: Taken, ways: dict[str, Way], ranks: int, title: str) -> Table:
     """What `measure` has found."""
     made = Table(title=title)
     for heading in (
-        "step of", "median ms", "quartiles ms", f"times {ALONE}'s",
-        "state MiB", "peak MiB", "sent MiB", "in a refresh MiB",
+        "step of", "median ms", "quartiles ms", f"x {ALONE}", "x one as busy",
+        "state MiB", "peak MiB", "sent MiB", "refresh MiB",
     ):  # fmt: skip
         made.add_column(heading, justify="left" if heading == "step of" else "right", no_wrap=True)
     for name, seconds in taken.items():
         low, median, high = (1e3 * s for s in statistics.quantiles(seconds, n=4))
-        pairs = zip(seconds, taken[ALONE], strict=True)
-        ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+        alone, busy = (
+            statistics.median(a / b for a, b in zip(seconds, taken[other], strict=True))
+            for other in (ALONE, WHOLE)
+        )
         way = ways[name]
         numbers = (way.state, way.peak, way.sent, way.refresh)
         mib = ["" if count is None else f"{count / 2**20:.1f}" for count in numbers]
-        made.add_row(name, f"{median:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.3f}", *mib)
+        made.add_row(
+            name,
+            f"{median:.1f}",
+            f"{low:.1f} - {high:.1f}",
+            f"{alone:.3f}",
+            f"{ranks * busy:.3f}",
+            *mib,
+        )
     return made
 
 
@@ -193,6 +205,6 @@ def _ways(mesh: DeviceMesh, sizes: Sequence[tuple[int, int]], rank: int) -> dict
         "FSDP, wide ones by columns": way(kept),
         "FSDP rows, bases split": way(sharded, basis_placement="shard"),
         "FSDP rows, owners multiply": way(sharded, basis_placement="owner"),
-        "whole on every rank (DDP)": way(Tensor.clone, process_group=dist.group.WORLD),
+        WHOLE: way(Tensor.clone, process_group=dist.group.WORLD),
         "FSDP rows, gathered whole": gathered(),
     }

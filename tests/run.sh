@@ -14,6 +14,13 @@ export OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1
 # DeepSpeed compiles for the Python it runs in; checkouts that share its cache do so in turns.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.venv/torch_extensions}
 
+# One that takes half a minute, while the types are checked.
+shm=deepspeed_shm_comm
+if [ ! -e "$TORCH_EXTENSIONS_DIR/$shm/$shm.so" ]; then
+    DS_ACCELERATOR=cpu python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' \
+        >/dev/null 2>&1 &
+fi
+
 ruff check .
 ruff format --check .
 bash tests/typecheck.sh
