@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import options, runtime
-from .batches import micro_batches, row_range
+from .batches import Tokens, micro_batches, row_range
 from .checkpoint import CheckpointError, Checkpoints
 from .config import Config
 from .data import Data
@@ -103,18 +103,29 @@ class Trainer:
 
         Raises:
             NonFiniteError: On every rank: the loss or the gradient is not finite.
-            JobError: On every rank: a checkpoint, or the metrics, could not be saved.
+            JobError: On every rank: a checkpoint, or the metrics, could not be saved, or data not
+                be read.
         """
         training, saving = self._config.training, self._config.checkpoint.interval
         reporting = self._config.metrics.interval
         while self.step < training.steps:
+            started, position = time.perf_counter(), self._data.batches.state_dict()
+            rows, error = self._read()
             self._watchdog.mark(self.step, "between steps")
-            stopping, failed = runtime.any_rank(self._world, bool(stop), reporter.failed)
-            if stopping or failed:
-                self._save(reporter)
+            stopping, failed, unread = runtime.any_rank(
+                self._world, bool(stop), reporter.failed, error is not None
+            )
+            if stopping or failed or unread:
+                self._save(reporter, position)
                 reporter.require_written()
+                if unread:
+                    what = f"reading the data of step {self.step + 1}"
+                    with runtime.together(self._world, what):
+                        if error is not None:
+                            raise error
                 return False
-            loss, result = self._train_step()
+            loss, result = self._train_step(rows)
+            self._meter.add(time.perf_counter() - started, result.optimizer_s)
             val_loss = None
             if self.step % training.val_interval == 0 or self.step == training.steps:
                 val_loss = self._val_loss = self._validate()
@@ -139,18 +150,24 @@ class Trainer:
         """Where the run stands: step, last validation loss, seconds of training."""
         return {"step": self.step, "val_loss": self._val_loss, "train_s": self._meter.train_s}
 
-    def _train_step(self) -> tuple[float, StepResult]:
-        """One step on the next global batch; returns its loss and the optimizer's report."""
+    def _read(self) -> tuple[Tokens, Exception | None]:
+        """This rank's rows of the next global batch, or what kept it from reading them."""
         training, world = self._config.training, self._world
-        started = time.perf_counter()
-        batch = training.global_batch_size
+        share = row_range(training.global_batch_size, world.rank, world.size)
         self._watchdog.mark(self.step + 1, "reading data")
-        rows = self._data.batches.rows(self.step, *row_range(batch, world.rank, world.size))
+        try:
+            return self._data.batches.rows(self.step, *share), None
+        except Exception as error:  # the other ranks are waiting: tell them first
+            return np.empty((0, training.sequence_length + 1), np.int64), error
+
+    def _train_step(self, rows: Tokens) -> tuple[float, StepResult]:
+        """One step on this rank's rows; returns its loss and the optimizer's report."""
+        training, world = self._config.training, self._world
         # Random numbers (dropout's) depend on the step and the rank alone: no generator state to
         # save, and a resume draws what the uninterrupted run would have drawn.
         seed = np.random.SeedSequence([training.seed, self.step, world.rank])
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        most = -(-batch // world.size)
+        most = -(-training.global_batch_size // world.size)
         parts = micro_batches(rows, most, training.micro_batch_size)
         try:
             self._watchdog.mark(self.step + 1, "forward and backward")
@@ -166,7 +183,6 @@ class Trainer:
                 "optimizer.lr or an optimizer.grad_clip may help"
             ) from None
         self.step += 1
-        self._meter.add(time.perf_counter() - started, result.optimizer_s)
         return loss, result
 
     def _validate(self) -> float:
@@ -178,14 +194,19 @@ class Trainer:
         parts = micro_batches(rows[first:last], most, training.micro_batch_size)
         return self._engine.evaluate(parts, len(rows) * training.sequence_length)
 
-    def _save(self, reporter: Reporter) -> None:
-        """Saves the whole state, once per step."""
+    def _save(self, reporter: Reporter, position: dict[str, Any] | None = None) -> None:
+        """Saves the whole state, once per step.
+
+        Args:
+            reporter: Says so.
+            position: Where the data stood after the last step, if more has been read since.
+        """
         if self._saved_at == self.step:
             return
         self._watchdog.mark(self.step, "saving a checkpoint")
         facts = {
             **self.summary(),
-            "data": self._data.batches.state_dict(),
+            "data": self._data.batches.state_dict() if position is None else position,
             "fingerprint": self._data.fingerprint,
             "config": options.to_values(self._config),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},

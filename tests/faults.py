@@ -300,6 +300,13 @@ def nan_gradient(scene: Scene, weight: bool = False) -> Outcome:
     return _ended(scene, fault.replace(" ", "-"), fault, words=words)
 
 
+def data_unread(scene: Scene) -> Outcome:
+    """A rank that cannot read its data any more."""
+    did = "saved a checkpoint and ended on all ranks, naming step, rank and error"
+    words = ("data cannot be read", "ConnectionError on rank 1", did)
+    return _ended(scene, "unread", "unread", "--checkpoint.interval", 0, words=words)
+
+
 def decomposition_raises(scene: Scene, refresh: str) -> Outcome:
     """A rank whose decomposition raises what no other attempt would cure."""
     extra = ("--optimizer.refresh", refresh, "--optimizer.refresh_delay", 1)
@@ -356,6 +363,7 @@ ALL: tuple[Callable[[Scene], Outcome], ...] = (
     lambda scene: stuck_rank(scene, "frozen"),
     nan_gradient,
     lambda scene: nan_gradient(scene, weight=True),
+    data_unread,
     lambda scene: decomposition_raises(scene, "sync"),
     lambda scene: decomposition_raises(scene, "async"),
     decomposition_fails_twice,

@@ -67,8 +67,9 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
         fault: "nan": the gradient of a block's output is NaN. "nan weight": that of one weight
             alone. "no memory": a decomposition raises. "no svd": none converges, in two steps.
             "asleep": reading data never ends. "frozen": and no other thread of the process runs.
-            "slow": it takes a while. "full": files cannot grow. "full metrics": metrics.jsonl
-            cannot. "cut": its connections to other ranks are shut down.
+            "slow": it takes a while. "unread": it raises. "full": files cannot grow.
+            "full metrics": metrics.jsonl cannot. "cut": its connections to other ranks are shut
+            down.
         rank: The rank.
         step: Its first step in which it does, counted from 1.
     """
@@ -83,6 +84,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
                 ctypes.PyDLL(None).sleep(3600)  # unlike CDLL it lets no other thread run
             if fault in ("asleep", "slow"):
                 time.sleep(SLOW_S if fault == "slow" else 3600.0)
+            if fault == "unread":
+                raise ConnectionError("the hub has gone")
             if fault == "cut":
                 _cut()
             if fault == "full metrics":

@@ -197,6 +197,14 @@ def test_a_nan_gradient_of_one_weight_is_traced_to_it(scene: Scene) -> None:
     assert outcome.said.count(words) == 2
 
 
+def test_data_that_cannot_be_read(scene: Scene) -> None:
+    """As of a streamed set, whose host is gone."""
+    outcome = faults.data_unread(scene)
+    assert_lost(outcome, 0)
+    said = f"reading the data of step {STRUCK + 1} failed on rank 1: ConnectionError: the hub has"
+    assert outcome.said.count(said) == 2
+
+
 @pytest.mark.parametrize("refresh", ["sync", "async"])
 def test_a_decomposition_that_raises(scene: Scene, refresh: str) -> None:
     outcome = faults.decomposition_raises(scene, refresh)
