@@ -136,6 +136,7 @@ def _work(pipe: Connection) -> None:
                 world_size=world,
                 timeout=timedelta(seconds=timeout),
             )
+            dist.barrier()  # one that had done its work already would leave others half connected
             torch.manual_seed(0)
             answer = True, function(*args)
         except BaseException:
