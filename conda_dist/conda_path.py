@@ -64,14 +64,23 @@ class Scratch:
     def __init__(self) -> None:
         self._taken: dict[Hashable, Tensor] = {}
 
-    def pair(self, like: Tensor, basis: Tensor) -> tuple[Tensor, ...]:
-        """Two tensors of a shape, of the dtype of products with a basis; not initialised."""
-        dtype, count = torch.promote_types(basis.dtype, torch.float32), 2 * like.numel()
+    def take(self, number: int, like: Tensor, basis: Tensor) -> tuple[Tensor, ...]:
+        """Tensors of one shape, of the dtype of products with a basis.
+
+        Args:
+            number: how many.
+            like: what has their shape.
+            basis: what has their device, and the dtype if that is at least float32.
+
+        Returns:
+            Tensors that are not initialised, and that the next call may give again.
+        """
+        dtype, count = torch.promote_types(basis.dtype, torch.float32), number * like.numel()
         key = dtype, basis.device
         if key not in self._taken or self._taken[key].numel() < count:
             self._taken.pop(key, None)  # before there is another
             self._taken[key] = torch.empty(count, dtype=dtype, device=basis.device)
-        return self._taken[key][:count].view(2, *like.shape).unbind()
+        return self._taken[key][:count].view(number, *like.shape).unbind()
 
 
 def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
@@ -223,8 +232,9 @@ class CondaPath:
         borrows, basis = weight.plan.borrows, weight.basis
         if borrows:
             weight.borrow(*weight.kept)
-        projected, out = scratch.pair(grad, basis)
-        update = weight.advance(basis, weight.project(grad, basis, projected), out=out)
+        projected, *out = scratch.take(1 + weight.fuses, grad, basis)
+        projected = weight.project(grad, basis, projected)
+        update = weight.advance(basis, projected, out=out[0] if out else None)
         if update is not None:
             weight.apply(update)
         if borrows:

@@ -152,11 +152,14 @@ def average_and_normalise_(
     """:func:`average_` and :func:`normalise_` in one pass, for tensors that :func:`can_fuse`.
 
     Args:
-        projected_grad: proj(G).
+        projected_grad: proj(G), (..., m, n) as all of them.
         exp_avg: projected first moment, updated in place.
         exp_avg_sq: second moment, updated in place.
         hyper: hyperparameters of the step.
         out: takes the result; contiguous, and of no memory that the others have.
+
+    Where the square of an element overflows, a CPU makes an update of 0 of it as :func:`normalise_`
+    does; torch's kernel for CUDA, which adds as fma(-b2, g^2, g^2), makes NaN.
     """
     result = torch.zeros_like(projected_grad) if out is None else out.zero_()
     # AdamW's step of rate -1 from zero, after so many that no correction of bias is left.
@@ -176,7 +179,8 @@ def fused_adamw_(
     """A step without decay in one kernel, which holds nothing beside.
 
     Args:
-        params: parameters, updated in place.
+        params: parameters of any shapes, updated in place; on one device, each with its gradient
+            and moments of one dtype, float32 or float64, and contiguous (:func:`can_fuse`).
         grads: their gradients.
         exp_avgs: their first moments, updated in place.
         exp_avg_sqs: their second moments, updated in place.

@@ -282,7 +282,7 @@ class Weight:
                 view.copy_(part)
 
     def project(self, grad: Tensor, basis: Tensor, out: Tensor | None = None) -> Tensor:
-        """Projects the gradient, in compute layout."""
+        """Projects the gradient, in compute layout; into ``out``, of its shape, where given."""
         if not basis.numel():  # there is nothing of it here
             return grad.to(basis.dtype)
         return maths.project(grad, basis, self.plan.right, self.options.matmul_dtype, out)
@@ -324,7 +324,7 @@ class Weight:
 
         Args:
             basis: the whole basis of this rank's matrices.
-            projected: the projected gradient, in compute layout; used up.
+            projected: the projected gradient, in compute layout; may be overwritten.
             averaged: whether the first moment was updated before, as it is for a refresh.
             out: memory of this shape and dtype to work in.
 
@@ -352,15 +352,20 @@ class Weight:
             maths.project_back_and_apply_(self.rows(param), y, basis, right, self.step, hyper)
         return None
 
+    @property
+    def fuses(self) -> bool:
+        """Whether both moments may be updated in one kernel, for what their memory allows."""
+        return not self.options.compile and maths.can_fuse(*self.moments)
+
     def average_and_normalise(self, projected: Tensor, out: Tensor | None = None) -> Tensor:
         """Updates both moments, counts the step and returns proj(M) / (sqrt(v) + eps).
 
         Args:
-            projected: the projected gradient; used up.
+            projected: the projected gradient; may be overwritten.
             out: as of :meth:`advance`.
         """
         first, second = self.moments
-        if self.options.compile or not maths.can_fuse(projected, first, second):
+        if not self.fuses or not maths.can_fuse(projected, first, second):
             self.average(first, projected)
             return self.normalise(projected)
         self._own("step").add_(1)

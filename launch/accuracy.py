@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from conda_dist import Conda
-from conda_dist.maths import Outcome, decompose, matrices, orthonormal
+from conda_dist.maths import Outcome, decompose, matrices, orthonormal, project
 from conda_dist.options import REFRESH_METHODS
 from conda_dist.storage import local
 
 from . import options, runtime
-from .checkpoint import Checkpoints, step_of
+from .checkpoint import Checkpoints
 from .config import ConfigError
 from .data import open_data
 from .engine import Fsdp2Engine
@@ -104,9 +104,9 @@ def load(run: Path, checkpoint: Path | None) -> tuple[list[tuple[Tensor, Tensor,
     source = checkpoint or checkpoints.newest()
     if source is None:
         raise ConfigError(f"{run} holds no complete checkpoint")
-    checkpoints.read_facts(source)
+    step = int(checkpoints.read_facts(source)["step"])
     engine = Fsdp2Engine(config, open_data(config, world).vocab_size, world)
-    engine.load(source, step_of(source))
+    engine.load(source, step)
     found: list[tuple[Tensor, Tensor, bool]] = []
     for optimizer in engine.optimizers:
         assert isinstance(optimizer, Conda)
@@ -115,14 +115,20 @@ def load(run: Path, checkpoint: Path | None) -> tuple[list[tuple[Tensor, Tensor,
                 continue
             pairs = (matrices(local(state[key])) for key in ("exp_avg", "basis"))
             for momentum, basis in zip(*pairs, strict=True):
+                if not momentum.any():  # of an expert that gets no tokens any more
+                    continue
                 found.append((momentum, basis, momentum.shape[0] >= momentum.shape[1]))
     if not found:
         raise ConfigError(f"{source}: no matrix has taken a basis there")
-    return found, step_of(source)
+    return found, step
 
 
 def measure(momentum: Tensor, basis: Tensor, right: bool) -> dict[str, Accuracy]:
-    """A refresh of one matrix by each method, by its name; see :func:`load` for the arguments."""
+    """A refresh of one matrix by each method, by its name; see :func:`load` for the arguments.
+
+    Raises:
+        LinAlgError: A method finds no basis, as of a momentum that is zero or not finite.
+    """
     projected = momentum.double() if right else momentum.double().mT
     whole = projected @ basis.double().mT
     gram = whole.mT @ whole
@@ -146,7 +152,9 @@ def measure(momentum: Tensor, basis: Tensor, right: bool) -> dict[str, Accuracy]
         took = 1e3 * (time.perf_counter() - start)
         if outcome != Outcome.DONE or rotation is None:
             raise LinAlgError(f"{method}: {outcome.name}")
-        accuracies[method] = judged(basis @ orthonormal(rotation, basis), took)
+        # As a run would keep it: rounded once, with its rotation.
+        turned = project(basis, orthonormal(rotation, basis), right=True)
+        accuracies[method] = judged(turned.to(basis.dtype), took)
     return accuracies
 
 

@@ -13,7 +13,7 @@ import torch
 from . import options, runtime
 from .batches import Tokens, micro_batches, row_range
 from .checkpoint import CheckpointError, Checkpoints
-from .config import Config
+from .config import Config, ConfigError
 from .data import Data
 from .engine import Engine, StepResult
 from .finite import NonFiniteError
@@ -110,20 +110,21 @@ class Trainer:
         reporting = self._config.metrics.interval
         while self.step < training.steps:
             started, position = time.perf_counter(), self._data.batches.state_dict()
-            rows, error = self._read()
+            asked, lost = bool(stop), reporter.failed
+            # One that was asked to stop has little time: it does not wait for data that it leaves.
+            rows, error = self._read() if not asked and not lost else (None, None)
             self._watchdog.mark(self.step, "between steps")
-            stopping, failed, unread = runtime.any_rank(
-                self._world, bool(stop), reporter.failed, error is not None
-            )
+            stopping, failed, unread = runtime.any_rank(self._world, asked, lost, error is not None)
             if stopping or failed or unread:
                 self._save(reporter, position)
                 reporter.require_written()
-                if unread:
+                if unread and not stopping:  # a host that goes away may lose its network first
                     what = f"reading the data of step {self.step + 1}"
                     with runtime.together(self._world, what):
                         if error is not None:
                             raise error
                 return False
+            assert rows is not None
             loss, result = self._train_step(rows)
             self._meter.add(time.perf_counter() - started, result.optimizer_s)
             val_loss = None
@@ -150,15 +151,21 @@ class Trainer:
         """Where the run stands: step, last validation loss, seconds of training."""
         return {"step": self.step, "val_loss": self._val_loss, "train_s": self._meter.train_s}
 
-    def _read(self) -> tuple[Tokens, Exception | None]:
-        """This rank's rows of the next global batch, or what kept it from reading them."""
+    def _read(self) -> tuple[Tokens | None, Exception | None]:
+        """This rank's rows of the next global batch, or what kept it from reading them.
+
+        Raises:
+            ConfigError: There are none, which all ranks find.
+        """
         training, world = self._config.training, self._world
         share = row_range(training.global_batch_size, world.rank, world.size)
         self._watchdog.mark(self.step + 1, "reading data")
         try:
             return self._data.batches.rows(self.step, *share), None
+        except ConfigError:
+            raise
         except Exception as error:  # the other ranks are waiting: tell them first
-            return np.empty((0, training.sequence_length + 1), np.int64), error
+            return None, error
 
     def _train_step(self, rows: Tokens) -> tuple[float, StepResult]:
         """One step on this rank's rows; returns its loss and the optimizer's report."""

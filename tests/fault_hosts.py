@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from conda_dist.launch.checkpoint import complete_checkpoints, step_of
 from faults import Outcome, Scene, farthest
-from launch_jobs import metrics, succeed
+from launch_jobs import curve, metrics, succeed
 from nodes import Node, Relay, nodes
 from processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
 
@@ -106,7 +106,7 @@ def cables(scene: Scene) -> tuple[Outcome, Outcome]:
     assert "), cpu, gloo" in told
     for host in hosts:
         assert f"2 on {host.name}" in told
-    reached = metrics(output)[-1]["step"]
+    reached, struck = metrics(output)[-1]["step"], curve(output)
     how = f"the link to one of two hosts down for {OUT_S} s"
     out = Outcome("a cable is out", how, "waited, and went on", told, 0.0, again)
     did = "ended on both hosts with an error"
@@ -118,8 +118,10 @@ def cables(scene: Scene) -> tuple[Outcome, Outcome]:
     succeed(4, *endless(scene.config, output), "--resume", *steps)
     lost.recover_s = time.monotonic() - start
     lost.difference = farthest(output, whole, reached + 3)
-    lines = zip(metrics(output)[: first + 8], metrics(whole), strict=False)
-    out.difference = max(abs(a["loss"] - b["loss"]) for a, b in lines)
+    out.difference = max(abs(a[1] - b[1]) for a, b in zip(struck, curve(whole), strict=False))
+    if out.difference == lost.difference == 0.0:  # then in all else as well
+        assert struck == curve(whole)[:reached]
+        assert curve(output) == curve(whole)
     return out, lost
 
 
@@ -142,11 +144,14 @@ def hosts_that_come_and_go(scene: Scene) -> tuple[Outcome, Outcome]:
             fewer = time.monotonic() - began
             began = time.monotonic()
             running[1] = agent(hosts[1], hosts, endpoint, arguments, said)
+            second = first
             while "2 (1 on" not in (told := printed(said)).rpartition("1 (1 on")[2]:
                 assert time.monotonic() - began < DEADLINE, told
+                second = max(second, metrics(output)[-1]["step"])  # it falls when they start
                 time.sleep(0.1)
-            more, second = time.monotonic() - began, metrics(output)[-1]["step"]
-            wait_for_step(output, second + 8, running[0], time.time())
+            more = time.monotonic() - began
+            fallen = metrics(output)[-1]["step"]
+            wait_for_step(output, fallen + 8, running[0], time.time())
             running[0].send_signal(signal.SIGTERM)
             running[0].wait(DEADLINE)
     told = printed(said)

@@ -61,6 +61,13 @@ def test_the_basis_in_use_is_that_of_its_coordinates() -> None:
     assert found["orthogonal_iteration"].residual < 1e-6
 
 
+def test_bases_of_fewer_bits_are_judged_as_they_are_kept() -> None:
+    basis, _ = torch.linalg.qr(toys.random(8, 8, seed=1))
+    found = accuracy.measure(toys.random(24, 8), basis.bfloat16(), right=True)
+    assert 1e-4 < found["svd"].residual < 0.05
+    assert 1e-4 < found["svd"].orthonormality < 0.05
+
+
 def test_a_run_is_tabulated(run: Path) -> None:
     (said,) = ranks.run(1, _tabulated, run)
     assert said.code == 0, said.err

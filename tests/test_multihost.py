@@ -21,7 +21,6 @@ def test_two_hosts_have_the_curve_of_one(scene: Scene) -> None:
     before is lost.
     """
     out, lost = fault_hosts.cables(scene)
-    assert out.lost == 0
     assert out.difference == lost.difference == 0.0
     assert lost.stop_s < TIMEOUT_S + 60
     assert lost.lost < 2 * INTERVAL  # one may have been on its way to the disk
