@@ -88,7 +88,8 @@ class Conda(torch.optim.Optimizer):
             then takes of the other two what moves less.
         basis_budget: bytes a rank may spend on replicated bases under "auto".
         bucket_bytes: half of what a step may hold beside state, gradients and parameters, in all
-            its buffers together; more only where one weight needs more.
+            its buffers together; more only where one weight needs more: of those that step
+            without communication twice the largest shard, in float32.
         refresh_bytes: half of what a refresh may hold; likewise.
         max_refresh_failures: refreshes of one matrix that may fail in a row before all ranks
             raise.
@@ -114,6 +115,7 @@ class Conda(torch.optim.Optimizer):
         compile: whether the elementwise work on the conda path's moments is done in one kernel
             each, made by torch.compile at the first step, which needs what that needs (a C++
             compiler on CPUs, Triton on GPUs). Moments rounded in proportion are left to torch's.
+            Without it contiguous moments of float32 or float64 have torch's fused AdamW kernel.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
 

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import launch_jobs
 from conda_dist.launch import pretrain, runtime
-from conda_dist.launch.batches import TokenBatches
+from conda_dist.launch.batches import StreamBatches, TokenBatches
 from launch_jobs import Result
 
 SLOW_S = 0.6
@@ -74,7 +74,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
         step: Its first step in which it does, counted from 1.
     """
     clock = _Clock(fault, rank, step)
-    rows, svd = TokenBatches.rows, torch.linalg.svd
+    readers: tuple[Any, ...] = (TokenBatches, StreamBatches)
+    rows, svd = {kind: kind.rows for kind in readers}, torch.linalg.svd
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def read(self: Any, number: int, first: int, last: int) -> Any:
@@ -92,7 +93,7 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
                 _fill("metrics.jsonl")
             if fault == "full":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, limits[1]))
-        return rows(self, number, first, last)
+        return rows[type(self)](self, number, first, last)
 
     def decompose(*args: Any, **kwargs: Any) -> Any:
         if fault == "no memory" and clock.strikes():
@@ -103,11 +104,15 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
 
     spoil = {"nan": _spoil, "nan weight": _spoil_weight}.get(fault, lambda clock: _leave)
     hook = register_module_forward_hook(spoil(clock))
-    TokenBatches.rows, torch.linalg.svd = read, decompose  # type: ignore[method-assign]
+    torch.linalg.svd = decompose
+    for kind in readers:
+        kind.rows = read
     try:
         yield
     finally:
-        TokenBatches.rows, torch.linalg.svd = rows, svd  # type: ignore[method-assign]
+        torch.linalg.svd = svd
+        for kind in readers:
+            kind.rows = rows[kind]
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         hook.remove()
 

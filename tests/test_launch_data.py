@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+import injected
 import launch_jobs
 import ranks
 from conda_dist.launch import cache, data, options, sources
@@ -379,6 +380,20 @@ def test_a_streamed_run_resumes_exactly(hub: Path, tmp_path: Path) -> None:
     launch_jobs.succeed(2, *streamed, "--output", tmp_path / "parts")
     (tmp_path / "parts" / "checkpoints" / "step-00000008").rename(tmp_path / "gone")
     launch_jobs.succeed(2, *streamed, "--output", tmp_path / "parts", "--resume")
+    assert launch_jobs.curve(tmp_path / "parts") == launch_jobs.curve(tmp_path / "whole")
+
+
+def test_a_stream_that_one_rank_cannot_read_is_gone_on_with(hub: Path, tmp_path: Path) -> None:
+    """At a step with whose rows a block begins: others have read it, and it must not be skipped."""
+    config = launch_jobs.write_config(tmp_path)
+    streamed = (config, "--data.path", "", "--data.hf", hub, "--data.shuffle_block", 11)
+    launch_jobs.succeed(2, *streamed, "--output", tmp_path / "whole")
+    broken = (*streamed, "--output", tmp_path / "parts", "--checkpoint.interval", 0)
+    results = ranks.run(2, injected.job, "unread", 1, 6, *map(str, broken))
+    for result in results:
+        assert result.code == 1
+        assert "reading the data of step 6 failed on rank 1: ConnectionError" in result.err
+    launch_jobs.succeed(2, *broken, "--resume")
     assert launch_jobs.curve(tmp_path / "parts") == launch_jobs.curve(tmp_path / "whole")
 
 
