@@ -384,24 +384,33 @@ _HEAD = (
 
 
 def main() -> None:
-    """Prints the table, row by row."""
+    """Prints the table, row by row; the last ones, of two hosts, need root and iproute2."""
     import fault_files
     import fault_hosts
     import fault_links
 
-    with tempfile.TemporaryDirectory() as folder:
-        scene = set_up(Path(folder), fresh=True)
-        print("| " + " | ".join(_HEAD) + " |\n" + "|---" * len(_HEAD) + "|", flush=True)
-        alone = (*ALL, *fault_files.ALL, *fault_links.ALL)
-        rows = itertools.chain(
-            (strike(scene) for strike in alone),
-            itertools.chain.from_iterable(strike(scene) for strike in fault_hosts.ALL),
-        )
-        for row in rows:
-            times = [f"{s:.1f}" if s else "-" for s in (row.stop_s, row.recover_s)]
-            cells = (row.fault, row.injected, row.did, *times, row.lost, f"{row.difference:.1g}")
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    ranks.close()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            scene = set_up(Path(folder), fresh=True)
+            print("| " + " | ".join(_HEAD) + " |\n" + "|---" * len(_HEAD) + "|", flush=True)
+            alone = (*ALL, *fault_files.ALL, *fault_links.ALL)
+            rows = itertools.chain(
+                (strike(scene) for strike in alone),
+                itertools.chain.from_iterable(strike(scene) for strike in fault_hosts.ALL),
+            )
+            for row in rows:
+                times = [f"{s:.1f}" if s else "-" for s in (row.stop_s, row.recover_s)]
+                cells = (
+                    row.fault,
+                    row.injected,
+                    row.did,
+                    *times,
+                    row.lost,
+                    f"{row.difference:.1g}",
+                )
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    finally:
+        ranks.close()
 
 
 if __name__ == "__main__":

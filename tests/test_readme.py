@@ -82,12 +82,15 @@ def test_commands_name_what_is_there() -> None:
 
 def _run_module(module: str, arguments: list[str]) -> tuple[Any, str]:
     """What `python -m` does, in a process that has imported torch already."""
-    sys.argv, said = [module, *arguments], io.StringIO()
+    before, said = sys.argv, io.StringIO()
+    sys.argv = [module, *arguments]
     try:
         with contextlib.redirect_stdout(said):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         return ended.code, said.getvalue()
+    finally:
+        sys.argv = before
     return 0, said.getvalue()
 
 
