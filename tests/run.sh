@@ -2,8 +2,7 @@
 # Everything that must pass: bash tests/run.sh [pytest arguments]
 #
 # Makes .venv in the checkout if absent, installs the package with the dev extra, lints,
-# type-checks and runs the tests, two modules at a time. Arguments go to pytest, which then runs one
-# at a time: bash tests/run.sh tests/test_golden.py
+# type-checks and runs the tests. Arguments go to pytest: bash tests/run.sh tests/test_golden.py
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,11 +25,4 @@ ruff check .
 ruff format --check .
 bash tests/typecheck.sh
 wait
-if [ $# -gt 0 ]; then
-    exec python -m pytest "$@"
-fi
-# Two at a time, whole modules, but for those that nothing may run beside.
-status=0
-python -m pytest -n 2 --dist loadfile -m "not alone" || status=$?
-python -m pytest -m alone || status=$?
-exit $status
+exec python -m pytest "$@"
