@@ -6,15 +6,14 @@ is taken, by the ranks together, at a step that all of them know beforehand.
 
 import threading
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from conda_dist import maths
-from conda_dist.maths import Outcome
+from conda_dist.decomposition import Outcome
 
 Found = tuple[Outcome, Tensor | None]
 
@@ -22,8 +21,7 @@ Found = tuple[Outcome, Tensor | None]
 class _Job(NamedTuple):
     found: Future[Found]
     momentum: Tensor
-    right: bool
-    method: str
+    find: Callable[[Tensor], Found]
     gathered: torch.Event | None
     stream: torch.Stream | None
 
@@ -47,15 +45,16 @@ class Background:
         """Whether that decomposition was started, here or on another rank."""
         return key in self._started
 
-    def start(self, key: Hashable, momentum: Tensor | None, right: bool, method: str) -> None:
+    def start(
+        self, key: Hashable, momentum: Tensor | None, find: Callable[[Tensor], Found]
+    ) -> None:
         """Starts a decomposition.
 
         Args:
             key: what it is of.
-            momentum: the whole projected momentum (m, n), which must not change before the
-                result is taken; None where another rank decomposes it.
-            right: whether m >= n.
-            method: see :func:`conda_dist.maths.decompose`.
+            momentum: the whole projected momentum, or the parts of its Gram matrix, which must not
+                change before the result is taken; None where another rank decomposes it.
+            find: decomposes it.
         """
         self._started[key] = None
         if momentum is None:
@@ -70,7 +69,7 @@ class Background:
         self._started[key] = found
         with self._lock:
             self._starter = threading.current_thread()
-            self._jobs.append(_Job(found, momentum, right, method, gathered, stream))
+            self._jobs.append(_Job(found, momentum, find, gathered, stream))
             if not self._working:
                 threading.Thread(target=self._work, name="conda_dist refresh").start()
                 self._working = True
@@ -97,10 +96,10 @@ class Background:
     @torch.no_grad()
     def _decompose(self, job: _Job) -> Found:
         if job.stream is None or job.gathered is None:
-            return maths.decompose(job.momentum, job.right, job.method)
+            return job.find(job.momentum)
         with job.stream:
             job.stream.wait_event(job.gathered)
-            found = maths.decompose(job.momentum, job.right, job.method)
+            found = job.find(job.momentum)
             job.stream.synchronize()  # this thread has the time
         return found
 

@@ -18,7 +18,8 @@ from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
 from conda_dist.layout import Coordinate, Layout
 from conda_dist.routing import CONDA, clean_name
 from conda_dist.setup import Setup, name_of
-from conda_dist.weight import CODES, NEVER, basis_key
+from conda_dist.states import CODES, basis_key
+from conda_dist.weight import NEVER
 
 PENDING = ("snapshot", "snapshot_step")
 """States that only an asynchronous refresh has. State dicts without them are loaded, too; torch's

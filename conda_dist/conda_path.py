@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from conda_dist import errand
@@ -19,15 +18,10 @@ from conda_dist.delegate import Errand, plan_errand
 from conda_dist.exchange import Exchange, Mesh
 from conda_dist.filling import fill_buckets, fill_waves
 from conda_dist.options import Options
-from conda_dist.plan import (
-    Bucket,
-    Launch,
-    Wave,
-    plan_bucket,
-    plan_launch,
-    plan_wave,
-)
+from conda_dist.plan import Bucket, plan_bucket
 from conda_dist.refresh import launch, refresh
+from conda_dist.scratch import Scratch
+from conda_dist.waves import Launch, Wave, plan_launch, plan_wave
 from conda_dist.weight import Weight
 
 T = TypeVar("T")
@@ -53,34 +47,6 @@ class Schedule:
     buckets: tuple[Bucket, ...]
     waves: tuple[Wave, ...]
     errands: tuple[Errand, ...]
-
-
-class Scratch:
-    """Memory that weights which step one after another work in, in turns.
-
-    Fresh memory for each is paid for page by page: 4 % of a step of matrices of 3 MiB on a CPU.
-    """
-
-    def __init__(self) -> None:
-        self._taken: dict[Hashable, Tensor] = {}
-
-    def take(self, number: int, like: Tensor, basis: Tensor) -> tuple[Tensor, ...]:
-        """Tensors of one shape, of the dtype of products with a basis.
-
-        Args:
-            number: how many.
-            like: what has their shape.
-            basis: what has their device, and the dtype if that is at least float32.
-
-        Returns:
-            Tensors that are not initialised, and that the next call may give again.
-        """
-        dtype, count = torch.promote_types(basis.dtype, torch.float32), number * like.numel()
-        key = dtype, basis.device
-        if key not in self._taken or self._taken[key].numel() < count:
-            self._taken.pop(key, None)  # before there is another
-            self._taken[key] = torch.empty(count, dtype=dtype, device=basis.device)
-        return self._taken[key][:count].view(number, *like.shape).unbind()
 
 
 def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
@@ -129,12 +95,14 @@ class CondaPath:
     def _step(self, grads: dict[int, Tensor]) -> None:
         due = {i: self.weights[i].due() for i in grads}
         ready: Which = {}
+        # The first bases are not to be had from Gram matrices.
+        summed = {i: w for i, which in due.items() if which and (w := self.weights[i].sums(which))}
         if self.options.refresh == "async":
             # What a checkpoint has pending, nobody has launched.
             self._launch({i: w.pending() for i, w in enumerate(self.weights)})
             ready = {i: which for i in grads if (which := self.weights[i].ready())}
-        key = (*due.items(), *ready.items(), len(ready))
-        schedule = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
+        key = tuple(due.items()), tuple(ready.items()), tuple(summed.items())
+        schedule = _kept(self._schedules, key, lambda: self.plan_step(due, ready, summed))
         # As of before this step, and mesh by mesh: other ranks may have other weights beside.
         begun = {weight.plan.topology for weight in self.weights if schedule.waves and weight.step}
         self._steady(schedule, grads)
@@ -156,17 +124,22 @@ class CondaPath:
             launch(plan, [self.weights[i] for i in plan.weights], self._background)
 
     def _plan_launch(self, due: Which) -> list[Launch]:
-        return [
-            plan_launch(self._plans, w, [due[i] for i in w], self._mesh(w).coordinate)
-            for w in fill_waves(self._plans, due, self.options.refresh_limit)
-        ]
+        waves = fill_waves(self._plans, due, self.options.refresh_limit)
+        planned = []
+        for weights in waves:
+            which = [due[i] for i in weights]
+            summed = [self.weights[i].sums(w) for i, w in zip(weights, which, strict=True)]
+            coordinate = self._mesh(weights).coordinate
+            planned.append(plan_launch(self._plans, weights, which, coordinate, summed))
+        return planned
 
-    def plan_step(self, due: Which, ready: Which) -> Schedule:
+    def plan_step(self, due: Which, ready: Which, summed: Which) -> Schedule:
         """Plans a step.
 
         Args:
             due: for each weight with a gradient the matrices of its batch to be decomposed.
             ready: the matrices that take bases they were launched for in an earlier step.
+            summed: those due of which the Gram matrices are summed up.
         """
         plans, options = self._plans, self.options
         taking = {i: (*which, *ready.get(i, ())) for i, which in due.items()}
@@ -184,8 +157,9 @@ class CondaPath:
         ]
 
         def planned(plan: Callable[..., T], weights: tuple[int, ...], **limits: int) -> T:
-            which, launched = ([some.get(i, ()) for i in weights] for some in (taking, ready))
-            return plan(plans, weights, which, self._mesh(weights).coordinate, launched, **limits)
+            chosen = ([some.get(i, ()) for i in weights] for some in (ready, summed))
+            which, coordinate = [taking[i] for i in weights], self._mesh(weights).coordinate
+            return plan(plans, weights, which, coordinate, *chosen, **limits)
 
         return Schedule(
             tuple(i for i in steady if not plans[i].travels),
@@ -232,9 +206,7 @@ class CondaPath:
         borrows, basis = weight.plan.borrows, weight.basis
         if borrows:
             weight.borrow(*weight.kept)
-        projected, *out = scratch.take(1 + weight.fuses, grad, basis)
-        projected = weight.project(grad, basis, projected)
-        update = weight.advance(basis, projected, out=out[0] if out else None)
+        update = weight.advance(basis, weight.project(grad, basis, scratch), scratch=scratch)
         if update is not None:
             weight.apply(update)
         if borrows:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from conda_dist.delegate import plan_errand
 from conda_dist.layout import Coordinate
-from conda_dist.plan import WeightPlan, plan_bucket, plan_launch, plan_wave
+from conda_dist.plan import WeightPlan, plan_bucket
 from conda_dist.transfer import Hop
+from conda_dist.waves import plan_launch, plan_wave, sums_grams
 
 Sent = Mapping[int, int]
 """Bytes that a rank sends along each mesh dimension."""
@@ -24,6 +25,7 @@ class Sizes:
         basis: of the basis.
         rotation: of what a refresh sends back.
         product: of the products of a step.
+        gram: of a momentum's Gram matrix; None where a refresh needs the momentum itself.
     """
 
     param: int = 4
@@ -32,6 +34,7 @@ class Sizes:
     basis: int = 4
     rotation: int = 4
     product: int = 4
+    gram: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,10 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     plans, count = [plan], len(plan.owners)
     if plan.delegated:
         return _delegated(plan, coordinate, sizes, is_async)
-    wave = plan_wave(plans, (0,), [range(count)], coordinate)
+    size, summed = sizes.moment, [range(0)]
+    if sizes.gram and sums_grams(plan, sizes.moment, sizes.gram):
+        size, summed = sizes.gram, [range(count)]
+    wave = plan_wave(plans, (0,), [range(count)], coordinate, summed=summed)
     bucket = plan_bucket(plans, (0,), coordinate)
     # Moments of a part or of a flat weight travel with its gradient.
     two = [sizes.moment, sizes.second]
@@ -65,11 +71,11 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
         (bucket.backward, [sizes.param, *two]),
     ]
     (scatter,) = wave.scatters
-    moved = [(wave.gather, [sizes.moment] * count), (scatter.hops, [sizes.rotation] * count)]
+    moved = [(wave.gather, [size] * count), (scatter.hops, [sizes.rotation] * count)]
     kept, counts = sizes.moment + sizes.second, 4 + 4 * count
     if is_async:
-        launch = plan_launch(plans, (0,), [range(count)], coordinate)
-        moved[0] = (launch.gather, [sizes.moment] * count)
+        launch = plan_launch(plans, (0,), [range(count)], coordinate, summed)
+        moved[0] = (launch.gather, [size] * count)
         moved.append((launch.forward, [sizes.moment]))
         kept, counts = kept + sizes.moment, 4 + 8 * count
     numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
@@ -134,9 +140,16 @@ def svd_flops(m: int, n: int) -> float:
     return 6.0 * long * r**2 + 20.0 * r**3
 
 
-def refresh_flops(m: int, n: int, method: str) -> float:
-    """Operations of one decomposition: by the SVD, or a Gram matrix and its QR or eigenvectors."""
+def refresh_flops(m: int, n: int, method: str, parts: int = 1) -> float:
+    """Operations of one decomposition by its owner.
+
+    Args:
+        m: rows.
+        n: columns.
+        method: the SVD, or what takes a Gram matrix and its QR or eigenvectors.
+        parts: ranks that the Gram matrix is computed by, each its part.
+    """
     long, r = max(m, n), min(m, n)
     if method == "svd":
         return svd_flops(m, n)
-    return 2.0 * long * r**2 + (4.0 if method == "orthogonal_iteration" else 9.0) * r**3
+    return 2.0 * long * r**2 / parts + (4.0 if method == "orthogonal_iteration" else 9.0) * r**3

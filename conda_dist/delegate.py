@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from conda_dist.flat import Flat
 from conda_dist.layout import Coordinate, Layout
-from conda_dist.plan import Matrix, WeightPlan, plan_matrices
+from conda_dist.plan import WeightPlan
 from conda_dist.transfer import Hop, Leg, deal_from, gather_to, plan_hops
+from conda_dist.waves import Matrix, plan_matrices
 
 
 def delegate(plan: WeightPlan, placement: str) -> WeightPlan:
@@ -73,10 +74,11 @@ def plan_errand(
     due: Sequence[Collection[int]],
     coordinate: Coordinate,
     launched: Sequence[Collection[int]] = (),
+    summed: Sequence[Collection[int]] = (),
 ) -> Errand:
-    """Plans a step of delegated weights; arguments as of :func:`conda_dist.plan.plan_wave`."""
+    """Plans a step of delegated weights; arguments as of :func:`conda_dist.waves.plan_wave`."""
     chosen = [plans[i] for i in weights]
-    matrices = tuple(plan_matrices(plans, weights, due, coordinate, launched))
+    matrices = tuple(plan_matrices(plans, weights, due, coordinate, launched, summed))
     fresh = bool(matrices)
 
     def to(layouts: Sequence[Layout]) -> list[tuple[Leg, ...]]:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from conda_dist import maths
 from conda_dist.background import Background
+from conda_dist.decomposition import Outcome
 from conda_dist.delegate import Errand
 from conda_dist.exchange import Exchange
-from conda_dist.maths import Outcome
 from conda_dist.refresh import decompose, rotation_dtype
 from conda_dist.weight import Weight
 

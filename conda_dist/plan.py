@@ -6,8 +6,8 @@ asks but the boxes inside the hops.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from conda_dist.flat import Flat, Held, flat_basis, flat_to_compute
 from conda_dist.layout import (
@@ -21,7 +21,7 @@ from conda_dist.layout import (
     to_compute,
     to_whole,
 )
-from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
+from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution
 
 ITEMSIZE = 4
 """Bytes of an element by which buckets, waves and their parts are filled, whatever its own are."""
@@ -236,77 +236,6 @@ class Bucket:
     backward: tuple[Hop, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """One matrix of a wave.
-
-    Attributes:
-        position: which weight of the bucket it belongs to.
-        index: which matrix of that weight's batch it is.
-        local: its place in this rank's local batch; None if this rank has nothing of it.
-        owner: the coordinate that decomposes it.
-        mine: whether that is this rank.
-        launched: whether its decomposition was started in an earlier step.
-    """
-
-    position: int
-    index: int
-    local: int | None
-    owner: Coordinate
-    mine: bool
-    launched: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Scatter:
-    """Rotations that travel together.
-
-    Attributes:
-        start: the first of their matrices in the wave.
-        stop: the one after the last.
-        hops: exchanges that bring each rotation to all. Items: these matrices.
-    """
-
-    start: int
-    stop: int
-    hops: tuple[Hop, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Wave:
-    """Weights refreshed together.
-
-    Attributes:
-        bucket: their step.
-        matrices: their matrices.
-        gather: exchanges that bring each projected momentum to its owner. Items: ``matrices``, of
-            which those launched stay where they are.
-        scatters: how the rotations travel, in parts: all ranks get all of them.
-    """
-
-    bucket: Bucket
-    matrices: tuple[Matrix, ...]
-    gather: tuple[Hop, ...]
-    scatters: tuple[Scatter, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """Weights whose momenta go to their owners ahead of the step that takes their new bases.
-
-    Attributes:
-        weights: their indices, all of one mesh.
-        matrices: their matrices.
-        forward: exchanges that bring each kept momentum to the compute layout. Items: ``weights``.
-        gather: exchanges that bring each matrix from there to its owner. Items: ``matrices``.
-    """
-
-    weights: tuple[int, ...]
-    matrices: tuple[Matrix, ...]
-    forward: tuple[Hop, ...]
-    gather: tuple[Hop, ...]
-
-
 def plan_bucket(
     plans: Sequence[WeightPlan], weights: tuple[int, ...], coordinate: Coordinate
 ) -> Bucket:
@@ -328,114 +257,6 @@ def plan_bucket(
 
 def _matrix_dims(layout: Layout) -> tuple[int, int]:
     return len(layout.shape) - 2, len(layout.shape) - 1
-
-
-def plan_wave(
-    plans: Sequence[WeightPlan],
-    weights: tuple[int, ...],
-    due: Sequence[Collection[int]],
-    coordinate: Coordinate,
-    launched: Sequence[Collection[int]] = (),
-    limit: float = math.inf,
-) -> Wave:
-    """Plans the refresh of weights of one mesh, seen from one rank.
-
-    Args:
-        plans: all plans.
-        weights: those of the wave.
-        due: for each of them which matrices of its batch take new bases.
-        coordinate: the rank for which boxes are computed.
-        launched: for each of them which of these were launched in an earlier step; () for none.
-        limit: most bytes of rotations that travel together, and at least one of them.
-    """
-    matrices = tuple(plan_matrices(plans, weights, due, coordinate, launched))
-    chosen = [plans[weights[m.position]] for m in matrices]
-    routes = list(zip(matrices, chosen, strict=True))
-    return Wave(
-        plan_bucket(plans, weights, coordinate),
-        matrices,
-        plan_hops([() if m.launched else _gather_route(p, m.owner) for m, p in routes], coordinate),
-        tuple(_plan_scatters(routes, coordinate, limit)),
-    )
-
-
-def _plan_scatters(
-    routes: Sequence[tuple[Matrix, WeightPlan]], coordinate: Coordinate, limit: float
-) -> Iterator[Scatter]:
-    start, size = 0, 0
-    for stop, (_, plan) in enumerate(routes):
-        rotation = ITEMSIZE * min(plan.storage.shape[-2:]) ** 2
-        if stop > start and size + rotation > limit:
-            yield _plan_scatter(routes, start, stop, coordinate)
-            start, size = stop, 0
-        size += rotation
-    yield _plan_scatter(routes, start, len(routes), coordinate)
-
-
-def _plan_scatter(
-    routes: Sequence[tuple[Matrix, WeightPlan]], start: int, stop: int, coordinate: Coordinate
-) -> Scatter:
-    legs = [_scatter_route(plan, matrix.owner) for matrix, plan in routes[start:stop]]
-    return Scatter(start, stop, plan_hops(legs, coordinate))
-
-
-def plan_launch(
-    plans: Sequence[WeightPlan],
-    weights: tuple[int, ...],
-    due: Sequence[Collection[int]],
-    coordinate: Coordinate,
-) -> Launch:
-    """Plans the way of kept momenta to their owners; arguments as of :func:`plan_wave`."""
-    matrices = tuple(plan_matrices(plans, weights, due, coordinate))
-    chosen = [plans[i] for i in weights]
-    forward = [redistribution(plan.moves) if plan.borrows else () for plan in chosen]
-    gather = [_gather_route(chosen[m.position], m.owner) for m in matrices]
-    return Launch(weights, matrices, plan_hops(forward, coordinate), plan_hops(gather, coordinate))
-
-
-def plan_matrices(
-    plans: Sequence[WeightPlan],
-    weights: tuple[int, ...],
-    due: Sequence[Collection[int]],
-    coordinate: Coordinate,
-    launched: Sequence[Collection[int]] = (),
-) -> Iterator[Matrix]:
-    """The matrices of a wave; arguments as of :func:`plan_wave`."""
-    for position, index in enumerate(weights):
-        plan = plans[index]
-        held = plan.compute.matrices(coordinate)
-        before = launched[position] if launched else ()
-        for matrix in sorted(due[position]):
-            owner = plan.owners[matrix]
-            local = held.index(matrix) if matrix in held else None
-            yield Matrix(position, matrix, local, owner, owner == coordinate, matrix in before)
-
-
-def _gather_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
-    """Route of one matrix of the projected momentum, (m, n), to its owner."""
-    if plan.alone:
-        return ()
-    batch_dims = len(plan.compute.shape) - 2
-    matrix = Layout(
-        plan.compute.shape[-2:],
-        plan.compute.mesh,
-        tuple(
-            replace(p, dim=p.dim - batch_dims) if p is not None and p.dim >= batch_dims else None
-            for p in plan.compute.placements
-        ),
-        plan.compute.window,
-    )
-    fixed = tuple(d for d, placement in enumerate(matrix.placements) if placement is None)
-    return gather_to(matrix, (0, 1), owner, fixed)
-
-
-def _scatter_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
-    """Route of one rotation, (r, r), from the owner to all who hold a part of its matrix."""
-    if plan.alone:
-        return ()
-    r, whole = min(plan.compute.shape[-2:]), plan.whole_basis
-    target = whole if isinstance(whole, Held) else None
-    return send_from((r, r), plan.compute.mesh, owner, batch_mesh_dims(plan.compute), target)
 
 
 def basis_to_first(plan: WeightPlan) -> tuple[Leg, ...]:

@@ -1,5 +1,7 @@
 """New bases: momenta to their owners, decompositions in parallel, rotations back to all.
 
+Where that is less, the owners get the parts of the momenta's Gram matrices instead, and add up.
+
 Two packed exchanges and one agreement on what came of it. An owner that fails says so in the
 agreement, so no rank ever waits for it. A refresh is one step's, or is launched in one, from a
 snapshot of the momenta, and its rotations are taken some steps later.
@@ -8,15 +10,18 @@ snapshot of the momenta, and its rotations are taken some steps later.
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from conda_dist import maths
-from conda_dist.background import Background
+from conda_dist import decomposition
+from conda_dist.background import Background, Found
+from conda_dist.decomposition import Outcome, gram_dtype, gram_part
 from conda_dist.exchange import Exchange, Mesh, all_max, all_texts
-from conda_dist.maths import Outcome, matrices
-from conda_dist.plan import Launch, Matrix, Wave
+from conda_dist.maths import matrices
+from conda_dist.transfer import Hop
+from conda_dist.waves import Launch, Matrix, Wave
 from conda_dist.weight import NEVER, Weight
 
 
@@ -31,14 +36,45 @@ def launch(plan: Launch, weights: Sequence[Weight], background: Background) -> N
     mesh, snapshots = weights[0].mesh, [weight.snapshot for weight in weights]
     dtypes, device = [snapshot.dtype for snapshot in snapshots], snapshots[0].device
     computed = Exchange(mesh, plan.forward, snapshots, dtypes, device).wait()
-    momenta = [_local_matrix(computed[m.position], m) for m in plan.matrices]
-    matrix_dtypes = [dtypes[m.position] for m in plan.matrices]
-    whole = Exchange(mesh, plan.gather, momenta, matrix_dtypes, device).wait()
+    whole = _gather(plan.matrices, plan.gather, weights, computed)
     for matrix, momentum in zip(plan.matrices, whole, strict=True):
         weight = weights[matrix.position]
         ours = momentum if matrix.mine else None
-        method = weight.options.refresh_method
-        background.start((weight, matrix.index), ours, weight.plan.right, method)
+        find = partial(_find, weight, matrix.summed, weight.options.refresh_method)
+        background.start((weight, matrix.index), ours, find)
+
+
+def _gather(
+    wave: Sequence[Matrix],
+    hops: Sequence[Hop],
+    weights: Sequence[Weight],
+    moments: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Sends momenta, in compute layout, or parts of their Gram matrices to the owners.
+
+    Returns:
+        What this rank owns of them, by matrix; those launched before are left out.
+    """
+    sent: list[Tensor | None] = []
+    dtypes, device = [], weights[0].basis.device
+    for matrix in wave:
+        weight, moment = weights[matrix.position], moments[matrix.position]
+        shard = None if matrix.launched else _local_matrix(moment, matrix)
+        dtype, method = weight.kept[0].dtype, weight.options.refresh_method
+        if matrix.summed:
+            dtype = gram_dtype(dtype, method)
+            given = shard if matrix.gives else None
+            shard = None if given is None else gram_part(given, weight.plan.right, method)
+        sent.append(shard)
+        dtypes.append(dtype)
+    return Exchange(weights[0].mesh, hops, sent, dtypes, device).wait()
+
+
+def _find(weight: Weight, summed: bool, method: str, whole: Tensor) -> Found:
+    """Decomposes a whole momentum, or one of which the parts of the Gram matrix are here."""
+    if not summed:
+        return decomposition.decompose(whole, weight.plan.right, method)
+    return decomposition.decompose_sum(whole, min(weight.plan.storage.shape[-2:]), method)
 
 
 def refresh(
@@ -70,14 +106,8 @@ def refresh(
     if begun and _nothing_yet(wave, weights):
         _settle(wave.matrices, weights, [Outcome.ZERO] * len(wave.matrices))
         return [bool(weight.step) for weight in weights]
-    momenta = [
-        None if m.launched else _local_matrix(weights[m.position].moments[0], m)
-        for m in wave.matrices
-    ]
-    moment_dtypes = [weights[m.position].moments[0].dtype for m in wave.matrices]
-    device = weights[0].moments[0].device
-    whole = Exchange(mesh, wave.gather, momenta, moment_dtypes, device).wait()
-
+    moments, device = [weight.moments[0] for weight in weights], weights[0].basis.device
+    whole = _gather(wave.matrices, wave.gather, weights, moments)
     found, outcomes = decompose(wave.matrices, weights, bases, whole, background)
     del whole
     dtypes = [rotation_dtype(bases[m.position]) for m in wave.matrices]
@@ -133,7 +163,8 @@ def decompose(
         wave: the matrices.
         weights: their weights.
         bases: the whole basis of each weight, where this rank owns it at least.
-        whole: the whole projected momentum of each matrix that this rank owns.
+        whole: the whole projected momentum of each matrix that this rank owns, or the parts of
+            its Gram matrix.
         background: has the decompositions launched before.
 
     Returns:
@@ -184,11 +215,11 @@ def _decompose_mine(
             else:
                 assert momentum is not None
                 method = "svd" if first else weight.options.refresh_method
-                outcome, rotation = maths.decompose(momentum, weight.plan.right, method)
+                outcome, rotation = _find(weight, matrix.summed, method, momentum)
             if rotation is not None:
                 rotation = rotation.to(dtype)
                 if not first and weight.drifts:
-                    rotation = maths.orthonormal(rotation, basis)
+                    rotation = decomposition.orthonormal(rotation, basis)
                 found[i] = rotation.contiguous()
         except Exception as caught:  # the other ranks are waiting: tell them first
             outcome, error = Outcome.ERROR, error or caught

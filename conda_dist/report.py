@@ -14,7 +14,8 @@ from rich.table import Table
 from conda_dist.costs import Sizes, costs
 from conda_dist.routing import route
 from conda_dist.setup import Plain, Setup
-from conda_dist.weight import Weight, basis_dtype, moment_dtype, second_dtype
+from conda_dist.states import basis_dtype, gram_size, moment_dtype, second_dtype
+from conda_dist.weight import Weight
 
 
 class Row(TypedDict):
@@ -87,6 +88,7 @@ def _conda_row(weight: Weight) -> Row:
         basis.itemsize,
         torch.promote_types(basis, torch.float32).itemsize,
         (weight.options.matmul_dtype or basis).itemsize,
+        gram_size(weight.param, weight.options),
     )
     costing = costs(plan, weight.mesh.coordinate, sizes, weight.is_async)
     step = sum(costing.step.values())

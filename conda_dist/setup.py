@@ -21,14 +21,8 @@ from conda_dist.options import Options
 from conda_dist.owners import deal_owners
 from conda_dist.plan import plan_weight, replicated_basis_bytes
 from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
-from conda_dist.weight import (
-    Weight,
-    basis_dtype,
-    basis_key,
-    moment_dtype,
-    second_dtype,
-    second_key,
-)
+from conda_dist.states import basis_dtype, basis_key, moment_dtype, second_dtype, second_key
+from conda_dist.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)

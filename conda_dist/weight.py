@@ -7,12 +7,23 @@ import torch
 from torch import Tensor
 
 from conda_dist import maths, storage
+from conda_dist.decomposition import Outcome
 from conda_dist.exchange import Mesh
 from conda_dist.flat import Flat
 from conda_dist.layout import Layout
-from conda_dist.maths import Hyper, Outcome, matrices
+from conda_dist.maths import Hyper, matrices
 from conda_dist.options import Options
 from conda_dist.plan import WeightPlan
+from conda_dist.scratch import Scratch
+from conda_dist.states import (
+    basis_dtype,
+    basis_key,
+    gram_size,
+    moment_dtype,
+    second_dtype,
+    second_key,
+)
+from conda_dist.waves import sums_grams
 
 NEVER = -1.0
 """The ``basis_step`` of a matrix that still has the identity for a basis, and the
@@ -23,9 +34,6 @@ CORRECTED_EVERY = 16
 """Refreshes by orthogonal iteration from one in which the basis is made orthonormal again to the
 next. In between it drifts by less than 5e-6 in float32, measured for r from 16 to 1024, and the two
 products are saved in a refresh that is due every few steps."""
-
-CODES = "exp_avg_sq_codes"
-"""The state that is a second moment in 8 bits; see :func:`conda_dist.maths.decode`."""
 
 
 def hyper_of(group: dict[str, Any]) -> Hyper:
@@ -43,31 +51,6 @@ def hyper_of(group: dict[str, Any]) -> Hyper:
         float(group["scale"]),
         group["correct_bias"],
     )
-
-
-def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
-    """Dtype of a parameter's moments: ``state_dtype``, else its own but at least float32."""
-    return options.state_dtype or torch.promote_types(param.dtype, torch.float32)
-
-
-def second_dtype(param: Tensor, options: Options) -> torch.dtype:
-    """Dtype of a parameter's second moment: ``second_moment_dtype``, else that of both."""
-    return options.second_moment_dtype or moment_dtype(param, options)
-
-
-def second_key(options: Options) -> str:
-    """Name of the state that is the second moment, or its codes: none may pass for the other."""
-    return CODES if options.second_moment_dtype == torch.uint8 else "exp_avg_sq"
-
-
-def basis_dtype(param: Tensor, options: Options) -> torch.dtype:
-    """Dtype of a weight's basis: ``basis_dtype``, else its moments' but at least float32."""
-    return options.basis_dtype or torch.promote_types(moment_dtype(param, options), torch.float32)
-
-
-def basis_key(part: int | None) -> str:
-    """Name of the state that is a weight's basis, or that of one of its parts."""
-    return "basis" if part is None else f"basis_{part}"
 
 
 def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
@@ -108,6 +91,8 @@ class Weight:
         self._borrowed: tuple[Tensor, Tensor] | None = None
         self._basis_key = basis_key(plan.part)
         self.second_key = second_key(options)
+        gram, moment = gram_size(param, options), moment_dtype(param, options).itemsize
+        self._sums = gram is not None and sums_grams(plan, moment, gram)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -281,10 +266,12 @@ class Weight:
             for view, part in zip(views, _pieces(moment, views), strict=True):
                 view.copy_(part)
 
-    def project(self, grad: Tensor, basis: Tensor, out: Tensor | None = None) -> Tensor:
-        """Projects the gradient, in compute layout; into ``out``, of its shape, where given."""
+    def project(self, grad: Tensor, basis: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """Projects the gradient, in compute layout; into memory of ``scratch`` where given."""
         if not basis.numel():  # there is nothing of it here
             return grad.to(basis.dtype)
+        dtype = torch.promote_types(basis.dtype, torch.float32)
+        out = None if scratch is None else scratch.take(0, grad, dtype)
         return maths.project(grad, basis, self.plan.right, self.options.matmul_dtype, out)
 
     def average(self, moment: Tensor, projected: Tensor) -> None:
@@ -318,7 +305,7 @@ class Weight:
         projected: Tensor,
         *,
         averaged: bool = False,
-        out: Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> Tensor | None:
         """Updates the moments, counts the step and brings the update back.
 
@@ -326,7 +313,7 @@ class Weight:
             basis: the whole basis of this rank's matrices.
             projected: the projected gradient, in compute layout; may be overwritten.
             averaged: whether the first moment was updated before, as it is for a refresh.
-            out: memory of this shape and dtype to work in.
+            scratch: memory to work in, beside its slot 0.
 
         Returns:
             The update in compute layout and the parameter's dtype, or None if it was applied,
@@ -336,7 +323,10 @@ class Weight:
         if not basis.numel():
             self._own("step").add_(1)
             return None if self.plan.in_place else projected.to(self.param.dtype)
-        y = self.normalise(projected) if averaged else self.average_and_normalise(projected, out)
+        if averaged:
+            y = self.normalise(projected)
+        else:
+            y = self.average_and_normalise(projected, scratch)
         param = storage.local(self.param)
         multiplied = {y.dtype, basis.dtype, dtype or param.dtype}
         if not self.plan.in_place or multiplied != {param.dtype}:
@@ -352,23 +342,19 @@ class Weight:
             maths.project_back_and_apply_(self.rows(param), y, basis, right, self.step, hyper)
         return None
 
-    @property
-    def fuses(self) -> bool:
-        """Whether both moments may be updated in one kernel, for what their memory allows."""
-        return not self.options.compile and maths.can_fuse(*self.moments)
-
-    def average_and_normalise(self, projected: Tensor, out: Tensor | None = None) -> Tensor:
+    def average_and_normalise(self, projected: Tensor, scratch: Scratch | None = None) -> Tensor:
         """Updates both moments, counts the step and returns proj(M) / (sqrt(v) + eps).
 
         Args:
             projected: the projected gradient; may be overwritten.
-            out: as of :meth:`advance`.
+            scratch: as of :meth:`advance`.
         """
         first, second = self.moments
-        if not self.fuses or not maths.can_fuse(projected, first, second):
+        if self.options.compile or not maths.can_fuse(projected, first, second):
             self.average(first, projected)
             return self.normalise(projected)
         self._own("step").add_(1)
+        out = None if scratch is None else scratch.take(1, projected, projected.dtype)
         return maths.average_and_normalise_(projected, first, second, hyper_of(self.group), out)
 
     def normalise(self, projected: Tensor) -> Tensor:
@@ -391,6 +377,10 @@ class Weight:
         hyper, views = hyper_of(self.group), self.views(storage.local(self.param))
         for view, part in zip(views, _pieces(update, views), strict=True):
             maths.apply_(view, part, self.step, hyper)
+
+    def sums(self, which: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of these matrices whose owners take new bases from parts of Gram matrices."""
+        return tuple(i for i in which if self._sums and self.taken(i) != NEVER)
 
     def taken(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis, or ``NEVER``."""

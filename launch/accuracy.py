@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from conda_dist import Conda
-from conda_dist.maths import Outcome, decompose, matrices, orthonormal, project
+from conda_dist.decomposition import Outcome, decompose, orthonormal
+from conda_dist.maths import matrices, project
 from conda_dist.options import REFRESH_METHODS
 from conda_dist.storage import local
 
@@ -153,6 +154,7 @@ def measure(momentum: Tensor, basis: Tensor, right: bool) -> dict[str, Accuracy]
         if outcome != Outcome.DONE or rotation is None:
             raise LinAlgError(f"{method}: {outcome.name}")
         # As a run would keep it: rounded once, with its rotation.
+        rotation = rotation.to(torch.promote_types(basis.dtype, torch.float32))
         turned = project(basis, orthonormal(rotation, basis), right=True)
         accuracies[method] = judged(turned.to(basis.dtype), took)
     return accuracies

@@ -25,6 +25,7 @@ from conda_dist.plan import (
     plan_weight,
     replicated_basis_bytes,
 )
+from conda_dist.waves import gram_parts, sums_grams
 
 from .config import CondaConfig
 from .hardware import Hardware
@@ -174,7 +175,13 @@ def forecast_conda(
     second = (
         DTYPES[settings.second_moment_dtype].itemsize if settings.second_moment_dtype else first
     )
-    sizes = Sizes(moment=first, second=second, basis=basis_size, product=product)
+    sizes = Sizes(
+        moment=first,
+        second=second,
+        basis=basis_size,
+        product=product,
+        gram={"svd": None, "eigh64": 8}.get(settings.refresh_method, 4),
+    )
     return _sum_up(plans, others, mesh, settings, sizes, at)
 
 
@@ -190,7 +197,7 @@ def _sum_up(
     multiplied: dict[Coordinate, float] = defaultdict(float)
     for plan in plans:
         m, n = plan.storage.shape
-        load[plan.owners[0]] += refresh_flops(m, n, settings.refresh_method)
+        load[plan.owners[0]] += _decomposition(plan, settings, sizes)
         multiplied[plan.owners[0]] += 4.0 * plan.delegated * m * n * min(m, n)
     busiest = at or max(load, key=lambda c: (multiplied[c], load[c], c))
     found = Forecast(
@@ -219,15 +226,23 @@ def _sum_up(
         found.rotate += 2 * 2.0 * share * r + 2.0 * r**3 * (mine or not plan.delegated)
         found.elements += numel
         _count(found.kinds, plan, cost, flops)
-    _together(found, plans, settings, busiest, collectives)
+    _together(found, plans, settings, sizes, busiest, collectives)
     _add_adamw(found, others, mesh, busiest, sizes)
     return found
+
+
+def _decomposition(plan: WeightPlan, settings: CondaConfig, sizes: Sizes) -> float:
+    """Operations that a refresh of a weight takes its owner."""
+    m, n = plan.storage.shape
+    sums = sizes.gram is not None and sums_grams(plan, sizes.moment, sizes.gram)
+    return refresh_flops(m, n, settings.refresh_method, gram_parts(plan) if sums else 1)
 
 
 def _together(
     found: Forecast,
     plans: Sequence[WeightPlan],
     settings: CondaConfig,
+    sizes: Sizes,
     at: Coordinate,
     collectives: Sequence[int],
 ) -> None:
@@ -249,13 +264,11 @@ def _together(
         load = work(errand, lambda plan: 4.0 * plan.matrix_numel * min(plan.storage.shape))
         found.waited += max(load.values()) - load.get(at, 0.0)
 
-    def decomposition(plan: WeightPlan) -> float:
-        m, n = plan.storage.shape
-        return refresh_flops(m, n, settings.refresh_method)
-
     for some in (delegated, [i for i, plan in enumerate(plans) if not plan.delegated]):
         for wave in fill_waves(plans, some, limits.refresh_limit):
-            found.decompose += max(work(wave, decomposition).values())
+            found.decompose += max(
+                work(wave, lambda p: _decomposition(p, settings, sizes)).values()
+            )
 
 
 def _count(kinds: list[Kind], plan: WeightPlan, cost: Costs, flops: float) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 import models
 import ranks
 import toys
-from conda_dist import Conda, maths
+from conda_dist import Conda, decomposition
 from conda_dist.exchange import Mesh
 from conda_dist.layout import Layout as Where
 from conda_dist.layout import Split, Topology
@@ -222,7 +222,7 @@ def _fail(layout: Layout) -> tuple[str, list[str]]:
     """One rank's decomposition raises in the background, and then no more."""
     model, optimizer = models.build(layout, **ASYNC)
     models.train(model, optimizer, range(4))
-    decompose_ = maths.decompose
+    decompose_ = decomposition.decompose
     where = set[str]()
 
     def broken(*args: Any) -> Any:
@@ -231,11 +231,11 @@ def _fail(layout: Layout) -> tuple[str, list[str]]:
             raise MemoryError("no room")
         return decompose_(*args)
 
-    maths.decompose = broken
+    decomposition.decompose = broken
     try:
         said = models.attempt(models.train, model, optimizer, range(4, 9))
     finally:
-        maths.decompose = decompose_
+        decomposition.decompose = decompose_
     models.train(model, optimizer, range(9, STEPS))
     assert all(name.startswith("conda_dist refresh") for name in where), where
     return said, [s["basis_step"].max().item() for s in optimizer.state.values() if "basis" in s]
@@ -264,8 +264,8 @@ def test_broken_momenta_are_said_when_the_bases_are_due() -> None:
 
 FORSAKEN = """
 import time, torch
-from conda_dist import Conda, maths
-def slow(momentum, right, method, plain=maths.decompose):
+from conda_dist import Conda, decomposition
+def slow(momentum, right, method, plain=decomposition.decompose):
     time.sleep(0.5)
     decomposed.append(1)
     return plain(momentum, right, method)
@@ -276,7 +276,7 @@ for step in range(2):
     for param in params:
         param.grad = torch.randn(4, 4)
     optimizer.step()
-    maths.decompose = slow
+    decomposition.decompose = slow
 assert optimizer.state[params[0]]["snapshot_step"] == 1
 import threading
 (worker,) = [t for t in threading.enumerate() if t is not threading.main_thread()]
@@ -297,7 +297,7 @@ def test_a_process_ends_with_refreshes_pending() -> None:
 
 ELSEWHERE = """
 import threading, torch
-from conda_dist import Conda
+from conda_dist import Conda, decomposition
 params = [torch.nn.Parameter(torch.randn(60, 40)) for _ in range(8)]
 optimizer = Conda(
     [{"params": params, "algorithm": "conda"}], update_proj_gap=2, refresh="async", refresh_delay=1

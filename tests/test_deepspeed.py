@@ -94,6 +94,16 @@ def test_low_precision_follows_one_process(world: int) -> None:
         assert error < (0.01 if world == 1 else 0.1), config
 
 
+def test_new_bases_of_gram_matrices_follow_one_process() -> None:
+    """Which two ranks' owners add up, of ranges that end anywhere."""
+    options = {"refresh_method": "orthogonal_iteration"}
+    configs: list[Config] = [(stage, "fp32", {"params": options}) for stage in range(4)]
+    theirs = zero.alone(**options)
+    assert models.farthest(zero.alone(), theirs, zero.start()) > 0.01
+    for config, error in zip(configs, _errors(2, configs, theirs), strict=True):
+        assert error < 1e-4, config
+
+
 CLIPPED: list[Config] = [
     *((stage, "fp32", {"gradient_clipping": 0.5}) for stage in range(4)),
     (3, "fp32", {"gradient_clipping": 0.5, **SUB_GROUPS}),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import models
 import ranks
 import zero
-from conda_dist import maths, param_groups
+from conda_dist import decomposition, param_groups
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -145,18 +145,18 @@ class _BrokenError(Exception):
 def _inject(stage: int) -> str:
     """One rank's decompositions fail in the second refresh."""
     engine = zero.build(zero.config(stage))
-    decompose = maths.decompose
+    decompose = decomposition.decompose
 
     def broken(*args: Any) -> Any:
         raise _BrokenError("injected")
 
     zero.train(engine, range(3))
     if dist.get_rank() == 1:
-        maths.decompose = broken
+        decomposition.decompose = broken
     try:
         return models.attempt(zero.train, engine, range(3, 4))
     finally:
-        maths.decompose = decompose
+        decomposition.decompose = decompose
 
 
 @pytest.mark.parametrize("stage", range(4))

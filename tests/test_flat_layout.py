@@ -20,8 +20,9 @@ from conda_dist.flat import Flat
 from conda_dist.layout import Layout, Topology, reverse
 from conda_dist.options import Options
 from conda_dist.owners import deal_owners
-from conda_dist.plan import plan_wave, plan_weight
+from conda_dist.plan import plan_weight
 from conda_dist.transfer import plan_hops, redistribution
+from conda_dist.waves import plan_wave
 from conda_dist.weight import Weight
 
 SIZES = st.integers(1, 7)

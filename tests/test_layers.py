@@ -13,10 +13,12 @@ FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 ORDER = (
     "maths",
+    "decomposition",
     "layout",
     "flat",
     "transfer",
     "plan",
+    "waves",
     "filling",
     "owners",
     "delegate",
@@ -31,8 +33,8 @@ ORDER = (
 )
 """From the bottom to the top; a module may import those before it."""
 
-PLANS = ("layout", "flat", "transfer", "plan", "filling", "owners", "delegate", "costs")
-PURE = ("maths", *PLANS, "reference")
+PLANS = ("layout", "flat", "transfer", "plan", "waves", "filling", "owners", "delegate", "costs")
+PURE = ("maths", "decomposition", *PLANS, "reference")
 """No communication: not even torch.distributed's names."""
 
 FILE_LINES, FUNCTION_LINES = 450, 75
@@ -59,7 +61,7 @@ def _modules(path: Path) -> set[str]:
 def test_there_is_something_to_look_at() -> None:
     assert set(ORDER) | set(PURE) <= set(FILES)
     assert "conda_dist.maths.Hyper" in set(_imports(FILES["weight"]))
-    assert {"exchange", "plan", "maths"} <= _modules(FILES["refresh"])
+    assert {"exchange", "waves", "maths"} <= _modules(FILES["refresh"])
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -89,7 +91,7 @@ def test_pure_layers_do_not_communicate(name: str) -> None:
         assert not told, f"{name} reaches {told} through {module}"
 
 
-@pytest.mark.parametrize("name", ["maths", "layout", "reference"])
+@pytest.mark.parametrize("name", ["maths", "decomposition", "layout", "reference"])
 def test_the_bottom_imports_nothing_of_the_package(name: str) -> None:
     assert not _modules(FILES[name])
 

@@ -15,7 +15,7 @@ import ranks
 import toys
 from conda_dist import Conda, maths, param_groups
 from conda_dist.adamw import Entry, adamw_
-from conda_dist.weight import CODES
+from conda_dist.states import CODES
 from models import FSDP2, PLAIN, Layout
 
 CODED: dict[str, Any] = {"second_moment_dtype": torch.uint8}

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 import toys
-from conda_dist import maths
-from conda_dist.maths import Hyper, Outcome
+from conda_dist import decomposition, maths
+from conda_dist.decomposition import Outcome
+from conda_dist.maths import Hyper
 
 DOUBLE = torch.float64
 HYPER = Hyper(
@@ -107,7 +108,7 @@ def test_refreshing_in_projected_coordinates(shape: tuple[int, int]) -> None:
     right, r = _right(shape), min(shape)
     momentum, basis = toys.random(*shape, dtype=DOUBLE), _basis(r, r)
     exp_avg = maths.project(momentum, basis, right)
-    outcome, rotation = maths.decompose(exp_avg, right)
+    outcome, rotation = decomposition.decompose(exp_avg, right)
     assert outcome == Outcome.DONE
     assert rotation is not None
     new = basis @ rotation
@@ -148,7 +149,7 @@ def test_matrices() -> None:
 
 def _check_decomposition(momentum: Tensor, right: bool, tolerance: float) -> Tensor:
     """P has the singular vectors in descending order; returns it."""
-    outcome, rotation = maths.decompose(momentum, right)
+    outcome, rotation = decomposition.decompose(momentum, right)
     assert outcome == Outcome.DONE
     assert rotation is not None
     r = min(momentum.shape)
@@ -194,7 +195,7 @@ def test_long_momenta_are_decomposed_by_their_triangle(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.linalg, "svd", watching)
     for shape in [(40, 8), (8, 40), (20, 12), (13, 12), (12, 13)]:
-        maths.decompose(toys.random(*shape), _right(shape))
+        decomposition.decompose(toys.random(*shape), _right(shape))
     assert seen == [(8, 8), (8, 8), (20, 12), (13, 12), (13, 12)]
 
 
@@ -215,7 +216,7 @@ def test_decompose_of_low_rank(shape: tuple[int, int], rank: int, dtype: torch.d
     m, n = shape
     momentum = toys.random(m, rank, seed=1, dtype=dtype) @ toys.random(rank, n, seed=2, dtype=dtype)
     if not rank:
-        assert maths.decompose(momentum, _right(shape)) == (Outcome.ZERO, None)
+        assert decomposition.decompose(momentum, _right(shape)) == (Outcome.ZERO, None)
         return
     _check_decomposition(momentum, _right(shape), 1e-11 if dtype == DOUBLE else 2e-5)
 
@@ -232,7 +233,7 @@ def test_decompose_of_any_scale(shape: tuple[int, int], scale: float) -> None:
 def test_decompose_of_denormal_numbers() -> None:
     """They have few bits left to take directions from, but the basis is one."""
     for shape in DECOMPOSED:
-        outcome, rotation = maths.decompose(toys.random(*shape) * 1e-42, _right(shape))
+        outcome, rotation = decomposition.decompose(toys.random(*shape) * 1e-42, _right(shape))
         assert outcome == Outcome.DONE
         assert rotation is not None
         assert _orthonormality(rotation) < 1e-5
@@ -243,7 +244,7 @@ def test_decompose_of_ill_conditioned_momentum() -> None:
     u, v = _basis(40, 8, seed=1), _basis(8, 8, seed=2)
     spectrum = torch.logspace(0, -5, 8, dtype=DOUBLE)
     momentum = ((u * spectrum) @ v.mT).float()
-    _, rotation = maths.decompose(momentum, True)
+    _, rotation = decomposition.decompose(momentum, True)
     assert rotation is not None
     overlap = (rotation.double().mT @ v).abs()
     assert (overlap.diag() - 1).abs().max() < 1e-2
@@ -252,7 +253,7 @@ def test_decompose_of_ill_conditioned_momentum() -> None:
 def test_decompose_does_not_touch_its_argument() -> None:
     for shape in DECOMPOSED:
         momentum = toys.random(*shape)
-        maths.decompose(momentum, _right(shape))
+        decomposition.decompose(momentum, _right(shape))
         assert torch.equal(momentum, toys.random(*shape))
 
 
@@ -261,12 +262,12 @@ def test_decompose_does_not_touch_its_argument() -> None:
 def test_what_is_not_finite_has_no_basis(shape: tuple[int, int], bad: float) -> None:
     momentum = toys.random(*shape)
     momentum[-1, -1] = bad
-    assert maths.decompose(momentum, _right(shape)) == (Outcome.NOT_FINITE, None)
+    assert decomposition.decompose(momentum, _right(shape)) == (Outcome.NOT_FINITE, None)
 
 
 def test_finite_momentum_whose_sum_overflows_is_finite() -> None:
     momentum = torch.full((4, 3), 3e38)
-    outcome, _ = maths.decompose(momentum, True)
+    outcome, _ = decomposition.decompose(momentum, True)
     assert outcome != Outcome.NOT_FINITE
 
 
@@ -288,7 +289,7 @@ def test_an_svd_that_does_not_converge(
         return type(found)([torch.full_like(part, torch.nan) for part in found])
 
     monkeypatch.setattr(torch.linalg, "svd", flaky)
-    outcome, rotation = maths.decompose(toys.random(6, 4), True)
+    outcome, rotation = decomposition.decompose(toys.random(6, 4), True)
     assert seen == [torch.float32, DOUBLE]
     if times == 1:
         assert outcome == Outcome.DONE
@@ -307,7 +308,7 @@ def test_other_errors_are_not_taken_for_an_svd_that_does_not_converge(
 
     monkeypatch.setattr(torch.linalg, "svd", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
-        maths.decompose(toys.random(6, 4), True)
+        decomposition.decompose(toys.random(6, 4), True)
 
 
 def test_outcomes_are_ordered_by_severity() -> None:
@@ -323,7 +324,7 @@ def test_a_product_of_thousands_of_rotations_stays_orthonormal() -> None:
     basis = drifting = torch.eye(24)
     for t in range(2000):
         rotation = _basis(24, 24, seed=t, dtype=torch.float32)
-        basis = basis @ maths.orthonormal(rotation, basis)
+        basis = basis @ decomposition.orthonormal(rotation, basis)
         drifting = drifting @ rotation
     assert _orthonormality(basis) < 1e-5
     assert _orthonormality(basis) < 0.5 * _orthonormality(drifting)
@@ -331,10 +332,12 @@ def test_a_product_of_thousands_of_rotations_stays_orthonormal() -> None:
 
 def test_orthonormal_corrects_and_changes_nothing_else() -> None:
     basis, rotation = _basis(8, 8), _basis(8, 8, seed=6)
-    torch.testing.assert_close(maths.orthonormal(rotation, basis), rotation, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        decomposition.orthonormal(rotation, basis), rotation, rtol=0, atol=1e-14
+    )
     off = basis + 1e-4 * toys.random(8, 8, seed=7, dtype=DOUBLE)
     assert _orthonormality(off @ rotation) > 1e-4
-    assert _orthonormality(off @ maths.orthonormal(rotation, off)) < 1e-6
+    assert _orthonormality(off @ decomposition.orthonormal(rotation, off)) < 1e-6
 
 
 # The step

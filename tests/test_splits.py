@@ -122,8 +122,8 @@ def test_parts_step_as_matrices_of_their_own(separate: dict[str, Tensor]) -> Non
     _take(params, _optimizer(params), range(STEPS))
     ended = {name: param.detach() for name, param in params.items()}
     # Rows in one piece step in place, by the same kernels; those in several, and those of each
-    # matrix of a batch, which are not contiguous, by others.
-    assert models.unequal(ended, separate) == ["experts", "repeated"]
+    # matrix of a batch, which are not contiguous, by others, whose last bits may differ.
+    assert set(models.unequal(ended, separate)) <= {"experts", "repeated"}
     assert _far(ended, separate) < 1e-5
 
 

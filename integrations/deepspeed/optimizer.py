@@ -24,7 +24,7 @@ from conda_dist.integrations.deepspeed.unit import Unit, allocate
 from conda_dist.report import Row, as_text, rows
 from conda_dist.routing import CONDA, assign, clean_name, nothing_to_project
 from conda_dist.setup import Setup
-from conda_dist.weight import moment_dtype
+from conda_dist.states import moment_dtype
 
 HOW = 'Name weights with "conda_params": ["pattern"] among the optimizer\'s params'
 

@@ -21,8 +21,9 @@ from conda_dist.options import Options
 from conda_dist.plan import basis_to_first, replicated_basis_bytes
 from conda_dist.routing import CONDA
 from conda_dist.setup import Plain, Setup, Site, plan_sites
+from conda_dist.states import moment_dtype
 from conda_dist.transfer import plan_hops
-from conda_dist.weight import Weight, hyper_of, moment_dtype
+from conda_dist.weight import Weight, hyper_of
 
 KEPT = ("step", "basis", "basis_step")
 """What a weight has beside its moments."""

@@ -1,0 +1,191 @@
+"""New bases from momenta: decompositions as functions of tensors.
+
+Of a momentum whose rows or columns several ranks share, what needs only its Gram matrix can be had
+from parts: the Gram matrix is the sum of those of the shards.
+"""
+
+import math
+from collections.abc import Callable
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+
+class Outcome(IntEnum):
+    """What came of a decomposition. Larger is worse; ranks agree on the largest."""
+
+    UNKNOWN = 0
+    DONE = 1
+    ZERO = 2
+    NOT_FINITE = 3
+    NOT_CONVERGED = 4
+    ERROR = 5
+
+
+def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcome, Tensor | None]:
+    """Rotation P (r, r) from the basis in use to the next.
+
+    If proj(M) = A S P^T (right) then V(M) = Q P; left likewise, with U. The singular vectors
+    come in descending order and with free signs.
+
+    Args:
+        exp_avg: the whole projected momentum of one matrix, (m, n).
+        right: whether m >= n.
+        method: "svd"; "eigh64", the eigenvectors of the Gram matrix in float64, for which its
+            squared condition number leaves enough bits; or "orthogonal_iteration", one step of
+            subspace iteration, which approaches them from the basis in use.
+
+    Returns:
+        The outcome and, if it is DONE, P in at least float32. A momentum that is exactly zero or
+        not finite has no basis to give. What does not converge is tried once more in float64.
+    """
+    tall = (exp_avg if right else exp_avg.mT).to(torch.promote_types(exp_avg.dtype, torch.float32))
+    # A sum of squares of finite float32 values may overflow; the largest value cannot.
+    largest = float(tall.abs().amax())
+    if not math.isfinite(largest):
+        return Outcome.NOT_FINITE, None
+    if not largest:
+        return Outcome.ZERO, None
+    if method != "svd":
+        # Gram matrices of what is not near 1 would leave their range.
+        scaled = tall.to(gram_dtype(tall.dtype, method)) / largest
+        outcome, rotation = decompose_gram(scaled.mT @ scaled, method)
+        return outcome, None if rotation is None else rotation.to(tall.dtype)
+    return _first_finite(_right_singular_vectors, tall)
+
+
+def gram_dtype(moment: torch.dtype, method: str) -> torch.dtype:
+    """The dtype of a momentum's Gram matrix: eigenvectors need twice the bits of the moment."""
+    return torch.float64 if method == "eigh64" else torch.promote_types(moment, torch.float32)
+
+
+def decompose_gram(gram: Tensor, method: str) -> tuple[Outcome, Tensor | None]:
+    """:func:`decompose`, from the Gram matrix (r, r) of a momentum whose largest element is 1.
+
+    Args:
+        gram: of :func:`gram_dtype`; M^T M (right) or M M^T.
+        method: "eigh64" or "orthogonal_iteration".
+    """
+    find = {"eigh64": _eigenvectors, "orthogonal_iteration": _iterated}[method]
+    return _first_finite(find, gram)
+
+
+def _first_finite(
+    find: Callable[[Tensor], Tensor], matrix: Tensor
+) -> tuple[Outcome, Tensor | None]:
+    """What is found in the matrix's dtype or else, once more, in float64."""
+    for computed in (matrix.dtype, torch.float64):
+        try:
+            rotation = find(matrix.to(computed))
+        except LinAlgError:
+            continue
+        # Some GPU drivers give NaN instead of an error.
+        if math.isfinite(rotation.abs().amax()):
+            return Outcome.DONE, rotation.to(matrix.dtype)
+    return Outcome.NOT_CONVERGED, None
+
+
+def _eigenvectors(gram: Tensor) -> Tensor:
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors.flip(-1)  # ascending, but slot i of the second moment is the i-th largest
+
+
+def _iterated(gram: Tensor) -> Tensor:
+    """The orthogonal factor of the Gram matrix, its signs such that it is near the identity.
+
+    One step of orthogonal iteration (Golub and Van Loan 2013, section 8.2.4), warm-started: the
+    momentum is in the coordinates of the basis in use, in which that is the identity.
+    """
+    reflectors, factors = torch.geqrf(gram)  # of R only the diagonal is needed
+    signs = torch.where(reflectors.diagonal() < 0, -1.0, 1.0).to(reflectors.dtype)
+    rotation: Tensor = torch.linalg.householder_product(reflectors, factors).mul_(signs)
+    return rotation
+
+
+def _right_singular_vectors(tall: Tensor) -> Tensor:
+    m, n = tall.shape
+    if 3 * m > 5 * n:  # Chan's crossover (doi:10.1145/355984.355990): here it is cheaper
+        # R has the right singular vectors of its matrix, and the (m, n) factor is never formed.
+        tall = torch.linalg.qr(tall, mode="r").R
+    rotation: Tensor = torch.linalg.svd(tall, full_matrices=False).Vh.mT
+    return rotation
+
+
+def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:
+    """P corrected so that Q P is orthonormal again.
+
+    Q is a product of all rotations so far and would drift. (3 I - Q^T Q) / 2 is the first step
+    of Newton's iteration for the polar factor: it squares an error that is at rounding level
+    already.
+    """
+    Q = basis.to(rotation.dtype)
+    return torch.addmm(rotation, Q.mT, Q @ rotation, beta=1.5, alpha=-0.5)
+
+
+def gram_part(shard: Tensor, right: bool, method: str) -> Tensor:
+    """This rank's part of a momentum's Gram matrix.
+
+    Args:
+        shard: its rows (right) or columns of the projected momentum, (m, n); there may be none.
+        right: whether m >= n.
+        method: "eigh64" or "orthogonal_iteration".
+
+    Returns:
+        (1, ``packed_numel(r)``): one triangle of the Gram matrix of the shard over its largest
+        element, whose squares would leave the dtype's range where that is far from 1, and that
+        element, which is not finite if any element is not.
+    """
+    tall = (shard if right else shard.mT).to(gram_dtype(shard.dtype, method))
+    largest = tall.abs().amax() if tall.numel() else tall.new_zeros(())
+    scaled = tall / largest.where(largest > 0, 1.0)
+    return torch.cat([pack(scaled.mT @ scaled), largest.reshape(1)]).unsqueeze(0)
+
+
+def decompose_sum(parts: Tensor, r: int, method: str) -> tuple[Outcome, Tensor | None]:
+    """:func:`decompose` of the momentum that these parts are of.
+
+    Args:
+        parts: of all ranks, (ranks, ``packed_numel(r)``).
+        r: rows and columns of the Gram matrix.
+        method: "eigh64" or "orthogonal_iteration".
+    """
+    scales = parts[:, -1]
+    largest = float(scales.amax())
+    if not math.isfinite(largest):
+        return Outcome.NOT_FINITE, None
+    if not largest:
+        return Outcome.ZERO, None
+    gram = unpack((scales / largest).square() @ parts[:, :-1], r)
+    return decompose_gram(gram, method)
+
+
+def pack(symmetric: Tensor) -> Tensor:
+    """The lower triangle of a symmetric matrix (r, r) as one dimension, without gaps if r is even.
+
+    With h = r / 2, the triangle below the diagonal of the lower right quarter fits, transposed,
+    above that of the left half shifted down by a row: a rectangle (r + 1, h), as LAPACK's
+    rectangular full packed format (Gustavson et al. 2010, doi:10.1145/1731022.1731028).
+    """
+    r = symmetric.shape[-1]
+    half = -(-r // 2)
+    if r % 2:
+        symmetric = torch.nn.functional.pad(symmetric, (0, 1, 0, 1))
+    packed = symmetric.new_zeros(2 * half + 1, half)
+    packed[1:] = symmetric[:, :half]
+    packed[1 : half + 1].tril_()
+    packed[:half] += symmetric[half:, half:].triu()
+    return packed.view(-1)
+
+
+def unpack(packed: Tensor, r: int) -> Tensor:
+    """The symmetric matrix (r, r) of what :func:`pack` made."""
+    half = -(-r // 2)
+    packed = packed.view(2 * half + 1, half)
+    below, corner = packed[1:], packed[:half].triu()
+    symmetric = packed.new_empty(2 * half, 2 * half)
+    symmetric[:, :half] = below
+    symmetric[half:, half:] = corner.mT
+    symmetric[:half, :half].tril_()
+    return torch.tril(symmetric)[:r, :r] + torch.tril(symmetric, -1)[:r, :r].mT

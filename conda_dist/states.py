@@ -1,0 +1,42 @@
+"""Names and dtypes of a parameter's states, as the options have them."""
+
+import torch
+from torch import Tensor
+
+from conda_dist.decomposition import gram_dtype
+from conda_dist.options import Options
+
+CODES = "exp_avg_sq_codes"
+"""The state that is a second moment in 8 bits; see :func:`conda_dist.maths.decode`."""
+
+
+def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
+    """Dtype of a parameter's moments: ``state_dtype``, else its own but at least float32."""
+    return options.state_dtype or torch.promote_types(param.dtype, torch.float32)
+
+
+def second_dtype(param: Tensor, options: Options) -> torch.dtype:
+    """Dtype of a parameter's second moment: ``second_moment_dtype``, else that of both."""
+    return options.second_moment_dtype or moment_dtype(param, options)
+
+
+def second_key(options: Options) -> str:
+    """Name of the state that is the second moment, or its codes: none may pass for the other."""
+    return CODES if options.second_moment_dtype == torch.uint8 else "exp_avg_sq"
+
+
+def basis_dtype(param: Tensor, options: Options) -> torch.dtype:
+    """Dtype of a weight's basis: ``basis_dtype``, else its moments' but at least float32."""
+    return options.basis_dtype or torch.promote_types(moment_dtype(param, options), torch.float32)
+
+
+def gram_size(param: Tensor, options: Options) -> int | None:
+    """Bytes of an element of a momentum's Gram matrix; None for a method that needs more of it."""
+    if options.refresh_method == "svd":
+        return None
+    return gram_dtype(moment_dtype(param, options), options.refresh_method).itemsize
+
+
+def basis_key(part: int | None) -> str:
+    """Name of the state that is a weight's basis, or that of one of its parts."""
+    return "basis" if part is None else f"basis_{part}"
