@@ -105,7 +105,7 @@ class Options:
             ("refresh_bytes", 1),
             ("max_refresh_failures", 1),
             ("refresh_delay", 1),
-            ("refresh_waves", 1),
+            ("refresh_waves", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):

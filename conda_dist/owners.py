@@ -41,6 +41,30 @@ def _holders(compute: Layout, basis: Layout) -> tuple[tuple[int, tuple[int, ...]
     return tuple((matrix, tuple(places)) for matrix, places in sorted(holders.items()))
 
 
+def deal_waves(shared: Sequence[tuple[Topology, int]], waves: int) -> list[tuple[int, int]]:
+    """Deals weights out to the waves of an interval, in their order.
+
+    Mesh by mesh, whose ranks may have different weights on other meshes.
+
+    Args:
+        shared: for each weight the ranks that share it, and how many matrices it is.
+        waves: how many waves there are; 0: as many as give each rank about one matrix in each.
+
+    Returns:
+        For each weight its wave, and how many waves its mesh has.
+    """
+    matrices: dict[Topology, int] = defaultdict(int)
+    for topology, count in shared:
+        matrices[topology] += count
+    before: dict[Topology, int] = defaultdict(int)
+    dealt = []
+    for topology, _ in shared:
+        many = waves or max(1, -(-matrices[topology] // len(topology.ranks)))
+        dealt.append((before[topology] % many, many))
+        before[topology] += 1
+    return dealt
+
+
 def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
     """Deals the decompositions of each wave out: the costliest first, to the least loaded rank.
 

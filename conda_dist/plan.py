@@ -40,6 +40,7 @@ class WeightPlan:
         basis: where the elements of its basis, shape (..., r, r), are kept.
         part: which block of rows of a stored weight this is; None for a weight of its own.
         wave: which of the waves that an interval between refreshes is divided into is its own.
+        waves: how many those are.
         delegated: whether its owner computes the products of a step for all.
         owners: for each matrix of the batch the coordinate that decomposes its momentum.
         turns: for each matrix its place in its owner's queue.
@@ -53,6 +54,7 @@ class WeightPlan:
     basis: Layout
     part: int | None = None
     wave: int = 0
+    waves: int = 1
     delegated: bool = False
     owners: tuple[Coordinate, ...] = ()
     turns: tuple[int, ...] = ()
@@ -146,10 +148,11 @@ class WeightPlan:
 
     def __str__(self) -> str:
         owners = ",".join(str(self.topology.rank_at(owner)) for owner in self.owners)
+        what = "refreshed and multiplied" if self.delegated else "refreshed"
         return (
             f"{self.name} {self.storage.shape} stored {self.storage} computed {self.compute} "
-            f"basis {self.basis} ranks {self.topology.ranks} refreshed "
-            f"{'and multiplied ' if self.delegated else ''}by {owners} in wave {self.wave}"
+            f"basis {self.basis} ranks {self.topology.ranks} {what} by {owners} "
+            f"in wave {self.wave} of {self.waves}"
         )
 
 
@@ -159,7 +162,7 @@ def plan_weight(
     storage: Layout,
     shard_basis: bool,
     part: int | None = None,
-    wave: int = 0,
+    wave: tuple[int, int] = (0, 1),
 ) -> WeightPlan:
     """The plan of a weight (..., m, n) before owners are dealt.
 
@@ -172,7 +175,7 @@ def plan_weight(
             the experts of a 3-D weight keep theirs with them. Of a flat weight only those have
             any of it that compute some of its rows or columns.
         part: which block of rows of a stored weight this is, if it is one.
-        wave: in which part of an interval its basis is refreshed.
+        wave: in which part of an interval its basis is refreshed, and of how many.
     """
     if isinstance(storage, Flat):
         compute, moves = flat_to_compute(storage)
@@ -192,7 +195,7 @@ def plan_weight(
     if isinstance(storage, Flat) and not batch_dims:
         basis = flat_basis(compute, shard_basis)
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
-    return WeightPlan(name, topology, storage, compute, exchanged, basis, part, wave)
+    return WeightPlan(name, topology, storage, compute, exchanged, basis, part, *wave)
 
 
 def _batch_placements(layout: Layout) -> tuple[Split | None, ...]:

@@ -4,7 +4,7 @@ Not at construction, because frameworks replace parameters between the two.
 """
 
 import itertools
-from collections import defaultdict
+import math
 from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from conda_dist.delegate import delegate
 from conda_dist.exchange import Mesh
 from conda_dist.layout import Layout, Topology, nested
 from conda_dist.options import Options
-from conda_dist.owners import deal_owners
+from conda_dist.owners import deal_owners, deal_waves
 from conda_dist.plan import plan_weight, replicated_basis_bytes
 from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
 from conda_dist.states import basis_dtype, basis_key, moment_dtype, second_dtype, second_key
@@ -266,15 +266,13 @@ def plan_sites(
     sites: Sequence[Site], state: MutableMapping[Tensor, dict[str, Any]], options: Options
 ) -> list[Weight]:
     """Plans the weights of the conda path together: who decomposes what, whose bases are split."""
-    shard, waves = _shard_bases(sites, state, options), options.refresh_waves
-    # Counted for each mesh, whose ranks may have different weights on other meshes.
-    counts: dict[Topology, int] = defaultdict(int)
-    plans = []
-    for site, sharded in zip(sites, shard, strict=True):
-        topology = site.mesh.topology
-        wave = counts[topology] % waves
-        plans.append(plan_weight(site.name, topology, site.layout, sharded, site.part, wave))
-        counts[topology] += 1
+    shard = _shard_bases(sites, state, options)
+    shared = [(site.mesh.topology, math.prod(site.layout.shape[:-2])) for site in sites]
+    waves = deal_waves(shared, options.refresh_waves)
+    plans = [
+        plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part, wave)
+        for site, sharded, wave in zip(sites, shard, waves, strict=True)
+    ]
     plans = deal_owners([delegate(p, options.basis_placement) for p in plans])
     return [
         Weight(site.param, plan, site.mesh, site.group, state, options)

@@ -167,7 +167,7 @@ class Weight:
     def _last(self, step: int) -> int:
         """The step, at or before this one, of the last refresh that its interval has."""
         gap = int(self.group["update_proj_gap"])
-        phase = self.plan.wave * gap // self.options.refresh_waves
+        phase = self.plan.wave * gap // self.plan.waves
         return step - (step - phase) % gap
 
     def due(self) -> tuple[int, ...]:

@@ -134,7 +134,8 @@ class CondaConfig:
         int, Key("steps from the start of an asynchronous refresh to its bases", ge=1)
     ] = 20
     refresh_waves: Annotated[
-        int, Key("parts of the matrices, refreshed one after another in each interval", ge=1)
+        int,
+        Key("parts of the matrices, refreshed in turn in each interval; 0: one to a rank", ge=0),
     ] = 1
     matmul_dtype: Annotated[
         Literal["", "bfloat16", "float32"],

@@ -19,7 +19,7 @@ from conda_dist.delegate import delegate
 from conda_dist.filling import fill_buckets, fill_waves
 from conda_dist.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import DTYPES, Options
-from conda_dist.owners import deal_owners
+from conda_dist.owners import deal_owners, deal_waves
 from conda_dist.plan import (
     WeightPlan,
     plan_weight,
@@ -165,9 +165,10 @@ def forecast_conda(
         over = {"auto": spent + size > settings.basis_budget, "replicate": False}
         sharded[name] = over.get(settings.basis_placement, True)
         spent += 0 if sharded[name] else size
+    waves = deal_waves([(topology, 1)] * len(layouts), settings.refresh_waves)
     plans = [
-        plan_weight(name, topology, where, sharded[name], wave=i % settings.refresh_waves)
-        for i, (name, where) in enumerate(layouts.items())
+        plan_weight(name, topology, where, sharded[name], wave=wave)
+        for (name, where), wave in zip(layouts.items(), waves, strict=True)
     ]
     plans = deal_owners([delegate(plan, settings.basis_placement) for plan in plans])
     product = DTYPES[settings.matmul_dtype or settings.basis_dtype or "float32"].itemsize

@@ -19,6 +19,7 @@ from conda_dist.exchange import Mesh
 from conda_dist.layout import Layout as Where
 from conda_dist.layout import Split, Topology
 from conda_dist.options import Options
+from conda_dist.owners import deal_waves
 from conda_dist.reference import decompose, project, project_back
 from conda_dist.setup import Site, plan_sites
 from models import FSDP2, PLAIN, Layout
@@ -82,6 +83,20 @@ def test_waves_are_refreshed_one_after_another(waves: int) -> None:
         expected = _late(start, [row[i] for row in grads], gap, 0, phase)
         assert toys.error(after[-1][i], expected[-1], start) < 1e-4
         assert optimizer.state[params[i]]["basis_step"] == phase + (gap if phase else 2 * gap)
+
+
+def test_as_many_waves_as_give_each_rank_a_matrix() -> None:
+    four, two = Topology((4,), (0, 1, 2, 3)), Topology((2,), (0, 1))
+    shared = [(four, 1), (two, 5), (four, 3), (four, 1), (two, 1), (four, 4)]
+    dealt = [(0, 3), (0, 3), (1, 3), (2, 3), (1, 3), (0, 3)]  # 9 / 4 and 6 / 2 matrices
+    assert deal_waves(shared, 0) == dealt
+    assert deal_waves(shared, 2) == [(0, 2), (0, 2), (1, 2), (0, 2), (1, 2), (1, 2)]
+    params = toys.parameters((6, 4), (4, 6), (5, 5))
+    optimizer = Conda(
+        [{"params": params, "algorithm": "conda"}], update_proj_gap=6, refresh_waves=0
+    )
+    toys.take(optimizer, params, toys.gradients(params, 6))
+    assert [int(optimizer.state[param]["basis_step"]) for param in params] == [0, 2, 4]
 
 
 def test_waves_are_those_of_the_mesh() -> None:

@@ -103,7 +103,7 @@ def test_integers_no_float_can_hold(name: str, integer: int) -> None:
         ("refresh", "later"),
         ("refresh", None),
         ("refresh_delay", 0),
-        ("refresh_waves", 0),
+        ("refresh_waves", -1),
         ("bucket_bytes", 0),
         ("refresh_bytes", 0),
         ("max_refresh_failures", 0),
@@ -379,7 +379,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "basis_dtype": st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16]),
     "refresh": st.sampled_from(["sync", "async"]),
     "refresh_delay": st.integers(1, 10**30),
-    "refresh_waves": st.integers(1, 10**15),
+    "refresh_waves": st.integers(0, 10**15),
 }
 OF_GROUPS = ("lr", "eps", "weight_decay", "scale", "betas", "update_proj_gap", "correct_bias")
 
