@@ -37,12 +37,13 @@ echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $nodes nodes 
     "rendezvous at $first:$port"
 
 # The ranks' own exit codes do not come through torchrun: a note says that a stop was asked for, of
-# this script, or (by a preemption with a grace time) of what srun has started.
+# this script, or (by a preemption with a grace time) of what srun has started: of ranks that train,
+# or of their torchruns before that.
 stopping=
 export CONDA_DIST_STOP_NOTE=$root/.stopped-$SLURM_JOB_ID
 rm -f "$CONDA_DIST_STOP_NOTE"
 srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 \
-    python -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks" \
+    python launch/noted.py --nnodes="$nodes" --nproc-per-node="$ranks" \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=100 \
     -m conda_dist.launch.pretrain "$@" --resume &

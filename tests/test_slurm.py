@@ -1,9 +1,11 @@
 """launch/slurm.sh, with commands in the place of Slurm's that do on this machine what they ask."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,48 @@ def test_a_preemption_that_signals_the_ranks_alone(tmp_path: Path, slurm: dict[s
         srun.write_text("#!/bin/sh\nexit 1\n")  # fails, after it has come back
     assert (tmp_path / "log").read_text().count("requeue") == 1
     assert not list(Path(slurm["SLURM_SUBMIT_DIR"]).glob(".stopped-*"))
+
+
+def _torchruns(session: int) -> dict[int, bool]:
+    """By process id, whether they have a handler for SIGTERM."""
+    command = ["pgrep", "-f", "^python launch/noted.py", "-s", str(session)]
+    found = subprocess.run(command, capture_output=True, text=True).stdout.split()
+    states = {int(pid): Path(f"/proc/{pid}/status").read_text() for pid in found}
+    return {
+        pid: bool(int(re.search(r"SigCgt:\s*(\w+)", said)[1], 16) >> (signal.SIGTERM - 1) & 1)
+        for pid, said in states.items()
+    }
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_preemption_before_training(started: bool, tmp_path: Path, slurm: dict[str, str]) -> None:
+    """Of the torchruns alone: while they import torch, and while they wait for ranks to train."""
+    marker = tmp_path / "started"
+    config = tmp_path / "waits.py"
+    config.write_text(
+        f"import pathlib, time; pathlib.Path({str(marker)!r}).touch(); time.sleep(60)"
+    )
+    script = tmp_path / "checkout" / "slurm.sh"
+    job = (ROOT / "launch" / "slurm.sh").read_text()
+    script.write_text(job.replace("-m conda_dist.launch.pretrain", str(config)))
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(["bash", str(script)], env=slurm, start_new_session=True, **output)
+    try:
+        while len(torchruns := _torchruns(process.pid)) < 2 or not all(torchruns.values()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        while started and not marker.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        for pid in torchruns:
+            os.kill(pid, signal.SIGTERM)
+        said, _ = process.communicate(timeout=DEADLINE)
+    finally:
+        subprocess.run(["pkill", "-9", "-s", str(process.pid)], check=False)
+    assert process.returncode
+    assert marker.exists() is started
+    assert "goes back into the queue" in said
+    assert "requeue" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
