@@ -81,6 +81,21 @@ def launcher_killed(scene: Scene, name: str) -> Outcome:
     return recover(scene, run, Outcome(f"{whose} dies", "kill -9 of it", did, said, took))
 
 
+def mpirun_told(scene: Scene) -> Outcome:
+    """SIGUSR1 to Open MPI's mpirun, which passes it on, and kills no rank for it."""
+    mpi = launchers.openmpi()
+    command = mpi.command(2, *launchers.JOB)
+    with _under(scene, "mpirun-told", command, mpi.environment) as mpirun:
+        begun = time.perf_counter()
+        mpirun.send_signal(signal.SIGUSR1)
+        mpirun.wait(DEADLINE)
+        took = time.perf_counter() - begun
+    said = (scene.folder / "mpirun-told.txt").read_text()
+    did = "saved a checkpoint after the step at hand and ended"
+    words = ("a stop is asked for", "SIGUSR1 to openmpi's mpirun", did)
+    return recover(scene, "mpirun-told", Outcome(*words, said, took))
+
+
 def store_cut_off(scene: Scene) -> Outcome:
     """A rank whose connections to the rendezvous store are closed, and later pass nothing on."""
     run, environments = scene.folder / "store-cut", rank_environments(2)
@@ -126,6 +141,7 @@ ALL: tuple[Callable[[Scene], Outcome], ...] = (
     lambda scene: launcher_killed(scene, "deepspeed"),
     lambda scene: launcher_killed(scene, "openmpi"),
     lambda scene: launcher_killed(scene, "mpich"),
+    mpirun_told,
     store_cut_off,
     data_cut,
 )

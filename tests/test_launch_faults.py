@@ -84,10 +84,16 @@ def test_all_killed_while_saving(scene: Scene) -> None:
     assert_lost(faults.all_killed_while_saving(scene), 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_preempted(scene: Scene, number: signal.Signals) -> None:
     """Slurm sends the second; torchrun by itself would die of it alone."""
     outcome = faults.preempted(scene, number)
+    assert_lost(outcome, 0)
+    assert "stopped after step" in outcome.said
+
+
+def test_mpirun_is_told_to_stop(scene: Scene) -> None:
+    outcome = fault_links.mpirun_told(scene)
     assert_lost(outcome, 0)
     assert "stopped after step" in outcome.said
 
