@@ -74,6 +74,11 @@ class Background:
                 threading.Thread(target=self._work, name="conda_dist refresh").start()
                 self._working = True
 
+    def fail(self, key: Hashable, error: Exception) -> None:
+        """Has a decomposition that was not started raise an error when it is taken."""
+        found = self._started[key] = Future[Found]()
+        found.set_exception(error)
+
     def _is_wanted(self) -> bool:
         """Whether anybody may still ask: training may be in another thread than the main one."""
         starter = self._starter
@@ -107,7 +112,7 @@ class Background:
         """What was found, once; waits for it. UNKNOWN where another rank decomposed it.
 
         Raises:
-            Exception: what the decomposition raised.
+            Exception: what the decomposition raised, or what it was failed with.
         """
         future = self._started.pop(key)
         if future is None:

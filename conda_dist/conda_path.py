@@ -29,7 +29,8 @@ Which = Mapping[int, tuple[int, ...]]
 """By index of a weight some matrices of its batch."""
 
 MAX_SCHEDULES = 64
-"""Schedules kept: one for steps without refreshes, one with, more if gradients come and go."""
+"""Schedules kept: one for steps without refreshes, one for each wave of them, more if gradients
+come and go. Where there are more waves, some are planned again, in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)

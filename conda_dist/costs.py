@@ -140,16 +140,17 @@ def svd_flops(m: int, n: int) -> float:
     return 6.0 * long * r**2 + 20.0 * r**3
 
 
-def refresh_flops(m: int, n: int, method: str, parts: int = 1) -> float:
+def refresh_flops(m: int, n: int, method: str, summed: bool = False) -> float:
     """Operations of one decomposition by its owner.
 
     Args:
         m: rows.
         n: columns.
         method: the SVD, or what takes a Gram matrix and its QR or eigenvectors.
-        parts: ranks that the Gram matrix is computed by, each its part.
+        summed: whether it adds up the parts of the Gram matrix that the ranks have computed.
     """
     long, r = max(m, n), min(m, n)
     if method == "svd":
         return svd_flops(m, n)
-    return 2.0 * long * r**2 / parts + (4.0 if method == "orthogonal_iteration" else 9.0) * r**3
+    gram = 0.0 if summed else 2.0 * long * r**2
+    return gram + (4.0 if method == "orthogonal_iteration" else 9.0) * r**3

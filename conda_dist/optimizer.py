@@ -106,8 +106,8 @@ class Conda(torch.optim.Optimizer):
             interval.
         refresh_waves: parts into which the matrices are dealt, in their order, to be refreshed one
             after another within each interval; after the first step, which refreshes all. 0: as
-            many as give each rank one matrix in each; resumed on another number of ranks, the next
-            refreshes then come at other steps.
+            many as give each rank one matrix in each (batches stay together); resumed on another
+            number of ranks, the next refreshes then come at other steps.
         second_moment_dtype: dtype of the second moments alone. ``torch.uint8`` keeps each element's
             logarithm in 8 bits, in a state ``exp_avg_sq_codes`` in the place of ``exp_avg_sq``,
             rounded up or down in proportion from step to step.

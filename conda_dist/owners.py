@@ -48,18 +48,22 @@ def deal_waves(shared: Sequence[tuple[Topology, int]], waves: int) -> list[tuple
 
     Args:
         shared: for each weight the ranks that share it, and how many matrices it is.
-        waves: how many waves there are; 0: as many as give each rank about one matrix in each.
+        waves: how many waves there are; 0: as many as give each rank one matrix in each, or where
+            batches of matrices, which stay together, are fewer than that, one for each weight.
 
     Returns:
         For each weight its wave, and how many waves its mesh has.
     """
     matrices: dict[Topology, int] = defaultdict(int)
+    weights: dict[Topology, int] = defaultdict(int)
     for topology, count in shared:
         matrices[topology] += count
+        weights[topology] += 1
     before: dict[Topology, int] = defaultdict(int)
     dealt = []
     for topology, _ in shared:
-        many = waves or max(1, -(-matrices[topology] // len(topology.ranks)))
+        wanted = -(-matrices[topology] // len(topology.ranks))
+        many = waves or max(1, min(wanted, weights[topology]))
         dealt.append((before[topology] % many, many))
         before[topology] += 1
     return dealt

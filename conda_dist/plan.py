@@ -142,7 +142,7 @@ class WeightPlan:
 
     @property
     def gathered(self) -> int:
-        """Elements of one matrix that its owner gathers: the momentum, or all it multiplies."""
+        """Most elements of one matrix that its owner gathers: momentum, or all it multiplies."""
         r = min(self.storage.shape[-2:])
         return self.matrix_numel + (r * r if self.delegated else 0)
 

@@ -7,10 +7,12 @@ agreement, so no rank ever waits for it. A refresh is one step's, or is launched
 snapshot of the momenta, and its rotations are taken some steps later.
 """
 
+import math
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from conda_dist.decomposition import Outcome, gram_dtype, gram_part
 from conda_dist.exchange import Exchange, Mesh, all_max, all_texts
 from conda_dist.maths import matrices
 from conda_dist.transfer import Hop
-from conda_dist.waves import Launch, Matrix, Wave
+from conda_dist.waves import Launch, Matrix, Wave, packed_numel
 from conda_dist.weight import NEVER, Weight
 
 
@@ -36,12 +38,16 @@ def launch(plan: Launch, weights: Sequence[Weight], background: Background) -> N
     mesh, snapshots = weights[0].mesh, [weight.snapshot for weight in weights]
     dtypes, device = [snapshot.dtype for snapshot in snapshots], snapshots[0].device
     computed = Exchange(mesh, plan.forward, snapshots, dtypes, device).wait()
-    whole = _gather(plan.matrices, plan.gather, weights, computed)
-    for matrix, momentum in zip(plan.matrices, whole, strict=True):
+    whole, failed = _gather(plan.matrices, plan.gather, weights, computed)
+    for i, (matrix, momentum) in enumerate(zip(plan.matrices, whole, strict=True)):
         weight = weights[matrix.position]
+        key = weight, matrix.index
+        if i in failed:
+            background.fail(key, failed[i])
+            continue
         ours = momentum if matrix.mine else None
         find = partial(_find, weight, matrix.summed, weight.options.refresh_method)
-        background.start((weight, matrix.index), ours, find)
+        background.start(key, ours, find)
 
 
 def _gather(
@@ -49,25 +55,33 @@ def _gather(
     hops: Sequence[Hop],
     weights: Sequence[Weight],
     moments: Sequence[Tensor | None],
-) -> list[Tensor | None]:
+) -> tuple[list[Tensor | None], dict[int, Exception]]:
     """Sends momenta, in compute layout, or parts of their Gram matrices to the owners.
 
     Returns:
-        What this rank owns of them, by matrix; those launched before are left out.
+        What this rank owns of them, by matrix, those launched before left out; and, for those of
+        which it could not make its part, why: the others must be told when they wait for nothing.
     """
     sent: list[Tensor | None] = []
+    failed: dict[int, Exception] = {}
     dtypes, device = [], weights[0].basis.device
-    for matrix in wave:
+    for i, matrix in enumerate(wave):
         weight, moment = weights[matrix.position], moments[matrix.position]
         shard = None if matrix.launched else _local_matrix(moment, matrix)
-        dtype, method = weight.kept[0].dtype, weight.options.refresh_method
+        dtype, method = weight.first_dtype, weight.options.refresh_method
         if matrix.summed:
-            dtype = gram_dtype(dtype, method)
-            given = shard if matrix.gives else None
-            shard = None if given is None else gram_part(given, weight.plan.right, method)
+            dtype, given = gram_dtype(dtype, method), shard if matrix.gives else None
+            shard = None
+            if given is not None:
+                try:
+                    shard = gram_part(given, weight.plan.right, method)
+                except Exception as caught:
+                    failed[i] = caught
+                    count = packed_numel(min(weight.plan.storage.shape[-2:]))
+                    shard = torch.full((1, count), math.nan, dtype=dtype, device=device)
         sent.append(shard)
         dtypes.append(dtype)
-    return Exchange(weights[0].mesh, hops, sent, dtypes, device).wait()
+    return Exchange(weights[0].mesh, hops, sent, dtypes, device).wait(), failed
 
 
 def _find(weight: Weight, summed: bool, method: str, whole: Tensor) -> Found:
@@ -107,8 +121,8 @@ def refresh(
         _settle(wave.matrices, weights, [Outcome.ZERO] * len(wave.matrices))
         return [bool(weight.step) for weight in weights]
     moments, device = [weight.moments[0] for weight in weights], weights[0].basis.device
-    whole = _gather(wave.matrices, wave.gather, weights, moments)
-    found, outcomes = decompose(wave.matrices, weights, bases, whole, background)
+    whole, failed = _gather(wave.matrices, wave.gather, weights, moments)
+    found, outcomes = decompose(wave.matrices, weights, bases, whole, background, failed)
     del whole
     dtypes = [rotation_dtype(bases[m.position]) for m in wave.matrices]
     for scatter in wave.scatters:
@@ -156,6 +170,7 @@ def decompose(
     bases: Sequence[Tensor | None],
     whole: Sequence[Tensor | None],
     background: Background,
+    failed: Mapping[int, Exception] = MappingProxyType({}),
 ) -> tuple[list[Tensor | None], list[Outcome]]:
     """Decomposes matrices on their owners, and has all ranks know what came of it.
 
@@ -166,6 +181,7 @@ def decompose(
         whole: the whole projected momentum of each matrix that this rank owns, or the parts of
             its Gram matrix.
         background: has the decompositions launched before.
+        failed: what was raised here when parts of Gram matrices were made, by matrix.
 
     Returns:
         For each matrix its rotation where this rank owns it, and the outcome.
@@ -174,7 +190,7 @@ def decompose(
         RuntimeError: see :func:`refresh`.
     """
     mesh = weights[0].mesh
-    found, ours, error = _decompose_mine(wave, weights, bases, whole, background)
+    found, ours, error = _decompose_mine(wave, weights, bases, whole, background, failed)
     outcomes = [Outcome(worst) for worst in all_max(mesh, ours)]
     if Outcome.ERROR in outcomes:
         _raise_together(mesh, error)
@@ -188,46 +204,53 @@ def _decompose_mine(
     bases: Sequence[Tensor | None],
     whole: Sequence[Tensor | None],
     background: Background,
+    failed: Mapping[int, Exception],
 ) -> tuple[list[Tensor | None], list[int], Exception | None]:
     """Decomposes the momenta this rank owns, or takes what the background has found of them.
 
     Returns:
         Rotations (the identity where there is none) and outcomes by matrix, None and UNKNOWN for
-        those of others; the first exception that was raised.
+        those of others, unless this rank has failed them; the first exception that was raised.
     """
     found: list[Tensor | None] = [None] * len(wave)
     outcomes = [int(Outcome.UNKNOWN)] * len(wave)
     error: Exception | None = None
     for i, (matrix, momentum) in enumerate(zip(wave, whole, strict=True)):
         weight = weights[matrix.position]
-        if not matrix.mine or matrix.local is None:
-            if matrix.launched:
-                background.take((weight, matrix.index))
-            continue
-        whole_basis = bases[matrix.position]
-        assert whole_basis is not None
-        basis = matrices(whole_basis)[matrix.local]
-        dtype = rotation_dtype(basis)
+        first = weight.taken(matrix.index) == NEVER
+        outcome, rotation = Outcome.UNKNOWN, None
         try:
-            first = weight.taken(matrix.index) == NEVER
+            if i in failed:
+                raise failed[i]
             if matrix.launched:
                 outcome, rotation = background.take((weight, matrix.index))
-            else:
+            elif matrix.mine:
                 assert momentum is not None
                 method = "svd" if first else weight.options.refresh_method
                 outcome, rotation = _find(weight, matrix.summed, method, momentum)
             if rotation is not None:
-                rotation = rotation.to(dtype)
+                basis = _basis(bases, matrix)
+                rotation = rotation.to(rotation_dtype(basis))
                 if not first and weight.drifts:
                     rotation = decomposition.orthonormal(rotation, basis)
                 found[i] = rotation.contiguous()
         except Exception as caught:  # the other ranks are waiting: tell them first
             outcome, error = Outcome.ERROR, error or caught
             error.add_note(f"while decomposing the momentum of {weight.plan.name}")
-        if found[i] is None:  # the exchange of rotations has a place for it
-            found[i] = torch.eye(basis.shape[-1], dtype=dtype, device=basis.device)
+        if matrix.mine and found[i] is None:  # the exchange of rotations has a place for it
+            basis = _basis(bases, matrix)
+            dtype, device = rotation_dtype(basis), basis.device
+            found[i] = torch.eye(basis.shape[-1], dtype=dtype, device=device)
         outcomes[i] = int(outcome)
     return found, outcomes, error
+
+
+def _basis(bases: Sequence[Tensor | None], matrix: Matrix) -> Tensor:
+    """The basis of a matrix that this rank owns."""
+    whole = bases[matrix.position]
+    assert whole is not None
+    assert matrix.local is not None
+    return matrices(whole)[matrix.local]
 
 
 def _raise_together(mesh: Mesh, error: Exception | None) -> None:

@@ -33,7 +33,7 @@ class Row(TypedDict):
         state_bytes: bytes of optimizer state on this rank.
         step_bytes: bytes this rank sends in a step without a refresh.
         refresh_bytes: bytes this rank sends in a step with one; of an asynchronous one in a step,
-            in launching it and in taking its bases.
+            in launching it and in taking its bases. The first is always by SVD of whole momenta.
     """
 
     name: str
@@ -88,7 +88,7 @@ def _conda_row(weight: Weight) -> Row:
         basis.itemsize,
         torch.promote_types(basis, torch.float32).itemsize,
         (weight.options.matmul_dtype or basis).itemsize,
-        gram_size(weight.param, weight.options),
+        gram_size(moment_dtype(weight.param, weight.options), weight.options.refresh_method),
     )
     costing = costs(plan, weight.mesh.coordinate, sizes, weight.is_async)
     step = sum(costing.step.values())

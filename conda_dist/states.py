@@ -30,11 +30,9 @@ def basis_dtype(param: Tensor, options: Options) -> torch.dtype:
     return options.basis_dtype or torch.promote_types(moment_dtype(param, options), torch.float32)
 
 
-def gram_size(param: Tensor, options: Options) -> int | None:
+def gram_size(moment: torch.dtype, method: str) -> int | None:
     """Bytes of an element of a momentum's Gram matrix; None for a method that needs more of it."""
-    if options.refresh_method == "svd":
-        return None
-    return gram_dtype(moment_dtype(param, options), options.refresh_method).itemsize
+    return None if method == "svd" else gram_dtype(moment, method).itemsize
 
 
 def basis_key(part: int | None) -> str:

@@ -6,6 +6,7 @@ Pure, as ``plan`` is.
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from conda_dist.flat import Held
 from conda_dist.layout import Coordinate, Layout, Split
@@ -173,7 +174,7 @@ def plan_matrices(
             owner = plan.owners[matrix]
             local = held.index(matrix) if matrix in held else None
             sums = matrix in parts
-            gives = sums and local is not None and _beside(plan, owner, coordinate)
+            gives = sums and shares_with(plan, owner, coordinate)
             mine, was_launched = owner == coordinate, matrix in before
             yield Matrix(position, matrix, local, owner, mine, was_launched, sums, gives)
 
@@ -192,15 +193,41 @@ def _fixed(placements: Sequence[Split | None]) -> tuple[int, ...]:
     return tuple(d for d, placement in enumerate(placements) if placement is None)
 
 
-def _beside(plan: WeightPlan, owner: Coordinate, coordinate: Coordinate) -> bool:
-    """Whether a rank is one of those that share the owner's copy of a matrix."""
-    return all(coordinate[d] == owner[d] for d in _fixed(_matrix_placements(plan)))
+def shares_with(plan: WeightPlan, owner: Coordinate, coordinate: Coordinate) -> bool:
+    """Whether a rank has some rows or columns of the owner's copy of a matrix."""
+    matrix = _matrix_layout(plan)
+    beside = all(coordinate[d] == owner[d] for d in _fixed(matrix.placements))
+    return beside and bool(matrix.numel(coordinate))
 
 
-def gram_parts(plan: WeightPlan) -> int:
-    """Ranks that share one matrix in compute layout: so many parts its Gram matrix has."""
-    placed = zip(plan.compute.mesh, _matrix_placements(plan), strict=True)
-    return math.prod(size for size, placement in placed if placement is not None)
+def _matrix_layout(plan: WeightPlan) -> Layout:
+    """Where the elements of each single matrix of the batch are, in compute layout."""
+    shape, placements = plan.compute.shape[-2:], _matrix_placements(plan)
+    return Layout(shape, plan.compute.mesh, placements, plan.compute.window)
+
+
+@lru_cache(maxsize=4096)
+def _gram_layout(matrix: Layout) -> Layout:
+    """Where the parts of a matrix's Gram matrix are, (parts, ``packed_numel(r)``).
+
+    One for each rank that has any of it. Where several mesh dimensions split the matrix, one for
+    each rank, empty or not.
+    """
+    splitting = [d for d, placement in enumerate(matrix.placements) if placement is not None]
+    parts = math.prod(matrix.mesh[d] for d in splitting)
+    placements = tuple(None if p is None else Split(0) for p in matrix.placements)
+    if len(splitting) == 1:
+        (mesh_dim,) = splitting
+        origin = [0] * len(matrix.mesh)
+        bounds = [0]
+        for index in range(matrix.mesh[mesh_dim]):
+            origin[mesh_dim] = index
+            bounds.append(bounds[-1] + bool(matrix.numel(tuple(origin))))
+        parts = bounds[-1]
+        placements = tuple(
+            None if p is None else Split(0, bounds=tuple(bounds)) for p in matrix.placements
+        )
+    return Layout((parts, packed_numel(min(matrix.shape))), matrix.mesh, placements)
 
 
 def packed_numel(r: int) -> int:
@@ -219,8 +246,8 @@ def sums_grams(plan: WeightPlan, moment_size: int, gram_size: int) -> bool:
         moment_size: bytes of an element of the first moment.
         gram_size: bytes of an element of a Gram matrix.
     """
-    parts, r = gram_parts(plan), min(plan.compute.shape[-2:])
-    smaller = parts * packed_numel(r) * gram_size < plan.matrix_numel * moment_size
+    parts, packed = _gram_layout(_matrix_layout(plan)).shape
+    smaller = parts * packed * gram_size < plan.matrix_numel * moment_size
     return parts > 1 and not plan.alone and not plan.delegated and smaller
 
 
@@ -228,14 +255,11 @@ def _to_owner(plan: WeightPlan, matrix: Matrix) -> tuple[Leg, ...]:
     """Route of a projected momentum (m, n), or of the parts of its Gram matrix, to its owner."""
     if plan.alone:
         return ()
-    placements, mesh = _matrix_placements(plan), plan.compute.mesh
+    layout = _matrix_layout(plan)
+    fixed = _fixed(layout.placements)
     if matrix.summed:
-        placements = tuple(None if p is None else Split(0) for p in placements)
-        shape = gram_parts(plan), packed_numel(min(plan.compute.shape[-2:]))
-        layout = Layout(shape, mesh, placements)
-    else:
-        layout = Layout(plan.compute.shape[-2:], mesh, placements, plan.compute.window)
-    return gather_to(layout, (0, 1), matrix.owner, _fixed(placements))
+        layout = _gram_layout(layout)
+    return gather_to(layout, (0, 1), matrix.owner, fixed)
 
 
 def _scatter_route(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:

@@ -91,8 +91,9 @@ class Weight:
         self._borrowed: tuple[Tensor, Tensor] | None = None
         self._basis_key = basis_key(plan.part)
         self.second_key = second_key(options)
-        gram, moment = gram_size(param, options), moment_dtype(param, options).itemsize
-        self._sums = gram is not None and sums_grams(plan, moment, gram)
+        moment = moment_dtype(param, options)
+        gram = gram_size(moment, options.refresh_method)
+        self._sums = gram is not None and sums_grams(plan, moment.itemsize, gram)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -238,6 +239,11 @@ class Weight:
     def basis(self) -> Tensor:
         """This rank's elements of the basis."""
         return storage.local(self.state[self._basis_key])
+
+    @property
+    def first_dtype(self) -> torch.dtype:
+        """Dtype of the first moment."""
+        return storage.local(self.state["exp_avg"]).dtype
 
     @property
     def kept(self) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from conda_dist.plan import (
     plan_weight,
     replicated_basis_bytes,
 )
-from conda_dist.waves import gram_parts, sums_grams
+from conda_dist.states import gram_size
+from conda_dist.waves import shares_with, sums_grams
 
 from .config import CondaConfig
 from .hardware import Hardware
@@ -97,7 +98,7 @@ class Forecast:
         decompose: Operations of the decompositions in a refresh that training waits for, one after
             another: the busiest owner's of each wave.
         busiest: Those of the owner that has most of them, which nothing holds up in the background.
-        rotate: Operations of taking what it has to new bases.
+        rotate: Operations of taking what it has to new bases, and of its parts of Gram matrices.
         elements: Elements it updates in a step.
         collectives: Collectives of a step.
         bf16: Whether its products are in bfloat16.
@@ -181,7 +182,7 @@ def forecast_conda(
         second=second,
         basis=basis_size,
         product=product,
-        gram={"svd": None, "eigh64": 8}.get(settings.refresh_method, 4),
+        gram=gram_size(DTYPES[settings.state_dtype or "float32"], settings.refresh_method),
     )
     return _sum_up(plans, others, mesh, settings, sizes, at)
 
@@ -225,6 +226,8 @@ def _sum_up(
         found.flops += flops
         collectives.append(cost.collectives)
         found.rotate += 2 * 2.0 * share * r + 2.0 * r**3 * (mine or not plan.delegated)
+        if _sums(plan, sizes) and shares_with(plan, plan.owners[0], busiest):
+            found.rotate += 2.0 * numel * r  # its part
         found.elements += numel
         _count(found.kinds, plan, cost, flops)
     _together(found, plans, settings, sizes, busiest, collectives)
@@ -235,8 +238,12 @@ def _sum_up(
 def _decomposition(plan: WeightPlan, settings: CondaConfig, sizes: Sizes) -> float:
     """Operations that a refresh of a weight takes its owner."""
     m, n = plan.storage.shape
-    sums = sizes.gram is not None and sums_grams(plan, sizes.moment, sizes.gram)
-    return refresh_flops(m, n, settings.refresh_method, gram_parts(plan) if sums else 1)
+    return refresh_flops(m, n, settings.refresh_method, _sums(plan, sizes))
+
+
+def _sums(plan: WeightPlan, sizes: Sizes) -> bool:
+    """Whether the owner adds up parts of the Gram matrix."""
+    return sizes.gram is not None and sums_grams(plan, sizes.moment, sizes.gram)
 
 
 def _together(

@@ -12,15 +12,19 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import models
 import ranks
 import toys
-from conda_dist import Conda
+from conda_dist import Conda, refresh
 from conda_dist.decomposition import Outcome, decompose, decompose_sum, gram_part, pack, unpack
+from conda_dist.flat import Flat
 from conda_dist.layout import Layout, Split, Topology
 from conda_dist.owners import deal_owners
 from conda_dist.plan import plan_weight
-from conda_dist.waves import gram_parts, packed_numel, sums_grams
-from test_parallel_layouts import EXPERTS, MATRICES, far, train
+from conda_dist.waves import packed_numel, plan_wave, sums_grams
+from test_parallel_layouts import far, train
 from traffic import recorded
 
+MATRICES = {"tall": (61, 5), "wide": (6, 64), "short": (2, 29), "square": (7, 7)}
+"""All but the last are summed up on two ranks and on four, in float64, too."""
+EXPERTS = {"up": (3, 47, 4), "down": (3, 4, 47), "even": (4, 40, 6), "one": (1, 5, 48)}
 METHODS = ["orthogonal_iteration", "eigh64"]
 S0, S1, ALL = Shard(0), Shard(1), Replicate()
 
@@ -80,7 +84,6 @@ def test_parts_are_sent_where_they_are_fewer_bytes() -> None:
         topology = Topology((count,), tuple(range(count)))
         layout = Layout(shape, (count,), (Split(0),))
         (plan,) = deal_owners([plan_weight("w", topology, layout, False)])
-        assert gram_parts(plan) == count
         return sums_grams(plan, 4, gram)
 
     assert not sums((512, 512), 2)
@@ -90,6 +93,20 @@ def test_parts_are_sent_where_they_are_fewer_bytes() -> None:
     assert not sums((512, 1376), 3, gram=8)
     assert not sums((1376, 512), 1)
     assert sums((2**20, 64), 64)
+
+
+@pytest.mark.parametrize("shape", [(1376, 512), (512, 1376)])
+def test_ranks_that_hold_nothing_have_no_part(shape: tuple[int, int]) -> None:
+    """Of eight in flat partitions two hold some of the weight."""
+    size = math.prod(shape)
+    flat = Flat.of(shape, (0, 0, 0, size // 3, *[size] * 5))
+    (plan,) = deal_owners([plan_weight("w", Topology((8,), tuple(range(8))), flat, False)])
+    assert sums_grams(plan, 4, 4)
+    wave = [plan_wave([plan], (0,), [(0,)], (rank,), summed=[(0,)]) for rank in range(8)]
+    assert [w.matrices[0].gives for w in wave] == [False, False, True, True, *[False] * 4]
+    sent = [sum(hop.sent(rank, 0) for hop in w.gather) for rank, w in enumerate(wave)]
+    assert sum(sent) == packed_numel(512)
+    assert wave[plan.owners[0][0]].gather[-1].transfers[0].shape == (2, packed_numel(512))
 
 
 @pytest.mark.parametrize(
@@ -108,8 +125,29 @@ def test_follows_one_process(layout: Any, options: dict[str, Any]) -> None:
     for shapes in (MATRICES, EXPERTS):
         alone = train(None, shapes, {"refresh_method": options["refresh_method"]})
         world = torch.Size(layout[0]).numel()
-        for ended in ranks.run(world, train, layout, shapes, options):
+        runs = ranks.run(world, _train_counted, layout, shapes, options)
+        for ended, _ in runs:
             assert far(ended, alone) < 1e-5
+        made = sum(count for _, count in runs)
+        if shapes is MATRICES:  # three in two refreshes after the first, by two ranks or four
+            assert made == 3 * 2 * (4 if layout[1] == [S0, S1] else 2)
+        else:  # whole experts are dealt out where the first dimension is split
+            assert bool(made) is (S1 in layout[1])
+
+
+def _train_counted(layout: Any, shapes: Any, options: dict[str, Any]) -> tuple[Any, int]:
+    """Also how many parts this rank has made."""
+    made, plain = [0], refresh.gram_part
+
+    def counted(*args: Any) -> Tensor:
+        made[0] += 1
+        return plain(*args)
+
+    refresh.gram_part = counted  # type: ignore[assignment]
+    try:
+        return train(layout, shapes, options), made[0]
+    finally:
+        refresh.gram_part = plain
 
 
 LONG = {"tall": (40, 8), "wide": (8, 40), "square": (16, 16)}
@@ -159,6 +197,32 @@ def test_traffic_is_what_the_report_says(method: str, refresh: str, layout: Any)
     saved = 2 * max(0, (parts - 1) * (40 * 8 * 4 // parts - packed_numel(8) * size))
     assert sum(momenta - sent for sent, _, momenta in answers) == saved
     assert saved or (method, parts) == ("eigh64", 4)
+
+
+def _raise(options: dict[str, Any]) -> None:
+    optimizer = _optimizer((2,), [S0], **options)
+    optimizer.step()
+    plain = refresh.gram_part
+
+    def broken(*args: Any) -> Tensor:
+        raise MemoryError("no room")
+
+    if torch.distributed.get_rank() == 1:
+        refresh.gram_part = broken
+    try:
+        for _ in range(4):
+            optimizer.step()
+    finally:
+        refresh.gram_part = plain
+
+
+@pytest.mark.parametrize("options", [{}, {"refresh": "async", "refresh_delay": 1}], ids=str)
+def test_a_rank_that_cannot_make_its_part_tells_all(options: dict[str, Any]) -> None:
+    options = {**options, "refresh_method": "orthogonal_iteration"}
+    with pytest.raises(ranks.RankError) as caught:
+        ranks.run(2, _raise, options)
+    said = "rank 1: MemoryError: no room (while decomposing the momentum of"
+    assert str(caught.value).count(f"Conda could not refresh its bases: {said}") == 2
 
 
 def _fail(steps: int) -> str:

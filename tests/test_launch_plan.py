@@ -56,7 +56,8 @@ MESHES = [
     Mesh(dp_replicate=2, dp_shard=2, tp=2),
 ]
 SETTINGS = [
-    CondaConfig(update_proj_gap=2, basis_budget=25_000),  # for some bases, and not for all
+    # For some bases, and not for all.
+    CondaConfig(update_proj_gap=2, basis_budget=25_000, refresh_method="orthogonal_iteration"),
     CondaConfig(update_proj_gap=2, basis_placement="owner", matmul_dtype="bfloat16"),
     CondaConfig(
         update_proj_gap=2,
@@ -64,6 +65,7 @@ SETTINGS = [
         basis_dtype="bfloat16",
         state_dtype="bfloat16",
         second_moment_dtype="uint8",
+        refresh_method="orthogonal_iteration",
     ),
 ]
 
@@ -103,6 +105,7 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[Counts, Counts]:
         basis_dtype=DTYPES.get(settings.basis_dtype),
         state_dtype=DTYPES.get(settings.state_dtype),
         second_moment_dtype=DTYPES.get(settings.second_moment_dtype),
+        refresh_method=settings.refresh_method,
     )
     sent, counts, flops = [], [], []
     for _ in range(3):
@@ -245,6 +248,19 @@ def test_what_waits_for_a_refresh(refresh: str) -> None:
         assert (found.decompose, found.busiest) == (waited, 4 * one)
     time = forecast.Seconds(step=1.0, decompose=50.0, busiest=20.0, exchange=3.0, training=2.0)
     assert [time.stall(delay) for delay in (0, 1, 5, 9)] == [53.0, 20.0, 8.0, 3.0]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_every_rank_makes_its_parts_of_gram_matrices(replicas: int) -> None:
+    """And owners only add up; without a part of what other replicas' owners refresh."""
+    shapes = {f"layers.{i}.weight": (4096, 64) for i in range(8)}
+    mesh, rotated = Mesh(dp_replicate=replicas, dp_shard=2), 2 * 2.0 * 4096 * 64 * 64 / 2
+    config = CondaConfig(refresh_method="orthogonal_iteration")
+    found = forecast.forecast_conda(shapes, {}, mesh, config, (0, 0, 0))
+    parts = 2.0 * 4096 * 64 * 64 / 2 * 8 / replicas
+    assert found.rotate == 8 * (rotated + 2.0 * 64**3) + parts
+    assert found.busiest == 8 / mesh.ranks * 4.0 * 64**3
+    assert not forecast.forecast_conda(shapes, {}, mesh, CondaConfig()).rotate >= found.rotate
 
 
 def test_more_ranks_take_less_time_each() -> None:
