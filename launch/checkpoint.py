@@ -158,7 +158,10 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 def _is_universal(path: Path) -> bool:
     """Whether DeepSpeed's ds_to_universal made this folder: a folder for each parameter."""
-    return any((path / "zero").glob("*/fp32.pt"))
+    try:
+        return any((path / "zero").glob("*/fp32.pt"))
+    except OSError:  # such as a name that is too long for one
+        return False
 
 
 def step_of(path: Path) -> int:

@@ -71,7 +71,7 @@ class TokenizerConfig:
 
     path: Annotated[str, Key("a tokenizers JSON file to use instead of training one")] = ""
     vocab_size: Annotated[
-        int, Key("vocabulary to train, special token included", ge=257, le=_MOST)
+        int, Key("vocabulary to train, special token included", ge=257, le=10_000_000)
     ] = 4096
     sample_mb: Annotated[
         float, Key("MB of text to train it on, from the start of the data", gt=0, le=_LARGE)
@@ -353,6 +353,7 @@ def _conflicts(config: Config) -> list[tuple[bool, str]]:
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
     peak = config.optimizer.chosen.lr
     return [
+        (not config.output.strip(), "output is empty: name the folder that the run writes into"),
         (
             bool(data.path) and bool(data.hf),
             "data.path and data.hf are both set: the text comes from one of them",

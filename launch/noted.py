@@ -1,4 +1,4 @@
-"""torchrun that leaves a note when a signal has ended it: python launch/noted.py [torchrun's own]
+"""torchrun that leaves a note when a signal ends it: python -P launch/noted.py [its arguments]
 
 As a file, not a module: importing the package takes seconds, in which a signal would go unnoted.
 The ranks leave the same note once they train (pretrain.STOP_NOTE); before that only their torchrun
@@ -7,22 +7,37 @@ knows. The note is a file that the variable CONDA_DIST_STOP_NOTE names.
 
 import os
 import signal
-import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 
-def _end(number: int, frame: FrameType | None = None) -> NoReturn:
+def _end(number: int, frame: FrameType | None = None) -> None:
     if name := os.environ.get("CONDA_DIST_STOP_NOTE"):
-        Path(name).touch()
-    sys.exit(128 + number)
+        with suppress(OSError):
+            Path(name).touch()
+    os._exit(128 + number)
+
+
+def _watch(signals: int) -> None:
+    """Ends the process at a signal that is not torchrun's yet.
+
+    While the main thread waits for another host's store, in C++, it does not run its handlers.
+    """
+    while number := os.read(signals, 1)[0]:
+        if signal.getsignal(number) is _end:
+            _end(number)
 
 
 def main() -> None:
     """Runs torchrun, whose own handlers take over as soon as it starts ranks."""
+    signals, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end)
+    signal.set_wakeup_fd(wakeup)
+    threading.Thread(target=_watch, args=(signals,), daemon=True).start()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
 

@@ -254,7 +254,12 @@ def _from_text(key: Declared, hint: Any, text: str) -> Any:
     if origin is types.UnionType:
         return None if text == "none" else _from_text(key, options[0], text)
     if origin is tuple:
-        items = [item.strip().strip("\"'") for item in text.strip("[]() ").split(",")]
+        inner = text.strip()
+        if (inner[:1], inner[-1:]) in (("[", "]"), ("(", ")")) and len(inner) > 1:
+            inner = inner[1:-1]  # of a list; those of a glob stand further in
+        items = [item.strip().strip("\"'") for item in inner.split(",")]
+        if inner and not any(items):
+            raise ConfigError(f"--{key.name} {text}: {_wanted(key.type)} is wanted")
         return tuple(_from_text(key, options[0], item) for item in items if item)
     try:
         if hint is bool:

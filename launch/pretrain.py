@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,8 @@ def _train(config: Config, world: World, versions: dict[str, str]) -> bool:
         else:
             reporter.note(f"stopped after step {trainer.step}; continue with --resume")
             if world.is_main and (file := os.environ.get(STOP_NOTE)):
-                Path(file).touch()
+                with suppress(OSError):  # the checkpoint is saved
+                    Path(file).touch()
     return complete
 
 

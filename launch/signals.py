@@ -70,6 +70,8 @@ def end_with_launcher() -> None:
     if sys.platform != "linux" or not any(name in os.environ for name in _LAUNCHED):
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == 1 and not _is_python(1):
+        os.kill(os.getpid(), signal.SIGTERM)  # it died before, while this process was importing
     if "CROSS_RANK" in os.environ:
         # The `deepspeed` command starts a second process, which starts the ranks, and which does
         # not notice when the first one dies.
@@ -82,7 +84,7 @@ def _end_with(launcher: int) -> None:
 
     Any other, such as the shell of a remote login, is not the launcher.
     """
-    if not os.path.samefile(f"/proc/{launcher}/exe", "/proc/self/exe"):
+    if not _is_python(launcher):
         return
     alive = os.pidfd_open(launcher)
 
@@ -93,6 +95,14 @@ def _end_with(launcher: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _is_python(pid: int) -> bool:
+    """Whether a process, if it is ours to look at, runs the Python that this one does."""
+    try:
+        return os.path.samefile(f"/proc/{pid}/exe", "/proc/self/exe")
+    except PermissionError:
+        return False
 
 
 def _parent_of(pid: int) -> int:

@@ -39,29 +39,33 @@ echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $nodes nodes 
 # The ranks' own exit codes do not come through torchrun: a note says that a stop was asked for, of
 # this script, or (by a preemption with a grace time) of what srun has started: of ranks that train,
 # or of their torchruns before that.
-stopping=
+stopping= limit=
 export CONDA_DIST_STOP_NOTE=$root/.stopped-$SLURM_JOB_ID
 rm -f "$CONDA_DIST_STOP_NOTE"
-srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 \
-    python launch/noted.py --nnodes="$nodes" --nproc-per-node="$ranks" \
+srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
+    python -P launch/noted.py --nnodes="$nodes" --nproc-per-node="$ranks" \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=100 \
     -m conda_dist.launch.pretrain "$@" --resume &
 step=$!
 # Slurm signals this script alone (B:); srun passes SIGTERM on to the torchruns of all nodes.
-trap 'stopping=1; kill -TERM $step 2>/dev/null' USR1 TERM
+trap 'stopping=1; kill -TERM $step 2>/dev/null' TERM
+trap 'stopping=1; limit=1; kill -TERM $step 2>/dev/null' USR1
 
 # A wait ends when a signal comes, and has to be taken up again.
 while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
 
 [ -e "$CONDA_DIST_STOP_NOTE" ] && stopping=1
 rm -f "$CONDA_DIST_STOP_NOTE"
+# Slurm still calls a job running in the grace time of a preemption. One that it ends itself is
+# completing: it was cancelled, is requeued by Slurm, or took longer than its limit to save.
+state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z]*')
 if [ "$code" -eq 0 ]; then
     echo "job $SLURM_JOB_ID is complete"
-elif scontrol show job "$SLURM_JOB_ID" | grep -q JobState=CANCELLED; then
-    echo "job $SLURM_JOB_ID was cancelled"  # with the same signal
-elif [ -n "$stopping" ]; then
+elif [ -n "$stopping" ] && { [ "$state" = JobState=RUNNING ] || [ -n "$limit" ]; }; then
     echo "job $SLURM_JOB_ID has stopped, and goes back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
+elif [ -n "$stopping" ]; then
+    echo "job $SLURM_JOB_ID has stopped (${state:-no state}): cancelled, or Slurm's to requeue"
 fi
 exit "$code"

@@ -13,7 +13,7 @@ import torch
 from . import options, runtime
 from .batches import Tokens, micro_batches, row_range
 from .checkpoint import CheckpointError, Checkpoints
-from .config import Config, ConfigError
+from .config import Config
 from .data import Data
 from .engine import Engine, StepResult
 from .finite import NonFiniteError
@@ -91,7 +91,8 @@ class Trainer:
             self._engine.load(path, facts["step"])
         except JobError as error:
             raise self._checkpoints.unusable(path, str(error)) from error
-        self._data.batches.load_state_dict(facts["data"])
+        with runtime.together(self._world, "finding the data's place", patient=True):
+            self._data.batches.load_state_dict(facts["data"])
         self.step = self._saved_at = facts["step"]
         self._meter.train_s, self._val_loss = facts["train_s"], facts["val_loss"]
         notes = [f"changed since the checkpoint: {text}" for text in changed.values()]
@@ -152,18 +153,12 @@ class Trainer:
         return {"step": self.step, "val_loss": self._val_loss, "train_s": self._meter.train_s}
 
     def _read(self) -> tuple[Tokens | None, Exception | None]:
-        """This rank's rows of the next global batch, or what kept it from reading them.
-
-        Raises:
-            ConfigError: There are none, which all ranks find.
-        """
+        """This rank's rows of the next global batch, or what kept it from reading them."""
         training, world = self._config.training, self._world
         share = row_range(training.global_batch_size, world.rank, world.size)
         self._watchdog.mark(self.step + 1, "reading data")
         try:
             return self._data.batches.rows(self.step, *share), None
-        except ConfigError:
-            raise
         except Exception as error:  # the other ranks are waiting: tell them first
             return None, error
 

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import launch_jobs
 from conda_dist.launch import pretrain, runtime
 from conda_dist.launch.batches import StreamBatches, TokenBatches
+from conda_dist.launch.config import ConfigError
 from launch_jobs import Result
 
 SLOW_S = 0.6
@@ -86,7 +87,7 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
             if fault in ("asleep", "slow"):
                 time.sleep(SLOW_S if fault == "slow" else 3600.0)
             if fault == "unread":
-                raise ConnectionError("the hub has gone")
+                raise ConfigError("data.hf: cannot open it: the hub has gone")
             if fault == "cut":
                 _cut()
             if fault == "full metrics":

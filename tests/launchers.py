@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib.metadata
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nodes import Node
+from processes import free_port
 
 MODULE = "conda_dist.launch.pretrain"
 JOB = (sys.executable, "-m", MODULE)
@@ -93,7 +93,7 @@ def torchrun() -> tuple[Any, ...]:
 
 
 def deepspeed() -> tuple[Any, ...]:
-    """The job on two ranks of this host."""
+    """The job on two ranks of this host; this launcher has no way to choose a port itself."""
     return deepspeed_runner("--num_gpus=2", "--master_port", free_port())
 
 
@@ -123,10 +123,3 @@ def deepspeed_over(
         return [(*deepspeed_runner(*first, *options), *arguments)]
     ways = [("--no_ssh", "--node_rank", rank) for rank in range(len(hosts))]
     return [(*deepspeed_runner(*first, *way), *arguments) for way in ways]
-
-
-def free_port() -> int:
-    """DeepSpeed's launcher has no way to choose one."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -69,8 +69,8 @@ def nodes(count: int) -> Iterator[list[Node]]:
     mark = f"{os.getpid() % 10_000}x{next(_NAMES)}"
     bridge, subnet = f"cdb{mark}", f"10.{os.getpid() % 200 + 20}.{next(_NAMES) % 250}"
     made: list[Node] = []
+    ip("link", "add", bridge, "type", "bridge")
     try:
-        ip("link", "add", bridge, "type", "bridge")
         gateway = f"{subnet}.254"
         ip("address", "add", f"{gateway}/24", "dev", bridge)
         ip("link", "set", bridge, "up")
@@ -86,7 +86,8 @@ def nodes(count: int) -> Iterator[list[Node]]:
         yield made
     finally:
         for node in made:
-            ip("netns", "delete", node.name)
+            with contextlib.suppress(RuntimeError):
+                ip("netns", "delete", node.name)
         with contextlib.suppress(RuntimeError):
             ip("link", "delete", bridge)
 

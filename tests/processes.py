@@ -1,6 +1,7 @@
 """Jobs in processes of their own, for tests that signal or kill them."""
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -41,11 +42,21 @@ def started(*command: Any, **environment: str) -> Iterator[subprocess.Popen[str]
 
 def rank_environments(world: int) -> list[dict[str, str]]:
     """What a cluster's launcher would tell each rank of a job on this host."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
+_PORTS = itertools.count(10_000 + os.getpid() * 37 % 20_000)
+
+
+def free_port() -> int:
+    """A port of none of those that systems give out, so that nobody takes it in the meantime."""
+    while True:
+        port = 10_000 + next(_PORTS) % 20_000
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
 
 
 def children(parent: int) -> list[int]:

@@ -392,7 +392,7 @@ def test_a_stream_that_one_rank_cannot_read_is_gone_on_with(hub: Path, tmp_path:
     results = ranks.run(2, injected.job, "unread", 1, 6, *map(str, broken))
     for result in results:
         assert result.code == 1
-        assert "reading the data of step 6 failed on rank 1: ConnectionError" in result.err
+        assert "reading the data of step 6 failed on rank 1: ConfigError: data.hf" in result.err
     launch_jobs.succeed(2, *broken, "--resume")
     assert launch_jobs.curve(tmp_path / "parts") == launch_jobs.curve(tmp_path / "whole")
 

@@ -42,6 +42,10 @@ def test_defaults_file_and_command_line_in_that_order(tmp_path: Path) -> None:
         ("optimizer.conda.betas", "[0.8, 0.9]", (0.8, 0.9)),
         ("data.path", "a.txt", ("a.txt",)),
         ("data.path", "a.txt, b.jsonl", ("a.txt", "b.jsonl")),
+        ("data.path", "part-[0-3].txt", ("part-[0-3].txt",)),
+        ("data.path", "['a b (1)', c]", ("a b (1)", "c")),
+        ("data.path", "[]", ()),
+        ("data.path", "[", ("[",)),
     ],
 )
 def test_values_on_the_command_line(argument: str, text: str, value: object) -> None:
@@ -66,6 +70,9 @@ def test_values_on_the_command_line(argument: str, text: str, value: object) -> 
         (["--optimizer.conda.betas", "0.9,1.0"], ["must be < 1"]),
         (["training.steps", "5"], ["found 'training.steps'"]),
         (["--data.path", "x", "--data.hf", "y"], ["data.path and data.hf"]),
+        (["--data.path", " , "], ["--data.path", "a list (str) is wanted"]),
+        (["--output="], ["output is empty"]),
+        (["--tokenizer.vocab_size", "2147483647"], ["tokenizer.vocab_size", "<= 10000000"]),
         (["--model.hidden_size", "100"], ["100 is not a multiple of", "num_attention_heads 6"]),
         (
             ["--model.hidden_size", "18"],

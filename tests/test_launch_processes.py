@@ -143,6 +143,7 @@ time.sleep(float(sys.argv[2]))
 def test_a_lock_is_waited_for_a_little(held_s: int, tmp_path: Path) -> None:
     """A killed job may hold it for a moment more; another job's is refused."""
     words = [sys.executable, "-c", HOLDER, str(tmp_path / LOCK), str(held_s)]
+    ranks.run(1, _lock, tmp_path)  # so that there is a process
     with subprocess.Popen(words, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
@@ -161,3 +162,26 @@ def _lock(folder: Path) -> None:
     assert group is not None
     with locked(folder, World(0, 1, 0, torch.device("cpu"), group, group)):
         pass
+
+
+ORPHAN = """
+("$@" & echo $! > "$0")
+rank=$(cat "$0")
+while [ -e /proc/$rank ] && ! grep -q "^State:.*Z" /proc/$rank/status; do sleep 0.1; done
+"""
+"""A rank whose launcher is gone at once, below what is nobody's launcher."""
+
+
+def test_a_rank_whose_torchrun_died_while_it_imported_ends(tmp_path: Path) -> None:
+    """It would wait for the others for half an hour, or train with those of other hosts."""
+    (environment, _) = rank_environments(2)
+    config = launch_jobs.write_config(tmp_path)
+    job = [sys.executable, "-m", "conda_dist.launch.pretrain", str(config)]
+    apart = ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", ORPHAN]
+    ended = subprocess.run(
+        [*apart, str(tmp_path / "pid"), *job, "--output", str(tmp_path / "run")],
+        env={**os.environ, **environment, "TORCHELASTIC_RUN_ID": "gone"},
+        timeout=DEADLINE,
+    )
+    assert ended.returncode == 0
+    assert not (tmp_path / "run").exists()

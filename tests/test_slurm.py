@@ -98,17 +98,23 @@ def test_a_job_is_requeued_until_it_is_complete(tmp_path: Path, slurm: dict[str,
 
 
 def test_a_job_that_fails_is_not_requeued(tmp_path: Path, slurm: dict[str, str]) -> None:
-    (tmp_path / "bin" / "srun").write_text("#!/bin/sh\necho failed\nexit 2\n")
-    ended = subprocess.run(
-        ["bash", str(ROOT / "launch" / "slurm.sh"), "config.toml"],
-        env=slurm,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-    )
-    assert ended.returncode == 2
-    assert "failed" in ended.stdout
-    assert not (tmp_path / "log").exists()
+    """Nor one whose ranks have died of a signal that nobody sent to torchrun."""
+    dies = tmp_path / "dies.py"
+    dies.write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    script = tmp_path / "checkout" / "slurm.sh"
+    job = (ROOT / "launch" / "slurm.sh").read_text()
+    for what in ("-m conda_dist.launch.pretrain", str(dies)):
+        script.write_text(job.replace("-m conda_dist.launch.pretrain", what))
+        ended = subprocess.run(
+            ["bash", str(script), "config.toml"],
+            env=slurm,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert ended.returncode == 1
+        assert "there is no config file config.toml" in ended.stderr or what == str(dies)
+        assert not (tmp_path / "log").exists()
 
 
 def test_a_preemption_that_signals_the_ranks_alone(tmp_path: Path, slurm: dict[str, str]) -> None:
@@ -125,7 +131,7 @@ def test_a_preemption_that_signals_the_ranks_alone(tmp_path: Path, slurm: dict[s
 
 def _torchruns(session: int) -> dict[int, bool]:
     """By process id, whether they have a handler for SIGTERM."""
-    command = ["pgrep", "-f", "^python launch/noted.py", "-s", str(session)]
+    command = ["pgrep", "-f", "^python -P launch/noted.py", "-s", str(session)]
     found = subprocess.run(command, capture_output=True, text=True).stdout.split()
     states = {int(pid): Path(f"/proc/{pid}/status").read_text() for pid in found}
     return {
@@ -165,9 +171,17 @@ def test_a_preemption_before_training(started: bool, tmp_path: Path, slurm: dict
     assert "requeue" in (tmp_path / "log").read_text()
 
 
-@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+@pytest.mark.parametrize(
+    ("state", "number", "comes_back"),
+    [
+        ("RUNNING", signal.SIGTERM, True),  # a preemption's grace time
+        ("COMPLETING", signal.SIGTERM, False),  # cancelled, or requeued by Slurm itself
+        ("CANCELLED", signal.SIGTERM, False),
+        ("COMPLETING", signal.SIGUSR1, True),  # saving took longer than the limit
+    ],
+)
 def test_a_job_that_was_cancelled_does_not_come_back(
-    state: str, tmp_path: Path, slurm: dict[str, str]
+    state: str, number: int, comes_back: bool, tmp_path: Path, slurm: dict[str, str]
 ) -> None:
     srun = tmp_path / "bin" / "srun"
     srun.write_text("#!/usr/bin/env bash\ntrap 'exit 1' TERM\necho started\nsleep 60 & wait\n")
@@ -182,11 +196,11 @@ def test_a_job_that_was_cancelled_does_not_come_back(
         assert job.stdout is not None
         while job.stdout.readline() != "started\n":
             assert job.poll() is None
-        job.send_signal(signal.SIGTERM)
+        job.send_signal(number)
         assert job.wait(DEADLINE) == 1
     finally:
         subprocess.run(["pkill", "-9", "-s", str(job.pid)], check=False)
-    assert (tmp_path / "log").exists() is (state == "COMPLETING")
+    assert (tmp_path / "log").exists() is comes_back
 
 
 @pytest.mark.parametrize(
