@@ -42,7 +42,7 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     try:
-        run.main()
+        run.main(None)
     except SignalException as stopped:
         _end(stopped.sigval)
 

@@ -80,6 +80,7 @@ def test_a_job_is_requeued_until_it_is_complete(tmp_path: Path, slurm: dict[str,
     assert first.returncode != 0
     assert f"scontrol requeue {slurm['SLURM_JOB_ID']}" in (tmp_path / "log").read_text(), said
     assert "2 nodes x 1 ranks, rendezvous at localhost:" in said
+    assert re.search(r"^versions +Python .*, torch .*, transformers ", said, re.MULTILINE)
     (saved,) = complete_checkpoints(output / "checkpoints")
     assert step_of(saved) == metrics(output)[-1]["step"] >= 5
 
