@@ -26,8 +26,8 @@ def _watch(signals: int) -> None:
     While the main thread waits for another host's store, in C++, it does not run its handlers.
     """
     while number := os.read(signals, 1)[0]:
-        if signal.getsignal(number) is _end:
-            _end(number)
+        if signal.getsignal(number) == _end:
+            _end(number, None)
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     try:
-        run.main(None)
+        run.main()
     except SignalException as stopped:
         _end(stopped.sigval)
 
