@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The pretraining job on a Slurm cluster, requeued until it is complete:
 #
-#   sbatch --nodes=4 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh CONFIG [--key value ...]
+#   sbatch --nodes=4 --gpus-per-node=8 --exclusive --time=24:00:00 launch/slurm.sh CONFIG [--key ...]
 #
+# (or, where nodes are shared, --cpus-per-task in the place of --exclusive: ranks need CPUs, too)
 # One torchrun a node; where and how many follows from the allocation. Ranks per node: NPROC, else
 # the node's GPUs, else its tasks. Two minutes before the time limit, and when it is preempted, the
 # job saves a checkpoint and goes back into the queue; it goes on from there when it starts again.

@@ -80,6 +80,10 @@ def test_connections_between_ranks_cut(scene: Scene) -> None:
     assert "gloo" in outcome.said
 
 
+def test_all_killed(scene: Scene) -> None:
+    assert_lost(faults.all_killed(scene), INTERVAL)
+
+
 def test_all_killed_while_saving(scene: Scene) -> None:
     assert_lost(faults.all_killed_while_saving(scene), 2)
 
