@@ -63,7 +63,9 @@ def _attempt(case: Case, sizes: tuple[int, ...], others: dict[int, Case], group:
     if failed:
         return said or "nothing was raised", "", ""
     wholes = [models.whole(tensor) for tensor in came]
-    content = b"".join(w.flatten().clone().view(torch.uint8).numpy().tobytes() for w in wholes)
+    # Packed first: the one element of a tensor may have a stride, of which view complains.
+    packed = (torch.cat([w.flatten()]).view(torch.uint8) for w in wholes)
+    content = b"".join(bits.numpy().tobytes() for bits in packed)
     wrong = "" if dist.get_rank() else problem(case, wholes)
     return "", wrong, hashlib.sha256(content).hexdigest()
 
