@@ -59,9 +59,9 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     plans, count = [plan], len(plan.owners)
     if plan.delegated:
         return _delegated(plan, coordinate, sizes, is_async)
-    size, summed = sizes.moment, [range(0)]
-    if sizes.gram and sums_grams(plan, sizes.moment, sizes.gram):
-        size, summed = sizes.gram, [range(count)]
+    sums = sums_grams(plan, sizes.moment, sizes.gram)
+    summed = [range(count if sums else 0)]
+    size = sizes.gram if sums and sizes.gram else sizes.moment
     wave = plan_wave(plans, (0,), [range(count)], coordinate, summed=summed)
     bucket = plan_bucket(plans, (0,), coordinate)
     # Moments of a part or of a flat weight travel with its gradient.

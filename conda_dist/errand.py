@@ -135,7 +135,7 @@ def _refresh(
     """Takes what this rank owns to new bases: projected gradients, bases and first moments."""
     for i in plan.mine:
         weights[i].average(_there(momenta[i]), _there(projected[i]))
-    rotations, outcomes = decompose(plan.matrices, weights, bases, momenta, background)
+    rotations, outcomes = decompose(plan.matrices, weights, bases, momenta, background, {})
     for i in plan.mine:
         rotation, right = rotations[i], weights[i].plan.right
         if outcomes[i] == Outcome.DONE and rotation is not None:

@@ -3,8 +3,9 @@
 Where that is less, the owners get the parts of the momenta's Gram matrices instead, and add up.
 
 Two packed exchanges and one agreement on what came of it. An owner that fails says so in the
-agreement, so no rank ever waits for it. A refresh is one step's, or is launched in one, from a
-snapshot of the momenta, and its rotations are taken some steps later.
+agreement, as does a rank that cannot make its part, so no rank ever waits for them. A refresh is
+one step's, or is launched in one, from a snapshot of the momenta, and its rotations are taken some
+steps later.
 """
 
 import math
@@ -12,7 +13,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -170,7 +170,7 @@ def decompose(
     bases: Sequence[Tensor | None],
     whole: Sequence[Tensor | None],
     background: Background,
-    failed: Mapping[int, Exception] = MappingProxyType({}),
+    failed: Mapping[int, Exception],
 ) -> tuple[list[Tensor | None], list[Outcome]]:
     """Decomposes matrices on their owners, and has all ranks know what came of it.
 

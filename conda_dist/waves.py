@@ -236,7 +236,7 @@ def packed_numel(r: int) -> int:
     return (2 * half + 1) * half + 1
 
 
-def sums_grams(plan: WeightPlan, moment_size: int, gram_size: int) -> bool:
+def sums_grams(plan: WeightPlan, moment_size: int, gram_size: int | None) -> bool:
     """Whether the parts of a weight's Gram matrices are fewer bytes than its momenta.
 
     They are where few ranks share long matrices: for fewer than 2 max(m, n) / r.
@@ -244,8 +244,10 @@ def sums_grams(plan: WeightPlan, moment_size: int, gram_size: int) -> bool:
     Args:
         plan: its plan.
         moment_size: bytes of an element of the first moment.
-        gram_size: bytes of an element of a Gram matrix.
+        gram_size: bytes of an element of a Gram matrix; None where the momentum itself is needed.
     """
+    if gram_size is None:
+        return False
     parts, packed = _gram_layout(_matrix_layout(plan)).shape
     smaller = parts * packed * gram_size < plan.matrix_numel * moment_size
     return parts > 1 and not plan.alone and not plan.delegated and smaller

@@ -93,7 +93,7 @@ class Weight:
         self.second_key = second_key(options)
         moment = moment_dtype(param, options)
         gram = gram_size(moment, options.refresh_method)
-        self._sums = gram is not None and sums_grams(plan, moment.itemsize, gram)
+        self._sums = sums_grams(plan, moment.itemsize, gram)
 
     @property
     def state(self) -> dict[str, Any]:

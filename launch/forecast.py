@@ -226,7 +226,8 @@ def _sum_up(
         found.flops += flops
         collectives.append(cost.collectives)
         found.rotate += 2 * 2.0 * share * r + 2.0 * r**3 * (mine or not plan.delegated)
-        if _sums(plan, sizes) and shares_with(plan, plan.owners[0], busiest):
+        sums = sums_grams(plan, sizes.moment, sizes.gram)
+        if sums and shares_with(plan, plan.owners[0], busiest):
             found.rotate += 2.0 * numel * r  # its part
         found.elements += numel
         _count(found.kinds, plan, cost, flops)
@@ -238,12 +239,8 @@ def _sum_up(
 def _decomposition(plan: WeightPlan, settings: CondaConfig, sizes: Sizes) -> float:
     """Operations that a refresh of a weight takes its owner."""
     m, n = plan.storage.shape
-    return refresh_flops(m, n, settings.refresh_method, _sums(plan, sizes))
-
-
-def _sums(plan: WeightPlan, sizes: Sizes) -> bool:
-    """Whether the owner adds up parts of the Gram matrix."""
-    return sizes.gram is not None and sums_grams(plan, sizes.moment, sizes.gram)
+    sums = sums_grams(plan, sizes.moment, sizes.gram)
+    return refresh_flops(m, n, settings.refresh_method, sums)
 
 
 def _together(

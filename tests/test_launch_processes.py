@@ -181,7 +181,10 @@ def test_a_rank_whose_torchrun_died_while_it_imported_ends(tmp_path: Path) -> No
     ended = subprocess.run(
         [*apart, str(tmp_path / "pid"), *job, "--output", str(tmp_path / "run")],
         env={**os.environ, **environment, "TORCHELASTIC_RUN_ID": "gone"},
+        capture_output=True,
+        text=True,
         timeout=DEADLINE,
     )
     assert ended.returncode == 0
+    assert "rror" not in ended.stderr, ended.stderr  # it was ended, it did not fail
     assert not (tmp_path / "run").exists()

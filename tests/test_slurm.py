@@ -35,6 +35,18 @@ echo "scontrol $*" >> "$SCONTROL_LOG"
 """
 
 
+PRETRAIN = "-m conda_dist.launch.pretrain"
+
+
+def _starting(what: str, folder: Path) -> Path:
+    """The script with ranks that run something else."""
+    text = (ROOT / "launch" / "slurm.sh").read_text()
+    assert PRETRAIN in text
+    script = folder / "slurm.sh"
+    script.write_text(text.replace(PRETRAIN, what))
+    return script
+
+
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
     """The variables of a job on two nodes, and the commands."""
@@ -102,10 +114,8 @@ def test_a_job_that_fails_is_not_requeued(tmp_path: Path, slurm: dict[str, str])
     """Nor one whose ranks have died of a signal that nobody sent to torchrun."""
     dies = tmp_path / "dies.py"
     dies.write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
-    script = tmp_path / "checkout" / "slurm.sh"
-    job = (ROOT / "launch" / "slurm.sh").read_text()
-    for what in ("-m conda_dist.launch.pretrain", str(dies)):
-        script.write_text(job.replace("-m conda_dist.launch.pretrain", what))
+    for what in (PRETRAIN, str(dies)):
+        script = _starting(what, tmp_path)
         ended = subprocess.run(
             ["bash", str(script), "config.toml"],
             env=slurm,
@@ -149,9 +159,7 @@ def test_a_preemption_before_training(started: bool, tmp_path: Path, slurm: dict
     config.write_text(
         f"import pathlib, time; pathlib.Path({str(marker)!r}).touch(); time.sleep(60)"
     )
-    script = tmp_path / "checkout" / "slurm.sh"
-    job = (ROOT / "launch" / "slurm.sh").read_text()
-    script.write_text(job.replace("-m conda_dist.launch.pretrain", str(config)))
+    script = _starting(str(config), tmp_path)
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(["bash", str(script)], env=slurm, start_new_session=True, **output)
     try:
