@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from conda_dist import maths, storage
 from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
-from conda_dist.layout import Coordinate, Layout
+from conda_dist.layout import Layout
 from conda_dist.routing import CONDA, clean_name
-from conda_dist.setup import Setup, name_of
+from conda_dist.runtime.saved_state import from_saved
+from conda_dist.runtime.weight import NO_BASIS, Weight
+from conda_dist.setup import Plain, Setup, name_of
 from conda_dist.states import CODES, basis_key
-from conda_dist.weight import NEVER
 
 PENDING = ("snapshot", "snapshot_step")
 """States that only an asynchronous refresh has. State dicts without them are loaded, too; torch's
@@ -266,38 +267,34 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
     for member in setup.members:
         state, source = member.state, saved[member.param]
         for key, layout in member.state_layouts().items():
-            if key == member.second_key and key not in source:
-                _convert(state[key], layout, member.mesh.coordinate, source)
-            elif key in source or key not in PENDING:
-                _copy(state[key], layout, member.mesh.coordinate, source[key])
+            name = member.saved_key(key)
+            if name in (CODES, "exp_avg_sq") and name not in source:
+                # Kept in codes there and not here, or the other way round.
+                name = "exp_avg_sq" if name == CODES else CODES
+                elements = _read(member, key, layout, source[name])
+                values = maths.decode(elements, torch.float32)
+                maths.store_(storage.local(state[key]), values, None)
+            elif name in source or name not in PENDING:
+                storage.local(state[key]).copy_(_read(member, key, layout, source[name]))
         for key in state.keys() & {"step", "basis_step"}:  # small, and whole on every rank
             state[key].copy_(torch.as_tensor(source[key]))
         if "snapshot_step" in state:  # without one a refresh that was pending is due again
-            state["snapshot_step"].copy_(torch.as_tensor(source.get("snapshot_step", NEVER)))
+            state["snapshot_step"].copy_(torch.as_tensor(source.get("snapshot_step", NO_BASIS)))
 
 
-def _convert(
-    target: Tensor, layout: Layout, coordinate: Coordinate, source: Mapping[str, Any]
-) -> None:
-    """Copies a second moment into one that is kept in codes, or the codes into one that is not."""
-    key, dtype = (CODES, torch.uint8) if CODES in source else ("exp_avg_sq", torch.float32)
-    as_saved = torch.empty_like(target, dtype=dtype)
-    _copy(as_saved, layout, coordinate, source[key])
-    values = maths.decode(storage.local(as_saved), torch.float32)
-    maths.store_(storage.local(target), values, None)
-
-
-def _copy(target: Tensor, layout: Layout, coordinate: Coordinate, value: Any) -> None:
-    """Copies a DTensor of any layout, or the whole as a plain tensor, into an allocated state."""
-    ours = storage.local(target)
+def _read(member: Weight | Plain, key: str, layout: Layout, value: Tensor) -> Tensor:
+    """This rank's elements of a saved state, a DTensor of any layout or the whole."""
+    if isinstance(member, Weight) and member.plan.separate:
+        return from_saved(member, key, value)
+    target = member.state[key]
     if isinstance(value, DTensor):
         if isinstance(target, DTensor) and value.device_mesh == target.device_mesh:
             if value.placements != target.placements:
                 value = value.redistribute(placements=target.placements)
-            ours.copy_(value.to_local())
-            return
+            return value.to_local()
         value = value.full_tensor()
-    for block in layout.blocks(coordinate):
-        here = tuple(slice(s, s + n) for s, n in zip(block.local, block.shape, strict=True))
-        there = tuple(slice(s, s + n) for s, n in zip(block.start, block.shape, strict=True))
-        ours[here].copy_(value[there])
+    if layout.local_shape(member.mesh.coordinate) == tuple(value.shape):
+        return value
+    elements = torch.empty_like(storage.local(target), dtype=value.dtype)
+    storage.copy_blocks(elements, layout, member.mesh.coordinate, value)
+    return elements

@@ -1,8 +1,4 @@
-"""New bases from momenta: decompositions as functions of tensors.
-
-Of a momentum whose rows or columns several ranks share, what needs only its Gram matrix can be had
-from parts: the Gram matrix is the sum of those of the shards.
-"""
+"""New bases from momenta: decompositions as functions of tensors."""
 
 import math
 from collections.abc import Callable
@@ -122,70 +118,3 @@ def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:
     """
     Q = basis.to(rotation.dtype)
     return torch.addmm(rotation, Q.mT, Q @ rotation, beta=1.5, alpha=-0.5)
-
-
-def gram_part(shard: Tensor, right: bool, method: str) -> Tensor:
-    """This rank's part of a momentum's Gram matrix.
-
-    Args:
-        shard: its rows (right) or columns of the projected momentum, (m, n); there may be none.
-        right: whether m >= n.
-        method: "eigh64" or "orthogonal_iteration".
-
-    Returns:
-        (1, ``packed_numel(r)``): one triangle of the Gram matrix of the shard over its largest
-        element, whose squares would leave the dtype's range where that is far from 1, and that
-        element, which is not finite if any element is not.
-    """
-    tall = (shard if right else shard.mT).to(gram_dtype(shard.dtype, method))
-    largest = tall.abs().amax() if tall.numel() else tall.new_zeros(())
-    scaled = tall / largest.where(largest > 0, 1.0)
-    return torch.cat([pack(scaled.mT @ scaled), largest.reshape(1)]).unsqueeze(0)
-
-
-def decompose_sum(parts: Tensor, r: int, method: str) -> tuple[Outcome, Tensor | None]:
-    """:func:`decompose` of the momentum that these parts are of.
-
-    Args:
-        parts: of all ranks, (ranks, ``packed_numel(r)``).
-        r: rows and columns of the Gram matrix.
-        method: "eigh64" or "orthogonal_iteration".
-    """
-    scales = parts[:, -1]
-    largest = float(scales.amax())
-    if not math.isfinite(largest):
-        return Outcome.NOT_FINITE, None
-    if not largest:
-        return Outcome.ZERO, None
-    gram = unpack((scales / largest).square() @ parts[:, :-1], r)
-    return decompose_gram(gram, method)
-
-
-def pack(symmetric: Tensor) -> Tensor:
-    """The lower triangle of a symmetric matrix (r, r) as one dimension, without gaps if r is even.
-
-    With h = r / 2, the triangle below the diagonal of the lower right quarter fits, transposed,
-    above that of the left half shifted down by a row: a rectangle (r + 1, h), as LAPACK's
-    rectangular full packed format (Gustavson et al. 2010, doi:10.1145/1731022.1731028).
-    """
-    r = symmetric.shape[-1]
-    half = -(-r // 2)
-    if r % 2:
-        symmetric = torch.nn.functional.pad(symmetric, (0, 1, 0, 1))
-    packed = symmetric.new_zeros(2 * half + 1, half)
-    packed[1:] = symmetric[:, :half]
-    packed[1 : half + 1].tril_()
-    packed[:half] += symmetric[half:, half:].triu()
-    return packed.view(-1)
-
-
-def unpack(packed: Tensor, r: int) -> Tensor:
-    """The symmetric matrix (r, r) of what :func:`pack` made."""
-    half = -(-r // 2)
-    packed = packed.view(2 * half + 1, half)
-    below, corner = packed[1:], packed[:half].triu()
-    symmetric = packed.new_empty(2 * half, 2 * half)
-    symmetric[:, :half] = below
-    symmetric[half:, half:] = corner.mT
-    symmetric[:half, :half].tril_()
-    return torch.tril(symmetric)[:r, :r] + torch.tril(symmetric, -1)[:r, :r].mT

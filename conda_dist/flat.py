@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from conda_dist.layout import Block, Coordinate, Layout, Move, Split, kept_dim
+from conda_dist.layout import Block, Coordinate, Layout, Move, Placement, Split, kept_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Flat(Layout):
         """The boxes held at a coordinate, in order: the rest of a row, whole rows, part of one."""
         return _flat_blocks(self.shape, *self.held(coordinate))
 
-    def move(self, mesh_dim: int, placement: Split | None) -> Layout:
+    def move(self, mesh_dim: int, placement: Placement) -> Layout:
         """A layout of shaped local tensors with this placement of the one mesh dimension."""
         return Layout(self.shape, self.mesh, (placement,))
 

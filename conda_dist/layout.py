@@ -60,17 +60,49 @@ class Split:
             ``split_factor`` this is. FSDP over tensor parallelism produces it.
         bounds: () for ``torch.chunk``'s pieces, else where they begin and the last one ends: one
             number more than there are ranks, ascending. Only with a stride of 1.
+        among: the indices of the mesh dimension that hold a piece, ``(first, count)``; the others
+            hold nothing. None: all hold one.
     """
 
     dim: int
     stride: int = 1
     bounds: tuple[int, ...] = ()
+    among: tuple[int, int] | None = None
 
     def __str__(self) -> str:
+        where = "" if self.among is None else f" on {_span(self.among)}"
         if self.stride > 1:
-            return f"_StridedShard({self.dim}, sf={self.stride})"
+            return f"_StridedShard({self.dim}, sf={self.stride}{where})"
         cuts = f" at {','.join(map(str, self.bounds))}" if self.bounds else ""
-        return f"Shard({self.dim}{cuts})"
+        return f"Shard({self.dim}{cuts}{where})"
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """A mesh dimension of which some indices hold a copy of the tensor, and the others nothing.
+
+    Attributes:
+        among: the indices that hold a copy, ``(first, count)``.
+    """
+
+    among: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"Replicate(on {_span(self.among)})"
+
+
+Placement: TypeAlias = Split | Copies | None
+"""What a mesh dimension does to a tensor; None where every index holds a copy."""
+
+
+def _span(among: tuple[int, int]) -> str:
+    first, count = among
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
+
+
+def holds(among: tuple[int, int] | None, index: int) -> bool:
+    """Whether an index of a mesh dimension is among those that hold something."""
+    return among is None or among[0] <= index < among[0] + among[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +130,15 @@ class Layout:
     Attributes:
         shape: shape of the global tensor.
         mesh: sizes of the mesh dimensions; ``()`` for a tensor of one process.
-        placements: for each mesh dimension what it splits, or None where it replicates. Applied
-            from left to right, as DTensor does.
+        placements: for each mesh dimension what it does to the tensor. Applied from left to right,
+            as DTensor does.
         window: for some rows (dimension -2) of a larger tensor, which is what the placements
             split: which rows, ascending, and how many there are in all.
     """
 
     shape: tuple[int, ...]
     mesh: tuple[int, ...]
-    placements: tuple[Split | None, ...]
+    placements: tuple[Placement, ...]
     window: tuple[tuple[range, ...], int] | None = None
 
     def rows(self, rows: tuple[range, ...]) -> "Layout":
@@ -146,7 +178,7 @@ class Layout:
             offset += len(run)
         return tuple(spans)
 
-    def move(self, mesh_dim: int, placement: Split | None) -> "Layout":
+    def move(self, mesh_dim: int, placement: Placement) -> "Layout":
         """This layout with the placement of one mesh dimension exchanged for another."""
         placements = list(self.placements)
         placements[mesh_dim] = placement
@@ -161,7 +193,7 @@ class Layout:
         order: list[int] = []
         for mesh_dim in reversed(range(len(self.mesh))):
             placement = self.placements[mesh_dim]
-            if placement is None or placement.dim != dim:
+            if not isinstance(placement, Split) or placement.dim != dim:
                 continue
             outside, remaining = 0, placement.stride
             while remaining > 1 and outside < len(order):
@@ -246,10 +278,20 @@ def _split_runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ..
     for size, index, placement in zip(layout.mesh, coordinate, layout.placements, strict=True):
         if placement is None:
             continue
+        if isinstance(placement, Copies):
+            if not holds(placement.among, index):
+                runs[0] = ()
+            continue
+        if not holds(placement.among, index):
+            runs[placement.dim] = ()
+            continue
         if placement.bounds:
             start, stop = placement.bounds[index : index + 2]
             runs[placement.dim] = _slice(runs[placement.dim], start, stop)
             continue
+        if placement.among is not None:
+            first, size = placement.among
+            index -= first
         pieces = [_chunk(runs[placement.dim], placement.stride, i) for i in range(placement.stride)]
         parts = tuple(run for piece in pieces for run in _chunk(piece, size, index))
         runs[placement.dim] = _slice(parts, 0, sum(map(len, parts)))
@@ -304,7 +346,7 @@ class Move:
     Attributes:
         mesh_dim: the mesh dimension whose group exchanges elements.
         source: layout before.
-        target: layout after; differs from ``source`` in ``mesh_dim`` alone.
+        target: layout after. The ranks that differ in ``mesh_dim`` alone hold the same together.
     """
 
     mesh_dim: int
@@ -320,37 +362,84 @@ def kept_dim(shape: tuple[int, ...]) -> int:
     return len(shape) - 2 if shape[-2] >= shape[-1] else len(shape) - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The ranks that compute a weight, where those are not all that store it.
+
+    Attributes:
+        mesh_dim: the mesh dimension along which only some ranks do. Along the others, all do.
+        among: their indices along it, ``(first, count)``.
+    """
+
+    mesh_dim: int
+    among: tuple[int, int]
+
+
 @lru_cache(maxsize=4096)
-def to_compute(storage: Layout) -> tuple[Move, ...]:
+def to_compute(storage: Layout, group: Group | None = None) -> tuple[Move, ...]:
     """Stages from the storage layout of an (..., m, n) weight to its compute layout.
 
     In the compute layout each rank holds whole rows (m >= n) or whole columns (m < n). Every
     split of the mixed dimension moves to the kept one, the innermost cut first, and cuts inside
-    the splits that are already there: so each stage stays within the groups of a single mesh
+    the splits that are already there: so each stage stays within the ranks of a single mesh
     dimension and moves only the elements that must. Empty where nothing splits the mixed
     dimension; stages over a mesh dimension of one rank only rename the placement.
+
+    A group's ranks share the rows or columns along its mesh dimension, or, of a batch, the
+    matrices; the other ranks hold nothing.
 
     On meshes of several dimensions a few shapes that divide unevenly cannot be cut that way
     (``torch.chunk`` of a part is not a part of ``torch.chunk``); those are gathered and sliced.
     """
     kept = kept_dim(storage.shape)
     mixed = 2 * len(storage.shape) - 3 - kept
+    dealt = 0 if len(storage.shape) > 2 else kept
     layout, moves = storage, []
-    for mesh_dim in reversed(storage.splitting(mixed)):
-        later = [d for d in layout.splitting(kept) if d > mesh_dim]
+
+    dims = list(reversed(storage.splitting(mixed)))
+    if group is not None and group.mesh_dim not in dims:
+        dims.append(group.mesh_dim)
+    for mesh_dim in dims:
+        if group is not None and mesh_dim == group.mesh_dim:
+            target = _to_group(layout, group, dealt)
+        else:
+            later = [d for d in layout.splitting(kept) if d > mesh_dim]
+            stride = math.prod(layout.mesh[d] for d in later)
+            target = layout.move(mesh_dim, Split(kept, stride))
+        moves.append(Move(mesh_dim, layout, target))
+        layout = target
+    return tuple(moves) if all(map(_stays_in_group, moves)) else _through_whole(storage, group)
+
+
+def _to_group(layout: Layout, group: Group, dim: int) -> Layout:
+    """A layout with the pieces that a mesh dimension makes of ``dim`` held by a group's ranks."""
+    mesh_dim, (_, count) = group.mesh_dim, group.among
+    present = layout.placements[mesh_dim]
+    if not isinstance(present, Split) or present.dim != dim:
+        later = [d for d in layout.splitting(dim) if d > mesh_dim]
         stride = math.prod(layout.mesh[d] for d in later)
-        moves.append(Move(mesh_dim, layout, layout.move(mesh_dim, Split(kept, stride))))
-        layout = moves[-1].target
-    return tuple(moves) if all(map(_stays_in_group, moves)) else _through_whole(storage)
+        return layout.move(mesh_dim, Split(dim, stride, among=group.among))
+    order = layout.splitting(dim)
+    target = layout.move(mesh_dim, replace(present, among=group.among))
+    # What was cut inside each of the pieces is cut inside as many, now that fewer ranks hold them.
+    for inside in order[order.index(mesh_dim) + 1 :]:
+        split = layout.placements[inside]
+        if inside > mesh_dim and isinstance(split, Split):
+            more = layout.mesh[mesh_dim] // count
+            target = target.move(inside, replace(split, stride=split.stride * more))
+    return target
 
 
-def _through_whole(storage: Layout) -> tuple[Move, ...]:
+def _through_whole(storage: Layout, group: Group | None) -> tuple[Move, ...]:
     """Stages to the compute layout by gathering both dimensions and slicing the kept one."""
     kept = kept_dim(storage.shape)
     gather = to_whole(storage, (len(storage.shape) - 2, len(storage.shape) - 1))
     layout, slices = gather[-1].target, []
     for move in reversed(gather):
-        slices.append(Move(move.mesh_dim, layout, layout.move(move.mesh_dim, Split(kept))))
+        inside = group is not None and move.mesh_dim == group.mesh_dim
+        dim = 0 if inside and len(storage.shape) > 2 else kept
+        part = Split(dim, among=group.among if group and inside else None)
+        slices.append(Move(move.mesh_dim, layout, layout.move(move.mesh_dim, part)))
         layout = slices[-1].target
     return gather + tuple(slices)
 
@@ -360,7 +449,10 @@ def _stays_in_group(move: Move) -> bool:
     source, target, mesh_dim = move.source, move.target, move.mesh_dim
     if math.prod(source.mesh) == source.mesh[mesh_dim]:
         return True
-    if all(size % math.prod(source.mesh) == 0 for size in source.split_shape[-2:]):
+    placement = target.placements[mesh_dim]
+    count = placement.among[1] if placement is not None and placement.among else 1
+    even = all(size % math.prod(source.mesh) == 0 for size in source.split_shape[-2:])
+    if even and source.mesh[mesh_dim] % count == 0 and len(source.shape) == 2:
         return True
 
     def found(coordinate: Coordinate) -> int:
@@ -389,7 +481,7 @@ def to_whole(layout: Layout, dims: tuple[int, ...]) -> tuple[Move, ...]:
     moves = []
     for mesh_dim in reversed(range(len(layout.mesh))):
         placement = layout.placements[mesh_dim]
-        if placement is not None and placement.dim in dims:
+        if isinstance(placement, Split) and placement.dim in dims:
             moves.append(Move(mesh_dim, layout, layout.move(mesh_dim, None)))
             layout = moves[-1].target
     return tuple(moves)

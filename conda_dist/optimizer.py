@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from copy import deepcopy
 from typing import Any, overload
 
@@ -13,14 +13,16 @@ from torch import Tensor
 from conda_dist import storage
 from conda_dist.adamw import Entry, adamw_
 from conda_dist.checkpoint import fill_state, match_state
-from conda_dist.conda_path import CondaPath
 from conda_dist.exchange import Mesh, agree, all_max
 from conda_dist.groups import check_hyperparameters, split_group
 from conda_dist.options import Options
+from conda_dist.plan.compute_groups import Choice
 from conda_dist.report import Row, print_table, rows
 from conda_dist.routing import CONDA, nothing_to_project
+from conda_dist.runtime.saved_state import to_saved
+from conda_dist.runtime.step import CondaPath
+from conda_dist.runtime.weight import hyper_of
 from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up
-from conda_dist.weight import hyper_of
 
 
 def refuse_capture() -> None:
@@ -81,12 +83,10 @@ class Conda(torch.optim.Optimizer):
         basis_dtype: dtype of the bases; None for the moments', but at least float32.
             ``torch.bfloat16`` halves what they take and, where they are sharded, send. They are
             orthogonal to 3 digits then, in every refresh anew.
-        basis_placement: "replicate" keeps every basis on every rank of its weight; "shard" splits
-            it, and gathers it on all ranks for each step; "owner" splits it, and sends gradients to
-            the weight's owner, which gathers it alone and multiplies for all (parts of fused
-            weights and batches: as "shard"). "auto" replicates while ``basis_budget`` allows, and
-            then takes of the other two what moves less.
-        basis_budget: bytes a rank may spend on replicated bases under "auto".
+        basis_budget: bytes a rank may spend on bases of weights that it computes with all ranks
+            that hold them, each of which has a copy; None for no limit. Weights beyond it are
+            dealt to compute groups: few ranks, mostly one, gather the gradient, keep moments and
+            basis, and send the update back.
         bucket_bytes: half of what a step may hold beside state, gradients and parameters, in all
             its buffers together; more only where one weight needs more: of those that step
             without communication twice the largest shard, in float32.
@@ -104,10 +104,6 @@ class Conda(torch.optim.Optimizer):
             refresh waits. Costs the memory of a third moment.
         refresh_delay: steps from an asynchronous refresh's snapshot to its new bases; at most one
             interval.
-        refresh_waves: parts into which the matrices are dealt, in their order, to be refreshed one
-            after another within each interval; after the first step, which refreshes all. 0: as
-            many as give each rank one matrix in each (batches stay together); resumed on another
-            number of ranks, the next refreshes then come at other steps.
         second_moment_dtype: dtype of the second moments alone. ``torch.uint8`` keeps each element's
             logarithm in 8 bits, in a state ``exp_avg_sq_codes`` in the place of ``exp_avg_sq``,
             rounded up or down in proportion from step to step.
@@ -142,15 +138,13 @@ class Conda(torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         matmul_dtype: torch.dtype | None = None,
         basis_dtype: torch.dtype | None = None,
-        basis_placement: str = "auto",
-        basis_budget: int = 4 * 2**30,
+        basis_budget: int | None = 4 * 2**30,
         bucket_bytes: int = 64 * 2**20,
         refresh_bytes: int = 512 * 2**20,
         max_refresh_failures: int = 3,
         refresh_method: str = "svd",
         refresh: str = "sync",
         refresh_delay: int = 20,
-        refresh_waves: int = 1,
         second_moment_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         compile: bool = False,
@@ -171,7 +165,6 @@ class Conda(torch.optim.Optimizer):
             state_dtype,
             matmul_dtype,
             basis_dtype,
-            basis_placement,
             basis_budget,
             bucket_bytes,
             refresh_bytes,
@@ -179,7 +172,6 @@ class Conda(torch.optim.Optimizer):
             refresh_method,
             refresh,
             refresh_delay,
-            refresh_waves,
             second_moment_dtype,
             stochastic_rounding,
             compile,
@@ -191,6 +183,7 @@ class Conda(torch.optim.Optimizer):
         self._process_group = process_group
         self._setup: Setup | None = None
         self._path: CondaPath | None = None
+        self._choices: dict[tuple[Tensor, int | None], Choice] = {}
         self._routed = False  # whether a group was split for the caller
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
@@ -266,7 +259,7 @@ class Conda(torch.optim.Optimizer):
         live = self._live(setup, grads)
         path.step(
             {
-                i: weight.rows(grad)
+                i: grad
                 for i, weight in enumerate(setup.weights)
                 if weight.mesh in live and (grad := grads[weight.param]) is not None
             }
@@ -313,7 +306,7 @@ class Conda(torch.optim.Optimizer):
             meshes = find_meshes(self.param_groups, self._process_group)
             try:
                 self._check_groups()
-                setup = set_up(self.param_groups, self.state, self._options, meshes)
+                setup = set_up(self.param_groups, self.state, self._options, meshes, self._choices)
             except Exception as caught:
                 if not agreeing:
                     raise
@@ -386,7 +379,7 @@ class Conda(torch.optim.Optimizer):
         # As hooks, so that the user's own find what torch promises them: these run last of those
         # before and first of those after.
         def take(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            matched, rest = match_state(self.param_groups, incoming)
+            matched, rest = self._match(incoming)
             saved.update(matched)
             return rest
 
@@ -395,8 +388,7 @@ class Conda(torch.optim.Optimizer):
             self.state.update({param: before[param] for param in saved if param in before})
             if saved:
                 # Frozen ones too: their state must be in place when they are unfrozen.
-                meshes = find_meshes(self.param_groups, self._process_group, saved)
-                setup = set_up(self.param_groups, self.state, self._options, meshes)
+                setup = self._set_up(saved)
                 setup.init_state()
                 fill_state(setup, saved)
                 self._setup = None  # its meshes have started
@@ -411,9 +403,78 @@ class Conda(torch.optim.Optimizer):
             for hook in hooks:
                 hook.remove()
 
+    def _match(
+        self, incoming: dict[str, Any]
+    ) -> tuple[dict[Tensor, Mapping[str, Any]], dict[str, Any]]:
+        """Checks a state dict; with all ranks that will exchange its elements, if any will."""
+        error, matched, rest = None, dict[Tensor, Mapping[str, Any]](), incoming
+        try:
+            matched, rest = match_state(self.param_groups, incoming)
+        except Exception as caught:
+            error = caught
+        separate = [w for w in self._set_up().weights if w.plan.separate]
+        for mesh in dict.fromkeys(w.mesh for w in separate):
+            lines = [
+                f"{w.plan} loads {sorted(f'{k} {type(v).__name__}' for k, v in values.items())}"
+                for w in separate
+                if w.mesh == mesh and (values := matched.get(w.param))
+            ]
+            agree(mesh, lines, error, "cannot load the state dict")
+        if error is not None:
+            raise error
+        return matched, rest
+
+    def _set_up(self, frozen: Container[Tensor] = ()) -> Setup:
+        """Plans the parameters that are trainable or in ``frozen``."""
+        meshes = find_meshes(self.param_groups, self._process_group, frozen)
+        return set_up(self.param_groups, self.state, self._options, meshes, self._choices)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers give it: of every parameter its states by name.
+
+        Moments are DTensors like the parameter; bases, too, on the same mesh. Of weights in compute
+        groups, the states are copies, made by exchanges: then all ranks that share the parameters
+        must call this together, and the copies take as much memory as the state that a rank holds.
+        """
+        hook = self.register_state_dict_post_hook(self._convert, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    @staticmethod
+    @torch.no_grad()
+    def _convert(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Puts states as checkpoints have them in the place of those that only ranks know."""
+        assert isinstance(optimizer, Conda)
+        if not any(optimizer.state.values()):
+            return
+        setup = optimizer._set_up(optimizer.state)
+        separate = [w for w in setup.weights if w.plan.separate and w.state]
+        for mesh in dict.fromkeys(w.mesh for w in separate):
+            lines = [str(w.plan) for w in separate if w.mesh == mesh]
+            agree(mesh, lines, None, "cannot make its state dict")
+        saved = to_saved(separate)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        states = state_dict["state"]
+        local = {
+            w.param: {key for v in separate if v.param is w.param for key in v.state_layouts()}
+            for w in separate
+        }
+        for index, param in enumerate(params):
+            if param in saved:
+                others = {k: v for k, v in states[index].items() if k not in local[param]}
+                states[index] = {**others, **saved[param]}
+            if index in states:
+                # torch wants all states of a dimension or more on one device.
+                states[index] = {
+                    key: value.to(param.device) if "step" in key and value.ndim else value
+                    for key, value in states[index].items()
+                }
+
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""
-        kept = {name: self.__dict__[name] for name in ("_options", "_process_group", "_routed")}
+        kept = {name: self.__dict__[name] for name in KEPT}
         return {**super().__getstate__(), **kept}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Conda":
@@ -429,6 +490,9 @@ class Conda(torch.optim.Optimizer):
         super().__setstate__(state)
         self._setup = self._path = None
 
+
+KEPT = ("_options", "_process_group", "_routed", "_choices")
+"""What a copy has beside what torch keeps."""
 
 ARGUMENTS = {
     name: parameter.default

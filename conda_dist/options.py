@@ -11,7 +11,6 @@ second moment alone."""
 OF_DTYPES = ("state_dtype", "second_moment_dtype", "matmul_dtype", "basis_dtype")
 """The options that are dtypes."""
 
-PLACEMENTS = ("auto", "replicate", "shard", "owner")
 REFRESH_METHODS = ("svd", "orthogonal_iteration", "eigh64")
 REFRESHES = ("sync", "async")
 
@@ -27,15 +26,13 @@ class Options:
     state_dtype: torch.dtype | None = None
     matmul_dtype: torch.dtype | None = None
     basis_dtype: torch.dtype | None = None
-    basis_placement: str = "auto"
-    basis_budget: int = 4 * 2**30
+    basis_budget: int | None = 4 * 2**30
     bucket_bytes: int = 64 * 2**20
     refresh_bytes: int = 512 * 2**20
     max_refresh_failures: int = 3
     refresh_method: str = "svd"
     refresh: str = "sync"
     refresh_delay: int = 20
-    refresh_waves: int = 1
     second_moment_dtype: torch.dtype | None = None
     stochastic_rounding: bool = False
     compile: bool = False
@@ -92,7 +89,6 @@ class Options:
         if self.basis_dtype == torch.float16:
             raise ValueError("basis_dtype must be float64, float32 or bfloat16, got torch.float16")
         for name, known in (
-            ("basis_placement", PLACEMENTS),
             ("refresh_method", REFRESH_METHODS),
             ("refresh", REFRESHES),
         ):
@@ -105,9 +101,10 @@ class Options:
             ("refresh_bytes", 1),
             ("max_refresh_failures", 1),
             ("refresh_delay", 1),
-            ("refresh_waves", 0),
         ):
             value = getattr(self, name)
+            if value is None and name == "basis_budget":
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < least:

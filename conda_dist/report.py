@@ -11,11 +11,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from conda_dist.costs import Sizes, costs
+from conda_dist.plan.costs import Sizes, costs
 from conda_dist.routing import route
+from conda_dist.runtime.weight import Weight
 from conda_dist.setup import Plain, Setup
-from conda_dist.states import basis_dtype, gram_size, moment_dtype, second_dtype
-from conda_dist.weight import Weight
+from conda_dist.states import basis_dtype, moment_dtype, second_dtype
 
 
 class Row(TypedDict):
@@ -29,11 +29,13 @@ class Row(TypedDict):
         layout: where its elements are, in DTensor's words.
         compute: where its moments are and its step is computed.
         basis: where its basis is kept; "" without one.
+        group: global ranks that compute its step, where those are not all that hold it; else [].
         owners: global ranks that decompose its momentum, one for each matrix of a batch.
         state_bytes: bytes of optimizer state on this rank.
         step_bytes: bytes this rank sends in a step without a refresh.
         refresh_bytes: bytes this rank sends in a step with one; of an asynchronous one in a step,
-            in launching it and in taking its bases. The first is always by SVD of whole momenta.
+            in starting it and in taking its bases.
+        save_bytes: bytes this rank sends for ``state_dict()``; loading takes about as many.
     """
 
     name: str
@@ -43,10 +45,12 @@ class Row(TypedDict):
     layout: str
     compute: str
     basis: str
+    group: list[int]
     owners: list[int]
     state_bytes: int
     step_bytes: int
     refresh_bytes: int
+    save_bytes: int
 
 
 def _reason(name: str, shape: tuple[int, ...], path: str) -> str:
@@ -71,24 +75,26 @@ def _adamw_row(plain: Plain) -> Row:
         layout=str(plain.layout),
         compute=str(plain.layout),
         basis="",
+        group=[],
         owners=[],
         state_bytes=numel * (first.itemsize + second.itemsize) + 4,
         step_bytes=0,
         refresh_bytes=0,
+        save_bytes=0,
     )
 
 
 def _conda_row(weight: Weight) -> Row:
     plan = weight.plan
     basis = basis_dtype(weight.param, weight.options)
+    product = weight.options.matmul_dtype or basis
     sizes = Sizes(
         weight.param.element_size(),
+        min(weight.param.element_size(), product.itemsize),
         moment_dtype(weight.param, weight.options).itemsize,
         second_dtype(weight.param, weight.options).itemsize,
         basis.itemsize,
         torch.promote_types(basis, torch.float32).itemsize,
-        (weight.options.matmul_dtype or basis).itemsize,
-        gram_size(moment_dtype(weight.param, weight.options), weight.options.refresh_method),
     )
     costing = costs(plan, weight.mesh.coordinate, sizes, weight.is_async)
     step = sum(costing.step.values())
@@ -99,11 +105,13 @@ def _conda_row(weight: Weight) -> Row:
         reason=_reason(plan.name, plan.storage.split_shape, "conda"),
         layout=str(plan.storage),
         compute=str(plan.compute),
-        basis=f"{plan.basis}{' for its owner' if plan.delegated else ''}",
+        basis=str(plan.basis),
+        group=[plan.topology.rank_at(c) for c in plan.group_coordinates()] if plan.group else [],
         owners=[plan.topology.rank_at(owner) for owner in plan.owners],
         state_bytes=costing.state,
         step_bytes=step,
         refresh_bytes=step + sum(costing.refresh.values()),
+        save_bytes=sum(costing.save.values()),
     )
 
 

@@ -4,9 +4,8 @@ Not at construction, because frameworks replace parameters between the two.
 """
 
 import itertools
-import math
 from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,15 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conda_dist import storage
-from conda_dist.delegate import delegate
 from conda_dist.exchange import Mesh
-from conda_dist.layout import Layout, Topology, nested
+from conda_dist.layout import Layout
 from conda_dist.options import Options
-from conda_dist.owners import deal_owners, deal_waves
-from conda_dist.plan import plan_weight, replicated_basis_bytes
+from conda_dist.plan.compute_groups import Choice, Request, choose, deal_owners
+from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
+from conda_dist.runtime.weight import Weight
 from conda_dist.states import basis_dtype, basis_key, moment_dtype, second_dtype, second_key
-from conda_dist.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +58,10 @@ class Plain:
     def second_key(self) -> str:
         """Name of the state that is its second moment."""
         return second_key(self.options)
+
+    def saved_key(self, key: str) -> str:
+        """What a state is called in checkpoints."""
+        return key
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves it alone if it is there."""
@@ -198,6 +200,7 @@ def set_up(
     state: MutableMapping[Tensor, dict[str, Any]],
     options: Options,
     meshes: Mapping[Tensor, Mesh],
+    choices: MutableMapping[tuple[Tensor, int | None], Choice],
 ) -> Setup:
     """Plans parameters.
 
@@ -206,6 +209,7 @@ def set_up(
         state: its state.
         options: its options.
         meshes: from :func:`find_meshes`: the parameters to plan.
+        choices: see :func:`plan_sites`.
 
     Raises:
         ValueError: a parameter's layout is none that can be planned, or not that of its state.
@@ -232,7 +236,7 @@ def set_up(
             sites += _sites(name, param, mesh, group, layout)
         else:
             plains.append(Plain(name, param, mesh, layout, group, state, options))
-    weights = plan_sites(sites, state, options)
+    weights = plan_sites(sites, state, options, choices)
     setup = Setup(weights, plains, list(dict.fromkeys(meshes.values())), signature(groups))
     setup.check_state()
     return setup
@@ -263,20 +267,55 @@ class Site:
 
 
 def plan_sites(
-    sites: Sequence[Site], state: MutableMapping[Tensor, dict[str, Any]], options: Options
+    sites: Sequence[Site],
+    state: MutableMapping[Tensor, dict[str, Any]],
+    options: Options,
+    choices: MutableMapping[tuple[Tensor, int | None], Choice],
 ) -> list[Weight]:
-    """Plans the weights of the conda path together: who decomposes what, whose bases are split."""
-    shard = _shard_bases(sites, state, options)
-    shared = [(site.mesh.topology, math.prod(site.layout.shape[:-2])) for site in sites]
-    waves = deal_waves(shared, options.refresh_waves)
-    plans = [
-        plan_weight(site.name, site.mesh.topology, site.layout, sharded, site.part, wave)
-        for site, sharded, wave in zip(sites, shard, waves, strict=True)
+    """Plans the weights of the conda path together: who computes and who decomposes what.
+
+    Args:
+        sites: the weights, or parts of them.
+        state: the optimizer's state.
+        options: its options.
+        choices: by parameter and part what was chosen for those that have state; the others' are
+            added.
+    """
+    requests = [
+        Request(
+            site.name,
+            site.mesh.topology,
+            site.layout,
+            basis_dtype(site.param, options).itemsize,
+            known=choices.get((site.param, site.part)) if state.get(site.param) else None,
+        )
+        for site in sites
     ]
-    plans = deal_owners([delegate(p, options.basis_placement) for p in plans])
+    plans = []
+    for site, choice in zip(sites, choose(requests, options.basis_budget), strict=True):
+        choices[site.param, site.part] = choice
+        plans.append(
+            plan_weight(
+                site.name,
+                site.mesh.topology,
+                site.layout,
+                group=choice.group,
+                shard_basis=choice.shard_basis,
+                part=site.part,
+            )
+        )
+    # The parts of a weight share the moments, if all of them are in place.
+    apart = {
+        site.param
+        for site, plan in zip(sites, plans, strict=True)
+        if plan.separate or (plan.part is not None and not plan.in_place)
+    }
+    plans = [
+        replace(plan, separate=site.param in apart) for site, plan in zip(sites, plans, strict=True)
+    ]
     return [
         Weight(site.param, plan, site.mesh, site.group, state, options)
-        for site, plan in zip(sites, plans, strict=True)
+        for site, plan in zip(sites, deal_owners(plans), strict=True)
     ]
 
 
@@ -295,42 +334,3 @@ def _sites(
         full = f"{name}[{start}:{stop}{again}]"
         sites.append(Site(full, param, mesh, group, layout.rows(rows), part))
     return sites
-
-
-def _shard_bases(
-    sites: Sequence[Site], state: Mapping[Tensor, dict[str, Any]], options: Options
-) -> list[bool]:
-    """Which weights keep their bases split over the ranks.
-
-    "auto" replicates bases while they fit ``basis_budget``: on each mesh first those of weights
-    that otherwise step without a word to other ranks, so that they go on doing so. A basis that
-    exists already stays where it is.
-    """
-    if options.basis_placement != "auto":
-        return [options.basis_placement != "replicate"] * len(sites)
-    plans = [plan_weight("", s.mesh.topology, s.layout, False) for s in sites]
-    fixed = [_basis_is_split(site, state) for site in sites]
-    shard = [False] * len(sites)
-    spent: dict[Topology, dict[int, int]] = {}
-    for topology, containing in nested(site.mesh.topology for site in sites):
-        before = {rank: sum(spent[t][rank] for t in containing) for rank in topology.ranks}
-        used = dict(before)
-        here = [i for i, site in enumerate(sites) if site.mesh.topology == topology]
-        for i in sorted(here, key=lambda i: (fixed[i] is None, plans[i].travels)):
-            itemsize = basis_dtype(sites[i].param, options).itemsize
-            sizes = replicated_basis_bytes(plans[i], itemsize)
-            after = {r: used[r] + size for r, size in zip(topology.ranks, sizes, strict=True)}
-            over = any(after[r] > max(options.basis_budget, used[r]) for r in after)
-            known = fixed[i]
-            shard[i] = over if known is None else known
-            used = used if shard[i] else after
-        spent[topology] = {rank: used[rank] - before[rank] for rank in topology.ranks}
-    return shard
-
-
-def _basis_is_split(site: Site, state: Mapping[Tensor, Mapping[str, Any]]) -> bool | None:
-    basis = state.get(site.param, {}).get(basis_key(site.part))
-    if basis is None:
-        return None
-    # Along the batch the bases of experts are split in any case.
-    return storage.is_split(basis, range(basis.ndim - 2, basis.ndim))

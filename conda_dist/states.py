@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from conda_dist.decomposition import gram_dtype
 from conda_dist.options import Options
 
 CODES = "exp_avg_sq_codes"
@@ -28,11 +27,6 @@ def second_key(options: Options) -> str:
 def basis_dtype(param: Tensor, options: Options) -> torch.dtype:
     """Dtype of a weight's basis: ``basis_dtype``, else its moments' but at least float32."""
     return options.basis_dtype or torch.promote_types(moment_dtype(param, options), torch.float32)
-
-
-def gram_size(moment: torch.dtype, method: str) -> int | None:
-    """Bytes of an element of a momentum's Gram matrix; None for a method that needs more of it."""
-    return None if method == "svd" else gram_dtype(moment, method).itemsize
 
 
 def basis_key(part: int | None) -> str:

@@ -10,7 +10,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from conda_dist.exchange import Mesh
-from conda_dist.layout import Layout, Split
+from conda_dist.layout import Coordinate, Layout, Split
 
 
 def find_mesh(tensor: Tensor, group: dist.ProcessGroup | None) -> Mesh:
@@ -71,15 +71,17 @@ def _split(name: str, tensor: DTensor, placement: Placement) -> Split | None:
 
 
 def placements(layout: Layout) -> tuple[Placement, ...]:
-    """DTensor's words for a layout."""
-    return tuple(
-        Replicate()
-        if split is None
-        else Shard(split.dim)
-        if split.stride == 1
-        else _StridedShard(split.dim, split_factor=split.stride)
-        for split in layout.placements
-    )
+    """DTensor's words for a layout of which every rank along a mesh dimension holds a piece."""
+    found: list[Placement] = []
+    for split in layout.placements:
+        assert split is None or (isinstance(split, Split) and split.among is None)
+        if split is None:
+            found.append(Replicate())
+        elif split.stride == 1:
+            found.append(Shard(split.dim))
+        else:
+            found.append(_StridedShard(split.dim, split_factor=split.stride))
+    return tuple(found)
 
 
 def is_split(tensor: Tensor, dims: Container[int]) -> bool:
@@ -108,6 +110,14 @@ def like(param: Tensor, layout: Layout, elements: Tensor) -> Tensor:
         shape=torch.Size(layout.shape),
         stride=stride,
     )
+
+
+def copy_blocks(elements: Tensor, layout: Layout, coordinate: Coordinate, whole: Tensor) -> None:
+    """Copies what a coordinate holds of a whole tensor into its local one."""
+    for block in layout.blocks(coordinate):
+        here = tuple(slice(s, s + n) for s, n in zip(block.local, block.shape, strict=True))
+        there = tuple(slice(s, s + n) for s, n in zip(block.start, block.shape, strict=True))
+        elements[here].copy_(whole[there])
 
 
 def local_gradient(name: str, param: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
 
-from conda_dist.layout import Block, Coordinate, Layout, Move, Split, intersect
+from conda_dist.layout import Block, Coordinate, Copies, Layout, Move, Split, intersect
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,12 @@ class Leg:
     @property
     def silent(self) -> bool:
         """Whether every rank finds what it needs in its own local tensor."""
-        replicated = self.move.source.placements[self.move.mesh_dim] is None
-        return self.move.source.mesh[self.move.mesh_dim] == 1 or (
-            replicated and self.sender is None
-        )
+        placement = self.move.source.placements[self.move.mesh_dim]
+        if self.move.source.mesh[self.move.mesh_dim] == 1:
+            return True
+        if placement is None:
+            return self.sender is None
+        return placement.among is not None and placement.among == (self.receiver, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,7 @@ def gather_to(
     legs = []
     for mesh_dim in reversed(range(len(layout.mesh))):
         placement = layout.placements[mesh_dim]
-        if placement is not None and placement.dim in dims:
+        if isinstance(placement, Split) and placement.dim in dims:
             move = Move(mesh_dim, layout, layout.move(mesh_dim, None))
             legs.append(Leg(move, receiver=owner[mesh_dim], among=dict(among)))
             layout, among = move.target, among | {mesh_dim: owner[mesh_dim]}
@@ -218,19 +220,28 @@ def send_from(
 ) -> tuple[Leg, ...]:
     """The route of a tensor from its owner to every rank along the mesh dimensions not fixed.
 
-    Or, on a mesh of one dimension, to those that have it in ``target``.
+    Or, along those of which ``target`` has :class:`Copies`, to the indices that hold one; or, on a
+    mesh of one dimension, to those that have it in ``target``.
     """
     layout = Layout(shape, mesh, (None,) * len(mesh))
-    ways = [mesh_dim for mesh_dim in range(len(mesh)) if mesh_dim not in fixed]
+    only = [None] * len(mesh) if target is None else list(target.placements)
+    if target is not None and not any(isinstance(placement, Copies) for placement in only):
+        return (Leg(Move(0, layout, target), sender=owner[0]),)
+    ways = [d for d in range(len(mesh)) if d not in fixed]
+    # Who has a copy along a mesh dimension, if not all have.
+    among = {d: p.among for d, p in enumerate(only) if isinstance(p, Copies)}
+    ways = [d for d in ways if among.get(d, (0, 2))[1] > 1]
     legs = []
     for i, mesh_dim in enumerate(ways):
-        among = {d: owner[d] for d in (*fixed, *ways[i + 1 :])}
-        sender = owner[mesh_dim]
-        if target is None and mesh[mesh_dim] > SPREAD_BEYOND:
-            rows = layout.move(mesh_dim, Split(0))
-            legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, among=among))
-            legs.append(Leg(Move(mesh_dim, rows, layout), among=among))
+        beside = {d: owner[d] for d in range(len(mesh)) if d not in ways[: i + 1]}
+        sender, inside = owner[mesh_dim], among.get(mesh_dim)
+        copies = None if inside is None else Copies(inside)
+        if (mesh[mesh_dim] if inside is None else inside[1]) > SPREAD_BEYOND:
+            rows = layout.move(mesh_dim, Split(0, among=inside))
+            legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, among=beside))
+            legs.append(Leg(Move(mesh_dim, rows, rows.move(mesh_dim, copies)), among=beside))
         else:
-            move = Move(mesh_dim, layout, target or layout)
-            legs.append(Leg(move, sender=sender, among=among))
+            move = Move(mesh_dim, layout, layout.move(mesh_dim, copies))
+            legs.append(Leg(move, sender=sender, among=beside))
+        layout = legs[-1].move.target
     return tuple(legs)

@@ -147,9 +147,11 @@ def whole(value: Tensor) -> Tensor:
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, view: Any = local) -> Any:
     """Every parameter and every state by name, as ``view`` shows them."""
     taken = {}
+    order = [param for group in optimizer.param_groups for param in group["params"]]
+    states = {order[i]: state for i, state in optimizer.state_dict()["state"].items()}
     for name, param in model.named_parameters():
         taken[name] = view(param)
-        for key, value in optimizer.state.get(param, {}).items():
+        for key, value in states.get(param, {}).items():
             taken[f"{name}:{key}"] = view(value)
     return taken
 

@@ -136,7 +136,7 @@ def test_on_shards(options: dict[str, Any]) -> None:
     start = models.snapshot(*models.build(PLAIN))
     _, alone = _train(PLAIN, options)
     assert models.farthest(_train(PLAIN, {})[1], alone, start) > 1e-3  # the lag is seen
-    variants = [options, {**options, "basis_placement": "shard", "refresh_bytes": 100}]
+    variants = [options, {**options, "basis_budget": 0, "refresh_bytes": 100}]
     for layout in LAYOUTS:
         world = torch.Size(layout[1]).numel()
         for variant in variants:

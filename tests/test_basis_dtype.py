@@ -66,7 +66,7 @@ def test_bases_stay_orthogonal(method: str) -> None:
 
 
 def _bytes(options: dict[str, Any]) -> tuple[int, int, int]:
-    _, optimizer = models.build(("fsdp", (2,)), basis_placement="shard", **options)
+    _, optimizer = models.build(("fsdp", (2,)), basis_budget=0, **options)
     optimizer.init_state()
     report = [row for row in optimizer.report(show=False) if row["path"] == "conda"]
     held = sum(

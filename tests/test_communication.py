@@ -150,7 +150,7 @@ def _in_parts(layout: models.Layout) -> tuple[list[str], list[str]]:
     ended = []
     for beyond, options in ((4, {}), (1, {}), (1, {"bucket_bytes": 1})):
         with mock.patch.object(transfer, "SPREAD_BEYOND", beyond):
-            model, optimizer = models.build(layout, basis_placement="replicate", **options)
+            model, optimizer = models.build(layout, basis_budget=None, **options)
             models.train(model, optimizer, range(8))
             ended.append(models.snapshot(model, optimizer))
     return models.unequal(ended[0], ended[1]), models.unequal(ended[0], ended[2])
@@ -186,7 +186,7 @@ def test_row_wise_tensor_parallel_moves_along_one_dimension() -> None:
 
 def test_sharded_bases_are_gathered_with_the_gradients() -> None:
     p = 4
-    options = {"basis_placement": "shard"}
+    options = {"basis_budget": 0}
     for _, steady, report in ranks.run(p, _run, LLAMA, (p,), (Shard(0),), options):
         bases = sum(min(s) ** 2 for _, s in LLAMA) // p * (p - 1)
         wide = sum(m * n for _, (m, n) in WIDE) // p * (p - 1) // p

@@ -25,9 +25,9 @@ Config = tuple[int, str, dict[str, Any]]
 """Stage, dtype and other entries of a config."""
 CONFIGS: list[Config] = [
     (1, "fp32", {}),
-    (2, "fp32", {"params": {"basis_placement": "shard"}}),
+    (2, "fp32", {"params": {"basis_budget": 0}}),
     (3, "fp32", {}),
-    (3, "fp32", {"zero": {"sub_group_size": 300}, "params": {"basis_placement": "shard"}}),
+    (3, "fp32", {"zero": {"sub_group_size": 300}, "params": {"basis_budget": 0}}),
 ]
 
 

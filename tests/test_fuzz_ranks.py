@@ -149,7 +149,7 @@ CHANGES: list[Any] = [
 OPTIONS: list[dict[str, Any]] = [
     {"state_dtype": torch.float64},
     {"basis_dtype": torch.bfloat16},
-    {"basis_placement": "shard"},
+    {"basis_budget": 0},
     {"refresh": "async"},
     {"refresh_method": "eigh64"},
     {"refresh_waves": 2},

@@ -37,8 +37,8 @@ LAYOUTS: list[tuple[tuple[int, ...], tuple[Placement, ...]]] = [
 ]
 OPTIONS: list[dict[str, object]] = [
     {},
-    {"basis_placement": "shard"},
-    {"basis_placement": "shard", "bucket_bytes": 1, "refresh_bytes": 1},
+    {"basis_budget": 0},
+    {"basis_budget": 0, "bucket_bytes": 1, "refresh_bytes": 1},
 ]
 
 

@@ -58,10 +58,10 @@ MESHES = [
 SETTINGS = [
     # For some bases, and not for all.
     CondaConfig(update_proj_gap=2, basis_budget=25_000, refresh_method="orthogonal_iteration"),
-    CondaConfig(update_proj_gap=2, basis_placement="owner", matmul_dtype="bfloat16"),
+    CondaConfig(update_proj_gap=2, basis_budget=0, matmul_dtype="bfloat16"),
     CondaConfig(
         update_proj_gap=2,
-        basis_placement="shard",
+        basis_budget=0,
         basis_dtype="bfloat16",
         state_dtype="bfloat16",
         second_moment_dtype="uint8",
@@ -241,7 +241,7 @@ def test_what_waits_for_a_refresh(refresh: str) -> None:
     """16 matrices of 4 owners: four in turn, or in eight waves of two where bases are gathered."""
     shapes = {f"layers.{i}.weight": (64, 64) for i in range(16)}
     many = CondaConfig(refresh_delay=5, refresh=refresh)
-    few = replace(many, basis_placement="shard", refresh_bytes=2 * 64 * 64 * 4 * 5 // 2)
+    few = replace(many, basis_budget=0, refresh_bytes=2 * 64 * 64 * 4 * 5 // 2)
     one = svd_flops(64, 64)
     for settings, waited in ((many, 4 * one), (few, 8 * one)):
         found = forecast.forecast_conda(shapes, {}, Mesh(dp_shard=4), settings)

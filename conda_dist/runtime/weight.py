@@ -13,19 +13,17 @@ from conda_dist.flat import Flat
 from conda_dist.layout import Layout
 from conda_dist.maths import Hyper, matrices
 from conda_dist.options import Options
-from conda_dist.plan import WeightPlan
-from conda_dist.scratch import Scratch
+from conda_dist.plan.weight_plan import WeightPlan
+from conda_dist.runtime.scratch import Scratch
 from conda_dist.states import (
     basis_dtype,
     basis_key,
-    gram_size,
     moment_dtype,
     second_dtype,
     second_key,
 )
-from conda_dist.waves import sums_grams
 
-NEVER = -1.0
+NO_BASIS = -1.0
 """The ``basis_step`` of a matrix that still has the identity for a basis, and the
 ``snapshot_step`` of one that has no refresh pending."""
 
@@ -63,9 +61,9 @@ def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
 class Weight:
     """A weight (..., m, n) on the conda path, or some rows of one.
 
-    Parts of a weight share its parameter and its state: the moments are those of all rows, ``step``
-    and ``basis_step`` have an entry for each part, and each part has a basis of its own. Where a
-    part's rows are not in one piece in the local tensor, or travel, it steps on copies of them.
+    Parts of a weight share its parameter and its state: ``step`` and ``basis_step`` have an entry
+    for each part, and each part has a basis of its own. Where all parts are in place, they have
+    views of one moment of all rows, else each has moments of its own (``plan.separate``).
 
     Args:
         param: the parameter; of one in flat partitions this rank's range of elements, (elements,).
@@ -88,12 +86,12 @@ class Weight:
         self.param, self.plan, self.mesh = param, plan, mesh
         self.group, self.states, self.options = group, states, options
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
-        self._borrowed: tuple[Tensor, Tensor] | None = None
-        self._basis_key = basis_key(plan.part)
-        self.second_key = second_key(options)
-        moment = moment_dtype(param, options)
-        gram = gram_size(moment, options.refresh_method)
-        self._sums = sums_grams(plan, moment.itemsize, gram)
+        self._loaded: tuple[Tensor, Tensor] | None = None
+        self.basis_key = basis_key(plan.part)
+        own = f"_{plan.part}" if plan.separate and plan.part is not None else ""
+        self.first_key = f"exp_avg{own}"
+        self.second_key = f"{second_key(options)}{own}"
+        self.snapshot_key = f"snapshot{own}"
 
     @property
     def state(self) -> dict[str, Any]:
@@ -106,13 +104,19 @@ class Weight:
         return self.plan.name
 
     def state_layouts(self) -> dict[str, Layout]:
-        """Where the elements of each sharded state are; the first part speaks for the moments."""
-        layouts = {self._basis_key: self.plan.basis}
-        if not self.plan.part:
-            moments = self.plan.moments.whole
-            names = ("exp_avg", self.second_key, *(("snapshot",) if self.is_async else ()))
+        """Where the elements of each state are; the first part in place speaks for the moments."""
+        layouts = {self.basis_key: self.plan.basis}
+        if not self.plan.part or self.plan.separate:
+            moments = self.plan.moments.whole if not self.plan.separate else self.plan.moments
+            snapshot = (self.snapshot_key,) if self.is_async else ()
+            names = (self.first_key, self.second_key, *snapshot)
             layouts = {**dict.fromkeys(names, moments), **layouts}
         return layouts
+
+    def saved_key(self, key: str) -> str:
+        """What a state is called in checkpoints, where parts share the moments of all rows."""
+        names = {self.first_key: "exp_avg", self.second_key: second_key(self.options)}
+        return {**names, self.snapshot_key: "snapshot"}.get(key, key)
 
     @property
     def is_async(self) -> bool:
@@ -121,7 +125,7 @@ class Weight:
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves alone what is there."""
-        if self._basis_key in self.state:
+        if self.basis_key in self.state:
             return
         state = self.states[self.param]
         device = storage.local(self.param).device
@@ -132,19 +136,25 @@ class Weight:
             if name in state:  # moments in flat partitions are whoever's made the partition
                 continue
             shape = layout.local_shape(self.mesh.coordinate)
-            if name == self._basis_key:
-                dtype = basis_dtype(self.param, self.options)
-                elements = torch.zeros(shape, dtype=dtype, device=device)
+            elements = torch.zeros(shape, dtype=self.state_dtype(name), device=device)
+            if name == self.basis_key:
                 self._set_identity(elements)
-            else:
-                of = second_dtype if name == self.second_key else moment_dtype
-                dtype = of(self.param, self.options)
-                elements = torch.zeros(shape, dtype=dtype, device=device)
-            state[name] = storage.like(self.param, layout, elements)
+            state[name] = self._wrap(layout, elements)
         if not self.plan.part:
             taken = (*parts, *self.plan.storage.shape[:-2])
             for name in ("basis_step", *(("snapshot_step",) if self.is_async else ())):
-                state[name] = torch.full(taken, NEVER, dtype=torch.float32, device="cpu")
+                state[name] = torch.full(taken, NO_BASIS, dtype=torch.float32, device="cpu")
+
+    def state_dtype(self, name: str) -> torch.dtype:
+        """Dtype of a state of that name."""
+        if name == self.basis_key:
+            return basis_dtype(self.param, self.options)
+        of = second_dtype if name == self.second_key else moment_dtype
+        return of(self.param, self.options)
+
+    def _wrap(self, layout: Layout, elements: Tensor) -> Tensor:
+        """This rank's elements of a state as they are kept."""
+        return elements if self.plan.separate else storage.like(self.param, layout, elements)
 
     def _set_identity(self, elements: Tensor) -> None:
         for block in self.plan.basis.blocks(self.mesh.coordinate):
@@ -167,9 +177,7 @@ class Weight:
 
     def _last(self, step: int) -> int:
         """The step, at or before this one, of the last refresh that its interval has."""
-        gap = int(self.group["update_proj_gap"])
-        phase = self.plan.wave * gap // self.plan.waves
-        return step - (step - phase) % gap
+        return step - step % int(self.group["update_proj_gap"])
 
     def due(self) -> tuple[int, ...]:
         """Matrices that must be decomposed in this step: at every interval, or still owed.
@@ -178,36 +186,36 @@ class Weight:
         """
         taken = self._counts("basis_step").tolist()
         if self.is_async:
-            return tuple(i for i, when in enumerate(taken) if when == NEVER)
+            return tuple(i for i, when in enumerate(taken) if when == NO_BASIS)
         last = self._last(self.step)
-        return tuple(i for i, when in enumerate(taken) if when == NEVER or when < last)
+        return tuple(i for i, when in enumerate(taken) if when == NO_BASIS or when < last)
 
     def pending(self) -> tuple[int, ...]:
-        """Matrices that were launched, and have not taken their new bases."""
+        """Matrices with a snapshot, that have not taken their new bases."""
         return tuple(
-            i for i, when in enumerate(self._counts("snapshot_step").tolist()) if when != NEVER
+            i for i, when in enumerate(self._counts("snapshot_step").tolist()) if when != NO_BASIS
         )
 
     def ready(self) -> tuple[int, ...]:
-        """Matrices that take in this step what they were launched for."""
+        """Matrices that take in this step the bases found from their snapshots."""
         before = self.step - min(self.options.refresh_delay, self.group["update_proj_gap"])
         taken = self._counts("snapshot_step").tolist()
-        return tuple(i for i, when in enumerate(taken) if NEVER != when <= before)
+        return tuple(i for i, when in enumerate(taken) if NO_BASIS != when <= before)
 
     def start(self) -> tuple[int, ...]:
         """Takes a snapshot after a step for which a refresh was due, unless one is pending.
 
         Returns:
-            The matrices to launch.
+            The matrices to decompose in the background.
         """
         if not self.step or self.pending():
             return ()
         now = self.step - 1
         last = self._last(now)
         taken = self._counts("basis_step").tolist()
-        which = tuple(i for i, when in enumerate(taken) if NEVER < when < last)
+        which = tuple(i for i, when in enumerate(taken) if NO_BASIS < when < last)
         if which:
-            pairs = (self.views(storage.local(self.state[k])) for k in ("snapshot", "exp_avg"))
+            pairs = (self._views_of(key) for key in (self.snapshot_key, self.first_key))
             for snapshot, moment in zip(*pairs, strict=True):
                 snapshot.copy_(moment)
             self._counts("snapshot_step")[list(which)] = float(now)
@@ -215,8 +223,14 @@ class Weight:
 
     @property
     def snapshot(self) -> Tensor:
-        """This rank's elements of the first moment, where it is kept, as launched."""
-        return self.rows(storage.local(self.state["snapshot"]))
+        """This rank's elements of the first moment, in compute layout, when it was copied."""
+        views = self._views_of(self.snapshot_key)
+        return views[0] if len(views) == 1 else torch.cat(views, -2)
+
+    def _views_of(self, key: str) -> list[Tensor]:
+        """This part's rows of a moment, piece by piece."""
+        elements = storage.local(self.state[key])
+        return [elements] if self.plan.separate else self.views(elements)
 
     def views(self, elements: Tensor) -> list[Tensor]:
         """This part's rows in a tensor (..., m, n) laid out as the parameter is, piece by piece.
@@ -235,47 +249,61 @@ class Weight:
         pieces = self.views(elements)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
+    def set_rows(self, elements: Tensor, rows: Tensor) -> None:
+        """Copies this part's rows into a tensor (..., m, n) laid out as the parameter is."""
+        views = self.views(elements)
+        for view, piece in zip(views, _pieces(rows, views), strict=True):
+            view.copy_(piece)
+
     @property
     def basis(self) -> Tensor:
         """This rank's elements of the basis."""
-        return storage.local(self.state[self._basis_key])
+        return storage.local(self.state[self.basis_key])
 
     @property
     def first_dtype(self) -> torch.dtype:
         """Dtype of the first moment."""
-        return storage.local(self.state["exp_avg"]).dtype
+        return storage.local(self.state[self.first_key]).dtype
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Dtype of the two products of a step."""
+        return self.options.matmul_dtype or self.basis.dtype
+
+    @property
+    def travel_dtype(self) -> torch.dtype:
+        """Dtype in which gradient and update travel: they are rounded to the products' anyway."""
+        return min(self.param.dtype, self.product_dtype, key=lambda dtype: dtype.itemsize)
 
     @property
     def kept(self) -> tuple[Tensor, Tensor]:
-        """This rank's elements of the two moments, where they are kept, or copies of them."""
-        first, second = (storage.local(self.state[key]) for key in ("exp_avg", self.second_key))
-        return self.rows(first), self.rows(second)
+        """This rank's elements of the two moments, where they are kept."""
+        first, second = (self._views_of(key) for key in (self.first_key, self.second_key))
+        return first[0], second[0]
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
         """This rank's elements of the two moments in compute layout."""
-        return self._borrowed or self.kept
+        return self._loaded or self.kept
 
-    def borrow(self, first: Tensor, second: Tensor) -> None:
+    def load_moments(self, first: Tensor, second: Tensor) -> None:
         """Takes copies of the moments in compute layout to work on."""
-        self._borrowed = first, second
+        self._loaded = first, second
 
-    def return_borrowed(self) -> tuple[Tensor, Tensor]:
+    def unload_moments(self) -> tuple[Tensor, Tensor]:
         """Lets go of them, for their way back."""
-        moments, self._borrowed = self.moments, None
+        moments, self._loaded = self.moments, None
         return moments
 
-    def give_back(self, first: Tensor, second: Tensor) -> None:
-        """Takes the moments back to where they are kept."""
-        for key, moment in (("exp_avg", first), (self.second_key, second)):
-            views = self.views(storage.local(self.state[key]))
-            for view, part in zip(views, _pieces(moment, views), strict=True):
-                view.copy_(part)
+    def store_moments(self, first: Tensor, second: Tensor) -> None:
+        """Copies the moments back to where they are kept."""
+        for kept, moment in zip(self.kept, (first, second), strict=True):
+            kept.copy_(moment)
 
     def project(self, grad: Tensor, basis: Tensor, scratch: Scratch | None = None) -> Tensor:
         """Projects the gradient, in compute layout; into memory of ``scratch`` where given."""
         if not basis.numel():  # there is nothing of it here
-            return grad.to(basis.dtype)
+            return grad
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if scratch is None else scratch.take(0, grad, dtype)
         return maths.project(grad, basis, self.plan.right, self.options.matmul_dtype, out)
@@ -299,7 +327,7 @@ class Weight:
                 maths.rotate_(matrices(tensor)[place], rotation, self.plan.right)
             maths.rotate_(matrices(basis)[place], rotation, right=True)
         kept = self.basis
-        if rotations and kept.data_ptr() != basis.data_ptr():  # sharded: keep our rows of it
+        if rotations and kept.data_ptr() != basis.data_ptr():  # split: keep our rows of it
             for block in self.plan.basis.blocks(self.mesh.coordinate):
                 here, there = block.local[-2], block.start[-2]
                 rows = basis.narrow(-2, there, block.shape[-2])
@@ -322,13 +350,13 @@ class Weight:
             scratch: memory to work in, beside its slot 0.
 
         Returns:
-            The update in compute layout and the parameter's dtype, or None if it was applied,
+            The update in compute layout, in the dtype it travels in, or None if it was applied,
             which it is wherever storage and compute layout agree.
         """
         hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.matmul_dtype
         if not basis.numel():
             self._own("step").add_(1)
-            return None if self.plan.in_place else projected.to(self.param.dtype)
+            return None if self.plan.in_place else projected.to(self.travel_dtype)
         if averaged:
             y = self.normalise(projected)
         else:
@@ -337,7 +365,7 @@ class Weight:
         multiplied = {y.dtype, basis.dtype, dtype or param.dtype}
         if not self.plan.in_place or multiplied != {param.dtype}:
             # Rounded to the parameter's dtype in every layout, so that all compute the same.
-            update = maths.project_back(y, basis, right, dtype).to(param.dtype)
+            update = maths.project_back(y, basis, right, dtype).to(self.travel_dtype)
             if not self.plan.in_place:
                 return update
             maths.apply_(self.rows(param), update, self.step, hyper)
@@ -373,7 +401,7 @@ class Weight:
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""
-        dtype = self.param.dtype
+        dtype = self.travel_dtype
         return None if self.plan.in_place else projected.new_zeros(projected.shape, dtype=dtype)
 
     def apply(self, update: Tensor) -> None:
@@ -384,12 +412,8 @@ class Weight:
         for view, part in zip(views, _pieces(update, views), strict=True):
             maths.apply_(view, part, self.step, hyper)
 
-    def sums(self, which: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of these matrices whose owners take new bases from parts of Gram matrices."""
-        return tuple(i for i in which if self._sums and self.taken(i) != NEVER)
-
     def taken(self, matrix: int) -> float:
-        """The step at which a matrix of the batch took its basis, or ``NEVER``."""
+        """The step at which a matrix of the batch took its basis, or ``NO_BASIS``."""
         return float(self._counts("basis_step")[matrix])
 
     @property
@@ -399,24 +423,24 @@ class Weight:
             return True
         return self.step // int(self.group["update_proj_gap"]) % CORRECTED_EVERY == 0
 
-    def settle(self, matrix: int, outcome: Outcome, launched: bool) -> str | None:
+    def record_outcome(self, matrix: int, outcome: Outcome, in_background: bool) -> str | None:
         """Takes note of what came of a matrix's refresh; the same on all ranks.
 
         Args:
             matrix: which one of the batch.
             outcome: what came of it.
-            launched: whether it was launched in an earlier step.
+            in_background: whether it was started in an earlier step.
 
         Returns:
             What has to be said of it, if it failed.
         """
         when = float(self.step)
-        if launched:
+        if in_background:
             when = float(self._counts("snapshot_step")[matrix])
-            self._counts("snapshot_step")[matrix] = NEVER
+            self._counts("snapshot_step")[matrix] = NO_BASIS
         # A momentum that has become zero, as of an expert that gets no tokens any more, has a basis
         # already; a first one is due until there is something to take it from.
-        if outcome == Outcome.DONE or (outcome == Outcome.ZERO and self.taken(matrix) != NEVER):
+        if outcome == Outcome.DONE or (outcome == Outcome.ZERO and self.taken(matrix) != NO_BASIS):
             self._counts("basis_step")[matrix] = when
             self.failures.pop(matrix, None)
         if outcome in (Outcome.DONE, Outcome.ZERO):

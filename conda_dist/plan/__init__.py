@@ -1,0 +1,1 @@
+"""Who computes, sends and decomposes what, and when: pure functions of layouts and numbers."""

@@ -1,0 +1,254 @@
+"""Which ranks compute a weight, and which of them decomposes its momentum.
+
+Pure functions of layouts, costs and the budget: the same on every rank.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from conda_dist.flat import Flat
+from conda_dist.layout import Coordinate, Group, Layout, Split, Topology, nested
+from conda_dist.plan.weight_plan import WeightPlan, copied_basis_bytes, plan_weight
+
+MOST_GROUPED = 16
+"""Ranks of a group along its mesh dimension, at most: each has a copy of the basis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a weight is to be planned.
+
+    Attributes:
+        group: the ranks that compute it; None for all that hold any of its rows or columns.
+        shard_basis: of a weight in flat partitions, whether its basis is split over the ranks.
+    """
+
+    group: Group | None = None
+    shard_basis: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A weight for which a choice is to be made.
+
+    Attributes:
+        name: its fully qualified name.
+        topology: the ranks that share it.
+        storage: where its elements are.
+        basis_itemsize: bytes of an element of its basis.
+        whole: whether its rule needs the whole matrix on one rank.
+        known: the choice that its state was made with; None without state.
+    """
+
+    name: str
+    topology: Topology
+    storage: Layout
+    basis_itemsize: int
+    whole: bool = False
+    known: Choice | None = None
+
+
+def choose(requests: Sequence[Request], budget: int | None) -> list[Choice]:
+    """Chooses the ranks that compute each weight.
+
+    All ranks that hold a weight compute their rows (or columns) of it while the copies of the
+    bases that this takes fit the budget: on each mesh first those of weights that then step
+    without communication. The others are dealt to groups, or, in flat partitions, split their
+    bases. A weight that has state keeps its choice.
+
+    Args:
+        requests: the weights.
+        budget: bytes that a rank may spend on bases of weights that have no group; None for no
+            limit.
+    """
+    over = _over_budget(requests, budget)
+    choices = [
+        request.known or Choice(shard_basis=beyond and isinstance(request.storage, Flat))
+        for request, beyond in zip(requests, over, strict=True)
+    ]
+    grouped: dict[tuple[Topology, int], list[int]] = defaultdict(list)
+    for index, (request, beyond) in enumerate(zip(requests, over, strict=True)):
+        mesh_dim = _grouping_dim(request.storage)
+        if mesh_dim is None:
+            continue
+        has_group = request.known is not None and request.known.group is not None
+        if has_group or (beyond and request.known is None):
+            grouped[request.topology, mesh_dim].append(index)
+    for (_, mesh_dim), members in grouped.items():
+        for index, group in _deal_groups(requests, choices, members, mesh_dim).items():
+            choices[index] = Choice(group)
+    return choices
+
+
+def _over_budget(requests: Sequence[Request], budget: int | None) -> list[bool]:
+    """Which weights do not fit the budget, or need the whole matrix on one rank."""
+    plans = [plan_weight("", request.topology, request.storage) for request in requests]
+    over = [False] * len(requests)
+    spent: dict[Topology, dict[int, int]] = {}
+    for topology, containing in nested(request.topology for request in requests):
+        before = {rank: sum(spent[t][rank] for t in containing) for rank in topology.ranks}
+        used = dict(before)
+        here = [i for i, request in enumerate(requests) if request.topology == topology]
+        for i in sorted(here, key=lambda i: (requests[i].known is None, plans[i].communicates)):
+            request = requests[i]
+            sizes = copied_basis_bytes(plans[i], request.basis_itemsize)
+            after = {r: used[r] + size for r, size in zip(topology.ranks, sizes, strict=True)}
+            beyond = budget is not None and any(after[r] > max(budget, used[r]) for r in after)
+            if request.known is not None:
+                beyond = request.known != Choice()
+            over[i] = beyond or request.whole
+            used = used if over[i] else after
+        spent[topology] = {rank: used[rank] - before[rank] for rank in topology.ranks}
+    return over
+
+
+def _grouping_dim(storage: Layout) -> int | None:
+    """The mesh dimension along which a group's ranks are chosen: the largest that splits matrices.
+
+    Along the others that do, all ranks take part, so that what moves crosses this one alone, or
+    those that a step without groups crosses, too. None where ranks hold whole matrices, and for
+    flat weights.
+    """
+    if isinstance(storage, Flat):
+        return None
+    batch_dims = len(storage.shape) - 2
+    splitting = [
+        mesh_dim
+        for mesh_dim, placement in enumerate(storage.placements)
+        if isinstance(placement, Split)
+        and placement.dim >= batch_dims
+        and storage.mesh[mesh_dim] > 1
+    ]
+    return max(splitting, key=lambda d: (storage.mesh[d], -d), default=None)
+
+
+def group_size(matrices: int, ranks: int) -> int:
+    """Ranks of each group: the smallest power of two that gives every rank something to do.
+
+    Args:
+        matrices: how many are dealt over a mesh dimension.
+        ranks: its size.
+    """
+    size = 1
+    while size < MOST_GROUPED and 2 * size <= ranks and matrices * size < ranks:
+        size *= 2
+    return size
+
+
+def _deal_groups(
+    requests: Sequence[Request],
+    choices: Sequence[Choice],
+    members: Sequence[int],
+    mesh_dim: int,
+) -> dict[int, Group]:
+    """Deals weights of one mesh to groups along one mesh dimension: the costliest first."""
+    ranks = requests[members[0]].topology.sizes[mesh_dim]
+    single = [i for i in members if len(requests[i].storage.shape) == 2]
+    size = group_size(len(single), ranks)
+    loads = [0.0] * ranks
+    dealt: dict[int, Group] = {}
+
+    def cost(index: int) -> float:
+        *batch, m, n = requests[index].storage.shape
+        return float(math.prod(batch) * m * n * min(m, n))
+
+    def take(index: int, among: tuple[int, int]) -> None:
+        dealt[index] = Group(mesh_dim, among)
+        first, count = among
+        for place in range(first, first + count):
+            loads[place] += cost(index) / count
+
+    new = []
+    for index in members:
+        group = choices[index].group
+        if group is None:
+            new.append(index)
+        else:
+            take(index, group.among)
+    for index in sorted(new, key=lambda i: (-cost(i), requests[i].name, i)):
+        storage = requests[index].storage
+        if len(storage.shape) > 2:  # whole matrices of the batch, dealt over the ranks
+            count = min(ranks, len(storage.matrices((0,) * len(storage.mesh))))
+        else:
+            count = 1 if requests[index].whole else size
+        starts = range(0, ranks - count + 1, count)
+        first = min(starts, key=lambda start: max(loads[start : start + count]))
+        take(index, (first, count))
+    return dealt
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One matrix of one weight, and those who may decompose it, by their order in the mesh."""
+
+    weight: int
+    matrix: int
+    candidates: tuple[int, ...]
+
+
+def _seats(plans: Sequence[WeightPlan]) -> Iterator[Seat]:
+    for index, plan in enumerate(plans):
+        for matrix, candidates in _holders(plan.compute, plan.whole_basis):
+            yield Seat(index, matrix, candidates)
+
+
+@lru_cache(maxsize=4096)  # the layers of a model are alike
+def _holders(compute: Layout, basis: Layout) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Every matrix of a batch with the ranks that have its basis, by their order in the mesh."""
+    holders: dict[int, list[int]] = defaultdict(list)
+    for place, coordinate in enumerate(compute.coordinates()):
+        if basis.numel(coordinate):
+            for matrix in compute.matrices(coordinate):
+                holders[matrix].append(place)
+    return tuple((matrix, tuple(places)) for matrix, places in sorted(holders.items()))
+
+
+def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
+    """Deals the decompositions out: the costliest first, to the least loaded rank that may.
+
+    Equal costs so go round-robin. Ties are broken by name and by order in the mesh. Replicas of a
+    weight count as ranks like any others, and matrices stay with the ranks that have their bases.
+    A rank's load counts what it owns on meshes that contain the one at hand, of which all ranks
+    there know.
+    """
+    loads: dict[Topology, dict[int, int]] = {}
+    owners: dict[tuple[int, int], tuple[Coordinate, int]] = {}
+    seats: dict[Topology, list[Seat]] = defaultdict(list)
+    for seat in _seats(plans):
+        seats[plans[seat.weight].topology].append(seat)
+
+    def key(seat: Seat) -> tuple[int, str, int]:
+        return -plans[seat.weight].cost, plans[seat.weight].name, seat.matrix
+
+    for topology, containing in nested(plan.topology for plan in plans):
+        ranks, queued = topology.ranks, [0] * len(topology.ranks)
+        scores = [sum(loads[t][r] for t in containing) for r in ranks]
+        own = [0] * len(ranks)
+        for seat in sorted(seats[topology], key=key):
+            cost = plans[seat.weight].cost
+            if len(seat.candidates) == len(ranks):
+                place = scores.index(min(scores))
+            else:
+                place = min(seat.candidates, key=scores.__getitem__)
+            owners[seat.weight, seat.matrix] = _coordinate(topology, place), queued[place]
+            scores[place] += cost
+            own[place] += cost
+            queued[place] += 1
+        loads[topology] = dict(zip(ranks, own, strict=True))
+    dealt = []
+    for index, plan in enumerate(plans):
+        count = math.prod(plan.storage.shape[:-2])
+        who, turns = zip(*(owners[index, matrix] for matrix in range(count)), strict=True)
+        dealt.append(replace(plan, owners=who, turns=turns))
+    return dealt
+
+
+def _coordinate(topology: Topology, place: int) -> Coordinate:
+    coordinate: list[int] = []
+    for size in reversed(topology.sizes):
+        place, index = divmod(place, size)
+        coordinate.append(index)
+    return tuple(reversed(coordinate))

@@ -1,0 +1,331 @@
+"""What one step does: tasks, each some weights of one mesh that are exchanged together.
+
+    [gradients to the compute layout] -> [refresh, if due] -> update -> [updates back] -> apply
+
+A weight that needs no other rank is in a task whose exchanges are empty. Pure: every rank plans
+the same tasks, and a planner can ask what any rank of an imagined mesh would do.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from conda_dist.flat import Held
+from conda_dist.layout import Coordinate, Copies, Layout, Placement, Split, Topology, reverse
+from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims
+from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
+
+ITEMSIZE = 4
+"""Bytes of an element by which tasks are filled, whatever its own are."""
+
+Which = Mapping[int, Collection[int]]
+"""By index of a weight some matrices of its batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """One matrix that takes a new basis.
+
+    Attributes:
+        position: which weight of the task it belongs to.
+        index: which matrix of that weight's batch it is.
+        local: its place in this rank's local batch; None if this rank has nothing of it.
+        owner: the coordinate that decomposes it.
+        mine: whether that is this rank.
+        in_background: whether its decomposition was started in an earlier step.
+    """
+
+    position: int
+    index: int
+    local: int | None
+    owner: Coordinate
+    mine: bool
+    in_background: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rotations:
+    """Rotations that travel together, from those who decomposed to all who compute the weights.
+
+    Attributes:
+        start: the first of their matrices in the task.
+        stop: the one after the last.
+        hops: the exchanges. Items: these matrices.
+    """
+
+    start: int
+    stop: int
+    hops: tuple[Hop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Weights of one mesh that step together.
+
+    Attributes:
+        weights: their indices.
+        loading: positions among them of those that step on copies of their moments.
+        forward: exchanges before the update. Items: the gradients of ``weights``, storage to
+            compute layout; as many bases, as they are kept to whole; first and second moment of
+            each of ``loading``, storage to compute layout.
+        matrices: those that take new bases, in a refresh before the update.
+        gather: exchanges of a refresh that bring each projected momentum to its owner. Items:
+            ``matrices``, of which those in the background stay where they are.
+        rotations: how the rotations travel, in parts.
+        backward: exchanges after the update. Items: the updates, compute to storage layout; the
+            moments of ``loading``.
+    """
+
+    weights: tuple[int, ...]
+    loading: tuple[int, ...]
+    forward: tuple[Hop, ...]
+    matrices: tuple[Matrix, ...]
+    gather: tuple[Hop, ...]
+    rotations: tuple[Rotations, ...]
+    backward: tuple[Hop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncRefresh:
+    """Weights whose momenta go to their owners ahead of the step that takes their new bases.
+
+    Attributes:
+        weights: their indices, all of one mesh.
+        matrices: their matrices.
+        gather: exchanges that bring each projected momentum to its owner. Items: ``matrices``.
+    """
+
+    weights: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+    gather: tuple[Hop, ...]
+
+
+def fill_tasks(
+    plans: Sequence[WeightPlan], weights: Iterable[int], limit: int, *, refreshing: bool
+) -> list[tuple[int, ...]]:
+    """Cuts weights into tasks, each of one mesh, that hold at most ``limit`` bytes on any rank.
+
+    A rank holds its share of what each weight moves, and besides what it computes for a group and,
+    in a refresh, the whole matrices that it decomposes. Tasks take the ranks' queues in turn, so
+    that all have work in each. Every rank may have one matrix in each, however large: all others
+    would wait for it.
+    """
+    tasks: list[list[int]] = []
+    current: dict[tuple[Topology, bool], _Filling] = {}
+    # Mesh after mesh: ranks that share one of several must not wait for each other in a circle.
+    for index in sorted(weights, key=lambda i: _task_order(plans[i], i)):
+        plan = plans[index]
+        key = plan.topology, plan.communicates or refreshing
+        added = _added(plan, refreshing)
+        filling = current.get(key)
+        if filling is None or not filling.has_room(plan, added, limit):
+            filling = current[key] = _Filling([])
+            tasks.append(filling.weights)
+        filling.add(index, plan, added)
+    return [tuple(sorted(task)) for task in tasks]
+
+
+@dataclass(slots=True)
+class _Filling:
+    """A task that is being filled: what all its ranks hold, in bytes, and what some hold more."""
+
+    weights: list[int]
+    shares: int = 0
+    bases: int = 0
+    more: dict[Coordinate, int] | None = None
+
+    def has_room(self, plan: WeightPlan, added: Mapping[Coordinate, int], limit: int) -> bool:
+        more = self.more or {}
+        share, basis = plan.share * ITEMSIZE, plan.gathered_basis * ITEMSIZE
+        second = any(
+            where in more and self.shares + share + more[where] + size > limit
+            for where, size in added.items()
+        )
+        full = share + basis and self.shares + share + self.bases + basis > limit
+        return not second and not full
+
+    def add(self, index: int, plan: WeightPlan, added: Mapping[Coordinate, int]) -> None:
+        self.weights.append(index)
+        self.shares += plan.share * ITEMSIZE
+        self.bases += plan.gathered_basis * ITEMSIZE
+        self.more = self.more or {}
+        for where, size in added.items():
+            self.more[where] = self.more.get(where, 0) + size
+
+
+def _task_order(plan: WeightPlan, index: int) -> tuple[object, ...]:
+    return (plan.topology.ranks, plan.topology.sizes, max(plan.turns, default=0), index)
+
+
+def _added(plan: WeightPlan, refreshing: bool) -> dict[Coordinate, int]:
+    """Bytes that some ranks hold of a weight in a task, beside the share that all have."""
+    added: dict[Coordinate, int] = defaultdict(int)
+    if plan.group is not None:
+        for coordinate in plan.group_coordinates():
+            added[coordinate] += plan.compute.numel(coordinate) * ITEMSIZE
+    if refreshing:
+        for owner in plan.owners:
+            added[owner] += plan.matrix_numel * ITEMSIZE
+    return added
+
+
+def plan_step(
+    plans: Sequence[WeightPlan],
+    due: Which,
+    ready: Which,
+    coordinates: Mapping[Topology, Coordinate],
+    task_limit: int,
+    refresh_limit: int,
+) -> tuple[Task, ...]:
+    """Plans a step.
+
+    Args:
+        plans: all plans.
+        due: for each weight that steps the matrices of its batch to be decomposed.
+        ready: the matrices that take bases whose decompositions were started before.
+        coordinates: of the rank for which boxes are computed, on each mesh.
+        task_limit: most bytes that a task holds on a rank.
+        refresh_limit: most bytes that one with a refresh holds.
+    """
+    taking = {i: (*which, *ready.get(i, ())) for i, which in due.items()}
+    steady = fill_tasks(
+        plans, (i for i, which in taking.items() if not which), task_limit, refreshing=False
+    )
+    # Those without exchanges in between: others' gradients are on their way meanwhile.
+    steady.sort(key=lambda task: plans[task[0]].communicates)
+    fresh = fill_tasks(
+        plans, (i for i, which in taking.items() if which), refresh_limit, refreshing=True
+    )
+    return tuple(
+        plan_task(
+            plans,
+            weights,
+            [taking[i] for i in weights],
+            coordinates[plans[weights[0]].topology],
+            [ready.get(i, ()) for i in weights],
+            task_limit,
+        )
+        for weights in (*steady, *fresh)
+    )
+
+
+def plan_task(
+    plans: Sequence[WeightPlan],
+    weights: tuple[int, ...],
+    due: Sequence[Collection[int]],
+    coordinate: Coordinate,
+    in_background: Sequence[Collection[int]] = (),
+    limit: float = math.inf,
+) -> Task:
+    """Plans the exchanges of weights of one mesh, seen from one rank.
+
+    Args:
+        plans: all plans.
+        weights: those of the task.
+        due: for each of them which matrices of its batch take new bases.
+        coordinate: the rank for which boxes are computed.
+        in_background: for each of them which of these were started in an earlier step; () for
+            none.
+        limit: most bytes of rotations that travel together, and at least one of them.
+    """
+    chosen = [plans[i] for i in weights]
+    grads = [redistribution(plan.moves) for plan in chosen]
+    bases = [redistribution(plan.basis_moves) for plan in chosen]
+    updates = [redistribution(reverse(plan.moves)) for plan in chosen]
+    loading = tuple(i for i, plan in enumerate(chosen) if plan.loads_moments)
+    there = [grads[i] for i in loading for _ in range(2)]
+    back = [updates[i] for i in loading for _ in range(2)]
+    matrices = tuple(plan_matrices(plans, weights, due, coordinate, in_background))
+    routes = [(matrix, chosen[matrix.position]) for matrix in matrices]
+    to_owners = [() if m.in_background else _to_owner(plan, m) for m, plan in routes]
+    return Task(
+        weights,
+        loading,
+        plan_hops(grads + bases + there, coordinate),
+        matrices,
+        plan_hops(to_owners, coordinate),
+        tuple(_plan_rotations(routes, coordinate, limit)),
+        plan_hops(updates + back, coordinate),
+    )
+
+
+def _plan_rotations(
+    routes: Sequence[tuple[Matrix, WeightPlan]], coordinate: Coordinate, limit: float
+) -> Iterator[Rotations]:
+    start, size = 0, 0
+    for stop in range(len(routes) + 1):
+        last = stop == len(routes)
+        more = 0 if last else ITEMSIZE * min(routes[stop][1].storage.shape[-2:]) ** 2
+        if stop > start and (last or size + more > limit):
+            legs = [_from_owner(plan, matrix.owner) for matrix, plan in routes[start:stop]]
+            yield Rotations(start, stop, plan_hops(legs, coordinate))
+            start, size = stop, 0
+        size += more
+
+
+def plan_async_refresh(
+    plans: Sequence[WeightPlan],
+    weights: tuple[int, ...],
+    due: Sequence[Collection[int]],
+    coordinate: Coordinate,
+) -> AsyncRefresh:
+    """Plans the way of projected momenta to their owners; arguments as of :func:`plan_task`."""
+    matrices = tuple(plan_matrices(plans, weights, due, coordinate))
+    routes = [_to_owner(plans[weights[m.position]], m) for m in matrices]
+    return AsyncRefresh(weights, matrices, plan_hops(routes, coordinate))
+
+
+def plan_matrices(
+    plans: Sequence[WeightPlan],
+    weights: tuple[int, ...],
+    due: Sequence[Collection[int]],
+    coordinate: Coordinate,
+    in_background: Sequence[Collection[int]] = (),
+) -> Iterator[Matrix]:
+    """The matrices of a task; arguments as of :func:`plan_task`."""
+    for position, index in enumerate(weights):
+        plan = plans[index]
+        held = plan.compute.matrices(coordinate) if plan.whole_basis.numel(coordinate) else ()
+        before = in_background[position] if in_background else ()
+        for matrix in sorted(due[position]):
+            owner = plan.owners[matrix]
+            local = held.index(matrix) if matrix in held else None
+            yield Matrix(position, matrix, local, owner, owner == coordinate, matrix in before)
+
+
+def _matrix_layout(plan: WeightPlan) -> Layout:
+    """Where the elements of each single matrix of the batch are, in compute layout."""
+    batch_dims = len(plan.compute.shape) - 2
+
+    def place(placement: Placement) -> Placement:
+        if not isinstance(placement, Split) or placement.dim < batch_dims:
+            return None
+        return replace(placement, dim=placement.dim - batch_dims)
+
+    placements = tuple(map(place, plan.compute.placements))
+    return Layout(plan.compute.shape[-2:], plan.compute.mesh, placements, plan.compute.window)
+
+
+def _to_owner(plan: WeightPlan, matrix: Matrix) -> tuple[Leg, ...]:
+    """Route of a projected momentum (m, n) to its owner."""
+    if plan.alone:
+        return ()
+    layout = _matrix_layout(plan)
+    # Along these, ranks have a replica, of which one will do, or other matrices.
+    fixed = tuple(d for d, placement in enumerate(layout.placements) if placement is None)
+    return gather_to(layout, (0, 1), matrix.owner, fixed)
+
+
+def _from_owner(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
+    """Route of one rotation, (r, r), from the owner to all who compute a part of its matrix."""
+    if plan.alone:
+        return ()
+    r, whole = min(plan.compute.shape[-2:]), plan.whole_basis
+    fixed = batch_mesh_dims(plan.compute)
+    if isinstance(whole, Held):
+        return send_from((r, r), plan.compute.mesh, owner, fixed, whole)
+    placements = tuple(p if isinstance(p, Copies) else None for p in whole.placements)
+    target = Layout((r, r), plan.compute.mesh, placements)
+    some = any(isinstance(p, Copies) for p in placements)
+    return send_from((r, r), plan.compute.mesh, owner, fixed, target if some else None)

@@ -1,0 +1,278 @@
+"""The plan of one weight: where it is stored, where it is computed, and how it gets there.
+
+Pure functions of layouts and numbers: the same on every rank, without torch.distributed, and the
+same for a mesh of thousands of ranks that is only imagined.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from conda_dist.flat import Flat, Held, flat_basis, flat_to_compute
+from conda_dist.layout import (
+    Coordinate,
+    Copies,
+    Group,
+    Layout,
+    Move,
+    Placement,
+    Split,
+    Topology,
+    kept_dim,
+    reverse,
+    to_compute,
+    to_whole,
+)
+from conda_dist.transfer import Leg, gather_to, redistribution
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """The plan of one weight on the conda path: a matrix, or a batch of them.
+
+    Attributes:
+        name: its fully qualified name, or what stands for one.
+        topology: the ranks that share it.
+        storage: where its elements, and its gradient's, are.
+        compute: where gradient, moments and update are during the step: whole rows or columns.
+        moves: stages from storage to there; empty where they agree on every rank.
+        basis: where the elements of its basis, shape (..., r, r), are kept.
+        part: which block of rows of a stored weight this is; None for a weight of its own.
+        group: the ranks that compute it, where those are not all that store it.
+        separate: whether its moments are tensors of their own in compute layout, which checkpoints
+            convert; else they are DTensors like the parameter, or flat as its partition is.
+        owners: for each matrix of the batch the coordinate that decomposes its momentum.
+        turns: for each matrix its place in its owner's queue.
+    """
+
+    name: str
+    topology: Topology
+    storage: Layout
+    compute: Layout
+    moves: tuple[Move, ...]
+    basis: Layout
+    part: int | None = None
+    group: Group | None = None
+    separate: bool = False
+    owners: tuple[Coordinate, ...] = ()
+    turns: tuple[int, ...] = ()
+
+    @property
+    def moments(self) -> Layout:
+        """Where its moments are kept: where they are used, but for flat weights.
+
+        ZeRO's checkpoints know moments only as partitions like the parameters'. Parts of a weight
+        that are in place have views of the moments of the whole weight.
+        """
+        if isinstance(self.storage, Flat) or (self.part is not None and not self.separate):
+            return self.storage
+        return self.compute
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the local rows of the stored weight are, in one piece, what a step works on."""
+        window = self.storage.window
+        return not self.moves and (window is None or len(window[0]) == 1)
+
+    @property
+    def loads_moments(self) -> bool:
+        """Whether a step works on copies of the moments, which travel with the gradient."""
+        return isinstance(self.storage, Flat) and not self.in_place
+
+    @property
+    def right(self) -> bool:
+        """Whether the basis is multiplied from the right (m >= n)."""
+        return kept_dim(self.storage.shape) == len(self.storage.shape) - 2
+
+    @property
+    def basis_moves(self) -> tuple[Move, ...]:
+        """Stages that bring a basis that is split over the ranks to all who need it in a step."""
+        if not any(isinstance(p, Split) for p in self.basis.placements):
+            return ()
+        if isinstance(self.storage, Flat) and len(self.basis.shape) == 2:
+            whole = flat_basis(self.compute, False)
+            return () if self.basis == whole else (Move(0, self.basis, whole),)
+        return to_whole(self.basis, (len(self.basis.shape) - 2, len(self.basis.shape) - 1))
+
+    @property
+    def whole_basis(self) -> Layout:
+        """Where the basis is after them."""
+        moves = self.basis_moves
+        return moves[-1].target if moves else self.basis
+
+    @property
+    def communicates(self) -> bool:
+        """Whether a step needs other ranks even if nothing is refreshed."""
+        return any(not leg.silent for leg in redistribution(self.moves + self.basis_moves))
+
+    @property
+    def alone(self) -> bool:
+        """Whether one rank of several computes all of it, by itself."""
+        return isinstance(self.basis, Held) and sum(self.basis.holders) == 1
+
+    @property
+    def cost(self) -> int:
+        """Cost of decomposing one matrix, r^2 max(m, n), in the order of its operations."""
+        m, n = self.storage.shape[-2:]
+        return min(m, n) ** 2 * max(m, n)
+
+    @property
+    def matrix_numel(self) -> int:
+        """Elements of one matrix."""
+        return math.prod(self.storage.shape[-2:])
+
+    @property
+    def share(self) -> int:
+        """Elements that every rank has of what a step moves of it, by an even split."""
+        if not self.communicates and self.in_place:
+            return 0
+        moved = (3 if self.loads_moments else 1) * math.prod(self.storage.shape)
+        return -(-moved // len(self.topology.ranks))
+
+    @property
+    def grouped_share(self) -> int:
+        """Elements that a rank of its group has of it in a step; 0 without a group."""
+        if self.group is None:
+            return 0
+        return max(self.compute.numel(c) for c in self.group_coordinates())
+
+    def group_coordinates(self) -> list[Coordinate]:
+        """The coordinates that hold any of it in compute layout."""
+        return [c for c in self.compute.coordinates() if self.basis.numel(c)]
+
+    @property
+    def gathered_basis(self) -> int:
+        """Elements that every rank gathers of its basis for a step."""
+        if all(leg.silent for leg in redistribution(self.basis_moves)):
+            return 0
+        split = math.prod(self.topology.sizes[d] for d in batch_mesh_dims(self.basis))
+        return -(-math.prod(self.basis.shape) // split)
+
+    def __str__(self) -> str:
+        owners = ",".join(str(self.topology.rank_at(owner)) for owner in self.owners)
+        return (
+            f"{self.name} {self.storage.shape} stored {self.storage} computed {self.compute} "
+            f"basis {self.basis} ranks {self.topology.ranks} refreshed by {owners}"
+        )
+
+
+def plan_weight(
+    name: str,
+    topology: Topology,
+    storage: Layout,
+    *,
+    group: Group | None = None,
+    shard_basis: bool = False,
+    part: int | None = None,
+) -> WeightPlan:
+    """The plan of a weight (..., m, n) before owners are dealt.
+
+    Args:
+        name: its fully qualified name.
+        topology: the ranks that share it.
+        storage: where its elements are.
+        group: the ranks that compute it; None for all that hold any of its rows (or columns).
+            Each has a copy of the basis.
+        shard_basis: of a weight in flat partitions, whether those that compute it share the basis
+            instead of having a copy each; it is then gathered for each step.
+        part: which block of rows of a stored weight this is, if it is one.
+    """
+    if isinstance(storage, Flat):
+        compute, moves = flat_to_compute(storage)
+    else:
+        moves = to_compute(storage, group)
+        compute = moves[-1].target if moves else storage
+    batch_dims = len(storage.shape) - 2
+    r = min(storage.shape[-2:])
+
+    def place(placement: Placement) -> Placement:
+        if not isinstance(placement, Split):
+            return placement
+        if placement.dim < batch_dims:
+            return placement
+        if placement.among is not None:
+            return Copies(placement.among)
+        return Split(batch_dims) if shard_basis else None
+
+    placements = tuple(map(place, compute.placements))
+    basis = Layout((*storage.shape[:-2], r, r), storage.mesh, placements)
+    if isinstance(storage, Flat) and not batch_dims:
+        basis = flat_basis(compute, shard_basis)
+    exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
+    separate = group is not None
+    return WeightPlan(name, topology, storage, compute, exchanged, basis, part, group, separate)
+
+
+def copied_basis_bytes(plan: WeightPlan, itemsize: int) -> list[int]:
+    """Bytes each rank spends on the basis of a weight that has neither a group nor a split basis.
+
+    Where shards are uneven, all are taken for the largest, the first.
+    """
+    if not isinstance(plan.storage, Flat):
+        count = len(plan.topology.ranks)
+        return [plan.basis.numel((0,) * len(plan.basis.mesh)) * itemsize] * count
+    return [plan.basis.numel(c) * itemsize for c in plan.basis.coordinates()]
+
+
+def is_batch_split(layout: Layout, mesh_dim: int) -> bool:
+    """Whether a mesh dimension deals whole matrices out: along it each rank has others."""
+    placement = layout.placements[mesh_dim]
+    return isinstance(placement, Split) and placement.dim < len(layout.shape) - 2
+
+
+def batch_mesh_dims(layout: Layout) -> tuple[int, ...]:
+    """Mesh dimensions that deal whole matrices out."""
+    return tuple(d for d in range(len(layout.mesh)) if is_batch_split(layout, d))
+
+
+def basis_to_first(plan: WeightPlan) -> tuple[Leg, ...]:
+    """Route of a flat weight's whole basis to the first rank, for checkpoints."""
+    basis, first = plan.basis, (0,) * len(plan.basis.mesh)
+    if isinstance(basis, Held):
+        everywhere = Layout(basis.shape, basis.mesh, (None,))
+        sender = basis.holders.index(True)
+        return (Leg(Move(0, basis, everywhere), sender, 0),) if sender else ()
+    return gather_to(basis, tuple(range(len(basis.shape))), first, ())
+
+
+def saved_basis(plan: WeightPlan) -> Layout:
+    """Where the elements of a separate weight's basis are in a checkpoint.
+
+    Its rows are split over the ranks that split the weight, its batch as it is in the step.
+    """
+    dim = len(plan.basis.shape) - 2
+
+    def place(basis: Placement, stored: Placement) -> Placement:
+        if isinstance(basis, Split):
+            return replace(basis, among=None)
+        return None if basis is None and stored is None else Split(dim)
+
+    pairs = zip(plan.basis.placements, plan.storage.placements, strict=True)
+    saved = tuple(place(basis, stored) for basis, stored in pairs)
+    return Layout(plan.basis.shape, plan.basis.mesh, saved)
+
+
+def basis_to_saved(plan: WeightPlan) -> tuple[Leg, ...]:
+    """Route of a separate weight's basis to its layout in a checkpoint."""
+    layout, target, legs = plan.basis, saved_basis(plan), []
+    for mesh_dim, (placement, wanted) in enumerate(
+        zip(plan.basis.placements, target.placements, strict=True)
+    ):
+        if placement != wanted:
+            move = Move(mesh_dim, layout, layout.move(mesh_dim, wanted))
+            sender = placement.among[0] if isinstance(placement, Copies) else None
+            legs.append(Leg(move, sender=sender))
+            layout = move.target
+    return tuple(legs)
+
+
+def basis_from_saved(plan: WeightPlan) -> tuple[Leg, ...]:
+    """The way back of :func:`basis_to_saved`."""
+    return tuple(
+        Leg(Move(leg.move.mesh_dim, leg.move.target, leg.move.source))
+        for leg in reversed(basis_to_saved(plan))
+    )
+
+
+def moments_to_saved(plan: WeightPlan) -> tuple[Leg, ...]:
+    """Route of a separate weight's moments to the parameter's layout, as checkpoints have them."""
+    return redistribution(reverse(plan.moves))

@@ -1,0 +1,1 @@
+"""Carries a schedule out: collectives, tensors and the step."""

@@ -1,0 +1,250 @@
+"""New bases: momenta to their owners, decompositions in parallel, rotations back to their groups.
+
+Two packed exchanges and one agreement on what came of it. An owner that fails says so in the
+agreement, so no rank ever waits for it. A refresh is one step's, or is started in one, from a
+snapshot of the momenta, and its rotations are taken some steps later.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from conda_dist import decomposition
+from conda_dist.decomposition import Outcome
+from conda_dist.exchange import Exchange, Mesh, all_max, all_texts
+from conda_dist.maths import matrices
+from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
+from conda_dist.runtime.background import Background
+from conda_dist.runtime.weight import NO_BASIS, Weight
+from conda_dist.transfer import Hop
+
+
+def start_in_background(
+    plan: AsyncRefresh, weights: Sequence[Weight], background: Background
+) -> None:
+    """Has owners start to decompose the momenta of which their weights have snapshots.
+
+    Args:
+        plan: the plan.
+        weights: its weights.
+        background: takes the decompositions, by weight and matrix.
+    """
+    whole = _gather(plan.matrices, plan.gather, weights, [weight.snapshot for weight in weights])
+    for matrix, momentum in zip(plan.matrices, whole, strict=True):
+        weight = weights[matrix.position]
+        find = partial(
+            decomposition.decompose,
+            right=weight.plan.right,
+            method=weight.options.refresh_method,
+        )
+        background.start((weight, matrix.index), momentum if matrix.mine else None, find)
+
+
+def _gather(
+    taking: Sequence[Matrix],
+    hops: Sequence[Hop],
+    weights: Sequence[Weight],
+    moments: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Sends momenta, in compute layout, to the owners.
+
+    Returns:
+        What this rank owns of them, by matrix, those in the background left out.
+    """
+    sent = [
+        None if matrix.in_background else _local_matrix(moments[matrix.position], matrix)
+        for matrix in taking
+    ]
+    dtypes = [weights[matrix.position].first_dtype for matrix in taking]
+    return Exchange(weights[0].mesh, hops, sent, dtypes, weights[0].basis.device).wait()
+
+
+def refresh(
+    task: Task,
+    weights: Sequence[Weight],
+    bases: Sequence[Tensor],
+    projected: Sequence[Tensor],
+    background: Background,
+    begun: bool,
+) -> list[bool]:
+    """Takes the weights of a task to new bases.
+
+    Args:
+        task: the plan.
+        weights: its weights, with their first moments updated.
+        bases: the whole basis of each; replaced in place.
+        projected: the projected gradient of each, in compute layout; replaced in place.
+        background: has the decompositions that were started before.
+        begun: whether a weight of this mesh has moved in an earlier step.
+
+    Returns:
+        For each weight whether its step counts: not while it is the first and all momentum zero.
+
+    Raises:
+        RuntimeError: an owner's decomposition raised, or a matrix failed too often in a row; on
+            every rank of the mesh.
+    """
+    if begun and _nothing_yet(task, weights):
+        _record(task.matrices, weights, [Outcome.ZERO] * len(task.matrices))
+        return [bool(weight.step) for weight in weights]
+    moments = [weight.moments[0] for weight in weights]
+    whole = _gather(task.matrices, task.gather, weights, moments)
+    found, outcomes = _decompose(task.matrices, weights, bases, whole, background)
+    del whole
+    dtypes = [rotation_dtype(bases[m.position]) for m in task.matrices]
+    for rotations in task.rotations:
+        part = slice(rotations.start, rotations.stop)
+        arrived = Exchange(
+            weights[0].mesh, rotations.hops, found[part], dtypes[part], weights[0].basis.device
+        ).wait()
+        taken: dict[int, dict[int, Tensor]] = defaultdict(dict)
+        for matrix, outcome, rotation in zip(
+            task.matrices[part], outcomes[part], arrived, strict=True
+        ):
+            if outcome == Outcome.DONE and matrix.local is not None and rotation is not None:
+                taken[matrix.position][matrix.local] = rotation
+        for position, rotated in taken.items():
+            weights[position].rotate(bases[position], projected[position], rotated)
+    moved = {m.position for m, o in zip(task.matrices, outcomes, strict=True) if o != Outcome.ZERO}
+    return [bool(weight.step) or i in moved for i, weight in enumerate(weights)]
+
+
+def _nothing_yet(task: Task, weights: Sequence[Weight]) -> bool:
+    """Whether all that is due waits for its first momentum still, the same on all ranks.
+
+    As do experts that get no tokens, which are asked in every step: this is all that it costs.
+    """
+    if any(
+        m.in_background or weights[m.position].taken(m.index) != NO_BASIS for m in task.matrices
+    ):
+        return False
+    local = (_local_matrix(weights[m.position].moments[0], m) for m in task.matrices)
+    moved = any(bool(momentum.any()) for momentum in local if momentum is not None)
+    return not any(all_max(weights[0].mesh, [int(moved)]))
+
+
+def rotation_dtype(basis: Tensor) -> torch.dtype:
+    """A rotation is rounded once, with the basis it makes."""
+    return torch.promote_types(basis.dtype, torch.float32)
+
+
+def _local_matrix(computed: Tensor | None, matrix: Matrix) -> Tensor | None:
+    """This rank's part, in compute layout, of one matrix of a batch."""
+    if matrix.local is None or computed is None:
+        return None
+    return matrices(computed)[matrix.local]
+
+
+def _decompose(
+    taking: Sequence[Matrix],
+    weights: Sequence[Weight],
+    bases: Sequence[Tensor],
+    whole: Sequence[Tensor | None],
+    background: Background,
+) -> tuple[list[Tensor | None], list[Outcome]]:
+    """Decomposes matrices on their owners, and has all ranks know what came of it.
+
+    Args:
+        taking: the matrices.
+        weights: their weights.
+        bases: the whole basis of each weight.
+        whole: the whole projected momentum of each matrix that this rank owns.
+        background: has the decompositions that were started before.
+
+    Returns:
+        For each matrix its rotation where this rank owns it, and the outcome.
+
+    Raises:
+        RuntimeError: see :func:`refresh`.
+    """
+    mesh = weights[0].mesh
+    found, ours, error = _decompose_mine(taking, weights, bases, whole, background)
+    outcomes = [Outcome(worst) for worst in all_max(mesh, ours)]
+    if Outcome.ERROR in outcomes:
+        _raise_together(mesh, error)
+    _record(taking, weights, outcomes)
+    return found, outcomes
+
+
+def _decompose_mine(
+    taking: Sequence[Matrix],
+    weights: Sequence[Weight],
+    bases: Sequence[Tensor],
+    whole: Sequence[Tensor | None],
+    background: Background,
+) -> tuple[list[Tensor | None], list[int], Exception | None]:
+    """Decomposes the momenta this rank owns, or takes what the background has found of them.
+
+    Returns:
+        Rotations (the identity where there is none) and outcomes by matrix, None and UNKNOWN for
+        those of others; the first exception that was raised.
+    """
+    found: list[Tensor | None] = [None] * len(taking)
+    outcomes = [int(Outcome.UNKNOWN)] * len(taking)
+    error: Exception | None = None
+    for i, (matrix, momentum) in enumerate(zip(taking, whole, strict=True)):
+        weight = weights[matrix.position]
+        first = weight.taken(matrix.index) == NO_BASIS
+        outcome, rotation = Outcome.UNKNOWN, None
+        try:
+            if matrix.in_background:
+                outcome, rotation = background.take((weight, matrix.index))
+            elif matrix.mine:
+                assert momentum is not None
+                method = "svd" if first else weight.options.refresh_method
+                outcome, rotation = decomposition.decompose(momentum, weight.plan.right, method)
+            if rotation is not None:
+                basis = _basis(bases, matrix)
+                rotation = rotation.to(rotation_dtype(basis))
+                if not first and weight.drifts:
+                    rotation = decomposition.orthonormal(rotation, basis)
+                found[i] = rotation.contiguous()
+        except Exception as caught:  # the other ranks are waiting: tell them first
+            outcome, error = Outcome.ERROR, error or caught
+            error.add_note(f"while decomposing the momentum of {weight.plan.name}")
+        if matrix.mine and found[i] is None:  # the exchange of rotations has a place for it
+            basis = _basis(bases, matrix)
+            dtype, device = rotation_dtype(basis), basis.device
+            found[i] = torch.eye(basis.shape[-1], dtype=dtype, device=device)
+        outcomes[i] = int(outcome)
+    return found, outcomes, error
+
+
+def _basis(bases: Sequence[Tensor], matrix: Matrix) -> Tensor:
+    """The basis of a matrix that this rank owns."""
+    assert matrix.local is not None
+    return matrices(bases[matrix.position])[matrix.local]
+
+
+def _raise_together(mesh: Mesh, error: Exception | None) -> None:
+    notes = "; ".join(getattr(error, "__notes__", []))
+    text = f"{type(error).__name__}: {error} ({notes})" if error else ""
+    said = "; ".join(f"rank {r}: {t}" for r, t in all_texts(mesh, text).items() if t)
+    raise RuntimeError(f"Conda could not refresh its bases: {said}") from error
+
+
+def _record(
+    taking: Sequence[Matrix], weights: Sequence[Weight], outcomes: Sequence[Outcome]
+) -> None:
+    """Has every weight take note of its outcomes; warns on the first rank, raises on all.
+
+    Where it raises no matrix has taken its basis: the others stay due.
+    """
+    failed = [pair for pair in zip(taking, outcomes, strict=True) if pair[1] > Outcome.ZERO]
+    complaints = [
+        weights[matrix.position].record_outcome(matrix.index, outcome, matrix.in_background)
+        for matrix, outcome in failed
+    ]
+    said = "\n".join(filter(None, complaints))
+    if said and not any(weights[0].mesh.coordinate):
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
+    limit = weights[0].options.max_refresh_failures
+    if any(count >= limit for weight in weights for count in weight.failures.values()):
+        raise RuntimeError(said)
+    for matrix, outcome in zip(taking, outcomes, strict=True):
+        if outcome <= Outcome.ZERO:
+            weights[matrix.position].record_outcome(matrix.index, outcome, matrix.in_background)

@@ -1,0 +1,98 @@
+"""The state of separate weights as checkpoints have it, which know no compute groups.
+
+Every state becomes a DTensor on the parameter's own mesh: moments are placed as the parameter is,
+bases are split by rows. So a checkpoint that was written under any grouping, on any number of
+ranks, loads under any other. Both ways are for all ranks of a mesh to go together.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from conda_dist import storage
+from conda_dist.exchange import Exchange
+from conda_dist.plan.weight_plan import (
+    basis_from_saved,
+    basis_to_saved,
+    moments_to_saved,
+    saved_basis,
+)
+from conda_dist.runtime.weight import Weight
+from conda_dist.transfer import plan_hops, redistribution
+
+
+def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
+    """The states of separate weights, by parameter and name, as a checkpoint has them.
+
+    Args:
+        weights: in the same order on all ranks of a mesh.
+    """
+    saved: dict[Tensor, dict[str, Tensor]] = {}
+    for weight in weights:
+        plan, layouts = weight.plan, weight.state_layouts()
+        states = saved.setdefault(weight.param, {})
+        tensors = [storage.local(weight.state[key]) for key in layouts]
+        routes = [
+            basis_to_saved(weight.plan)
+            if key == weight.basis_key
+            else moments_to_saved(weight.plan)
+            for key in layouts
+        ]
+        hops = plan_hops(routes, weight.mesh.coordinate)
+        dtypes = [tensor.dtype for tensor in tensors]
+        arrived = Exchange(weight.mesh, hops, tensors, dtypes, weight.basis.device).wait()
+        for key, elements in zip(layouts, arrived, strict=True):
+            assert elements is not None
+            if key == weight.basis_key:
+                layout = saved_basis(weight.plan)
+                # What nothing moved is the state itself, which the next step changes.
+                kept = elements.clone() if elements is weight.state[key] else elements
+                states[key] = storage.like(weight.param, layout, kept)
+                continue
+            name = weight.saved_key(key)
+            if name not in states:
+                layout = weight.plan.storage.whole
+                local = torch.zeros(
+                    layout.local_shape(weight.mesh.coordinate),
+                    dtype=elements.dtype,
+                    device=elements.device,
+                )
+                states[name] = storage.like(weight.param, layout, local)
+            weight.set_rows(storage.local(states[name]), elements)
+    return saved
+
+
+def from_saved(weight: Weight, key: str, value: Tensor) -> Tensor:
+    """This rank's elements of a state of a separate weight, in the value's dtype.
+
+    Args:
+        weight: the weight.
+        key: which of its states.
+        value: the state that a checkpoint has of the parameter: a DTensor of any layout, which all
+            ranks of the mesh must have, or the whole as a plain tensor.
+    """
+    plan, coordinate = weight.plan, weight.mesh.coordinate
+    device, is_basis = weight.basis.device, key == weight.basis_key
+    if isinstance(value, DTensor) and value.device_mesh == getattr(
+        weight.param, "device_mesh", None
+    ):
+        wanted = storage.placements(saved_basis(plan) if is_basis else plan.storage.whole)
+        if value.placements != wanted:
+            value = value.redistribute(placements=wanted)
+        local = value.to_local().to(device)
+        legs = basis_from_saved(plan) if is_basis else redistribution(plan.moves)
+        local = local if is_basis else weight.rows(local)
+        hops = plan_hops([legs], coordinate)
+        arrived = Exchange(weight.mesh, hops, [local], [local.dtype], device).wait()[0]
+        assert arrived is not None
+        return arrived
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    if not is_basis and plan.storage.window is not None:
+        runs = plan.storage.window[0]
+        whole = torch.cat([whole[..., run.start : run.stop, :] for run in runs], -2)
+    layout = weight.state_layouts()[key]
+    elements = torch.empty(layout.local_shape(coordinate), dtype=whole.dtype, device=device)
+    storage.copy_blocks(elements, layout, coordinate, whole)
+    return elements
