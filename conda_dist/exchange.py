@@ -6,7 +6,6 @@ parameters' own mesh: ranks outside it, such as other pipeline stages, are never
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -17,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from conda_dist.layout import Block, Coordinate, Topology
-from conda_dist.transfer import Hop, Transfer
+from conda_dist.layout import Coordinate, Topology
+from conda_dist.packing import Place
+from conda_dist.transfer import Hop, Packing, Transfer
 
 
 @dataclass(frozen=True)
@@ -120,24 +120,20 @@ class Exchange:
             hop = self._hops.pop(0)
             if hop.silent:
                 for transfer in hop.transfers:
-                    self._tensors[transfer.item] = self._slice(hop.mesh_dim, transfer)
+                    self._tensors[transfer.item] = self._slice(transfer)
                 continue
-            # One collective for each dtype: nearly always one.
-            for dtype in dict.fromkeys(self._dtypes[t.item] for t in hop.transfers):
-                same = [t for t in hop.transfers if self._dtypes[t.item] == dtype]
-                self._inflight.append(self._launch(hop.mesh_dim, same, dtype))
+            for packing in hop.packings(tuple(self._dtypes[t.item] for t in hop.transfers)):
+                self._inflight.append(self._launch(hop.mesh_dim, packing))
 
-    def _slice(self, mesh_dim: int, transfer: Transfer) -> Tensor | None:
+    def _slice(self, transfer: Transfer) -> Tensor | None:
         """The new local tensor, all of which this rank has already."""
         if transfer.shape is None:
             return None
-        source, here = self._tensors[transfer.item], self._mesh.coordinate[mesh_dim]
+        source = self._tensors[transfer.item]
         if source is not None and tuple(source.shape) == transfer.shape:
             return source
         output = self._empty(transfer)
-        for mine, new in zip(transfer.sends[here], transfer.receives[here], strict=True):
-            assert source is not None
-            _view(output, new).copy_(_view(source, mine))
+        keep(transfer, source, output)
         return output
 
     def _empty(self, transfer: Transfer) -> Tensor:
@@ -145,59 +141,45 @@ class Exchange:
         dtype = self._dtypes[transfer.item]
         return torch.empty(transfer.shape, dtype=dtype, device=self._device)
 
-    def _launch(self, mesh_dim: int, transfers: list[Transfer], dtype: torch.dtype) -> "_Packed":
+    def _launch(self, mesh_dim: int, packing: Packing) -> "_Packed":
         """Packs tensors, which are let go of, and sends them."""
-        here, size = self._mesh.coordinate[mesh_dim], self._mesh.topology.sizes[mesh_dim]
-        peers = [peer for peer in range(size) if peer != here]
-        sends = {p: [(t.item, b) for t in transfers for b in t.sends[p]] for p in range(size)}
-        send_sizes = [_numel(sends[p]) if p != here else 0 for p in range(size)]
-        receive_sizes = [
-            sum(_block_numel(b) for t in transfers for b in t.receives[p]) if p != here else 0
-            for p in range(size)
-        ]
-        device = self._mesh.device(mesh_dim, self._device)
-        send = self._pack([pair for p in peers for pair in sends[p]], dtype, device)
-        kept = self._pack(sends[here], dtype, self._device)
-        for transfer in transfers:
+        dtype = self._dtypes[packing.transfers[0].item]
+        carried = self._mesh.device(mesh_dim, self._device)
+        send = self._buffer(sum(packing.send_sizes), dtype, carried)
+        pack(packing, self._tensors, send)
+        if carried.type != self._device.type:
+            # One copy for the buffer; its pinned memory is not given away before that is done.
+            send = send.to(carried, non_blocking=True)
+        kept = [self._tensors[t.item] if packing.straight else None for t in packing.transfers]
+        for transfer in packing.transfers:
             self._tensors[transfer.item] = None
-        received = torch.empty(sum(receive_sizes), dtype=dtype, device=device)
+        received = torch.empty(sum(packing.receive_sizes), dtype=dtype, device=carried)
         work = dist.all_to_all_single(
             received,
             send,
-            receive_sizes,
-            send_sizes,
+            packing.receive_sizes,
+            packing.send_sizes,
             group=self._mesh.groups[mesh_dim],
             async_op=True,
         )
-        return _Packed(work, transfers, peers, here, send, received, kept)
+        return _Packed(work, packing, send, received, kept)
 
-    def _pack(
-        self, boxes: list[tuple[int, Block]], dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        packed = torch.empty(_numel(boxes), dtype=dtype, device=device)
-        offset = 0
-        for item, block in boxes:
-            source = self._tensors[item]
-            assert source is not None
-            count = _block_numel(block)
-            packed[offset : offset + count].view(block.shape).copy_(_view(source, block))
-            offset += count
-        return packed
+    def _buffer(self, numel: int, dtype: torch.dtype, carried: torch.device) -> Tensor:
+        """A buffer beside the tensors, to be copied from or to where the backend needs it."""
+        pinned = carried.type == "cuda" and self._device.type == "cpu"
+        return torch.empty(numel, dtype=dtype, device=self._device, pin_memory=pinned)
 
     def _unpack(self, packed: "_Packed") -> None:
         """Waits for a collective and makes its tensors."""
         if packed.work is not None:
             packed.work.wait()
         packed.work = packed.send = None
-        there = [t for t in packed.transfers if t.shape is not None]
-        outputs = {t.item: self._empty(t) for t in there}
-        for buffer, senders in ((packed.received, packed.peers), (packed.kept, [packed.here])):
-            offset = 0
-            for transfer, block in ((t, b) for p in senders for t in there for b in t.receives[p]):
-                count = _block_numel(block)
-                view = buffer[offset : offset + count].view(block.shape)
-                _view(outputs[transfer.item], block).copy_(view)
-                offset += count
+        received, packing = packed.received, packed.packing
+        if received.device.type != self._device.type:
+            staged = self._buffer(received.numel(), received.dtype, received.device)
+            received = staged.copy_(received)
+        outputs = {t.item: self._empty(t) for t in packing.transfers if t.shape is not None}
+        unpack(packing, received, packed.kept, outputs)
         self._tensors = [outputs.get(i, tensor) for i, tensor in enumerate(self._tensors)]
 
     def wait(self) -> list[Tensor | None]:
@@ -215,38 +197,51 @@ class _Packed:
 
     Attributes:
         work: the collective; None from backends that finish at once.
-        transfers: the tensors in it.
-        peers: indices of the other ranks, in the order of the buffers.
-        here: this rank's own.
-        send: what the others get.
+        packing: what is in it.
+        send: what the peers get.
         received: what comes from them.
-        kept: what stays on this rank.
+        kept: the old local tensors of which this rank keeps a part; else None.
     """
 
     work: Any
-    transfers: list[Transfer]
-    peers: list[int]
-    here: int
+    packing: Packing
     send: Tensor | None
     received: Tensor
-    kept: Tensor
+    kept: list[Tensor | None]
 
 
-def _view(tensor: Tensor, block: Block) -> Tensor:
-    if block.strides is not None:
-        offset = tensor.storage_offset() + block.local[0]
-        return tensor.as_strided(block.shape, block.strides, offset)
-    for dim, (start, length) in enumerate(zip(block.local, block.shape, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor
+def pack(packing: Packing, tensors: Sequence[Tensor | None], buffer: Tensor) -> None:
+    """Copies what the peers get from the local tensors to a buffer."""
+    for transfer, copies in zip(packing.transfers, packing.packs, strict=True):
+        source = tensors[transfer.item]
+        for copy in copies:
+            assert source is not None
+            _view(buffer, copy.shape, copy.other).copy_(_view(source, copy.shape, copy.local))
 
 
-def _block_numel(block: Block) -> int:
-    return math.prod(block.shape)
+def unpack(
+    packing: Packing, buffer: Tensor, kept: Sequence[Tensor | None], outputs: dict[int, Tensor]
+) -> None:
+    """Fills the new local tensors, by item, from a buffer and from old tensors that were kept."""
+    for transfer, copies, source in zip(packing.transfers, packing.unpacks, kept, strict=True):
+        for copy in copies:
+            target = _view(outputs[transfer.item], copy.shape, copy.local)
+            target.copy_(_view(buffer, copy.shape, copy.other))
+        if packing.straight:
+            keep(transfer, source, outputs.get(transfer.item))
 
 
-def _numel(boxes: list[tuple[int, Block]]) -> int:
-    return sum(_block_numel(block) for _, block in boxes)
+def keep(transfer: Transfer, source: Tensor | None, output: Tensor | None) -> None:
+    """Copies what stays on this rank from its old local tensor to the new one."""
+    for copy in transfer.stays:
+        assert source is not None
+        assert output is not None
+        _view(output, copy.shape, copy.other).copy_(_view(source, copy.shape, copy.local))
+
+
+def _view(tensor: Tensor, shape: tuple[int, ...], place: Place) -> Tensor:
+    offset, strides = place.elements(tensor.stride())
+    return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
 
 def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:

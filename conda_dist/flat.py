@@ -127,8 +127,8 @@ def flat_basis(compute: Layout, shard: bool) -> Layout:
 
 def _share_out(count: int, holding: Sequence[bool]) -> tuple[int, ...]:
     """Where to cut rows or columns so that all ranks that hold something get about as many."""
-    before = itertools.accumulate(holding, initial=0)
-    return tuple(count * rank // sum(holding) for rank in before)
+    before, holders = itertools.accumulate(holding, initial=0), sum(holding)
+    return tuple(count * rank // holders for rank in before)
 
 
 @lru_cache(maxsize=65536)

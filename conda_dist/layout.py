@@ -7,7 +7,7 @@ mesh dimension each that lead there.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -167,7 +167,7 @@ class Layout:
         assert self.window is not None
         spans: list[tuple[int, int]] = []
         offset = 0
-        for run in _split_runs(self, coordinate)[-2]:
+        for run in _split_runs(self, len(self.shape) - 2, coordinate):
             for rows in self.window[0]:
                 if common := range(max(run.start, rows.start), min(run.stop, rows.stop)):
                     start = offset + common.start - run.start
@@ -239,7 +239,15 @@ def _chunk(runs: tuple[range, ...], pieces: int, index: int) -> tuple[range, ...
     """Piece ``index`` of the concatenated runs, cut as ``torch.chunk`` cuts."""
     total = sum(map(len, runs))
     size = -(-total // pieces)
+    if len(runs) == 1:
+        part = runs[0][index * size : (index + 1) * size]
+        return (part,) if part else ()
     return _slice(runs, min(index * size, total), min((index + 1) * size, total))
+
+
+@lru_cache(maxsize=4096)  # the same for all ranks along a mesh dimension
+def _chunks(runs: tuple[range, ...], pieces: int) -> tuple[tuple[range, ...], ...]:
+    return tuple(_chunk(runs, pieces, index) for index in range(pieces))
 
 
 def _slice(runs: tuple[range, ...], start: int, stop: int) -> tuple[range, ...]:
@@ -259,43 +267,103 @@ def _slice(runs: tuple[range, ...], start: int, stop: int) -> tuple[range, ...]:
 @lru_cache(maxsize=65536)
 def _runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ...], ...]:
     """For each tensor dimension the runs of indices held at a coordinate."""
-    runs = list(_split_runs(layout, coordinate))
-    if layout.window is not None:
-        parts = []
-        for run in runs[-2]:
-            offset = 0
-            for rows in layout.window[0]:
-                if common := range(max(run.start, rows.start), min(run.stop, rows.stop)):
-                    shift = offset - rows.start
-                    parts.append(range(common.start + shift, common.stop + shift))
-                offset += len(rows)
-        runs[-2] = _slice(tuple(parts), 0, sum(map(len, parts)))
-    return tuple(runs)
+    return tuple(dim_runs(layout, dim, coordinate) for dim in range(len(layout.shape)))
 
 
-def _split_runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ...], ...]:
-    runs: list[tuple[range, ...]] = [(range(size),) if size else () for size in layout.split_shape]
-    for size, index, placement in zip(layout.mesh, coordinate, layout.placements, strict=True):
-        if placement is None:
-            continue
+def dim_runs(layout: Layout, dim: int, coordinate: Coordinate) -> tuple[range, ...]:
+    """The runs of indices of one tensor dimension that are held at a coordinate, ascending."""
+    runs = _split_runs(layout, dim, coordinate)
+    if layout.window is None or dim != len(layout.shape) - 2:
+        return runs
+    parts = []
+    for run in runs:
+        offset = 0
+        for rows in layout.window[0]:
+            if common := range(max(run.start, rows.start), min(run.stop, rows.stop)):
+                shift = offset - rows.start
+                parts.append(range(common.start + shift, common.stop + shift))
+            offset += len(rows)
+    return _slice(tuple(parts), 0, sum(map(len, parts)))
+
+
+def _split_runs(layout: Layout, dim: int, coordinate: Coordinate) -> tuple[range, ...]:
+    size = layout.split_shape[dim]
+    runs: tuple[range, ...] = (range(size),) if size else ()
+    for pieces, index, placement in zip(layout.mesh, coordinate, layout.placements, strict=True):
         if isinstance(placement, Copies):
-            if not holds(placement.among, index):
-                runs[0] = ()
+            if dim == 0 and not holds(placement.among, index):
+                runs = ()
             continue
-        if not holds(placement.among, index):
-            runs[placement.dim] = ()
-            continue
-        if placement.bounds:
-            start, stop = placement.bounds[index : index + 2]
-            runs[placement.dim] = _slice(runs[placement.dim], start, stop)
+        if placement is None or placement.dim != dim:
             continue
         if placement.among is not None:
-            first, size = placement.among
+            if not holds(placement.among, index):
+                return ()
+            first, pieces = placement.among
             index -= first
-        pieces = [_chunk(runs[placement.dim], placement.stride, i) for i in range(placement.stride)]
-        parts = tuple(run for piece in pieces for run in _chunk(piece, size, index))
-        runs[placement.dim] = _slice(parts, 0, sum(map(len, parts)))
-    return tuple(runs)
+        if placement.bounds:
+            runs = _slice(runs, *placement.bounds[index : index + 2])
+        elif placement.stride == 1:
+            runs = _chunk(runs, pieces, index)
+        else:
+            outer = _chunks(runs, placement.stride)
+            parts = tuple(run for piece in outer for run in _chunk(piece, pieces, index))
+            runs = _slice(parts, 0, sum(map(len, parts)))
+    return runs
+
+
+def even_pieces(
+    layout: Layout, dim: int, mesh_dim: int, coordinate: Coordinate
+) -> tuple[range, int] | None:
+    """What the ranks along a mesh dimension cut as ``torch.chunk`` does, if they cut one run.
+
+    Args:
+        layout: the layout.
+        dim: the tensor dimension that ``mesh_dim`` splits.
+        mesh_dim: the mesh dimension.
+        coordinate: of any of these ranks.
+
+    Returns:
+        The run of indices, which may be longer than a window of it, and the length of every piece
+        but the last ones.
+    """
+    placement = layout.placements[mesh_dim]
+    if not isinstance(placement, Split) or placement.bounds or placement.stride > 1:
+        return None
+    later = layout.placements[mesh_dim + 1 :]
+    if placement.among or any(isinstance(p, Split) and p.dim == dim for p in later):
+        return None
+    before = (*layout.placements[:mesh_dim], *(None for _ in layout.placements[mesh_dim:]))
+    runs = _split_runs(replace(layout, placements=before), dim, coordinate)
+    window = layout.window[0] if layout.window and dim == len(layout.shape) - 2 else (range(1),)
+    if len(runs) != 1 or len(window) != 1:
+        return None
+    (whole,), first = runs, window[0].start
+    size = -(-len(whole) // layout.mesh[mesh_dim])
+    return range(whole.start - first, whole.stop - first), size
+
+
+def overlaps(ours: Sequence[range], theirs: Sequence[range]) -> list[tuple[int, int, int]]:
+    """What two lists of ascending runs have in common, ascending.
+
+    Returns:
+        Of each common run where it begins among our indices and among theirs, and its length.
+    """
+    found = []
+    i = j = our_offset = their_offset = 0
+    while i < len(ours) and j < len(theirs):
+        a, b = ours[i], theirs[j]
+        start, stop = max(a.start, b.start), min(a.stop, b.stop)
+        if start < stop:
+            begin = our_offset + start - a.start, their_offset + start - b.start
+            found.append((*begin, stop - start))
+        if a.stop <= b.stop:
+            our_offset += len(a)
+            i += 1
+        else:
+            their_offset += len(b)
+            j += 1
+    return found
 
 
 @lru_cache(maxsize=65536)
@@ -446,25 +514,39 @@ def _through_whole(storage: Layout, group: Group | None) -> tuple[Move, ...]:
 
 def _stays_in_group(move: Move) -> bool:
     """Whether every rank finds all it needs on the ranks that differ in ``move.mesh_dim`` only."""
+    source = move.source
+    if math.prod(source.mesh) == source.mesh[move.mesh_dim]:
+        return True
+    return all(_dim_stays(move, dim) for dim in range(len(source.shape)))
+
+
+def _dim_stays(move: Move, dim: int) -> bool:
+    """The same for the indices of one dimension: what splits the others does not matter there."""
     source, target, mesh_dim = move.source, move.target, move.mesh_dim
-    if math.prod(source.mesh) == source.mesh[mesh_dim]:
+
+    def cuts(layout: Layout, d: int) -> bool:
+        placement = layout.placements[d]
+        return isinstance(placement, Split) and placement.dim == dim
+
+    cutting = [d for d in range(len(source.mesh)) if cuts(source, d) or cuts(target, d)]
+    if mesh_dim not in cutting:
         return True
     placement = target.placements[mesh_dim]
     count = placement.among[1] if placement is not None and placement.among else 1
-    even = all(size % math.prod(source.mesh) == 0 for size in source.split_shape[-2:])
-    if even and source.mesh[mesh_dim] % count == 0 and len(source.shape) == 2:
+    even = source.split_shape[dim] % math.prod(source.mesh[d] for d in cutting) == 0
+    if even and source.mesh[mesh_dim] % count == 0:
         return True
-
-    def found(coordinate: Coordinate) -> int:
-        group = (
-            (*coordinate[:mesh_dim], peer, *coordinate[mesh_dim + 1 :])
-            for peer in range(source.mesh[mesh_dim])
-        )
-        pairs = product((b for c in group for b in source.blocks(c)), target.blocks(coordinate))
-        common = (intersect(ours, theirs) for ours, theirs in pairs)
-        return sum(math.prod(both[0].shape) for both in common if both)
-
-    return all(found(c) == target.numel(c) for c in target.coordinates())
+    peers = range(source.mesh[mesh_dim])
+    choices = (range(n) if d in cutting else range(1) for d, n in enumerate(source.mesh))
+    for coordinate in product(*(c if d != mesh_dim else (0,) for d, c in enumerate(choices))):
+        group = [(*coordinate[:mesh_dim], peer, *coordinate[mesh_dim + 1 :]) for peer in peers]
+        holders = group if cuts(source, mesh_dim) else group[:1]
+        held = sorted((r for c in holders for r in dim_runs(source, dim, c)), key=lambda r: r.start)
+        for taker in group if cuts(target, mesh_dim) else group[:1]:
+            needed = dim_runs(target, dim, taker)
+            if sum(n for *_, n in overlaps(held, needed)) != sum(map(len, needed)):
+                return False
+    return True
 
 
 def reverse(moves: tuple[Move, ...]) -> tuple[Move, ...]:

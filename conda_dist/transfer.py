@@ -6,12 +6,24 @@ rank which boxes of its local tensors go to each peer and come from it.
 """
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from operator import mul
 from typing import TypeAlias
 
+from conda_dist.flat import Flat, Held
 from conda_dist.layout import Block, Coordinate, Copies, Layout, Move, Split, intersect
+from conda_dist.packing import (
+    Copy,
+    Run,
+    block_runs,
+    block_stay,
+    chunked_runs,
+    chunked_stay,
+    lay_out,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,33 +60,99 @@ class Transfer:
     Attributes:
         item: which of the tensors exchanged together.
         shape: shape of the rank's local tensor afterwards; None where it holds none.
-        sends: for each peer the boxes of the local tensor it is sent.
-        receives: for each peer the boxes of the new local tensor it fills.
+        sends: the boxes of the local tensor that each peer gets, this rank as well.
+        receives: the boxes of the new local tensor that each peer fills, this rank as well.
+        stays: what this rank has in both tensors.
     """
 
     item: int
     shape: tuple[int, ...] | None
-    sends: tuple[tuple[Block, ...], ...]
-    receives: tuple[tuple[Block, ...], ...]
+    sends: tuple[Run, ...] = ()
+    receives: tuple[Run, ...] = ()
+    stays: tuple[Copy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How tensors of one dtype travel in one collective.
+
+    Attributes:
+        transfers: the tensors.
+        send_sizes: elements for each peer.
+        receive_sizes: elements from each peer.
+        packs: for each tensor the copies into the buffer that is sent.
+        unpacks: for each tensor the copies out of the buffer that is received.
+        straight: whether what stays on this rank is copied from tensor to tensor. Else it is sent
+            and received as the other parts are, which takes fewer copies.
+    """
+
+    transfers: tuple[Transfer, ...]
+    send_sizes: list[int]
+    receive_sizes: list[int]
+    packs: list[tuple[Copy, ...]]
+    unpacks: list[tuple[Copy, ...]]
+    straight: bool
+
+
+SENT_TO_ITSELF = 8
+"""Part of the elements that a rank may send to itself: an eighth, an even share of eight ranks.
+That makes two copies of five. Where more of a tensor stays, as on few ranks or in flat partitions,
+it is not packed, which would take memory for it twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One packed exchange along one mesh dimension; ``silent`` if nothing leaves any rank."""
+    """One packed exchange along one mesh dimension; ``silent`` if nothing leaves any rank.
+
+    Attributes:
+        mesh_dim: the mesh dimension.
+        silent: whether every rank finds what it needs in its own local tensors.
+        transfers: the tensors.
+        size: ranks along the mesh dimension.
+        index: this rank's own index among them.
+    """
 
     mesh_dim: int
     silent: bool
     transfers: tuple[Transfer, ...]
+    size: int
+    index: int
+    _packings: dict[tuple[Hashable, ...], list[Packing]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def sent(self, index: int, item: int) -> int:
         """Elements of a tensor this rank sends to others; ``index`` is its own in ``mesh_dim``."""
         return sum(
-            math.prod(block.shape)
+            run.numel * (run.count - (run.peer <= index < run.peer + run.count))
             for transfer in self.transfers
-            for peer, blocks in enumerate(transfer.sends)
-            for block in blocks
-            if peer != index and transfer.item == item
+            if transfer.item == item
+            for run in transfer.sends
         )
+
+    def packings(self, dtypes: tuple[Hashable, ...]) -> list[Packing]:
+        """One collective for each dtype, nearly always one; planned once.
+
+        Args:
+            dtypes: of the transfers.
+        """
+        if dtypes not in self._packings:
+            self._packings[dtypes] = [
+                self._pack([t for t, other in pairs if other == dtype])
+                for pairs in [list(zip(self.transfers, dtypes, strict=True))]
+                for dtype in dict.fromkeys(dtypes)
+            ]
+        return self._packings[dtypes]
+
+    def _pack(self, transfers: Sequence[Transfer]) -> Packing:
+        sends, receives = [t.sends for t in transfers], [t.receives for t in transfers]
+        send_sizes, packs = lay_out(sends, self.size, None)
+        receive_sizes, unpacks = lay_out(receives, self.size, None)
+        straight = SENT_TO_ITSELF * send_sizes[self.index] > sum(send_sizes)
+        if straight:
+            send_sizes, packs = lay_out(sends, self.size, self.index)
+            receive_sizes, unpacks = lay_out(receives, self.size, self.index)
+        return Packing(tuple(transfers), send_sizes, receive_sizes, packs, unpacks, straight)
 
 
 def plan_hops(routes: Sequence[tuple[Leg, ...]], coordinate: Coordinate) -> tuple[Hop, ...]:
@@ -102,64 +180,95 @@ def plan_hops(routes: Sequence[tuple[Leg, ...]], coordinate: Coordinate) -> tupl
         mesh_dim = (silent or heads)[0][1].move.mesh_dim
         chosen = [(item, leg) for item, leg in (silent or heads) if leg.move.mesh_dim == mesh_dim]
         transfers = tuple(_transfer(item, leg, coordinate) for item, leg in chosen)
-        hops.append(Hop(mesh_dim, bool(silent), transfers))
+        size = chosen[0][1].move.source.mesh[mesh_dim]
+        hops.append(Hop(mesh_dim, bool(silent), transfers, size, coordinate[mesh_dim]))
         for item, _ in chosen:
             progress[item] += 1
     return tuple(hops)
 
 
 def _transfer(item: int, leg: Leg, coordinate: Coordinate) -> Transfer:
-    mesh_dim, size = leg.move.mesh_dim, leg.move.source.mesh[leg.move.mesh_dim]
+    mesh_dim = leg.move.mesh_dim
     if any(coordinate[dim] != index for dim, index in leg.among.items()):
-        return Transfer(item, None, ((),) * size, ((),) * size)
-    sends, receives = _boxes(leg.move, leg.sender, leg.receiver, coordinate)
+        return Transfer(item, None)
+    boxes = _boxes(leg.move, leg.sender, leg.receiver, coordinate)
     holds = leg.receiver is None or leg.receiver == coordinate[mesh_dim]
     shape = leg.move.target.local_shape(coordinate) if holds else None
-    return Transfer(item, shape, sends, receives)
+    return Transfer(item, shape, *boxes)
 
 
-Boxes: TypeAlias = tuple[tuple[Block, ...], ...]
+Boxes: TypeAlias = tuple[tuple[Run, ...], tuple[Run, ...], tuple[Copy, ...]]
 
 
 @lru_cache(maxsize=65536)  # the layers of a model are alike
-def _boxes(
-    move: Move, sender: int | None, receiver: int | None, coordinate: Coordinate
-) -> tuple[Boxes, Boxes]:
-    """What one rank sends to each peer, and what it receives from each."""
-    mesh_dim = move.mesh_dim
-    peers = [
-        (*coordinate[:mesh_dim], index, *coordinate[mesh_dim + 1 :])
-        for index in range(move.source.mesh[mesh_dim])
-    ]
-    ends = (sender, receiver)
-    sends = tuple(_common(move, coordinate, peer, *ends)[0] for peer in peers)
-    receives = tuple(_common(move, peer, coordinate, *ends)[1] for peer in peers)
-    return sends, receives
+def _boxes(move: Move, sender: int | None, receiver: int | None, coordinate: Coordinate) -> Boxes:
+    """What one rank sends to each peer, what it receives from each, and what it keeps."""
+    source, target, mesh_dim = move.source, move.target, move.mesh_dim
+    here, everyone = coordinate[mesh_dim], range(source.mesh[mesh_dim])
+    own, nobody = range(here, here + 1), range(0)
+    copied = sender is None and source.placements[mesh_dim] is None  # each has its own copy
+    takers = everyone if receiver is None else range(receiver, receiver + 1)
+    givers = everyone if sender is None else range(sender, sender + 1)
+    if here not in takers:
+        givers = nobody
+    elif copied:
+        givers = own
+    if sender not in (None, here):
+        takers = nobody
+    elif copied:
+        takers = own if here in takers else nobody
+    chunked = type(source) is Layout and type(target) is Layout
+    if chunked:
+        sends = chunked_runs(source, target, mesh_dim, coordinate, takers)
+        receives = chunked_runs(target, source, mesh_dim, coordinate, givers)
+    else:
+        sends = block_runs(_boxes_shared(source, target, mesh_dim, coordinate, takers))
+        receives = block_runs(_boxes_shared(target, source, mesh_dim, coordinate, givers))
+    if here not in takers or here not in givers:
+        return sends, receives, ()
+    if chunked:
+        stays = chunked_stay(source, target, coordinate)
+    else:
+        stays = block_stay(_pairs(source.blocks(coordinate), target.blocks(coordinate)))
+    dims = len(source.local_shape(coordinate))
+    return sends, receives, tuple(Copy.of(grid, dims) for grid in stays)
 
 
-def _common(
-    move: Move,
-    sender: Coordinate,
-    receiver: Coordinate,
-    only_sender: int | None,
-    only_receiver: int | None,
-) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
-    """Boxes that go from one rank to another: in the sender's tensor and in the receiver's."""
-    mesh_dim, source, target = move.mesh_dim, move.source, move.target
-    if only_receiver is not None and receiver[mesh_dim] != only_receiver:
-        return (), ()
-    if only_sender is not None:
-        if sender[mesh_dim] != only_sender:
-            return (), ()
-    elif source.placements[mesh_dim] is None and sender != receiver:
-        return (), ()  # the receiver has its own copy
-    pairs = [
-        both
-        for ours in source.blocks(sender)
-        for theirs in target.blocks(receiver)
-        if (both := intersect(ours, theirs)) is not None
-    ]
-    return tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
+def _boxes_shared(
+    mine: Layout, theirs: Layout, mesh_dim: int, coordinate: Coordinate, peers: range
+) -> Iterator[tuple[int, list[Block]]]:
+    """The boxes of a rank's local tensor that each peer's has, too, in an order both agree on."""
+    ours = mine.blocks(coordinate)
+    for peer in _nearby(theirs, ours, peers) if ours else ():
+        there = theirs.blocks((*coordinate[:mesh_dim], peer, *coordinate[mesh_dim + 1 :]))
+        pairs = sorted(_pairs(ours, there), key=lambda both: both[0].start)
+        yield peer, [box for box, _ in pairs]
+
+
+def _nearby(layout: Layout, boxes: Sequence[Block], peers: range) -> Iterable[int]:
+    """Those of the peers that may have some of the boxes: few of thousands of a flat weight."""
+    if isinstance(layout, Held):
+        return (peer for peer in peers if layout.holders[peer])
+    split = layout.placements[0]
+    if isinstance(layout, Flat):
+        inner = [math.prod(layout.shape[dim + 1 :]) for dim in range(len(layout.shape))]
+        ends = [[start + n - 1 for start, n in zip(b.start, b.shape, strict=True)] for b in boxes]
+        first = min(sum(map(mul, box.start, inner)) for box in boxes)
+        last, bounds = max(sum(map(mul, end, inner)) for end in ends), layout.bounds
+    elif isinstance(split, Split) and split.bounds:
+        first = min(box.start[split.dim] for box in boxes)
+        last = max(box.start[split.dim] + box.shape[split.dim] for box in boxes) - 1
+        bounds = split.bounds
+    else:
+        return peers
+    near = range(bisect_right(bounds, first) - 1, bisect_right(bounds, last))
+    common = range(max(near.start, peers.start), min(near.stop, peers.stop))
+    return (peer for peer in common if bounds[peer] < bounds[peer + 1])
+
+
+def _pairs(ours: Sequence[Block], theirs: Sequence[Block]) -> list[tuple[Block, Block]]:
+    pairs = (intersect(a, b) for a in ours for b in theirs)
+    return [both for both in pairs if both is not None]
 
 
 def redistribution(moves: tuple[Move, ...]) -> tuple[Leg, ...]:
@@ -187,22 +296,6 @@ def gather_to(
             move = Move(mesh_dim, layout, layout.move(mesh_dim, None))
             legs.append(Leg(move, receiver=owner[mesh_dim], among=dict(among)))
             layout, among = move.target, among | {mesh_dim: owner[mesh_dim]}
-    return tuple(legs)
-
-
-def deal_from(
-    layout: Layout, dims: tuple[int, ...], owner: Coordinate, fixed: tuple[int, ...]
-) -> tuple[Leg, ...]:
-    """The way back of :func:`gather_to`, and on to the replicas along ``fixed``."""
-    legs = [
-        Leg(
-            Move(leg.move.mesh_dim, leg.move.target, leg.move.source), leg.receiver, None, leg.among
-        )
-        for leg in reversed(gather_to(layout, dims, owner, fixed))
-    ]
-    for i, mesh_dim in enumerate(fixed):
-        among = {d: owner[d] for d in fixed[i + 1 :]}
-        legs.append(Leg(Move(mesh_dim, layout, layout), sender=owner[mesh_dim], among=among))
     return tuple(legs)
 
 

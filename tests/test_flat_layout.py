@@ -1,6 +1,5 @@
 """Weights in flat ranges, as ZeRO keeps them: index arithmetic, exchanges and whole steps."""
 
-import itertools
 import math
 from typing import Any
 
@@ -17,13 +16,14 @@ from conda_dist import Conda
 from conda_dist.conda_path import CondaPath
 from conda_dist.exchange import Mesh
 from conda_dist.flat import Flat
-from conda_dist.layout import Layout, Topology, reverse
+from conda_dist.layout import Topology, reverse
 from conda_dist.options import Options
 from conda_dist.owners import deal_owners
 from conda_dist.plan import plan_weight
 from conda_dist.transfer import plan_hops, redistribution
 from conda_dist.waves import plan_wave
 from conda_dist.weight import Weight
+from exchanges import Held, carry, local
 
 SIZES = st.integers(1, 7)
 GROUP: dict[str, Any] = {
@@ -47,30 +47,13 @@ def flats(draw: st.DrawFn) -> Flat:
     return Flat.of(shape, (0, *sorted(cuts), numel))
 
 
-def _local(layout: Layout, coordinate: tuple[int, ...], tensor: Tensor) -> Tensor:
-    """What a coordinate holds of a tensor, by the layout's blocks."""
-    local = torch.full(layout.local_shape(coordinate), -1)
-    for block in layout.blocks(coordinate):
-        there = tuple(slice(a, a + n) for a, n in zip(block.start, block.shape, strict=True))
-        _box(local, block).copy_(tensor[there])
-    return local
-
-
-def _box(tensor: Tensor, block: Any) -> Tensor:
-    if block.strides is not None:
-        return tensor.as_strided(block.shape, block.strides, block.local[0])
-    for dim, (start, length) in enumerate(zip(block.local, block.shape, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor
-
-
 @given(flats())
 @settings(max_examples=300, deadline=None)
 def test_blocks_are_the_ranges(flat: Flat) -> None:
     tensor = torch.arange(math.prod(flat.shape)).view(flat.shape)
     for coordinate in flat.coordinates():
         start, stop = flat.held(coordinate)
-        assert torch.equal(_local(flat, coordinate, tensor), torch.arange(start, stop))
+        assert torch.equal(local(flat, coordinate, tensor), torch.arange(start, stop))
         assert len(flat.blocks(coordinate)) <= 2 * len(flat.shape) - 1
 
 
@@ -80,23 +63,18 @@ def test_exchanges_are_exact_both_ways(flat: Flat) -> None:
     """Every rank gets whole rows or columns of what it computes, and the ranges come back."""
     plan = plan_weight("weight", Topology(flat.mesh, tuple(range(*flat.mesh))), flat, False)
     tensor = torch.arange(math.prod(flat.shape)).view(flat.shape)
-    held = {c: _local(flat, c, tensor) for c in flat.coordinates()}
+    held = {c: local(flat, c, tensor) for c in flat.coordinates()}
     if not plan.moves:
-        for c, local in held.items():
-            viewed = local.view(plan.compute.local_shape(c))
-            assert torch.equal(viewed, _local(plan.compute, c, tensor))
+        for c, part in held.items():
+            viewed = part.view(plan.compute.local_shape(c))
+            assert torch.equal(viewed, local(plan.compute, c, tensor))
         return
+    there: Held = {c: [part] for c, part in held.items()}
     for moves, target in ((plan.moves, plan.compute), (reverse(plan.moves), flat)):
-        hops = {c: plan_hops([redistribution(moves)], c) for c in flat.coordinates()}
-        assert {len(planned) for planned in hops.values()} == {1}
-        after = {c: torch.full(target.local_shape(c), -1) for c in flat.coordinates()}
-        for sender, receiver in itertools.product(held, held):
-            out = hops[sender][0].transfers[0].sends[receiver[0]]
-            into = hops[receiver][0].transfers[0].receives[sender[0]]
-            for a, b in zip(out, into, strict=True):
-                _box(after[receiver], b).copy_(_box(held[sender], a))
-        held = after
-        assert all(torch.equal(held[c], _local(target, c, tensor)) for c in held)
+        there = carry(flat, [redistribution(moves)], there)
+        for c, (part,) in there.items():
+            assert part is not None
+            assert torch.equal(part, local(target, c, tensor))
 
 
 def _sent(shape: tuple[int, ...], bounds: tuple[int, ...]) -> list[int]:

@@ -12,7 +12,8 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from conda_dist.layout import Layout, Move, Split, kept_dim, reverse, to_compute, to_whole
-from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
+from conda_dist.transfer import gather_to, redistribution, send_from
+from exchanges import Held, carry, everywhere, local
 
 SIZES = st.integers(1, 9)
 
@@ -45,15 +46,6 @@ def _torch_local(layout: Layout, coordinate: tuple[int, ...], tensor: Tensor) ->
     return tensor
 
 
-def _ours(layout: Layout, coordinate: tuple[int, ...], tensor: Tensor) -> Tensor:
-    local = torch.full(layout.local_shape(coordinate), -1)
-    for block in layout.blocks(coordinate):
-        there = tuple(slice(a, a + n) for a, n in zip(block.start, block.shape, strict=True))
-        here = tuple(slice(a, a + n) for a, n in zip(block.local, block.shape, strict=True))
-        local[here] = tensor[there]
-    return local
-
-
 @given(layouts())
 @settings(max_examples=300, deadline=None)
 def test_blocks_are_what_dtensor_holds(layout: Layout) -> None:
@@ -61,57 +53,10 @@ def test_blocks_are_what_dtensor_holds(layout: Layout) -> None:
     for coordinate in layout.coordinates():
         theirs = _torch_local(layout, coordinate, tensor)
         # torch gives an empty chunk the shape (0,) in places: elements decide, then the shape.
-        ours = _ours(layout, coordinate, tensor)
+        ours = local(layout, coordinate, tensor)
         assert ours.numel() == theirs.numel()
         if theirs.numel():
             assert torch.equal(ours, theirs)
-
-
-def _simulate(
-    layout: Layout,
-    routes: list[tuple[Leg, ...]],
-    tensors: dict[tuple[int, ...], list[Tensor | None]],
-) -> dict[tuple[int, ...], list[Tensor | None]]:
-    """Executes planned hops for all ranks of a mesh in one process, as written."""
-    hops: dict[tuple[int, ...], tuple[Hop, ...]] = {
-        c: plan_hops(routes, c) for c in layout.coordinates()
-    }
-    shapes = {tuple((hop.mesh_dim, hop.silent) for hop in planned) for planned in hops.values()}
-    assert len(shapes) == 1, "ranks would call different collectives"
-    for k in range(len(next(iter(hops.values())))):
-        after: dict[tuple[int, ...], list[Tensor | None]] = {c: list(t) for c, t in tensors.items()}
-        for coordinate, planned in hops.items():
-            for part in planned[k].transfers:
-                after[coordinate][part.item] = (
-                    None if part.shape is None else torch.full(part.shape, -1)
-                )
-        for sender, planned in hops.items():
-            for receiver, theirs in hops.items():
-                mesh_dim = planned[k].mesh_dim
-                if sender[:mesh_dim] + sender[mesh_dim + 1 :] != (
-                    receiver[:mesh_dim] + receiver[mesh_dim + 1 :]
-                ):
-                    continue
-                pairs = zip(planned[k].transfers, theirs[k].transfers, strict=True)
-                for sends, receives in pairs:
-                    out = sends.sends[receiver[mesh_dim]]
-                    into = receives.receives[sender[mesh_dim]]
-                    assert [b.shape for b in out] == [b.shape for b in into]
-                    if planned[k].silent:
-                        assert sender == receiver or not out
-                    for a, b in zip(out, into, strict=True):
-                        source, target = tensors[sender][sends.item], after[receiver][sends.item]
-                        assert source is not None
-                        assert target is not None
-                        ours = tuple(slice(s, s + n) for s, n in zip(a.local, a.shape, strict=True))
-                        to = tuple(slice(s, s + n) for s, n in zip(b.local, b.shape, strict=True))
-                        target[to] = source[ours]
-        tensors = after
-    return tensors
-
-
-def _everywhere(layout: Layout, tensor: Tensor) -> dict[tuple[int, ...], list[Tensor | None]]:
-    return {c: [_ours(layout, c, tensor)] for c in layout.coordinates()}
 
 
 @given(layouts())
@@ -122,14 +67,14 @@ def test_redistribution_carries_every_element(layout: Layout) -> None:
     compute = moves[-1].target if moves else layout
     mixed = 2 * len(layout.shape) - 3 - kept_dim(layout.shape)
     assert not compute.splitting(mixed), "a rank would hold parts of rows"
-    there = _simulate(layout, [redistribution(moves)], _everywhere(layout, tensor))
+    there = carry(layout, [redistribution(moves)], everywhere(layout, tensor))
     for coordinate, (held,) in there.items():
         assert held is not None
-        assert torch.equal(held, _ours(compute, coordinate, tensor))
-    back = _simulate(layout, [redistribution(reverse(moves))], there)
+        assert torch.equal(held, local(compute, coordinate, tensor))
+    back = carry(layout, [redistribution(reverse(moves))], there)
     for coordinate, (held,) in back.items():
         assert held is not None
-        assert torch.equal(held, _ours(layout, coordinate, tensor))
+        assert torch.equal(held, local(layout, coordinate, tensor))
 
 
 @given(layouts(dims=(2,)), st.data())
@@ -139,17 +84,15 @@ def test_gather_and_scatter(layout: Layout, data: st.DataObject) -> None:
     owner = tuple(data.draw(st.integers(0, size - 1)) for size in layout.mesh)
     replicas = tuple(d for d, p in enumerate(layout.placements) if p is None)
     route = gather_to(layout, (0, 1), owner, replicas)
-    gathered = _simulate(layout, [route], _everywhere(layout, tensor))
+    gathered = carry(layout, [route], everywhere(layout, tensor))
     held = gathered[owner][0]
     assert held is not None
     assert torch.equal(held, tensor)
 
     back = send_from((3, 3), layout.mesh, owner, ())
     square = torch.arange(9).view(3, 3)
-    start: dict[tuple[int, ...], list[Tensor | None]] = {
-        c: [square.clone() if c == owner else None] for c in layout.coordinates()
-    }
-    for (held,) in _simulate(layout, [back], start).values():
+    start: Held = {c: [square.clone() if c == owner else None] for c in layout.coordinates()}
+    for (held,) in carry(layout, [back], start).values():
         assert held is not None
         assert torch.equal(held, square)
 
@@ -160,7 +103,7 @@ def test_to_whole(layout: Layout) -> None:
     tensor = torch.arange(math.prod(layout.shape)).view(layout.shape)
     dims = tuple(range(len(layout.shape)))
     route = redistribution(to_whole(layout, dims))
-    for (held,) in _simulate(layout, [route], _everywhere(layout, tensor)).values():
+    for (held,) in carry(layout, [route], everywhere(layout, tensor)).values():
         assert held is not None
         assert torch.equal(held, tensor)
 
