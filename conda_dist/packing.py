@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from operator import add, mul, sub
 from typing import TypeAlias
 
-from conda_dist.layout import Block, Coordinate, Layout, dim_runs, even_pieces, overlaps
+from conda_dist.layout import Block, Coordinate, Copies, Layout, dim_runs, even_pieces, overlaps
 
 Vector: TypeAlias = tuple[int, ...]
 
@@ -114,7 +114,8 @@ def chunked_runs(
     if placement is None:
         grids, numel = _packed(common)
         return (Run(peers.start, len(peers), (0,) * len(dims), grids, numel),) if numel else ()
-    dim, found = placement.dim, []
+    # Those that hold no copy have no index of the first dimension.
+    dim, found = 0 if isinstance(placement, Copies) else placement.dim, []
     for peer, count, step, pieces in _shared(ours[dim], theirs, dim, mesh_dim, coordinate, peers):
         common[dim] = pieces
         grids, numel = _packed(common)

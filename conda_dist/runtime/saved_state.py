@@ -35,9 +35,7 @@ def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
         states = saved.setdefault(weight.param, {})
         tensors = [storage.local(weight.state[key]) for key in layouts]
         routes = [
-            basis_to_saved(weight.plan)
-            if key == weight.basis_key
-            else moments_to_saved(weight.plan)
+            basis_to_saved(plan) if key == weight.basis_key else moments_to_saved(plan)
             for key in layouts
         ]
         hops = plan_hops(routes, weight.mesh.coordinate)
