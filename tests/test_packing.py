@@ -35,7 +35,8 @@ def meshes(draw: st.DrawFn) -> tuple[int, ...]:
 def layouts(draw: st.DrawFn, mesh: tuple[int, ...]) -> Layout:
     """Even, uneven, empty, strided, bounded and replicated splits, and windows of rows."""
     batch = draw(st.lists(st.integers(1, 4), max_size=1))
-    shape = (*batch, draw(st.integers(1, 24)), draw(st.integers(1, 24)))
+    sizes = st.one_of(st.integers(1, 24), st.just(math.prod(mesh)), st.just(2 * math.prod(mesh)))
+    shape = (*batch, draw(sizes), draw(sizes))
     dims = [draw(st.sampled_from([None, *range(len(shape))])) for _ in mesh]
     placements: list[Split | None] = []
     for i, dim in enumerate(dims):
