@@ -157,8 +157,8 @@ class Exchange:
         work = dist.all_to_all_single(
             received,
             send,
-            packing.receive_sizes,
-            packing.send_sizes,
+            None if packing.even else packing.receive_sizes,
+            None if packing.even else packing.send_sizes,
             group=self._mesh.groups[mesh_dim],
             async_op=True,
         )

@@ -92,6 +92,9 @@ def _collective(
         d, here = hops[c].mesh_dim, hops[c].index
         arrived = [parts[(*c[:d], peer, *c[d + 1 :])][here] for peer in range(hops[c].size)]
         assert [part.numel() for part in arrived] == packing.receive_sizes
+        sizes = {*packing.send_sizes, *packing.receive_sizes}
+        assert len({p.even for p in packings.values()}) == 1
+        assert not packing.even or len(sizes) == 1
         kept = [tensors[c][t.item] for t in packing.transfers]
         outputs = {t.item: out for t in packing.transfers if (out := after[c][t.item]) is not None}
         unpack(packing, torch.cat(arrived), kept, outputs)

@@ -38,8 +38,10 @@ def recorded() -> Iterator[list[Call]]:
 
     def all_to_all_single(output: Any, sent: Any, into: Any, out: Any, **options: Any) -> Any:
         here = dist.get_rank(options["group"])
-        others = sum(size for peer, size in enumerate(out) if peer != here)
-        assert sum(out) == sent.numel()
+        ranks = dist.get_world_size(options["group"])
+        sizes = [sent.numel() // ranks] * ranks if out is None else out
+        others = sum(size for peer, size in enumerate(sizes) if peer != here)
+        assert sum(sizes) == sent.numel()
         calls.append(Call("all_to_all", others * sent.element_size()))
         return kept["all_to_all_single"](output, sent, into, out, **options)
 
