@@ -314,7 +314,7 @@ def _split_runs(layout: Layout, dim: int, coordinate: Coordinate) -> tuple[range
 
 def even_pieces(
     layout: Layout, dim: int, mesh_dim: int, coordinate: Coordinate
-) -> tuple[range, int] | None:
+) -> tuple[range, int, int] | None:
     """What the ranks along a mesh dimension cut as ``torch.chunk`` does, if they cut one run.
 
     Args:
@@ -324,14 +324,14 @@ def even_pieces(
         coordinate: of any of these ranks.
 
     Returns:
-        The run of indices, which may be longer than a window of it, and the length of every piece
-        but the last ones.
+        The run of indices, which may be longer than a window of it; the length of every piece but
+        the last ones; and the index of the mesh dimension that has the first piece.
     """
     placement = layout.placements[mesh_dim]
     if not isinstance(placement, Split) or placement.bounds or placement.stride > 1:
         return None
     later = layout.placements[mesh_dim + 1 :]
-    if placement.among or any(isinstance(p, Split) and p.dim == dim for p in later):
+    if any(isinstance(p, Split) and p.dim == dim for p in later):
         return None
     before = (*layout.placements[:mesh_dim], *(None for _ in layout.placements[mesh_dim:]))
     runs = _split_runs(replace(layout, placements=before), dim, coordinate)
@@ -339,8 +339,8 @@ def even_pieces(
     if len(runs) != 1 or len(window) != 1:
         return None
     (whole,), first = runs, window[0].start
-    size = -(-len(whole) // layout.mesh[mesh_dim])
-    return range(whole.start - first, whole.stop - first), size
+    least, count = placement.among or (0, layout.mesh[mesh_dim])
+    return range(whole.start - first, whole.stop - first), -(-len(whole) // count), least
 
 
 def overlaps(ours: Sequence[range], theirs: Sequence[range]) -> list[tuple[int, int, int]]:

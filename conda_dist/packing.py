@@ -163,9 +163,9 @@ def _shared(
 
 
 def _shared_evenly(
-    ours: range, whole: range, size: int, peers: range
+    ours: range, whole: range, size: int, least: int, peers: range
 ) -> Iterator[tuple[int, int, int, Pieces]]:
-    """The same where peer i has the i-th piece of ``whole``, each ``size`` long but the last."""
+    """The same where the peers from ``least`` on have pieces of ``whole``, ``size`` long each."""
     low = max(ours.start, whole.start) - whole.start
     high = min(ours.stop, whole.stop) - whole.start
     if low >= high:
@@ -173,7 +173,7 @@ def _shared_evenly(
     # Part of a piece, whole pieces, part of a piece.
     edges = {low, min(-(-low // size) * size, high), max(high // size * size, low), high}
     for start, stop in itertools.pairwise(sorted(edges)):
-        peer, count = start // size, max((stop - start) // size, 1)
+        peer, count = least + start // size, max((stop - start) // size, 1)
         kept = range(max(peer, peers.start), min(peer + count, peers.stop))
         if kept:
             begin = start + whole.start - ours.start + (kept.start - peer) * size

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from conda_dist.plan.costs import Sizes, costs
+from conda_dist.plan.costs import Sizes, costs, save_costs
 from conda_dist.routing import route
 from conda_dist.runtime.weight import Weight
 from conda_dist.setup import Plain, Setup
@@ -106,12 +106,12 @@ def _conda_row(weight: Weight) -> Row:
         layout=str(plan.storage),
         compute=str(plan.compute),
         basis=str(plan.basis),
-        group=[plan.topology.rank_at(c) for c in plan.group_coordinates()] if plan.group else [],
+        group=[plan.topology.rank_at(c) for c in plan.computing()] if plan.group else [],
         owners=[plan.topology.rank_at(owner) for owner in plan.owners],
         state_bytes=costing.state,
         step_bytes=step,
         refresh_bytes=step + sum(costing.refresh.values()),
-        save_bytes=sum(costing.save.values()),
+        save_bytes=sum(save_costs(plan, weight.mesh.coordinate, sizes, weight.is_async).values()),
     )
 
 

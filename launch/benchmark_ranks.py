@@ -203,8 +203,7 @@ def _ways(mesh: DeviceMesh, sizes: Sequence[tuple[int, int]], rank: int) -> dict
         ALONE: Way(_nothing) if rank else way(Tensor.clone),
         "FSDP rows": way(sharded),
         "FSDP, wide ones by columns": way(kept),
-        "FSDP rows, bases split": way(sharded, basis_budget=0),
-        "FSDP rows, owners multiply": way(sharded, basis_budget=0),
+        "FSDP rows, in groups": way(sharded, basis_budget=0),
         WHOLE: way(Tensor.clone, process_group=dist.group.WORLD),
         "FSDP rows, gathered whole": gathered(),
     }

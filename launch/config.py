@@ -133,10 +133,6 @@ class CondaConfig:
     refresh_delay: Annotated[
         int, Key("steps from the start of an asynchronous refresh to its bases", ge=1)
     ] = 20
-    refresh_waves: Annotated[
-        int,
-        Key("parts of the matrices, refreshed in turn in each interval; 0: one to a rank", ge=0),
-    ] = 1
     matmul_dtype: Annotated[
         Literal["", "bfloat16", "float32"],
         Key("type of the projections' products (default: the bases')"),
@@ -144,11 +140,9 @@ class CondaConfig:
     basis_dtype: Annotated[
         Literal["", "bfloat16", "float32"], Key("type of the bases (default: float32)")
     ] = ""
-    basis_placement: Annotated[
-        Literal["auto", "replicate", "shard", "owner"], Key("where bases are kept and used")
-    ] = "auto"
     basis_budget: Annotated[
-        int, Key("bytes of a rank for replicated bases, with auto; past it they are split", ge=0)
+        int,
+        Key("bytes of a rank for bases that all ranks keep; weights beyond go to groups", ge=0),
     ] = 4 * 2**30
     bucket_bytes: Annotated[int, Key("half of the bytes a step may hold for a moment", ge=1)] = (
         64 * 2**20

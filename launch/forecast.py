@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from conda_dist import param_groups
-from conda_dist.costs import Costs, Sent, Sizes, costs, refresh_flops, svd_flops
-from conda_dist.delegate import delegate
-from conda_dist.filling import fill_buckets, fill_waves
 from conda_dist.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import DTYPES, Options
-from conda_dist.owners import deal_owners, deal_waves
-from conda_dist.plan import (
-    WeightPlan,
-    plan_weight,
-    replicated_basis_bytes,
-)
-from conda_dist.states import gram_size
-from conda_dist.waves import shares_with, sums_grams
+from conda_dist.plan.compute_groups import Request, choose, deal_owners
+from conda_dist.plan.costs import Costs, Sent, Sizes, costs, refresh_flops, svd_flops
+from conda_dist.plan.schedule import fill_tasks
+from conda_dist.plan.weight_plan import WeightPlan, plan_weight
 
 from .config import CondaConfig
 from .hardware import Hardware
@@ -94,11 +87,11 @@ class Forecast:
         step: Bytes it sends in a step without a refresh, by mesh dimension.
         refresh: Bytes it sends more for a refresh.
         flops: Operations of its matrix products in a step.
-        waited: Operations for whose results it waits beyond its own: of an errand's busiest owner.
+        waited: Operations for whose results it waits beyond its own: of a task's busiest group.
         decompose: Operations of the decompositions in a refresh that training waits for, one after
-            another: the busiest owner's of each wave.
+            another: the busiest owner's of each task.
         busiest: Those of the owner that has most of them, which nothing holds up in the background.
-        rotate: Operations of taking what it has to new bases, and of its parts of Gram matrices.
+        rotate: Operations of taking what it has to new bases.
         elements: Elements it updates in a step.
         collectives: Collectives of a step.
         bf16: Whether its products are in bfloat16.
@@ -158,32 +151,23 @@ def forecast_conda(
     """
     topology = Topology(mesh.sizes, tuple(range(mesh.ranks)))
     basis_size = DTYPES[settings.basis_dtype or "float32"].itemsize
-    layouts = {name: layout(name, shape, mesh) for name, shape in projected.items()}
-    whole = {name: plan_weight("", topology, where, False) for name, where in layouts.items()}
-    sharded, spent = {}, 0
-    for name in sorted(layouts, key=lambda name: whole[name].travels):
-        size = replicated_basis_bytes(whole[name], basis_size)[0]
-        over = {"auto": spent + size > settings.basis_budget, "replicate": False}
-        sharded[name] = over.get(settings.basis_placement, True)
-        spent += 0 if sharded[name] else size
-    waves = deal_waves([(topology, 1)] * len(layouts), settings.refresh_waves)
-    plans = [
-        plan_weight(name, topology, where, sharded[name], wave=wave)
-        for (name, where), wave in zip(layouts.items(), waves, strict=True)
+    requests = [
+        Request(name, topology, layout(name, shape, mesh), basis_size)
+        for name, shape in projected.items()
     ]
-    plans = deal_owners([delegate(plan, settings.basis_placement) for plan in plans])
+    choices = choose(requests, settings.basis_budget)
+    plans = deal_owners(
+        [
+            plan_weight(request.name, topology, request.storage, group=choice.group)
+            for request, choice in zip(requests, choices, strict=True)
+        ]
+    )
     product = DTYPES[settings.matmul_dtype or settings.basis_dtype or "float32"].itemsize
     first = DTYPES[settings.state_dtype or "float32"].itemsize
     second = (
         DTYPES[settings.second_moment_dtype].itemsize if settings.second_moment_dtype else first
     )
-    sizes = Sizes(
-        moment=first,
-        second=second,
-        basis=basis_size,
-        product=product,
-        gram=gram_size(DTYPES[settings.state_dtype or "float32"], settings.refresh_method),
-    )
+    sizes = Sizes(travel=min(4, product), moment=first, second=second, basis=basis_size)
     return _sum_up(plans, others, mesh, settings, sizes, at)
 
 
@@ -199,9 +183,10 @@ def _sum_up(
     multiplied: dict[Coordinate, float] = defaultdict(float)
     for plan in plans:
         m, n = plan.storage.shape
-        load[plan.owners[0]] += _decomposition(plan, settings, sizes)
-        multiplied[plan.owners[0]] += 4.0 * plan.delegated * m * n * min(m, n)
-    busiest = at or max(load, key=lambda c: (multiplied[c], load[c], c))
+        load[plan.owners[0]] += refresh_flops(m, n, settings.refresh_method)
+        for coordinate, flops in _grouped(plan).items():
+            multiplied[coordinate] += flops
+    busiest = at or max(load.keys() | multiplied, key=lambda c: (multiplied[c], load[c], c))
     found = Forecast(
         busiest=max(load.values()),
         bf16=(settings.matmul_dtype or settings.basis_dtype) == "bfloat16",
@@ -210,70 +195,62 @@ def _sum_up(
     known: dict[object, Costs] = {}
     collectives = []
     for plan in plans:
-        mine = plan.owners[0] == busiest
-        # What a rank sends depends on the owner only by where their coordinates agree.
+        numel = plan.compute.numel(busiest)
+        computes = bool(plan.basis.numel(busiest))
+        # What a rank sends depends on the owner only by where their coordinates agree, and of a
+        # weight that others compute not on who they are.
         agree = tuple(a == b for a, b in zip(plan.owners[0], busiest, strict=True))
-        key = (plan.storage, plan.basis, plan.delegated, agree)
+        key = (plan.storage, plan.compute if computes else None, agree)
         if key not in known:
             known[key] = costs(plan, busiest, sizes, settings.refresh == "async")
         cost = known[key]
         found.state += cost.state
         _add(found.step, cost.step)
         _add(found.refresh, cost.refresh)
-        r, numel = min(plan.storage.shape), plan.compute.numel(busiest)
-        share = plan.matrix_numel * mine if plan.delegated else numel
-        flops = 2 * 2.0 * share * r
+        r = min(plan.storage.shape)
+        flops = 2 * 2.0 * numel * r
         found.flops += flops
         collectives.append(cost.collectives)
-        found.rotate += 2 * 2.0 * share * r + 2.0 * r**3 * (mine or not plan.delegated)
-        sums = sums_grams(plan, sizes.moment, sizes.gram)
-        if sums and shares_with(plan, plan.owners[0], busiest):
-            found.rotate += 2.0 * numel * r  # its part
-        found.elements += numel
+        found.rotate += (2 * 2.0 * numel * r + 2.0 * r**3) * computes
+        found.elements += plan.storage.numel(busiest) if plan.group is None else numel
         _count(found.kinds, plan, cost, flops)
-    _together(found, plans, settings, sizes, busiest, collectives)
+    _together(found, plans, settings, busiest, collectives)
     _add_adamw(found, others, mesh, busiest, sizes)
     return found
 
 
-def _decomposition(plan: WeightPlan, settings: CondaConfig, sizes: Sizes) -> float:
-    """Operations that a refresh of a weight takes its owner."""
-    m, n = plan.storage.shape
-    sums = sums_grams(plan, sizes.moment, sizes.gram)
-    return refresh_flops(m, n, settings.refresh_method, sums)
+def _grouped(plan: WeightPlan) -> dict[Coordinate, float]:
+    """Operations of the products of a weight that a group computes, by coordinate."""
+    if plan.group is None:
+        return {}
+    r = min(plan.storage.shape)
+    return {c: 2 * 2.0 * plan.compute.numel(c) * r for c in plan.computing()}
 
 
 def _together(
     found: Forecast,
     plans: Sequence[WeightPlan],
     settings: CondaConfig,
-    sizes: Sizes,
     at: Coordinate,
     collectives: Sequence[int],
 ) -> None:
-    """Adds what weights that step together cost: collectives, and the waiting for their owners."""
+    """Adds what weights that step together cost: collectives, and the waiting for each other."""
     limits = Options(bucket_bytes=settings.bucket_bytes, refresh_bytes=settings.refresh_bytes)
-    travelling = [i for i, plan in enumerate(plans) if plan.travels and not plan.delegated]
-    delegated = [i for i, plan in enumerate(plans) if plan.delegated]
-    errands = fill_waves(plans, delegated, limits.bucket_limit)
-    for together in (*fill_buckets(plans, travelling, limits.bucket_limit), *errands):
-        found.collectives += max(collectives[i] for i in together)
-
-    def work(weights: Sequence[int], of: Callable[[WeightPlan], float]) -> dict[Coordinate, float]:
+    sending = [i for i, plan in enumerate(plans) if plan.communicates]
+    for task in fill_tasks(plans, sending, limits.bucket_limit, refreshing=False):
+        found.collectives += max(collectives[i] for i in task)
         load: dict[Coordinate, float] = defaultdict(float)
-        for i in weights:
-            load[plans[i].owners[0]] += of(plans[i])
-        return load
-
-    for errand in errands:
-        load = work(errand, lambda plan: 4.0 * plan.matrix_numel * min(plan.storage.shape))
-        found.waited += max(load.values()) - load.get(at, 0.0)
-
-    for some in (delegated, [i for i, plan in enumerate(plans) if not plan.delegated]):
-        for wave in fill_waves(plans, some, limits.refresh_limit):
-            found.decompose += max(
-                work(wave, lambda p: _decomposition(p, settings, sizes)).values()
+        for i in task:
+            for coordinate, flops in _grouped(plans[i]).items():
+                load[coordinate] += flops
+        found.waited += max(load.values(), default=0.0) - load[at]
+    for task in fill_tasks(plans, range(len(plans)), limits.refresh_limit, refreshing=True):
+        load = defaultdict(float)
+        for i in task:
+            load[plans[i].owners[0]] += refresh_flops(
+                *plans[i].storage.shape, settings.refresh_method
             )
+        found.decompose += max(load.values())
 
 
 def _count(kinds: list[Kind], plan: WeightPlan, cost: Costs, flops: float) -> None:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from conda_dist.flat import Flat
 from conda_dist.layout import Coordinate, Group, Layout, Split, Topology, nested
-from conda_dist.plan.weight_plan import WeightPlan, copied_basis_bytes, plan_weight
+from conda_dist.plan.weight_plan import WeightPlan, copied_basis_bytes, inside, plan_weight
 
 MOST_GROUPED = 16
 """Ranks of a group along its mesh dimension, at most: each has a copy of the basis."""
@@ -199,8 +199,11 @@ def _seats(plans: Sequence[WeightPlan]) -> Iterator[Seat]:
 def _holders(compute: Layout, basis: Layout) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Every matrix of a batch with the ranks that have its basis, by their order in the mesh."""
     holders: dict[int, list[int]] = defaultdict(list)
-    for place, coordinate in enumerate(compute.coordinates()):
+    for coordinate in inside(compute):
         if basis.numel(coordinate):
+            place = 0
+            for size, index in zip(compute.mesh, coordinate, strict=True):
+                place = place * size + index
             for matrix in compute.matrices(coordinate):
                 holders[matrix].append(place)
     return tuple((matrix, tuple(places)) for matrix, places in sorted(holders.items()))
@@ -220,8 +223,10 @@ def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
     for seat in _seats(plans):
         seats[plans[seat.weight].topology].append(seat)
 
-    def key(seat: Seat) -> tuple[int, str, int]:
-        return -plans[seat.weight].cost, plans[seat.weight].name, seat.matrix
+    def key(seat: Seat) -> tuple[int, int, str, int]:
+        # Of equal costs first those that few ranks may take: the others fill the gaps.
+        plan = plans[seat.weight]
+        return -plan.cost, len(seat.candidates), plan.name, seat.matrix
 
     for topology, containing in nested(plan.topology for plan in plans):
         ranks, queued = topology.ranks, [0] * len(topology.ranks)

@@ -42,14 +42,12 @@ class Costs:
         state: bytes it keeps.
         step: bytes it sends in a step without a refresh.
         refresh: bytes it sends more for a refresh.
-        save: bytes it sends for ``state_dict()``.
         collectives: how many a step without a refresh takes.
     """
 
     state: int
     step: Sent
     refresh: Sent
-    save: Sent
     collectives: int
 
 
@@ -72,14 +70,18 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     moved.append((gather, [sizes.moment] * count))
     numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
     state = numel * kept + basis * sizes.basis + counts
-    save: list[Exchanged] = []
-    if plan.separate:
-        firsts = 2 if is_async else 1
-        routes = [moments_to_saved(plan)] * (1 + firsts) + [basis_to_saved(plan)]
-        itemsizes = [sizes.moment] * firsts + [sizes.second, sizes.basis]
-        save = [(plan_hops(routes, coordinate), itemsizes)]
     step, refresh = _sent(coordinate, *steady), _sent(coordinate, *moved)
-    return Costs(state, step, refresh, _sent(coordinate, *save), _collectives(*steady))
+    return Costs(state, step, refresh, _collectives(*steady))
+
+
+def save_costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Sent:
+    """Bytes that the rank at a coordinate sends of a weight's state for ``state_dict()``."""
+    if not plan.separate:
+        return {}
+    firsts = 2 if is_async else 1
+    routes = [moments_to_saved(plan)] * (1 + firsts) + [basis_to_saved(plan)]
+    itemsizes = [sizes.moment] * firsts + [sizes.second, sizes.basis]
+    return _sent(coordinate, (plan_hops(routes, coordinate), itemsizes))
 
 
 Exchanged = tuple[Sequence[Hop], Sequence[int]]

@@ -9,7 +9,7 @@ the same tasks, and a planner can ask what any rank of an imagined mesh would do
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from conda_dist.flat import Held
 from conda_dist.layout import Coordinate, Copies, Layout, Placement, Split, Topology, reverse
@@ -108,8 +108,8 @@ def fill_tasks(
 
     A rank holds its share of what each weight moves, and besides what it computes for a group and,
     in a refresh, the whole matrices that it decomposes. Tasks take the ranks' queues in turn, so
-    that all have work in each. Every rank may have one matrix in each, however large: all others
-    would wait for it.
+    that all have work in each. Every rank may have one matrix in each, however large, and may
+    compute as much: all others would wait for it.
     """
     tasks: list[list[int]] = []
     current: dict[tuple[Topology, bool], _Filling] = {}
@@ -117,57 +117,67 @@ def fill_tasks(
     for index in sorted(weights, key=lambda i: _task_order(plans[i], i)):
         plan = plans[index]
         key = plan.topology, plan.communicates or refreshing
-        added = _added(plan, refreshing)
         filling = current.get(key)
-        if filling is None or not filling.has_room(plan, added, limit):
-            filling = current[key] = _Filling([])
+        if filling is None or not filling.add(index, plan, limit, refreshing):
+            filling = current[key] = _Filling()
+            filling.add(index, plan, limit, refreshing)
             tasks.append(filling.weights)
-        filling.add(index, plan, added)
     return [tuple(sorted(task)) for task in tasks]
 
 
 @dataclass(slots=True)
 class _Filling:
-    """A task that is being filled: what all its ranks hold, in bytes, and what some hold more."""
+    """A task that is being filled.
 
-    weights: list[int]
+    Attributes:
+        weights: those in it.
+        shares: bytes that every rank holds of what moves.
+        bases: bytes of bases that every rank gathers.
+        computed: bytes that ranks compute for groups, by coordinate.
+        owned: bytes of whole matrices that ranks decompose, by coordinate.
+        largest: bytes of the largest matrix that is decomposed.
+    """
+
+    weights: list[int] = field(default_factory=list)
     shares: int = 0
     bases: int = 0
-    more: dict[Coordinate, int] | None = None
+    computed: dict[Coordinate, int] = field(default_factory=dict)
+    owned: dict[Coordinate, int] = field(default_factory=dict)
+    largest: int = 0
 
-    def has_room(self, plan: WeightPlan, added: Mapping[Coordinate, int], limit: int) -> bool:
-        more = self.more or {}
-        share, basis = plan.share * ITEMSIZE, plan.gathered_basis * ITEMSIZE
-        second = any(
-            where in more and self.shares + share + more[where] + size > limit
-            for where, size in added.items()
-        )
-        full = share + basis and self.shares + share + self.bases + basis > limit
-        return not second and not full
-
-    def add(self, index: int, plan: WeightPlan, added: Mapping[Coordinate, int]) -> None:
+    def add(self, index: int, plan: WeightPlan, limit: int, refreshing: bool) -> bool:
+        """Adds a weight if there is room for it, as there is in an empty task."""
+        shares = self.shares + plan.share * ITEMSIZE
+        basis = plan.gathered_basis * ITEMSIZE
+        matrix = plan.matrix_numel * ITEMSIZE if refreshing else 0
+        largest = max(self.largest, matrix)
+        computed: dict[Coordinate, int] = {}
+        for coordinate in plan.computing() if plan.group is not None else ():
+            size = plan.compute.numel(coordinate) * ITEMSIZE
+            if before := self.computed.get(coordinate, 0):
+                size += before
+                if shares + size > max(limit, largest):
+                    return False
+            computed[coordinate] = size
+        owned: dict[Coordinate, int] = defaultdict(int)
+        for owner in plan.owners if refreshing else ():
+            owned[owner] += matrix
+        for owner, size in owned.items():
+            if owner in self.owned:
+                owned[owner] = size + self.owned[owner]
+                if shares + owned[owner] > limit:
+                    return False
+        if self.weights and (plan.share or basis) and shares + self.bases + basis > limit:
+            return False
         self.weights.append(index)
-        self.shares += plan.share * ITEMSIZE
-        self.bases += plan.gathered_basis * ITEMSIZE
-        self.more = self.more or {}
-        for where, size in added.items():
-            self.more[where] = self.more.get(where, 0) + size
+        self.shares, self.bases, self.largest = shares, self.bases + basis, largest
+        self.computed |= computed
+        self.owned |= owned
+        return True
 
 
 def _task_order(plan: WeightPlan, index: int) -> tuple[object, ...]:
     return (plan.topology.ranks, plan.topology.sizes, max(plan.turns, default=0), index)
-
-
-def _added(plan: WeightPlan, refreshing: bool) -> dict[Coordinate, int]:
-    """Bytes that some ranks hold of a weight in a task, beside the share that all have."""
-    added: dict[Coordinate, int] = defaultdict(int)
-    if plan.group is not None:
-        for coordinate in plan.group_coordinates():
-            added[coordinate] += plan.compute.numel(coordinate) * ITEMSIZE
-    if refreshing:
-        for owner in plan.owners:
-            added[owner] += plan.matrix_numel * ITEMSIZE
-    return added
 
 
 def plan_step(

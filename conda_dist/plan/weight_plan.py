@@ -5,7 +5,9 @@ same for a mesh of thousands of ranks that is only imagined.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from conda_dist.flat import Flat, Held, flat_basis, flat_to_compute
 from conda_dist.layout import (
@@ -128,16 +130,9 @@ class WeightPlan:
         moved = (3 if self.loads_moments else 1) * math.prod(self.storage.shape)
         return -(-moved // len(self.topology.ranks))
 
-    @property
-    def grouped_share(self) -> int:
-        """Elements that a rank of its group has of it in a step; 0 without a group."""
-        if self.group is None:
-            return 0
-        return max(self.compute.numel(c) for c in self.group_coordinates())
-
-    def group_coordinates(self) -> list[Coordinate]:
-        """The coordinates that hold any of it in compute layout."""
-        return [c for c in self.compute.coordinates() if self.basis.numel(c)]
+    def computing(self) -> Iterator[Coordinate]:
+        """The coordinates that compute any of it."""
+        return inside(self.compute)
 
     @property
     def gathered_basis(self) -> int:
@@ -153,6 +148,17 @@ class WeightPlan:
             f"{self.name} {self.storage.shape} stored {self.storage} computed {self.compute} "
             f"basis {self.basis} ranks {self.topology.ranks} refreshed by {owners}"
         )
+
+
+def inside(layout: Layout) -> Iterator[Coordinate]:
+    """The coordinates that hold a piece of a layout, if only an empty one."""
+    held = [placement.among if placement else None for placement in layout.placements]
+    return product(
+        *(
+            range(size) if among is None else range(among[0], sum(among))
+            for size, among in zip(layout.mesh, held, strict=True)
+        )
+    )
 
 
 def plan_weight(

@@ -97,22 +97,12 @@ def _refuse(options: Mapping[str, Any]) -> None:
             'refresh "async" is not supported under DeepSpeed, whose universal checkpoints would '
             'lose what is pending; use "sync"'
         )
-    if options["refresh_waves"] != 1:
-        raise ValueError(
-            "refresh_waves must be 1 under DeepSpeed: which matrices make a wave would depend on "
-            "how ZeRO cuts its groups"
-        )
     for name, neutral in (("second_moment_dtype", None), ("stochastic_rounding", False)):
         if options[name] != neutral:
             raise ValueError(
                 f"{name} is not supported under DeepSpeed, whose partitions have both moments in "
                 "one dtype, rounded to nearest: leave it out (state_dtype sets both)"
             )
-    if options["basis_placement"] == "owner":
-        raise ValueError(
-            'basis_placement "owner" is not supported under DeepSpeed, whose partitions are flat '
-            'ranges; use "shard" or "auto"'
-        )
 
 
 def _dtype(name: str, value: Any) -> Any:

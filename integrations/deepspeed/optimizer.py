@@ -209,8 +209,9 @@ class Conda(torch.optim.Optimizer):
                 verify(pieces, tensors)
                 self._verified.add(key)
             options = self._arguments.options
-            spent = sum(other.basis_bytes() for other in self._units.values())
-            options = replace(options, basis_budget=max(options.basis_budget - spent, 0))
+            if options.basis_budget is not None:
+                spent = sum(other.basis_bytes() for other in self._units.values())
+                options = replace(options, basis_budget=max(options.basis_budget - spent, 0))
             unit = Unit(tensors, groups, pieces, mesh, options)
             unit.init_state(self.state, self._loaded)
             lines = unit.setup(groups).lines(mesh)

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from conda_dist.adamw import Entry, adamw_
-from conda_dist.conda_path import CondaPath
 from conda_dist.exchange import Exchange, Mesh, all_max
 from conda_dist.integrations.deepspeed.checkpoint import Kept
 from conda_dist.integrations.deepspeed.partitions import Piece
 from conda_dist.options import Options
-from conda_dist.plan import basis_to_first, replicated_basis_bytes
+from conda_dist.plan.weight_plan import basis_to_first, copied_basis_bytes
 from conda_dist.routing import CONDA
+from conda_dist.runtime.step import CondaPath
+from conda_dist.runtime.weight import Weight, hyper_of
 from conda_dist.setup import Plain, Setup, Site, plan_sites
 from conda_dist.states import moment_dtype
 from conda_dist.transfer import plan_hops
-from conda_dist.weight import Weight, hyper_of
 
 KEPT = ("step", "basis", "basis_step")
 """What a weight has beside its moments."""
@@ -73,7 +73,7 @@ class Unit:
             for p, view in zip(pieces, self._views, strict=True)
             if p.member.algorithm == CONDA
         ]
-        self.weights = plan_sites(sites, self._states, options)
+        self.weights = plan_sites(sites, self._states, options, {})
         self._path = CondaPath(self.weights, options)
         self._conda = [i for i, piece in enumerate(pieces) if piece.member.algorithm == CONDA]
         self._adamw = [i for i, piece in enumerate(pieces) if piece.member.algorithm != CONDA]
@@ -90,7 +90,7 @@ class Unit:
     def basis_bytes(self) -> int:
         """Bytes of bases that are not split, on the rank that has most of them."""
         whole = [w for w in self.weights if not any(w.plan.basis.placements)]
-        each = [replicated_basis_bytes(w.plan, w.basis.element_size()) for w in whole]
+        each = [copied_basis_bytes(w.plan, w.basis.element_size()) for w in whole]
         return max((sum(sizes) for sizes in zip(*each, strict=True)), default=0)
 
     def init_state(self, states: MutableMapping[Tensor, dict[str, Any]], kept: Kept) -> None:
@@ -194,11 +194,7 @@ class Unit:
         for i, weight in zip(self._conda, self.weights, strict=True):
             weight.group = groups[self.pieces[i].index]
         self._path.step(
-            {
-                place: self.weights[place].rows(grad)
-                for place, i in enumerate(self._conda)
-                if (grad := grads[i]) is not None
-            }
+            {place: grad for place, i in enumerate(self._conda) if (grad := grads[i]) is not None}
         )
         self._adamw_step(groups, grads)
 
@@ -231,7 +227,7 @@ def _take(weight: Weight, kept: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"{weight.name}: the checkpoint's {key} has shape {tuple(theirs.shape)} and dtype "
                 f"{theirs.dtype}, here they are {tuple(ours.shape)} and {ours.dtype}. Load it on "
-                "as many ranks (or from a universal checkpoint), with the same basis_placement, "
+                "as many ranks (or from a universal checkpoint), with the same "
                 "basis_budget, basis_dtype and state_dtype."
             )
         if not whole:

@@ -53,15 +53,13 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         state_dtype: Literal["float32", "bfloat16"] | None = None
         matmul_dtype: Literal["float32", "bfloat16"] | None = None
         basis_dtype: Literal["float32", "bfloat16"] | None = None
-        basis_placement: Literal["auto", "replicate", "shard", "owner"] = "auto"
-        basis_budget: int = 4 * 2**30
+        basis_budget: int | None = 4 * 2**30
         bucket_bytes: int = 64 * 2**20
         refresh_bytes: int = 512 * 2**20
         max_refresh_failures: int = 3
         refresh_method: Literal["svd", "orthogonal_iteration", "eigh64"] = "svd"
         refresh: Literal["sync", "async"] = "sync"
         refresh_delay: int = 20
-        refresh_waves: int = 1
         second_moment_dtype: Literal["float32", "bfloat16", "uint8"] | None = None
         stochastic_rounding: bool = False
         compile: bool = False
