@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from conda_dist.layout import Block, Coordinate, Layout, Move, Placement, Split, kept_dim
+from conda_dist.compute_layout import Move, kept_dim
+from conda_dist.layout import Block, Coordinate, Layout, Placement, Split
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from functools import lru_cache
 from operator import mul
 from typing import TypeAlias
 
+from conda_dist.compute_layout import Move
 from conda_dist.flat import Flat, Held
-from conda_dist.layout import Block, Coordinate, Copies, Layout, Move, Split, intersect
+from conda_dist.layout import Block, Coordinate, Copies, Layout, Split, intersect
 from conda_dist.packing import (
     Copy,
     Run,
@@ -213,8 +214,9 @@ def _cut_evenly(move: Move) -> bool:
     splits = source.placements[move.mesh_dim], target.placements[move.mesh_dim]
     ranks = math.prod(source.mesh)
     return all(
-        split is not None
+        isinstance(split, Split)
         and not split.bounds
+        and not split.among
         and source.shape[split.dim] % (ranks * split.stride) == 0
         for split in splits
     )

@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from conda_dist import storage
+from conda_dist.compute_layout import kept_dim
 from conda_dist.exchange import Mesh
-from conda_dist.layout import kept_dim
 from conda_dist.routing import CONDA, clean_name, divide
 
 

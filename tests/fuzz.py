@@ -209,7 +209,7 @@ def _groups(case: Case, pairs: Sequence[Any]) -> list[dict[str, Any]]:
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "scale": 0.25,
     "update_proj_gap": 2000, "correct_bias": True, "refresh": "sync", "refresh_delay": 20,
-    "refresh_waves": 1, "refresh_method": "svd",
+    "refresh_method": "svd",
 }  # fmt: skip
 
 
@@ -228,9 +228,9 @@ def oracle(case: Case) -> list[Tensor]:
         [gradient(spec, i, step) for step in range(len(spec.grads))]
         for i, spec in enumerate(case.params)
     ]
-    # What is on a mesh begins, and is dealt out to waves, apart from what is not.
-    begun, waves = {}, {True: 0, False: 0}
-    for meshed in waves:
+    # What is on a mesh begins apart from what is not.
+    begun = {}
+    for meshed in (True, False):
         mine = [g for g, spec in zip(grads, case.params, strict=True) if _meshed(spec) == meshed]
         steps = [any(g is not None and g.any() for g in row) for row in zip(*mine, strict=True)]
         begun[meshed] = steps.index(True) if any(steps) else len(options)
@@ -239,7 +239,7 @@ def oracle(case: Case) -> list[Tensor]:
     order = sorted(range(len(case.params)), key=lambda i: case.params[i].splits is not None)
     for i in order:
         spec = case.params[i]
-        first, meshed = begun[_meshed(spec)], _meshed(spec)
+        first = begun[_meshed(spec)]
         param, given = whole(spec, i).double(), [None] * first + grads[i][first:]
         if spec.frozen or not projects(case, spec):
             ended[i] = _adam(param, given, options)
@@ -251,9 +251,7 @@ def oracle(case: Case) -> list[Tensor]:
         ]
         after = []
         for k, part in enumerate(parts):
-            wave = waves[meshed] % start["refresh_waves"]
-            after.append(_conda(part, [row[k] for row in cut], options, wave))
-            waves[meshed] += 1
+            after.append(_conda(part, [row[k] for row in cut], options))
         ended[i] = torch.cat(after, -2)
     return [ended[i] for i in range(len(case.params))]
 
@@ -281,9 +279,7 @@ def _adam(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Options
     return param
 
 
-def _conda(
-    param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Options], wave: int
-) -> Tensor:
+def _conda(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Options]) -> Tensor:
     """The paper's steps; a basis is that of a momentum of so many steps ago if refreshed async."""
     first, second, count = torch.zeros_like(param), torch.zeros_like(param), 0
     basis, taken, pending = torch.empty(0), -1, None
@@ -292,13 +288,13 @@ def _conda(
             continue
         beta1, beta2 = options["betas"]
         gap, late = options["update_proj_gap"], options["refresh"] == "async"
-        phase, delay = wave * gap // options["refresh_waves"], min(options["refresh_delay"], gap)
+        delay = min(options["refresh_delay"], gap)
         first = beta1 * first + (1 - beta1) * grad.double()
         if not first.isfinite().all():
             return param + math.nan
         if taken < 0 and not first.any():
             continue
-        last = count - (count - phase) % gap
+        last = count - count % gap
         if taken < 0:
             basis, taken = decompose(first), count
         elif late and pending is not None and pending[0] <= count - delay:

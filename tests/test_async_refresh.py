@@ -1,4 +1,4 @@
-"""Refreshes in the background: the lag is exact, on shards and across a stop; waves."""
+"""Refreshes in the background: the lag is exact, on shards and across a stop."""
 
 import subprocess
 import sys
@@ -15,13 +15,7 @@ import models
 import ranks
 import toys
 from conda_dist import Conda, decomposition
-from conda_dist.exchange import Mesh
-from conda_dist.layout import Layout as Where
-from conda_dist.layout import Split, Topology
-from conda_dist.options import Options
-from conda_dist.owners import deal_waves
 from conda_dist.reference import decompose, project, project_back
-from conda_dist.setup import Site, plan_sites
 from models import FSDP2, PLAIN, Layout
 from test_parallel_layouts import MATRICES, far, train
 
@@ -68,58 +62,6 @@ def test_bases_are_taken_when_said(shape: tuple[int, ...], gap: int, delay: int)
         assert toys.error(ours[0], expected, start) < 1e-4
 
 
-@pytest.mark.parametrize("waves", [2, 3])
-def test_waves_are_refreshed_one_after_another(waves: int) -> None:
-    params = toys.parameters((6, 4), (4, 6), (5, 5), (7, 3))
-    grads = toys.gradients(params, STEPS)
-    gap = 6
-    optimizer = Conda(
-        [{"params": params, "algorithm": "conda"}], update_proj_gap=gap, refresh_waves=waves
-    )
-    starts = [param.detach().clone() for param in params]
-    after = toys.take(optimizer, params, grads)
-    for i, start in enumerate(starts):
-        phase = i % waves * gap // waves
-        expected = _late(start, [row[i] for row in grads], gap, 0, phase)
-        assert toys.error(after[-1][i], expected[-1], start) < 1e-4
-        assert optimizer.state[params[i]]["basis_step"] == phase + (gap if phase else 2 * gap)
-
-
-def test_as_many_waves_as_give_each_rank_a_matrix() -> None:
-    four, two = Topology((4,), (0, 1, 2, 3)), Topology((2,), (0, 1))
-    shared = [(four, 1), (two, 5), (four, 3), (four, 1), (two, 1), (four, 4)]
-    # 9 / 4 matrices; of 6 / 2 those of one weight stay together.
-    dealt = [(0, 3), (0, 2), (1, 3), (2, 3), (1, 2), (0, 3)]
-    assert deal_waves(shared, 0) == dealt
-    assert deal_waves(shared, 2) == [(0, 2), (0, 2), (1, 2), (0, 2), (1, 2), (1, 2)]
-    params = toys.parameters((6, 4), (4, 6), (5, 5))
-    optimizer = Conda(
-        [{"params": params, "algorithm": "conda"}], update_proj_gap=6, refresh_waves=0
-    )
-    toys.take(optimizer, params, toys.gradients(params, 6))
-    assert [int(optimizer.state[param]["basis_step"]) for param in params] == [0, 2, 4]
-
-
-def test_waves_are_those_of_the_mesh() -> None:
-    """Ranks that share a mesh may have different weights on other meshes that come before it."""
-    dense = Mesh(Topology((4,), (0, 1, 2, 3)))
-    waves = []
-    for experts in (Mesh(Topology((2,), (0, 1))), Mesh(Topology((2,), (2, 3)))):
-        held = 1 if experts.topology.ranks[0] else 2
-        placed = [(experts, f"expert{i}") for i in range(held)]
-        placed += [(dense, f"dense{i}") for i in range(3)]
-        sites = [
-            Site(name, torch.empty(0), mesh, {}, Where((8, 8), mesh.topology.sizes, (Split(0),)))
-            for mesh, name in placed
-        ]
-        weights = plan_sites(sites, {}, Options(refresh_waves=2))
-        waves.append({w.name: (w.plan.wave, w.plan.owners) for w in weights if "dense" in w.name})
-    assert [wave for wave, _ in waves[0].values()] == [0, 1, 0]
-    assert {name: wave for name, (wave, _) in waves[0].items()} == {
-        name: wave for name, (wave, _) in waves[1].items()
-    }
-
-
 def _train(layout: Layout, options: dict[str, Any]) -> Any:
     """Parameters and states at the end of two runs, which must be the same."""
     ended = []
@@ -130,7 +72,7 @@ def _train(layout: Layout, options: dict[str, Any]) -> Any:
     return models.unequal(*ended), ended[0]
 
 
-@pytest.mark.parametrize("options", [ASYNC, {**ASYNC, "refresh_waves": 2}], ids=str)
+@pytest.mark.parametrize("options", [ASYNC], ids=str)
 def test_on_shards(options: dict[str, Any]) -> None:
     """One process and many go the same way, and twice the same; whatever is split, or how."""
     start = models.snapshot(*models.build(PLAIN))
@@ -339,5 +281,3 @@ def test_options() -> None:
         Conda(toys.parameters(), refresh="later")
     with pytest.raises(ValueError, match="refresh_delay must be at least 1, got 0"):
         Conda(toys.parameters(), refresh_delay=0)
-    with pytest.raises(TypeError, match="refresh_waves must be an int"):
-        Conda(toys.parameters(), refresh_waves=2.0)  # type: ignore[arg-type]

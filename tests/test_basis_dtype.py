@@ -36,13 +36,13 @@ def test_near_the_run_with_float32_bases(options: dict[str, Any], most: float) -
     assert 1e-4 < models.farthest(ended, _run(PLAIN, {}), start) < most
 
 
-@pytest.mark.parametrize("placement", ["replicate", "shard"])
-def test_on_shards(placement: str) -> None:
+@pytest.mark.parametrize("budget", [None, 0])
+def test_on_shards(budget: int | None) -> None:
     """All ranks round the same bases, but at the last bit of a sum they may differ."""
     start, alone = models.snapshot(*models.build(PLAIN)), _run(PLAIN, FLOAT_PRODUCTS)
     for layout in LAYOUTS:
         world = torch.Size(layout[1]).numel()
-        options = {**FLOAT_PRODUCTS, "basis_placement": placement}
+        options = {**FLOAT_PRODUCTS, "basis_budget": budget}
         for ended in ranks.run(world, _run, layout, options):
             assert models.farthest(ended, alone, start) < 1e-2
 

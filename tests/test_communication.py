@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 import models
 import ranks
@@ -184,14 +184,20 @@ def test_row_wise_tensor_parallel_moves_along_one_dimension() -> None:
         )
 
 
-def test_sharded_bases_are_gathered_with_the_gradients() -> None:
+def test_groups_send_each_gradient_once_and_each_update_once() -> None:
+    """Beyond the budget a step moves 2mn/p of each matrix, and no basis and no moment."""
     p = 4
-    options = {"basis_budget": 0}
-    for _, steady, report in ranks.run(p, _run, LLAMA, (p,), (Shard(0),), options):
-        bases = sum(min(s) ** 2 for _, s in LLAMA) // p * (p - 1)
-        wide = sum(m * n for _, (m, n) in WIDE) // p * (p - 1) // p
-        assert steady == [Call("all_to_all", F32 * (bases + wide)), Call("all_to_all", F32 * wide)]
-        assert sum(row["step_bytes"] for row in report) == F32 * (bases + 2 * wide)
+    for rank, (_, steady, report) in enumerate(
+        ranks.run(p, _run, LLAMA, (p,), (Shard(0),), {"basis_budget": 0})
+    ):
+        whole = {name: m * n for name, (m, n) in LLAMA}
+        mine = [row["name"] for row in report if row["group"] == [rank]]
+        assert all(len(row["group"]) == 1 for row in report)
+        given = sum(numel for name, numel in whole.items() if name not in mine) // p
+        returned = sum(whole[name] for name in mine) * (p - 1) // p
+        assert [call.name for call in steady] == ["all_to_all"] * 2
+        assert [call.sent for call in steady] == [F32 * given, F32 * returned]
+        assert sum(row["step_bytes"] for row in report) == F32 * (given + returned)
 
 
 def test_buckets_bound_what_is_exchanged_at_once() -> None:
@@ -210,18 +216,18 @@ def _model(width: int, mlp: int, layers: int, vocabulary: int) -> list[tuple[str
 MODELS = {"tiny": _model(WIDTH, MLP, LAYERS, 256), "60M": _model(512, 1376, 8, 32000)}
 
 
-def _state_bytes(p: int, model: str, placement: str) -> tuple[int, int]:
+def _state_bytes(p: int, model: str, budget: int | None) -> tuple[int, int]:
     mesh = init_device_mesh("cpu", (p,))
 
     def zeros(shape: tuple[int, ...]) -> torch.Tensor:
         return distribute_tensor(torch.zeros(shape), mesh, [Shard(0)], src_data_rank=None)
 
     named = [(f"{name}.weight", nn.Parameter(zeros(shape))) for name, shape in MODELS[model]]
-    optimizer = Conda(named, basis_placement=placement)
+    optimizer = Conda(named, basis_budget=budget)
     optimizer.init_state()
     small = ("step", "basis_step")
     held = sum(
-        value.to_local().numel() * value.element_size()
+        (value.to_local() if isinstance(value, DTensor) else value).nbytes
         for state in optimizer.state.values()
         for key, value in state.items()
         if key not in small
@@ -235,22 +241,25 @@ def _state_bytes(p: int, model: str, placement: str) -> tuple[int, int]:
     )
 
 
-@pytest.mark.parametrize("placement", ["shard", "replicate"])
+@pytest.mark.parametrize("budget", [0, None], ids=["groups", "all ranks"])
 @pytest.mark.parametrize("p", [1, 2, 4])
 @pytest.mark.parametrize("model", MODELS)
-def test_state_is_sharded(p: int, model: str, placement: str) -> None:
+def test_state_is_sharded(p: int, model: str, budget: int | None) -> None:
+    """With groups each basis is kept once, without on all ranks; either way no rank has most."""
     n = sum(m * k for _, (m, k) in MODELS[model])
     bases = sum(min(shape) ** 2 for name, shape in MODELS[model] if name.endswith("_proj"))
-    expected = F32 * (2 * n // p + (bases // p if placement == "shard" else bases))
-    for held, reported in ranks.run(p, _state_bytes, p, model, placement):
-        assert held == reported == expected
+    answers = ranks.run(p, _state_bytes, p, model, budget)
+    assert all(held == reported for held, reported in answers)
+    total, most = sum(held for held, _ in answers), max(held for held, _ in answers)
+    assert total == F32 * (2 * n + bases * (1 if budget == 0 else p))
+    assert most <= 1.3 * total / p
 
 
 def test_auto_keeps_to_the_budget() -> None:
     def count(budget: int) -> tuple[list[Any], int]:
         options = {"basis_budget": budget}
         report = ranks.run(2, _run, LLAMA, (2,), (Shard(0),), options)[0][2]
-        kept = [row for row in report if "Shard" not in row["basis"]]
+        kept = [row for row in report if not row["group"]]
         return kept, F32 * sum(min(row["shape"]) ** 2 for row in kept)
 
     one = F32 * WIDTH**2

@@ -24,8 +24,8 @@ CONFIGS: dict[str, tuple[int, dict[str, Any]]] = {
     "1": (1, {}),
     "2": (2, {}),
     "3": (3, {}),
-    '1, basis_placement "shard"': (1, {"basis_budget": 0}),
-    '3, basis_placement "shard"': (3, {"basis_budget": 0}),
+    "1, bases split": (1, {"basis_budget": 0}),
+    "3, bases split": (3, {"basis_budget": 0}),
 }
 SQUARE = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 import models
 import ranks
 from conda_dist import Conda
-from conda_dist.conda_path import CondaPath
+from conda_dist.compute_layout import reverse
 from conda_dist.exchange import Mesh
 from conda_dist.flat import Flat
-from conda_dist.layout import Topology, reverse
+from conda_dist.layout import Topology
 from conda_dist.options import Options
-from conda_dist.owners import deal_owners
-from conda_dist.plan import plan_weight
+from conda_dist.plan.compute_groups import deal_owners
+from conda_dist.plan.schedule import plan_task
+from conda_dist.plan.weight_plan import plan_weight
+from conda_dist.runtime.step import CondaPath
+from conda_dist.runtime.weight import Weight
 from conda_dist.transfer import plan_hops, redistribution
-from conda_dist.waves import plan_wave
-from conda_dist.weight import Weight
 from exchanges import Held, carry, local
 
 SIZES = st.integers(1, 7)
@@ -61,7 +62,7 @@ def test_blocks_are_the_ranges(flat: Flat) -> None:
 @settings(max_examples=300, deadline=None)
 def test_exchanges_are_exact_both_ways(flat: Flat) -> None:
     """Every rank gets whole rows or columns of what it computes, and the ranges come back."""
-    plan = plan_weight("weight", Topology(flat.mesh, tuple(range(*flat.mesh))), flat, False)
+    plan = plan_weight("weight", Topology(flat.mesh, tuple(range(*flat.mesh))), flat)
     tensor = torch.arange(math.prod(flat.shape)).view(flat.shape)
     held = {c: local(flat, c, tensor) for c in flat.coordinates()}
     if not plan.moves:
@@ -80,7 +81,7 @@ def test_exchanges_are_exact_both_ways(flat: Flat) -> None:
 def _sent(shape: tuple[int, ...], bounds: tuple[int, ...]) -> list[int]:
     """Elements each rank sends on the way to compute."""
     flat = Flat.of(shape, bounds)
-    plan = plan_weight("weight", Topology(flat.mesh, tuple(range(*flat.mesh))), flat, False)
+    plan = plan_weight("weight", Topology(flat.mesh, tuple(range(*flat.mesh))), flat)
     routes = [redistribution(plan.moves)]
     return [
         sum(hop.sent(coordinate[0], 0) for hop in plan_hops(routes, coordinate))
@@ -126,12 +127,14 @@ def test_who_computes_nothing_keeps_no_basis(
     """Elements of bases on each rank, and those that it sends to refresh them."""
     flat, world = Flat.of(shape, bounds), len(bounds) - 1
     for shard, expected in ((False, held), (True, split)):
-        plan = plan_weight("weight", Topology(flat.mesh, tuple(range(world))), flat, shard)
+        plan = plan_weight(
+            "weight", Topology(flat.mesh, tuple(range(world))), flat, shard_basis=shard
+        )
         (dealt,) = deal_owners([plan])
         assert [dealt.basis.numel((rank,)) for rank in range(world)] == expected
         for rank in range(world):
-            wave = plan_wave([dealt], (0,), [range(len(dealt.owners))], (rank,))
-            hops = [*wave.gather, *(hop for part in wave.scatters for hop in part.hops)]
+            task = plan_task([dealt], (0,), [range(len(dealt.owners))], (rank,))
+            hops = [*task.gather, *(hop for part in task.rotations for hop in part.hops)]
             counted = sum(hop.sent(rank, item) for hop in hops for item in range(len(shape)))
             assert counted == sent[rank]
 
@@ -167,8 +170,10 @@ def _flat_run(kind: str, options: Options) -> dict[str, Tensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
     states: dict[Tensor, dict[str, Any]] = {}
     flats = {n: Flat.of(s, _bounds(math.prod(s), world, kind)) for n, s in SHAPES.items()}
-    shard = options.basis_placement == "shard"
-    plans = deal_owners([plan_weight(n, mesh.topology, f, shard) for n, f in flats.items()])
+    shard = options.basis_budget == 0
+    plans = deal_owners(
+        [plan_weight(n, mesh.topology, f, shard_basis=shard) for n, f in flats.items()]
+    )
     pieces = {n: _start(n).flatten()[slice(*f.held((rank,)))].clone() for n, f in flats.items()}
     weights = []
     for (name, flat), plan in zip(flats.items(), plans, strict=True):
@@ -181,7 +186,7 @@ def _flat_run(kind: str, options: Options) -> dict[str, Tensor]:
         grads = {n: models.gradient(n, _start(n), step).flatten() for n in SHAPES}
         path.step(
             {
-                i: w.rows(grads[w.name][slice(*flats[w.name].held((rank,)))].clone())
+                i: (grads[w.name][slice(*flats[w.name].held((rank,)))].clone())
                 for i, w in enumerate(weights)
             }
         )
@@ -208,7 +213,7 @@ def alone() -> dict[str, Tensor]:
 def test_steps_follow_one_process(world: int, alone: dict[str, Tensor]) -> None:
     start = {name: _start(name) for name in SHAPES}
     for kind in ("even", "ceil", "last", "lopsided") if world > 1 else ("even",):
-        for placement in ("replicate", "shard"):
-            options = Options(basis_placement=placement, bucket_bytes=256, refresh_bytes=512)
+        for budget in (None, 0):
+            options = Options(basis_budget=budget, bucket_bytes=256, refresh_bytes=512)
             for ended in ranks.run(world, _flat_run, kind, options, timeout=60):
-                assert models.farthest(ended, alone, start) < 1e-4, (kind, placement)
+                assert models.farthest(ended, alone, start) < 1e-4, (kind, budget)

@@ -152,7 +152,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"basis_budget": 0},
     {"refresh": "async"},
     {"refresh_method": "eigh64"},
-    {"refresh_waves": 2},
     {"bucket_bytes": 1},
     {"update_proj_gap": 7},
 ]

@@ -1,7 +1,6 @@
 """The planner: its bytes are those of real runs, its words are checked, its tables are printed."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ranks
 from conda_dist import Conda
-from conda_dist.costs import svd_flops
-from conda_dist.delegate import delegate
-from conda_dist.filling import fill_waves
 from conda_dist.launch import forecast, plan
 from conda_dist.launch.config import CondaConfig
 from conda_dist.launch.forecast import Mesh
 from conda_dist.launch.hardware import HARDWARE
 from conda_dist.layout import Layout, Split, Topology
 from conda_dist.options import DTYPES
-from conda_dist.owners import deal_owners
-from conda_dist.plan import plan_weight
+from conda_dist.plan.compute_groups import deal_owners
+from conda_dist.plan.costs import svd_flops
+from conda_dist.plan.schedule import fill_tasks
+from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.storage import placements
 from test_layout_traffic import _place, _sent
 from traffic import recorded
@@ -99,7 +97,6 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[Counts, Counts]:
     optimizer = Conda(
         groups,
         update_proj_gap=settings.update_proj_gap,
-        basis_placement=settings.basis_placement,
         basis_budget=settings.basis_budget,
         matmul_dtype=DTYPES.get(settings.matmul_dtype),
         basis_dtype=DTYPES.get(settings.basis_dtype),
@@ -203,12 +200,19 @@ def test_the_sizes_of_known_models() -> None:
         assert round(planned.parameters / 1e9, 1) == billions
 
 
-def test_delegating_keeps_a_step_small() -> None:
-    """A rank sends four times its share of the weights, and again what it owns and passes on."""
-    config = plan.options.load(str(CONFIGS / "llama_70b.toml"), [])
-    planned = plan.Planned(config, Mesh(dp_shard=64, tp=8), 8192)
-    share = 4 * planned.parameters / 512
-    assert 4 * share < sum(planned.conda.step.values()) < 12 * share
+@pytest.mark.parametrize(("name", "ranks_", "tp"), [("7b", 64, 1), ("70b", 64, 8)])
+def test_a_step_sends_what_muon_sends(name: str, ranks_: int, tp: int) -> None:
+    """Past the budget a gradient goes to its group and an update comes back: 2mn/p, in bfloat16."""
+    given = ["--optimizer.conda.basis_budget", "0", "--optimizer.conda.basis_dtype", "bfloat16"]
+    config = plan.options.load(str(CONFIGS / f"llama_{name}.toml"), given)
+    planned = plan.Planned(config, Mesh(dp_shard=ranks_, tp=tp), 8192)
+    muon = planned.rivals()["Muon, gathered to owners"]
+    assert sum(planned.conda.step.values()) < 1.1 * sum(muon.step.values())
+    assert planned.conda.flops < 1.1 * _mean_flops(planned.projected) / (ranks_ * tp)
+
+
+def _mean_flops(shapes: dict[str, tuple[int, ...]]) -> float:
+    return sum(4.0 * math.prod(shape) * min(shape) for shape in shapes.values())
 
 
 @pytest.mark.parametrize("name", ["7b", "70b"])
@@ -221,47 +225,27 @@ def test_rows_add_up_to_the_total(name: str) -> None:
 
 
 def test_owners_work_at_the_same_time() -> None:
-    """Each of many ranks may have one matrix in a wave, however large: none waits for another."""
+    """Each of many ranks may have one matrix in a task, however large: none waits for another."""
     topology = Topology((8,), tuple(range(8)))
     large = Layout((8192, 8192), (8,), (Split(0),))
-    for sharded, placement in ((False, "replicate"), (True, "owner")):
-        plans = [plan_weight(f"{i}", topology, large, sharded) for i in range(16)]
-        plans = deal_owners([delegate(each, placement) for each in plans])
-        waves = fill_waves(plans, range(16), 2**20)
-        assert [len(wave) for wave in waves] == [8, 8]
-        for wave in waves:
-            assert {plans[i].owners[0] for i in wave} == {(rank,) for rank in range(8)}
-    # Bases that all ranks gather are bounded all the same.
-    plans = deal_owners([plan_weight(f"{i}", topology, large, True) for i in range(3)])
-    assert fill_waves(plans, range(3), 2**20) == [(0,), (1,), (2,)]
+    plans = deal_owners([plan_weight(f"{i}", topology, large) for i in range(16)])
+    tasks = fill_tasks(plans, range(16), 2**20, refreshing=True)
+    assert [len(task) for task in tasks] == [8, 8]
+    for task in tasks:
+        assert {plans[i].owners[0] for i in task} == {(rank,) for rank in range(8)}
 
 
 @pytest.mark.parametrize("refresh", ["sync", "async"])
 def test_what_waits_for_a_refresh(refresh: str) -> None:
-    """16 matrices of 4 owners: four in turn, or in eight waves of two where bases are gathered."""
+    """16 matrices of 4 owners, four in turn, whether all ranks compute them or groups of one."""
     shapes = {f"layers.{i}.weight": (64, 64) for i in range(16)}
-    many = CondaConfig(refresh_delay=5, refresh=refresh)
-    few = replace(many, basis_budget=0, refresh_bytes=2 * 64 * 64 * 4 * 5 // 2)
     one = svd_flops(64, 64)
-    for settings, waited in ((many, 4 * one), (few, 8 * one)):
+    for budget in (4 * 2**30, 0):
+        settings = CondaConfig(refresh_delay=5, refresh=refresh, basis_budget=budget)
         found = forecast.forecast_conda(shapes, {}, Mesh(dp_shard=4), settings)
-        assert (found.decompose, found.busiest) == (waited, 4 * one)
+        assert (found.decompose, found.busiest) == (4 * one, 4 * one)
     time = forecast.Seconds(step=1.0, decompose=50.0, busiest=20.0, exchange=3.0, training=2.0)
     assert [time.stall(delay) for delay in (0, 1, 5, 9)] == [53.0, 20.0, 8.0, 3.0]
-
-
-@pytest.mark.parametrize("replicas", [1, 2])
-def test_every_rank_makes_its_parts_of_gram_matrices(replicas: int) -> None:
-    """And owners only add up; without a part of what other replicas' owners refresh."""
-    shapes = {f"layers.{i}.weight": (4096, 64) for i in range(8)}
-    mesh, rotated = Mesh(dp_replicate=replicas, dp_shard=2), 2 * 2.0 * 4096 * 64 * 64 / 2
-    config = CondaConfig(refresh_method="orthogonal_iteration")
-    found = forecast.forecast_conda(shapes, {}, mesh, config, (0, 0, 0))
-    parts = 2.0 * 4096 * 64 * 64 / 2 * 8 / replicas
-    assert found.rotate == 8 * (rotated + 2.0 * 64**3) + parts
-    assert found.busiest == 8 / mesh.ranks * 4.0 * 64**3
-    by_svd = forecast.forecast_conda(shapes, {}, mesh, CondaConfig(), (0, 0, 0))
-    assert by_svd.rotate == found.rotate - parts
 
 
 def test_more_ranks_take_less_time_each() -> None:

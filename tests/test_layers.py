@@ -9,31 +9,44 @@ import pytest
 import conda_dist
 
 PACKAGE = Path(conda_dist.__file__).parent
-FILES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.glob("**/*.py"))
+    if "launch" not in path.parts and "integrations" not in path.parts
+}
 
 ORDER = (
     "maths",
     "decomposition",
     "layout",
+    "compute_layout",
     "flat",
+    "packing",
     "transfer",
-    "plan",
-    "waves",
-    "filling",
-    "owners",
-    "delegate",
+    "plan.weight_plan",
+    "plan.compute_groups",
+    "plan.schedule",
+    "plan.costs",
     "exchange",
     "storage",
-    "weight",
-    "background",
-    "refresh",
-    "errand",
-    "conda_path",
+    "runtime.scratch",
+    "runtime.weight",
+    "runtime.background",
+    "runtime.refresh",
+    "runtime.saved_state",
+    "runtime.step",
     "optimizer",
 )
 """From the bottom to the top; a module may import those before it."""
 
-PLANS = ("layout", "flat", "transfer", "plan", "waves", "filling", "owners", "delegate", "costs")
+PLANS = (
+    "layout",
+    "compute_layout",
+    "flat",
+    "packing",
+    "transfer",
+    *(n for n in FILES if n.startswith("plan.")),
+)
 PURE = ("maths", "decomposition", *PLANS, "reference")
 """No communication: not even torch.distributed's names."""
 
@@ -53,15 +66,18 @@ def _imports(path: Path) -> Iterator[str]:
 
 def _modules(path: Path) -> set[str]:
     """Modules of this package a file imports."""
-    parts = [name.split(".") for name in _imports(path) if name.split(".")[0] == "conda_dist"]
+    names = [name.split(".")[1:] for name in _imports(path) if name.split(".")[0] == "conda_dist"]
     # ``from conda_dist import Conda`` is an import of __init__, which is above everything.
-    return {p[1] if len(p) > 1 and p[1] in FILES else "__init__" for p in parts}
+    return {
+        next((n for n in (".".join(name[:2]), ".".join(name[:1])) if n in FILES), "__init__")
+        for name in names
+    }
 
 
 def test_there_is_something_to_look_at() -> None:
     assert set(ORDER) | set(PURE) <= set(FILES)
-    assert "conda_dist.maths.Hyper" in set(_imports(FILES["weight"]))
-    assert {"exchange", "waves", "maths"} <= _modules(FILES["refresh"])
+    assert "conda_dist.maths.Hyper" in set(_imports(FILES["runtime.weight"]))
+    assert {"exchange", "plan.schedule", "maths"} <= _modules(FILES["runtime.refresh"])
 
 
 @pytest.mark.parametrize("name", ORDER)

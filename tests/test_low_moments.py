@@ -127,19 +127,19 @@ def test_nearer_than_moments_rounded_to_nearest() -> None:
     assert rounded < 0.7 * nearest
 
 
-@pytest.mark.parametrize("placement", ["replicate", "shard", "owner"])
-def test_on_shards(placement: str) -> None:
+@pytest.mark.parametrize("budget", [None, 0])
+def test_on_shards(budget: int | None) -> None:
     """All layouts round with the same threshold; at the last bit of a sum they may part."""
     start, alone = models.snapshot(*models.build(PLAIN)), _run(PLAIN, BOTH)
-    options = {**BOTH, "basis_placement": placement}
-    for layout in LAYOUTS if placement == "shard" else LAYOUTS[:1]:
+    options = {**BOTH, "basis_budget": budget}
+    for layout in LAYOUTS if budget == 0 else LAYOUTS[:1]:
         for ended in ranks.run(torch.Size(layout[1]).numel(), _run, layout, options):
             weights = {k: v for k, v in alone.items() if ":" not in k}
             assert models.farthest(ended, weights, start) < 0.02
 
 
 def _fused(layout: Layout, options: dict[str, Any]) -> list[Tensor]:
-    """Blocks of rows of which one is wide: its moments travel, whatever their dtype."""
+    """Blocks of rows of which one is wide: it travels, whatever the dtype of its moments."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(8, 14, bias=False))
     if layout != PLAIN:

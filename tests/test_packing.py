@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ranks
 from conda_dist import Conda
+from conda_dist.compute_layout import reverse, to_compute, to_whole
 from conda_dist.flat import Flat, flat_to_compute
-from conda_dist.layout import Layout, Split, reverse, to_compute, to_whole
+from conda_dist.layout import Layout, Split
 from conda_dist.transfer import Leg, deal_from, gather_to, plan_hops, redistribution, send_from
 from exchanges import Held, carry, copies, everywhere, local
 

@@ -56,7 +56,7 @@ def test_moe_layouts_follow_one_process(layout: Layout, config: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--optimizer.basis_placement=shard",),
+        ("--optimizer.basis_budget=0",),
         ("--training.enable_cpu_offload",),
         ("--training.global_batch_size=4", "--training.local_batch_size=1"),
     ],

@@ -26,7 +26,7 @@ MOVED = "torchtitan moved what conda_dist.integrations.torchtitan builds on: "
     [
         (["--optimizer.name=condor"], ["name", "condor", "conda"]),
         ([*CONDA, "--optimizer.update_proj_gapp=5"], ["update_proj_gapp", "update_proj_gap"]),
-        ([*CONDA, "--optimizer.basis_placement=everywhere"], ["everywhere", "replicate"]),
+        ([*CONDA, "--optimizer.refresh_method=qr"], ["qr", "eigh64"]),
         ([*CONDA, "--optimizer.betas", "0.9"], ["betas"]),
         ([*CONDA, "--optimizer.update_proj_gap=0"], ["update_proj_gap", "0"]),
         ([*CONDA, "--optimizer.adamw_params=*"], ["AdamW under another name"]),

@@ -27,7 +27,7 @@ arguments, rank = json.loads(sys.argv[1])
 table = plan(arguments, 16, rank)
 print(json.dumps([table, refresh_flops(table)]))
 """
-SHARDED = ["--optimizer.basis_placement", "shard"]
+SHARDED = ["--optimizer.basis_budget", "0"]
 JOBS: dict[str, list[str]] = {
     "8B": ["--module", "llama3", "--config", "llama3_8b", *SHARDED],
     "70B": ["--module", "llama3", "--config", "llama3_70b"],  # FSDP 2 x TP 8

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from conda_dist.compute_layout import Group
 from conda_dist.flat import Flat
-from conda_dist.layout import Coordinate, Group, Layout, Split, Topology, nested
+from conda_dist.layout import Coordinate, Layout, Split, Topology, nested
 from conda_dist.plan.weight_plan import WeightPlan, copied_basis_bytes, inside, plan_weight
 
 MOST_GROUPED = 16

@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from conda_dist.compute_layout import reverse
 from conda_dist.flat import Held
-from conda_dist.layout import Coordinate, Copies, Layout, Placement, Split, Topology, reverse
+from conda_dist.layout import Coordinate, Copies, Layout, Placement, Split, Topology
 from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims
 from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
 

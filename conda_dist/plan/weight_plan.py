@@ -9,21 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
+from conda_dist.compute_layout import Group, Move, kept_dim, reverse, to_compute, to_whole
 from conda_dist.flat import Flat, Held, flat_basis, flat_to_compute
-from conda_dist.layout import (
-    Coordinate,
-    Copies,
-    Group,
-    Layout,
-    Move,
-    Placement,
-    Split,
-    Topology,
-    kept_dim,
-    reverse,
-    to_compute,
-    to_whole,
-)
+from conda_dist.layout import Coordinate, Copies, Layout, Placement, Split, Topology
 from conda_dist.transfer import Leg, gather_to, redistribution
 
 
