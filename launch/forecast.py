@@ -17,7 +17,7 @@ from conda_dist import param_groups
 from conda_dist.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import DTYPES, Options
 from conda_dist.plan.compute_groups import Request, choose, deal_owners
-from conda_dist.plan.costs import Costs, Sent, Sizes, costs, refresh_flops, svd_flops
+from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refresh_flops, svd_flops
 from conda_dist.plan.schedule import fill_tasks
 from conda_dist.plan.weight_plan import WeightPlan, plan_weight
 
@@ -193,7 +193,6 @@ def _sum_up(
         svd=settings.refresh_method == "svd",
     )
     known: dict[object, Costs] = {}
-    collectives = []
     for plan in plans:
         numel = plan.compute.numel(busiest)
         computes = bool(plan.basis.numel(busiest))
@@ -210,11 +209,10 @@ def _sum_up(
         r = min(plan.storage.shape)
         flops = 2 * 2.0 * numel * r
         found.flops += flops
-        collectives.append(cost.collectives)
         found.rotate += (2 * 2.0 * numel * r + 2.0 * r**3) * computes
         found.elements += plan.storage.numel(busiest) if plan.group is None else numel
         _count(found.kinds, plan, cost, flops)
-    _together(found, plans, settings, busiest, collectives)
+    _together(found, plans, settings, sizes, busiest)
     _add_adamw(found, others, mesh, busiest, sizes)
     return found
 
@@ -231,14 +229,14 @@ def _together(
     found: Forecast,
     plans: Sequence[WeightPlan],
     settings: CondaConfig,
+    sizes: Sizes,
     at: Coordinate,
-    collectives: Sequence[int],
 ) -> None:
     """Adds what weights that step together cost: collectives, and the waiting for each other."""
     limits = Options(bucket_bytes=settings.bucket_bytes, refresh_bytes=settings.refresh_bytes)
     sending = [i for i, plan in enumerate(plans) if plan.communicates]
     for task in fill_tasks(plans, sending, limits.bucket_limit, refreshing=False):
-        found.collectives += max(collectives[i] for i in task)
+        found.collectives += collectives([plans[i] for i in task], at, sizes)
         load: dict[Coordinate, float] = defaultdict(float)
         for i in task:
             for coordinate, flops in _grouped(plans[i]).items():

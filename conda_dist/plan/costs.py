@@ -42,13 +42,11 @@ class Costs:
         state: bytes it keeps.
         step: bytes it sends in a step without a refresh.
         refresh: bytes it sends more for a refresh.
-        collectives: how many a step without a refresh takes.
     """
 
     state: int
     step: Sent
     refresh: Sent
-    collectives: int
 
 
 def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Costs:
@@ -71,7 +69,7 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
     state = numel * kept + basis * sizes.basis + counts
     step, refresh = _sent(coordinate, *steady), _sent(coordinate, *moved)
-    return Costs(state, step, refresh, _collectives(*steady))
+    return Costs(state, step, refresh)
 
 
 def save_costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Sent:
@@ -88,11 +86,19 @@ Exchanged = tuple[Sequence[Hop], Sequence[int]]
 """Exchanges, and the bytes of an element of each of their items."""
 
 
-def _collectives(*exchanges: Exchanged) -> int:
-    """One for each dtype, by its bytes, of every exchange that is not silent."""
+def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Sizes) -> int:
+    """How many collectives a step of weights takes that are in one task, and not refreshed."""
+    # Weights whose routes cross the same mesh dimensions travel together.
+    alike = {tuple(move.mesh_dim for move in plan.moves): plan for plan in plans}
+    count = len(alike)
+    task = plan_task(list(alike.values()), tuple(range(count)), [()] * count, coordinate)
+    exchanged: list[Exchanged] = [
+        (task.forward, [sizes.travel] * count + [sizes.basis] * count),
+        (task.backward, [sizes.travel] * count),
+    ]
     return sum(
         len({itemsizes[transfer.item] for transfer in hop.transfers})
-        for hops, itemsizes in exchanges
+        for hops, itemsizes in exchanged
         for hop in hops
         if not hop.silent
     )
