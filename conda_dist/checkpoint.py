@@ -15,11 +15,15 @@ from torch.distributed.tensor import DTensor
 
 from conda_dist import maths, storage
 from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
+from conda_dist.kinds import as_matrix
 from conda_dist.layout import Coordinate, Layout
 from conda_dist.routing import CONDA, clean_name
 from conda_dist.setup import Setup, name_of
 from conda_dist.states import CODES, basis_key
 from conda_dist.weight import NEVER
+
+OPTIONAL = ("param_names", "kernels")
+"""Keys that only some groups have; those of this optimizer count, not the checkpoint's."""
 
 PENDING = ("snapshot", "snapshot_step")
 """States that only an asynchronous refresh has. State dicts without them are loaded, too; torch's
@@ -65,10 +69,10 @@ def match_state(
                     f"{len(saved_state)} of {len(sources)} parameters."
                 )
     named = [
-        {**saved, **{key: ours.get(key) for key in ("algorithm", "splits", "param_names")}}
+        {**saved, **{key: ours.get(key) for key in ("algorithm", "splits", *OPTIONAL)}}
         for ours, saved in zip(groups, saved_groups, strict=True)
     ]
-    named = [{k: v for k, v in g.items() if k != "param_names" or v is not None} for g in named]
+    named = [{k: v for k, v in g.items() if k not in OPTIONAL or v is not None} for g in named]
     return matched, {**incoming, "state": {}, "param_groups": named}
 
 
@@ -193,13 +197,21 @@ def _check_path(
             f"{name}: the checkpoint was written with splits={saved_splits}, this optimizer has "
             f"splits={splits}; give param_groups the same, or start with fresh optimizer state."
         )
+    if bool(saved_group.get("kernels")) != bool(group.get("kernels")):
+        raise ValueError(
+            f"{name}: the checkpoint was written with kernels={bool(saved_group.get('kernels'))}, "
+            f"this optimizer has kernels={bool(group.get('kernels'))}; give param_groups the same, "
+            "or start with fresh optimizer state."
+        )
 
 
 def _check_state(
     name: str, shape: tuple[int, ...], group: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> None:
     """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
-    needed = _state_shapes(shape, group["algorithm"], group["splits"])
+    matrix = as_matrix(shape) if group.get("kernels") and len(shape) > 2 else shape
+    needed = _state_shapes(matrix, group["algorithm"], group["splits"])
+    needed |= {"exp_avg": shape, "exp_avg_sq": shape}
     if CODES in saved:
         needed[CODES] = needed.pop("exp_avg_sq")
     if any(key in saved for key in PENDING):

@@ -34,7 +34,7 @@ class Flat(Layout):
         """
         if list(bounds) != sorted(bounds) or (bounds[0], bounds[-1]) != (0, math.prod(shape)):
             raise ValueError(f"ranges cut at {bounds} do not make up a tensor of shape {shape}")
-        return cls(shape, (len(bounds) - 1,), (Split(0),), None, bounds)
+        return cls(shape, (len(bounds) - 1,), (Split(0),), bounds=bounds)
 
     def held(self, coordinate: Coordinate) -> tuple[int, int]:
         """First element held at a coordinate, and the one after the last."""

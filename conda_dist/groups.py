@@ -137,12 +137,20 @@ def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         seen[param] = name
 
     algorithm, splits = options.pop("algorithm", None), options.pop("splits", None)
+    kernels = options.get("kernels", False)
+    if not isinstance(kernels, bool):
+        raise TypeError(f"{where}kernels must be a bool, got {kernels!r}")
+    if kernels and algorithm != CONDA:
+        raise ValueError(
+            f'{where}kernels=True needs algorithm="conda"; param_groups(model, kernels=True) makes '
+            "such groups"
+        )
     parts: dict[str, list[tuple[str | None, Tensor]]] = {CONDA: [], ADAMW: []}
     for name, param in named:
         if algorithm == CONDA:
             check_matrix(where + (name or "parameter"), param)
         if splits is not None and (algorithm or route(name, param).algorithm) == CONDA:
-            check_splits(where + (name or "parameter"), param, splits)
+            check_splits(where + (name or "parameter"), param, splits, kernels)
         elif splits is not None and algorithm:
             raise ValueError(f"{where}splits {splits!r} have no meaning on the adamw path")
         parts[algorithm or route(name, param).algorithm].append((name, param))

@@ -1,6 +1,7 @@
 """The optimizer: groups and state as torch's own, the step as planned."""
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -18,7 +19,7 @@ from conda_dist.exchange import Mesh, agree, all_max
 from conda_dist.groups import check_hyperparameters, split_group
 from conda_dist.options import Options
 from conda_dist.report import Row, print_table, rows
-from conda_dist.routing import CONDA, nothing_to_project
+from conda_dist.routing import CONDA, doubt, nothing_to_project
 from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up
 from conda_dist.weight import hyper_of
 
@@ -200,6 +201,8 @@ class Conda(torch.optim.Optimizer):
             for group in self.param_groups
         ):
             raise ValueError(nothing_to_project(self._named()))
+        if self._routed and (said := doubt(self._named(CONDA))):
+            warnings.warn(said, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, split in two if it does not name its ``algorithm``.
@@ -221,10 +224,11 @@ class Conda(torch.optim.Optimizer):
         self._routed |= "algorithm" not in param_group
         self._setup = None
 
-    def _named(self) -> list[tuple[str, Tensor]]:
+    def _named(self, algorithm: str | None = None) -> list[tuple[str, Tensor]]:
         return [
             (name_of(self.param_groups, g, i), param)
             for g, group in enumerate(self.param_groups)
+            if algorithm in (None, group["algorithm"])
             for i, param in enumerate(group["params"])
         ]
 
@@ -266,7 +270,7 @@ class Conda(torch.optim.Optimizer):
         live = self._live(setup, grads)
         path.step(
             {
-                i: weight.rows(grad)
+                i: weight.gradient(grad)
                 for i, weight in enumerate(setup.weights)
                 if weight.mesh in live and (grad := grads[weight.param]) is not None
             }

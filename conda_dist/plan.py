@@ -71,7 +71,12 @@ class WeightPlan:
 
     @property
     def _moments_stay(self) -> bool:
-        return self.part is not None or isinstance(self.storage, Flat)
+        return self.part is not None or isinstance(self.storage, Flat) or self.seen_as_matrix
+
+    @property
+    def seen_as_matrix(self) -> bool:
+        """Whether it is a convolution kernel, stored with more dimensions than a matrix has."""
+        return bool(self.storage.kernel)
 
     @property
     def in_place(self) -> bool:

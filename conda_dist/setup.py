@@ -20,7 +20,7 @@ from conda_dist.layout import Layout, Topology, nested
 from conda_dist.options import Options
 from conda_dist.owners import deal_owners, deal_waves
 from conda_dist.plan import plan_weight, replicated_basis_bytes
-from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
+from conda_dist.routing import CONDA, check_kernel, check_matrix, check_splits, clean_name
 from conda_dist.states import basis_dtype, basis_key, moment_dtype, second_dtype, second_key
 from conda_dist.weight import Weight
 
@@ -283,9 +283,16 @@ def plan_sites(
 def _sites(
     name: str, param: Tensor, mesh: Mesh, group: dict[str, Any], layout: Layout
 ) -> list[Site]:
+    kernel = bool(group.get("kernels")) and param.ndim > 2
+    if kernel:
+        check_kernel(name, storage.local(param))
+        try:
+            layout = layout.as_matrix()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}, or keep it with adamw.") from None
     if group["splits"] is None:
         return [Site(name, param, mesh, group, layout, None)]
-    check_splits(name, param, group["splits"])
+    check_splits(name, param, group["splits"], kernel)
     total, period = layout.shape[-2], sum(group["splits"])
     again = f" of every {period}" if total > period else ""
     ends = list(itertools.accumulate(group["splits"]))

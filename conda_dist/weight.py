@@ -1,5 +1,6 @@
 """One weight on the conda path at run time: its plan, its tensors and its part of a step."""
 
+import math
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -225,6 +226,8 @@ class Weight:
         """
         if isinstance(self.plan.storage, Flat) and self.plan.in_place:
             return [elements.view(self.plan.compute.local_shape(self.mesh.coordinate))]
+        if self.plan.seen_as_matrix:
+            elements = elements.view(elements.shape[0], math.prod(elements.shape[1:]))
         if self.plan.part is None:
             return [elements]
         spans = self.plan.storage.spans(self.mesh.coordinate) or ((0, 0),)
@@ -234,6 +237,10 @@ class Weight:
         """This part's rows in such a tensor; a view of it if they are in one piece."""
         pieces = self.views(elements)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """This part's rows in a gradient, which need not have a kernel's strides."""
+        return self.rows(grad.contiguous() if self.plan.seen_as_matrix else grad)
 
     @property
     def basis(self) -> Tensor:

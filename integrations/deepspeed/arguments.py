@@ -6,12 +6,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from conda_dist.groups import check_hyperparameters
 from conda_dist.optimizer import ARGUMENTS
 from conda_dist.options import DTYPES, OF_DTYPES, Options
-from conda_dist.routing import clean_name, split
+from conda_dist.routing import Division, clean_name, split
 
 PATTERNS = ("conda_params", "adamw_params")
 SPLITS = "splits"
@@ -68,18 +67,26 @@ def parse(given: Mapping[str, Any]) -> Arguments:
 
 
 def cut(
-    named: Sequence[tuple[str, Tensor]], splits: Mapping[str, int | Sequence[int]]
+    division: Division, splits: Mapping[str, int | Sequence[int]]
 ) -> dict[int, tuple[int, ...]]:
     """The rows of the parts of each weight, by its id; () if it stays whole.
 
     Raises:
         TypeError: splits of the wrong type.
-        ValueError: a pattern matches nothing, or a weight cannot be cut that way.
+        ValueError: a pattern matches nothing, or a weight cannot be cut that way; or a weight is a
+            convolution kernel.
     """
-    by_rows, unmatched = split(named, splits)
+    ways, unmatched = split(division, splits)
     if unmatched:
         raise ValueError(f"splits pattern {unmatched[0]!r} matches no parameter on the conda path")
-    for rows, weights in by_rows.items():
+    for name, weight in division.conda:
+        if id(weight) in division.kernels:
+            raise ValueError(
+                f"{clean_name(name)}: a convolution kernel {tuple(weight.shape)} cannot take the "
+                "conda path under DeepSpeed; take it out of conda_params"
+            )
+    by_rows = [(way.splits, weights) for way, weights in ways.items()]
+    for rows, weights in by_rows:
         for name, weight in weights if rows else ():
             if weight.ndim != 2 or weight.shape[0] != sum(rows or ()):
                 raise ValueError(
@@ -87,7 +94,7 @@ def cut(
                     "and under DeepSpeed parts must be blocks of rows of a matrix that make up all "
                     "of it. Leave them out, or store the parts one after the other."
                 )
-    return {id(weight): rows or () for rows, weights in by_rows.items() for _, weight in weights}
+    return {id(weight): rows or () for rows, weights in by_rows for _, weight in weights}
 
 
 def _refuse(options: Mapping[str, Any]) -> None:

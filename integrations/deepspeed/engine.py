@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from torch import Tensor, nn
+from torch import Tensor
+
+from conda_dist.kinds import Kind, kinds
 
 _engine: ContextVar[Any] = ContextVar("engine that configures its optimizer", default=None)
 _saving: ContextVar[str | None] = ContextVar("that all ranks save ZeRO's checkpoint", default=None)
@@ -24,12 +26,12 @@ class Known:
 
     Attributes:
         names: the parameters' names.
-        embeddings: ids of those of embedding modules.
+        kinds: what the model's modules say of them, by id.
         replicas: at stage 0 the ranks whose copies and gradients are equal.
     """
 
     names: dict[Tensor, str] = field(default_factory=dict)
-    embeddings: frozenset[int] = frozenset()
+    kinds: dict[int, Kind] = field(default_factory=dict)
     replicas: dist.ProcessGroup | None = None
 
     @classmethod
@@ -40,10 +42,8 @@ class Known:
             ValueError: its config asks for something that Conda does not support.
         """
         refuse(engine)
-        modules = [m for m in engine.module.modules() if isinstance(m, nn.Embedding)]
-        embeddings = (p for module in modules for p in module.parameters(recurse=False))
         group = engine.seq_data_parallel_group
-        return cls(dict(engine.param_names), frozenset(map(id, embeddings)), group)
+        return cls(dict(engine.param_names), kinds(engine.module), group)
 
 
 def current() -> Known | None:

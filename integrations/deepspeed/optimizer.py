@@ -119,16 +119,17 @@ class Conda(torch.optim.Optimizer):
             for param, shape in shapes.items()
         }
         named = [(names.get(param, place), stand_ins[param]) for place, param in places]
-        embeddings = {id(stand_ins[p]) for _, p in places if id(p) in self._known.embeddings}
-        routed, unmatched = assign(named, embeddings, self._arguments.conda, self._arguments.adamw)
-        if unmatched:
+        kinds = self._known.kinds
+        known = {id(stand_ins[p]): kinds[id(p)] for _, p in places if id(p) in kinds}
+        routed = assign(named, known, self._arguments.conda, self._arguments.adamw)
+        if routed.unmatched:
             raise ValueError(
-                f"pattern {unmatched[0]!r} matches no parameter; names look like "
+                f"pattern {routed.unmatched[0]!r} matches no parameter; names look like "
                 f"{', '.join(repr(clean_name(name)) for name, _ in named[:3])}"
             )
-        if not any(stand_in.requires_grad for _, stand_in in routed[CONDA]):
+        if not any(stand_in.requires_grad for _, stand_in in routed.conda):
             raise ValueError(nothing_to_project(named, HOW))
-        rows = cut(routed[CONDA], self._arguments.splits)
+        rows = cut(routed, self._arguments.splits)
         self._members = {
             param: Member(
                 clean_name(names.get(param, place)),
@@ -139,7 +140,7 @@ class Conda(torch.optim.Optimizer):
             for place, param in places
         }
         self._check_groups()
-        count = sum(s.requires_grad for _, s in routed[CONDA])
+        count = sum(s.requires_grad for _, s in routed.conda)
         log_dist(f"Conda: {count} weights of {len(named)} are on the conda path", ranks=[0])
 
     def _check_groups(self) -> None:

@@ -110,17 +110,17 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
             return built
         own = {"lr": config.adamw_lr, "weight_decay": config.adamw_weight_decay}
         options = {CONDA: {}, ADAMW: {key: v for key, v in own.items() if v is not None}}
-        divided, _ = divide(model, config.conda_params, config.adamw_params)
+        divided = divide(model, config.conda_params, config.adamw_params)
         asked = _splits(config.splits)  # before what is known, and instead of it
-        cut, _ = split(divided[CONDA], {**asked, **_fused_qkv(model), **asked})
-        ways = [(CONDA, rows, named) for rows, named in cut.items()]
+        ways, _ = split(divided, {**asked, **_fused_qkv(model), **asked})
+        parts = [(way.keys(), named) for way, named in ways.items()]
         groups = []
-        for algorithm, rows, named in (*ways, (ADAMW, None, divided[ADAMW])):
+        for keys, named in (*parts, ({"algorithm": ADAMW, "splits": None}, divided.adamw)):
             trainable = [(canonical_fqn(n), param) for n, param in named if param.requires_grad]
             if trainable:  # names apart from parameters, as torchtitan has them
                 names, params = map(list, zip(*trainable, strict=True))
-                group = {"params": params, "param_names": names, "algorithm": algorithm}
-                groups.append({**group, "splits": rows, **options[algorithm]})
+                group = {"params": params, "param_names": names, **keys}
+                groups.append({**group, **options[keys["algorithm"]]})
         return {"Conda": groups}, {"Conda": [f"{group['algorithm']} path" for group in groups]}
 
     def _resolve_optimizer_factory(self, name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -203,12 +203,12 @@ def _check_stages(config: CondaOptimizersContainer.Config, parts: Sequence[nn.Mo
     matched, projected, error = set[str](), False, None
     for part in parts:
         try:
-            groups, unmatched = divide(part, config.conda_params, config.adamw_params)
-            matched |= set(patterns) - {*unmatched, *split(groups[CONDA], splits)[1]}
+            division = divide(part, config.conda_params, config.adamw_params)
+            matched |= set(patterns) - {*division.unmatched, *split(division, splits)[1]}
         except Exception as caught:  # other stages need not know the parameter
             error = caught
             break
-        projected |= any(param.requires_grad for _, param in groups[CONDA])
+        projected |= any(param.requires_grad for _, param in division.conda)
     agree(world, [], error)
     *found, projected_anywhere = all_max(world, [*(p in matched for p in patterns), projected])
     names = [pair for part in parts for pair in part.named_parameters()]
