@@ -6,7 +6,8 @@ the words of its name, such as "emb" in ``tok_emb.weight``, then by the type of 
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -269,21 +270,47 @@ def _last(model: nn.Module) -> list[Tensor]:
     return [linear[-1][1]] if any(indexed) and not indexed[-1] else []
 
 
-def doubtful(named: Sequence[tuple[str, Tensor]]) -> list[str]:
-    """Names that do not tell whether a matrix outside the blocks is an embedding or a head.
+def doubtful(shapes: Mapping[str, Sequence[int]], projected: Container[str]) -> list[str]:
+    """Names of matrices of which the modules may say something else.
+
+    Those outside the blocks that are to be projected may be embeddings or heads. A "gate" is told
+    by what is beside it: experts, or an equal in a gated MLP.
 
     Args:
-        named: the parameters that their names send to the conda path.
+        shapes: the shapes of all parameters by :func:`clean_name`.
+        projected: those that their names send to the conda path.
     """
-    names = {clean_name(name): shape_of(param) for name, param in named}
-    has_blocks = any(map(block_of, names))
-    return [
-        name
-        for name, shape in names.items()
-        if not block_of(name)
-        and "[" not in name
-        and (has_blocks or shape[-2] >= max(256, 8 * shape[-1]))
-    ]
+    has_blocks = any(map(block_of, shapes))
+    gates = _gates(shapes)
+    found = []
+    for name, shape in shapes.items():
+        if name in gates:
+            found += [name] if gates[name] == (name in projected) else []
+        elif name in projected and not block_of(name):
+            # Without blocks only what is as tall as an embedding is.
+            tall = shape[-2] >= max(256, 8 * shape[-1])
+            found += [name] if has_blocks or tall else []
+    return found
+
+
+def _gates(shapes: Mapping[str, Sequence[int]]) -> dict[str, bool]:
+    """Weights called "gate" of which the names beside them tell whether they are routers.
+
+    Of names what :func:`_routers` reads from modules.
+    """
+    parts = {name: name.split(".") for name in shapes}
+    weights: dict[str, list[str]] = defaultdict(list)
+    with_experts = set[str]()
+    for name, path in parts.items():
+        weights[".".join(path[:-2])] += [name] if path[-1] == "weight" else []
+        with_experts |= {".".join(path[:i]) for i, p in enumerate(path) if "expert" in p.lower()}
+    found = {}
+    for above, names in weights.items():
+        for gate in (name for name in names if parts[name][-2:-1] == ["gate"]):
+            equal = sum(shapes[name] == shapes[gate] for name in names) > 1
+            if above in with_experts or equal:
+                found[gate] = above in with_experts
+    return found
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:

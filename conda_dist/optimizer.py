@@ -50,7 +50,8 @@ class Conda(torch.optim.Optimizer):
 
     Parameters may be plain tensors or DTensors of any layout of Shard and Replicate; plain
     parameters are taken to be whole and, in a distributed job, equal on all ranks with equal
-    gradients (DDP). A weight of three or more dimensions is a batch of matrices in its last two.
+    gradients (DDP). A weight of three or more dimensions is a batch of matrices in its last two,
+    and with ``kernels=True`` in its group a convolution kernel, seen as a matrix (out, in * k * k).
     Groups may name their ``algorithm``, "conda" or "adamw"; one that does not is split by shape
     and name as :func:`conda_dist.routing.route` says, for which it should be given
     ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`. Layouts are
@@ -201,7 +202,7 @@ class Conda(torch.optim.Optimizer):
             for group in self.param_groups
         ):
             raise ValueError(nothing_to_project(self._named()))
-        if self._routed and (said := doubt(self._named(CONDA))):
+        if self._routed and (said := doubt([pair for pair in self._named() if "[" not in pair[0]])):
             warnings.warn(said, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -224,11 +225,10 @@ class Conda(torch.optim.Optimizer):
         self._routed |= "algorithm" not in param_group
         self._setup = None
 
-    def _named(self, algorithm: str | None = None) -> list[tuple[str, Tensor]]:
+    def _named(self) -> list[tuple[str, Tensor]]:
         return [
             (name_of(self.param_groups, g, i), param)
             for g, group in enumerate(self.param_groups)
-            if algorithm in (None, group["algorithm"])
             for i, param in enumerate(group["params"])
         ]
 

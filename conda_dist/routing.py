@@ -368,17 +368,18 @@ def doubt(named: Sequence[tuple[str, Tensor]]) -> str | None:
     """The warning for weights whose names do not tell what they are, if there are any.
 
     Args:
-        named: the parameters that their names send to the conda path.
+        named: the parameters that take the path of their names.
     """
-    found = doubtful(named)
+    shapes = {clean_name(name): tuple(param.shape) for name, param in named}
+    projected = {clean_name(n) for n, param in named if route(n, param).algorithm == CONDA}
+    found = doubtful(shapes, projected)
     if not found:
         return None
     listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
     return (
-        f"{len(found)} matrices outside the model's blocks have names that do not tell whether "
-        f"they are embeddings, output heads or projections, and are projected: {listed}. Use "
-        "conda_dist.param_groups(model), which looks at the modules, or give their group an "
-        "algorithm."
+        f"{len(found)} matrices have names that do not tell whether they are embeddings, output "
+        f"heads, routers or projections: {listed}. Use conda_dist.param_groups(model), which looks "
+        "at the modules, or give their group an algorithm."
     )
 
 

@@ -120,13 +120,14 @@ def test_a_family(family: str) -> None:
     for name, param in model.named_parameters():
         expected = _by_type(name, param, owners[name], heads)
         assert by_module[name] == (expected or by_module[name]), (name, by_name[name])
-    projected = [(n, p) for n, p in model.named_parameters() if by_name[n].algorithm == "conda"]
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    doubts = doubtful(shapes, {name for name in by_name if by_name[name].algorithm == "conda"})
     differ = {name for name in by_module if by_module[name] != by_name[name].algorithm}
-    assert differ <= set(doubtful(projected)), differ
+    assert differ <= set(doubts), differ
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Conda(model.named_parameters())
-    assert len(caught) == bool(doubtful(projected))
+    assert len(caught) == bool(doubts)
     assert all("param_groups" in str(warning.message) for warning in caught)
 
 

@@ -71,6 +71,95 @@ def test_embeddings_tied_to_a_head_of_any_name() -> None:
     assert _conda_names(model) == UP
 
 
+class Headed(nn.Module):
+    """Blocks and a head that only a method tells of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2))
+        self.to_words = nn.Linear(4, 9)
+        self.connector = nn.Linear(4, 4)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.to_words
+
+
+class Gated(nn.Module):
+    """A gated MLP that is narrower than the model, and a router of more experts than features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        mlp = {"gate": nn.Linear(8, 4), "up": nn.Linear(8, 4), "down": nn.Linear(4, 8)}
+        moe = {"gate": nn.Linear(8, 16), "experts": nn.ModuleList(nn.Linear(8, 8) for _ in "ab")}
+        self.layers = nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict(mlp)})])
+        self.layers.append(nn.ModuleDict({"mlp": nn.ModuleDict(moe)}))
+
+
+def _blocks(**others: nn.Module) -> nn.Module:
+    blocks = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 6)}) for _ in range(2))
+    return nn.ModuleDict({"blocks": blocks, **others})
+
+
+BY_MODULE: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
+    "a method": (Headed, UP | {"connector.weight"}),
+    "a method of a wrapped model": (
+        lambda: nn.ModuleDict({"module": Headed()}),
+        {f"module.{name}" for name in UP | {"connector.weight"}},
+    ),
+    "the last outside blocks": (
+        lambda: _blocks(bridge=nn.Linear(4, 4), fc=nn.Linear(4, 3)),
+        UP | {"bridge.weight"},
+    ),
+    "the last in a list": (
+        lambda: _blocks(readout=nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))),
+        UP | {"readout.0.weight"},
+    ),
+    "the last after a list of layers": (
+        lambda: nn.ModuleDict(
+            {"layers": nn.ModuleList(nn.Linear(4, 4) for _ in "ab"), "out": nn.Linear(4, 3)}
+        ),
+        {"layers.0.weight", "layers.1.weight"},
+    ),
+    "as many outputs as an embedding has rows": (
+        lambda: nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)),
+        {"1.weight"},
+    ),
+    "an MLP has no head that can be told": (
+        lambda: nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)),
+        {"0.weight", "2.weight"},
+    ),
+    "gates": (
+        Gated,
+        {f"layers.0.mlp.{name}.weight" for name in ("gate", "up", "down")}
+        | {f"layers.1.mlp.experts.{i}.weight" for i in range(2)},
+    ),
+    "a norm of several heads": (
+        lambda: nn.Sequential(nn.LayerNorm((3, 4)), nn.Linear(4, 4)),
+        {"1.weight"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "expected"), BY_MODULE.values(), ids=BY_MODULE)
+def test_what_modules_tell(make: Callable[[], nn.Module], expected: set[str]) -> None:
+    assert _conda_names(make()) == expected
+
+
+def test_names_that_cannot_tell_are_warned_of() -> None:
+    """Once, with the way to do better; not for what is in blocks, nor for small models without."""
+    with pytest.warns(UserWarning, match=r"2 mat.*: table\.weight, out\.weight\. .*param_groups"):
+        Conda((name, p) for name, p in Toy().named_parameters() if "bag" not in name)
+    with pytest.warns(UserWarning, match=r"2 matrices .*\.mlp\.gate\.weight"):
+        Conda(Gated().named_parameters())
+    tall = nn.Sequential(nn.Embedding(1000, 64), nn.Linear(64, 64), nn.Linear(64, 1000))
+    with pytest.warns(UserWarning, match=r"0\.weight, 2\.weight"):
+        Conda(tall.named_parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Conda(param_groups(Toy()))
+        Conda(nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)).named_parameters())
+
+
 def test_a_model_with_one_path_only() -> None:
     groups = param_groups(nn.Linear(3, 3, bias=False))
     assert [group["algorithm"] for group in groups] == ["conda"]
