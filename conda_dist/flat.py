@@ -122,7 +122,7 @@ def flat_basis(compute: Layout, shard: bool) -> Layout:
         return Layout((r, r), compute.mesh, (Split(0, bounds=_share_out(r, holders)),))
     if all(holders):
         return Layout((r, r), compute.mesh, (None,))
-    return Held((r, r), compute.mesh, (None,), None, holders)
+    return Held((r, r), compute.mesh, (None,), holders=holders)
 
 
 def _share_out(count: int, holding: Sequence[bool]) -> tuple[int, ...]:
