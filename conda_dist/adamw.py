@@ -38,7 +38,7 @@ def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool =
     Args:
         entries: parameters that have taken equally many steps.
         step: how many, counting this one, from 1.
-        hyper: their hyperparameters; ``scale`` is not applied.
+        hyper: their hyperparameters; ``scale`` is their group's ``adamw_scale``.
         stochastic: whether bfloat16 moments are rounded up or down in proportion.
     """
     alike: dict[Any, list[Entry]] = defaultdict(list)
@@ -89,7 +89,7 @@ def _fused(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
         [entry.exp_avg for entry in entries],
         [entry.exp_avg_sq for entry in entries],
         step if hyper.correct_bias else math.inf,
-        hyper.lr,
+        hyper.lr if hyper.scale == 1 else hyper.lr * hyper.scale,
         hyper,
     )
     if hyper.weight_decay:
@@ -123,7 +123,7 @@ def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool
     torch._foreach_add_(updates, hyper.eps)
     torch._foreach_reciprocal_(updates)
     torch._foreach_mul_(updates, exp_avgs)
-    torch._foreach_mul_(updates, hyper.step_size(step, scaled=False))
+    torch._foreach_mul_(updates, hyper.step_size(step))
     torch._foreach_sub_(params, updates)
     if hyper.weight_decay:
         torch._foreach_mul_(params, hyper.keep)

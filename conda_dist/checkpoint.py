@@ -17,8 +17,9 @@ from conda_dist import maths, storage
 from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
 from conda_dist.kinds import as_matrix
 from conda_dist.layout import Coordinate, Layout
-from conda_dist.routing import CONDA, clean_name
-from conda_dist.setup import Setup, name_of
+from conda_dist.names import is_place, name_of, path_of
+from conda_dist.routing import ADAMW, CONDA, clean_name
+from conda_dist.setup import Setup
 from conda_dist.states import CODES, basis_key
 from conda_dist.weight import NEVER
 
@@ -60,8 +61,12 @@ def match_state(
             saved_id, saved_group = sources[param]
             if saved_id in saved_state:
                 state = saved_state[saved_id]
-                _check_path(name, group, saved_group, state)
-                _check_state(name, tuple(param.shape), group, state)
+                path = path_of(name, param, group)
+                splits = group["splits"] if path == CONDA else None
+                _check_path(name, path, splits, saved_group, state)
+                shape = tuple(param.shape)
+                matrix = _matrix(name, shape, path, group, saved_group)
+                _check_state(name, shape, matrix, path, splits, state)
                 matched[param] = state
             elif saved_state and param.requires_grad:
                 raise ValueError(
@@ -151,6 +156,8 @@ def _sources(
     by_number = all(isinstance(saved_id, int) for saved_id, _ in by_place.values())
     if not by_number or not all(g.get("param_names") for g in (*groups, *saved_groups)):
         return by_place
+    if any(is_place(name) for g in (*groups, *saved_groups) for name in g["param_names"]):
+        return by_place
     for g, saved in enumerate(saved_groups):
         if len(saved["param_names"]) != len(saved["params"]):
             raise ValueError(
@@ -178,40 +185,60 @@ def _sources(
 
 def _check_path(
     name: str,
-    group: Mapping[str, Any],
+    path: str,
+    splits: Sequence[int] | None,
     saved_group: Mapping[str, Any],
     saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is of another path, or of other parts."""
-    algorithm, splits = group["algorithm"], group["splits"]
-    has_basis = any(str(key).startswith("basis") for key in saved)
-    if (saved_algorithm := CONDA if has_basis else saved_group["algorithm"]) != algorithm:
+    saved_path = CONDA if any(str(key).startswith("basis") for key in saved) else ADAMW
+    if saved_path != path:
         raise ValueError(
-            f"{name}: in the checkpoint it is on the {saved_algorithm} path, here on the "
-            f"{algorithm} path, and the moments of the two live in different coordinates. Give "
-            f'its group algorithm="{saved_algorithm}", or start with fresh optimizer state.'
+            f"{name}: in the checkpoint it is on the {saved_path} path, here on the {path} path, "
+            "and the moments of the two live in different coordinates. Put it into a group with "
+            f'algorithm="{saved_path}", or start with fresh optimizer state.'
         )
-    saved_splits = saved_group.get("splits")
+    saved_splits = saved_group.get("splits") if path == CONDA else None
     if (saved_splits and tuple(saved_splits)) != (splits and tuple(splits)):
         raise ValueError(
             f"{name}: the checkpoint was written with splits={saved_splits}, this optimizer has "
             f"splits={splits}; give param_groups the same, or start with fresh optimizer state."
         )
-    if bool(saved_group.get("kernels")) != bool(group.get("kernels")):
+
+
+def _matrix(
+    name: str,
+    shape: tuple[int, ...],
+    path: str,
+    group: Mapping[str, Any],
+    saved_group: Mapping[str, Any],
+) -> tuple[int, ...]:
+    """The shape that a parameter is seen in, the same as when its state was saved.
+
+    Raises:
+        ValueError: a kernel was seen otherwise.
+    """
+    if path != CONDA or len(shape) < 3:
+        return shape
+    ours, theirs = (bool(g.get("kernels")) for g in (group, saved_group))
+    if ours != theirs:
         raise ValueError(
-            f"{name}: the checkpoint was written with kernels={bool(saved_group.get('kernels'))}, "
-            f"this optimizer has kernels={bool(group.get('kernels'))}; give param_groups the same, "
-            "or start with fresh optimizer state."
+            f"{name}: the checkpoint was written with kernels={theirs}, this optimizer has "
+            f"kernels={ours}; give param_groups the same, or start with fresh optimizer state."
         )
+    return as_matrix(shape) if ours else shape
 
 
 def _check_state(
-    name: str, shape: tuple[int, ...], group: Mapping[str, Any], saved: Mapping[str, Any]
+    name: str,
+    shape: tuple[int, ...],
+    matrix: tuple[int, ...],
+    path: str,
+    splits: Sequence[int] | None,
+    saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
-    matrix = as_matrix(shape) if group.get("kernels") and len(shape) > 2 else shape
-    needed = _state_shapes(matrix, group["algorithm"], group["splits"])
-    needed |= {"exp_avg": shape, "exp_avg_sq": shape}
+    needed = _state_shapes(matrix, path, splits) | {"exp_avg": shape, "exp_avg_sq": shape}
     if CODES in saved:
         needed[CODES] = needed.pop("exp_avg_sq")
     if any(key in saved for key in PENDING):
@@ -254,12 +281,12 @@ COUNTS = (torch.int32, torch.int64)
 
 
 def _state_shapes(
-    shape: tuple[int, ...], algorithm: str, splits: Sequence[int] | None
+    shape: tuple[int, ...], path: str, splits: Sequence[int] | None
 ) -> dict[str, tuple[int, ...]]:
     """Global shape of each state of a parameter."""
     parts = () if splits is None else (len(splits),)
     shapes: dict[str, tuple[int, ...]] = {"step": parts, "exp_avg": shape, "exp_avg_sq": shape}
-    if algorithm == CONDA:
+    if path == CONDA:
         repeats = 1 if splits is None else shape[-2] // sum(splits)
         for part, rows in enumerate(splits or shape[-2:-1]):
             r = min(rows * repeats, shape[-1])

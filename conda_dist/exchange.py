@@ -249,6 +249,11 @@ def _numel(boxes: list[tuple[int, Block]]) -> int:
     return sum(_block_numel(block) for _, block in boxes)
 
 
+def world() -> int:
+    """How many ranks torch.distributed was initialised with; 1 without it."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:
     """The largest of each value over all ranks of a mesh; every rank must give as many."""
     result = torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -30,9 +30,9 @@ class Hyper:
     scale: float
     correct_bias: bool
 
-    def step_size(self, step: int, *, scaled: bool = True) -> float | Tensor:
+    def step_size(self, step: int) -> float | Tensor:
         """Factor on the normalised step; ``step`` counts this one, from 1."""
-        factor = self.scale if scaled else 1.0
+        factor = self.scale
         if self.correct_bias:
             factor *= math.sqrt(1 - self.beta2**step) / (1 - self.beta1**step)
         return self.lr * factor

@@ -1,7 +1,6 @@
 """The optimizer: groups and state as torch's own, the step as planned."""
 
 import inspect
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -16,11 +15,11 @@ from conda_dist.adamw import Entry, adamw_
 from conda_dist.checkpoint import fill_state, match_state
 from conda_dist.conda_path import CondaPath
 from conda_dist.exchange import Mesh, agree, all_max
-from conda_dist.groups import check_hyperparameters, split_group
+from conda_dist.groups import check_hyperparameters, read_group
+from conda_dist.names import Names, check_paths
 from conda_dist.options import Options
 from conda_dist.report import Row, print_table, rows
-from conda_dist.routing import CONDA, doubt, nothing_to_project
-from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up
+from conda_dist.setup import Plain, Setup, find_meshes, set_up
 from conda_dist.weight import hyper_of
 
 
@@ -52,10 +51,11 @@ class Conda(torch.optim.Optimizer):
     parameters are taken to be whole and, in a distributed job, equal on all ranks with equal
     gradients (DDP). A weight of three or more dimensions is a batch of matrices in its last two,
     and with ``kernels=True`` in its group a convolution kernel, seen as a matrix (out, in * k * k).
-    Groups may name their ``algorithm``, "conda" or "adamw"; one that does not is split by shape
-    and name as :func:`conda_dist.routing.route` says, for which it should be given
-    ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`. Layouts are
-    resolved at the first step.
+    Groups may name their ``algorithm``, "conda" or "adamw"; in one that does not each parameter
+    takes the path that :func:`conda_dist.routing.route` says for its name and shape, for which it
+    should be given ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`.
+    Layouts and paths are resolved at the first step. On the adamw path an update is Adam's,
+    times ``lr`` and ``adamw_scale``.
 
     State of a parameter, tensors like the parameter (DTensors on its mesh): ``step`` (0-d, on the
     CPU), ``exp_avg`` (m, n), projected on the conda path, ``exp_avg_sq`` (m, n) and there too
@@ -73,6 +73,8 @@ class Conda(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, applied after the update.
         scale: factor on the update of the conda path.
+        adamw_scale: factor on the update of the adamw path. Neither factor changes the decay, which
+            is ``lr * weight_decay`` on both paths.
         update_proj_gap: steps between two decompositions of the momentum.
         correct_bias: whether to divide out the moments' bias towards zero.
         proj_type: "std"; the released code's other types are refused.
@@ -138,6 +140,7 @@ class Conda(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         scale: float = 0.25,
+        adamw_scale: float = 1.0,
         update_proj_gap: int = 2000,
         correct_bias: bool = True,
         proj_type: str = "std",
@@ -164,8 +167,10 @@ class Conda(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "scale": scale,
+            "adamw_scale": adamw_scale,
             "update_proj_gap": update_proj_gap,
             "correct_bias": correct_bias,
+            "algorithm": None,
             "splits": None,
         }
         check_hyperparameters({**defaults, "proj_type": proj_type})
@@ -193,44 +198,29 @@ class Conda(torch.optim.Optimizer):
         self._process_group = process_group
         self._setup: Setup | None = None
         self._path: CondaPath | None = None
-        self._routed = False  # whether a group was split for the caller
+        self._names: Names = Names()
+        self._made = False
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
         super().__init__(params, defaults)
-        if self._routed and not any(
-            group["algorithm"] == CONDA and any(param.requires_grad for param in group["params"])
-            for group in self.param_groups
-        ):
-            raise ValueError(nothing_to_project(self._named()))
-        if self._routed and (said := doubt([pair for pair in self._named() if "[" not in pair[0]])):
-            warnings.warn(said, stacklevel=2)
+        self._made = True
+        self._names.warn(self.param_groups, stacklevel=2)
+        check_paths(self.param_groups, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, split in two if it does not name its ``algorithm``.
-
-        New parameters get their state at the next step; the others keep theirs.
+        """Adds a group; new parameters get their state at the next step, the others keep theirs.
 
         Raises:
             TypeError: see :class:`Conda`.
             ValueError: see :class:`Conda`.
         """
-        before = len(self.param_groups)
-        parts = split_group(param_group, f"parameter group {before}: ")
-        try:
-            for part in parts:
-                super().add_param_group(part)
-        except BaseException:
-            del self.param_groups[before:]
-            raise
-        self._routed |= "algorithm" not in param_group
+        super().add_param_group(
+            read_group(param_group, f"parameter group {len(self.param_groups)}: ")
+        )
         self._setup = None
-
-    def _named(self) -> list[tuple[str, Tensor]]:
-        return [
-            (name_of(self.param_groups, g, i), param)
-            for g, group in enumerate(self.param_groups)
-            for i, param in enumerate(group["params"])
-        ]
+        self._names.added(self.param_groups)
+        if self._made:
+            self._names.warn(self.param_groups, stacklevel=2)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -316,6 +306,9 @@ class Conda(torch.optim.Optimizer):
         if setup is None or self._path is None or setup.outdated(self.param_groups, self.state):
             meshes = find_meshes(self.param_groups, self._process_group)
             try:
+                self._names.follow(self.param_groups)
+                self._names.check(self.param_groups)
+                self._names.warn(self.param_groups, stacklevel=4)
                 self._check_groups()
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
             except Exception as caught:
@@ -373,7 +366,12 @@ class Conda(torch.optim.Optimizer):
             )
         for (group, step), entries in alike.items():
             stochastic = self._options.stochastic_rounding
-            adamw_(entries, step, hyper_of(groups[group]), stochastic)
+            adamw_(entries, step, hyper_of(groups[group], "adamw_scale"), stochastic)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, with the names of the parameters that there are now."""
+        self._names.follow(self.param_groups)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, on whatever ranks and layout it was saved.
@@ -386,6 +384,7 @@ class Conda(torch.optim.Optimizer):
             ValueError: the state dict is of another optimizer, of other parameters, or damaged.
         """
         before, saved = self.state, dict[Tensor, Mapping[str, Any]]()
+        self._names.follow(self.param_groups)
 
         # As hooks, so that the user's own find what torch promises them: these run last of those
         # before and first of those after.
@@ -417,7 +416,9 @@ class Conda(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""
-        kept = {name: self.__dict__[name] for name in ("_options", "_process_group", "_routed")}
+        self._names.follow(self.param_groups)
+        taken = ("_options", "_process_group", "_names", "_made")
+        kept = {name: self.__dict__[name] for name in taken}
         return {**super().__getstate__(), **kept}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Conda":

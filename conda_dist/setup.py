@@ -17,10 +17,11 @@ from conda_dist import storage
 from conda_dist.delegate import delegate
 from conda_dist.exchange import Mesh
 from conda_dist.layout import Layout, Topology, nested
+from conda_dist.names import name_of, path_of
 from conda_dist.options import Options
 from conda_dist.owners import deal_owners, deal_waves
 from conda_dist.plan import plan_weight, replicated_basis_bytes
-from conda_dist.routing import CONDA, check_kernel, check_matrix, check_splits, clean_name
+from conda_dist.routing import CONDA, check_kernel, check_matrix, check_splits
 from conda_dist.states import basis_dtype, basis_key, moment_dtype, second_dtype, second_key
 from conda_dist.weight import Weight
 
@@ -157,10 +158,14 @@ class Setup:
 
 
 def signature(groups: Iterable[Mapping[str, Any]]) -> object:
-    """What a setup was made for: changes when parameters are added, replaced, unfrozen or split."""
+    """What a setup was made for: changes when parameters are added, replaced, unfrozen or split.
+
+    Paths are decided when it is made, so that a steady step does not read names.
+    """
     return tuple(
-        (id(group), group["algorithm"], str(group["splits"]), id(param), param.requires_grad)
+        (id(group), group["algorithm"], seen, id(param), param.requires_grad)
         for group in groups
+        for seen in [(str(group["splits"]), group.get("kernels"))]
         for param in group["params"]
     )
 
@@ -185,12 +190,6 @@ def find_meshes(
                     known[key] = storage.find_mesh(param, process_group)
                 meshes[param] = known[key]
     return dict(sorted(meshes.items(), key=lambda item: item[1].sort_key))
-
-
-def name_of(groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
-    """A parameter's name, or where it stands."""
-    names = groups[group].get("param_names")
-    return clean_name(names[index]) if names else f"param_groups[{group}]['params'][{index}]"
 
 
 def set_up(
@@ -219,14 +218,15 @@ def set_up(
     plains: list[Plain] = []
     for param, mesh in meshes.items():
         group, name = places[param]
+        path = path_of(name, param, group)
         had_basis = any(key.startswith("basis") for key in state.get(param, {}))
-        if state.get(param) and had_basis != (group["algorithm"] == CONDA):
+        if state.get(param) and had_basis != (path == CONDA):
             raise ValueError(
-                f"{name}: its state was made on the other path than its group's algorithm, "
-                f"{group['algorithm']!r}; drop the state first: del optimizer.state[param]."
+                f"{name}: its state was made on the other path than the {path} path, which it "
+                f"takes by {_chosen_by(group)}; drop the state first: del optimizer.state[param]."
             )
         layout = storage.find_layout(name, param, mesh)
-        if group["algorithm"] == CONDA:
+        if path == CONDA:
             check_matrix(name, param)  # it may have been replaced
             _check_bases(name, state.get(param, {}), group["splits"])
             sites += _sites(name, param, mesh, group, layout)
@@ -236,6 +236,13 @@ def set_up(
     setup = Setup(weights, plains, list(dict.fromkeys(meshes.values())), signature(groups))
     setup.check_state()
     return setup
+
+
+def _chosen_by(group: Mapping[str, Any]) -> str:
+    """What decided the path of a parameter of the group."""
+    if group["algorithm"] is None:
+        return "its name and shape, for its group has no algorithm"
+    return f"its group's algorithm, {group['algorithm']!r}"
 
 
 def _check_bases(name: str, state: Mapping[str, Any], splits: Sequence[int] | None) -> None:

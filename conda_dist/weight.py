@@ -37,8 +37,13 @@ next. In between it drifts by less than 5e-6 in float32, measured for r from 16 
 products are saved in a refresh that is due every few steps."""
 
 
-def hyper_of(group: dict[str, Any]) -> Hyper:
-    """The hyperparameters a group has at this moment, as numbers that torch's kernels know."""
+def hyper_of(group: dict[str, Any], scale: str = "scale") -> Hyper:
+    """The hyperparameters a group has at this moment, as numbers that torch's kernels know.
+
+    Args:
+        group: the group.
+        scale: the key of the factor on the update: "scale", or "adamw_scale" on the adamw path.
+    """
     beta1, beta2 = group["betas"]
     lr = group["lr"]
     # Read where that costs nothing; foreach kernels want others 0-d.
@@ -49,7 +54,7 @@ def hyper_of(group: dict[str, Any]) -> Hyper:
         float(beta2),
         float(group["eps"]),
         float(group["weight_decay"]),
-        float(group["scale"]),
+        float(group[scale]),
         group["correct_bias"],
     )
 

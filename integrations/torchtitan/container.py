@@ -17,7 +17,7 @@ from conda_dist.exchange import Mesh, agree, all_max
 from conda_dist.optimizer import ARGUMENTS, Conda
 from conda_dist.options import DTYPES, OF_DTYPES
 from conda_dist.report import as_text
-from conda_dist.routing import ADAMW, CONDA, clean_name, divide, nothing_to_project, split
+from conda_dist.routing import ADAMW, clean_name, divide, nothing_to_project, split
 
 
 class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
@@ -48,6 +48,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         eps: float = 1e-8
         weight_decay: float = 0.0
         scale: float = 0.25
+        adamw_scale: float = 1.0
         update_proj_gap: int = 2000
         correct_bias: bool = True
         state_dtype: Literal["float32", "bfloat16"] | None = None
@@ -76,12 +77,6 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         """Fused weights: "PATTERN=ROWS+ROWS+..." or "PATTERN=PARTS", as of param_groups. That q, k
         and v are fused in torchtitan's ``wqkv`` is known; "*.wqkv.weight=1" keeps it one matrix."""
 
-        adamw_lr: float | None = None
-        """Learning rate of the adamw path; by default that of the conda path, as in the paper."""
-
-        adamw_weight_decay: float | None = None
-        """Weight decay of the adamw path; by default that of the conda path."""
-
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         self._config = config
         if config.name == "conda":
@@ -108,8 +103,6 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
                 super()._build_param_groups(model, param_group_configs, impl_kwargs)
             )
             return built
-        own = {"lr": config.adamw_lr, "weight_decay": config.adamw_weight_decay}
-        options = {CONDA: {}, ADAMW: {key: v for key, v in own.items() if v is not None}}
         divided = divide(model, config.conda_params, config.adamw_params)
         asked = _splits(config.splits)  # before what is known, and instead of it
         ways, _ = split(divided, {**asked, **_fused_qkv(model), **asked})
@@ -119,8 +112,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
             trainable = [(canonical_fqn(n), param) for n, param in named if param.requires_grad]
             if trainable:  # names apart from parameters, as torchtitan has them
                 names, params = map(list, zip(*trainable, strict=True))
-                group = {"params": params, "param_names": names, **keys}
-                groups.append({**group, **options[keys["algorithm"]]})
+                groups.append({"params": params, "param_names": names, **keys})
         return {"Conda": groups}, {"Conda": [f"{group['algorithm']} path" for group in groups]}
 
     def _resolve_optimizer_factory(self, name: str) -> Callable[..., torch.optim.Optimizer]:
