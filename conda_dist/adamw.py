@@ -19,8 +19,9 @@ from conda_dist.maths import Hyper, can_fuse, decode, fused_adamw_, rounding_of,
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """This rank's part of one parameter, its gradient and its moments."""
+    """This rank's part of one parameter, its gradient and its moments, all of one shape."""
 
+    name: str
     param: Tensor
     grad: Tensor
     exp_avg: Tensor
@@ -40,17 +41,21 @@ def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool =
         step: how many, counting this one, from 1.
         hyper: their hyperparameters; ``scale`` is not applied.
         stochastic: whether bfloat16 moments are rounded up or down in proportion.
+
+    Raises:
+        ValueError: an entry's tensors differ in shape or device; nothing was changed then.
     """
-    alike: dict[Any, list[Entry]] = defaultdict(list)
+    alike: dict[Any, tuple[list[Entry], list[Entry]]] = defaultdict(lambda: ([], []))
     for entry in entries:
         dtypes = entry.param.dtype, entry.exp_avg.dtype, entry.exp_avg_sq.dtype
-        alike[entry.param.device, *dtypes].append(entry)
-    for same in alike.values():
-        fused: list[Entry] = []
-        others: list[Entry] = []
-        for entry in same:
-            if entry.param.numel():
-                (fused if _is_fusable(entry, hyper) else others).append(entry)
+        fused, others = alike[entry.param.device, *dtypes]
+        if _is_fusable(entry, hyper):
+            fused.append(entry)
+            continue
+        _check(entry)
+        if entry.param.numel():
+            others.append(entry)
+    for fused, others in alike.values():
         _fused(fused, step, hyper)
         chunk, numel = [], 0
         for entry in itertools.chain.from_iterable(map(_pieces, others)):
@@ -70,7 +75,20 @@ def _pieces(entry: Entry) -> Iterator[Entry]:
         return
     pieces = (torch.split(tensor.view(-1), CHUNK_NUMEL) for tensor in tensors)
     for parts in zip(*pieces, strict=True):
-        yield Entry(*parts)
+        yield Entry(entry.name, *parts)
+
+
+def _check(entry: Entry) -> None:
+    """Refuses tensors that a kernel would broadcast, or read or write beyond the end of."""
+    param = entry.param
+    for key in ("grad", "exp_avg", "exp_avg_sq"):
+        tensor = getattr(entry, key)
+        if tensor.shape != param.shape or tensor.device != param.device:
+            raise ValueError(
+                f"{entry.name}: its {key} has shape {tuple(tensor.shape)} on {tensor.device}, but "
+                f"the parameter has shape {tuple(param.shape)} on {param.device}; drop the state "
+                "(del optimizer.state[param]) of a parameter that is resized or moved."
+            )
 
 
 def _is_fusable(entry: Entry, hyper: Hyper) -> bool:

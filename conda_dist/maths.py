@@ -128,16 +128,23 @@ def store_(moment: Tensor, value: Tensor, rounding: float | None) -> None:
 
 
 FUSED_DEVICES = frozenset(_get_fused_kernels_supported_devices())
+FUSED_DTYPES = frozenset({torch.float32, torch.float64})
 
 
-def can_fuse(*tensors: Tensor) -> bool:
-    """Whether torch's fused kernel takes tensors of one shape: of one dtype, in one order."""
-    return (
-        tensors[0].device.type in FUSED_DEVICES
-        and {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
-        and tensors[0].numel() > 0
-        and all(tensor.is_contiguous() for tensor in tensors)
-    )
+def can_fuse(first: Tensor, *others: Tensor) -> bool:
+    """Whether torch's fused kernel takes these tensors: of one shape and dtype, in one order.
+
+    The kernel compares none of that, and would read and write beyond the end of the shorter ones.
+    """
+    dtype, shape, device = first.dtype, first.shape, first.device
+    if dtype not in FUSED_DTYPES or device.type not in FUSED_DEVICES or not first.numel():
+        return False
+    for tensor in others:
+        if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
+            return False
+        if not tensor.is_contiguous():
+            return False
+    return first.is_contiguous()
 
 
 def average_and_normalise_(

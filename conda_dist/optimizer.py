@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conda_dist import storage
 from conda_dist.adamw import Entry, adamw_
+from conda_dist.ambience import without_autocast
 from conda_dist.checkpoint import fill_state, match_state
 from conda_dist.conda_path import CondaPath
 from conda_dist.exchange import Mesh, agree, all_max
@@ -34,6 +35,16 @@ def refuse_capture() -> None:
             "Conda cannot be captured in a CUDA graph: which steps refresh their bases is decided "
             "on the host. Capture forward and backward, and call optimizer.step() outside."
         )
+
+
+def _wrong_gradient(setup: Setup) -> Exception | None:
+    """What is wrong with a gradient, for all ranks to be told of it before any of them sends."""
+    try:
+        for member in setup.members:
+            storage.check_gradient(member.name, member.param)
+    except RuntimeError as error:
+        return error
+    return None
 
 
 class Conda(torch.optim.Optimizer):
@@ -232,6 +243,7 @@ class Conda(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # what it does is decided on the host
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step with the gradients there are.
@@ -239,6 +251,9 @@ class Conda(torch.optim.Optimizer):
         Parameters without a gradient are left alone; all ranks that share one must have it or
         not. A first step in which all gradients are zero changes nothing and is not counted, nor
         is the step of a matrix whose momentum is still zero.
+
+        The step is the same inside ``torch.autocast``, and in a function that ``torch.compile``
+        compiles, which calls it as it is.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -249,14 +264,19 @@ class Conda(torch.optim.Optimizer):
         Raises:
             TypeError: a hyperparameter was set to something of another type.
             ValueError: one was set to something out of its range.
-            RuntimeError: a gradient is sparse; a CUDA graph is being captured; ranks have
-                different plans; a decomposition raised or failed too often. The last two on all
-                ranks of the mesh alike.
+            RuntimeError: a gradient is sparse or of another shape; a CUDA graph is being
+                captured; ranks have different plans; a decomposition raised or failed too often.
+                The last two on all ranks of the mesh alike.
         """
         loss = None
-        if closure is not None:
+        if closure is not None:  # the model is evaluated as the caller would
             with torch.enable_grad():
                 loss = closure()
+        with without_autocast():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         refuse_capture()
         setup, path = self._resolve(agreeing=True)
         grads: dict[Tensor, Tensor | None] = {}
@@ -272,7 +292,6 @@ class Conda(torch.optim.Optimizer):
             }
         )
         self._adamw_step([p for p in setup.plains if p.mesh in live], grads)
-        return loss
 
     def init_state(self) -> None:
         """Allocates all state now, for whoever saves before the first step.
@@ -321,6 +340,7 @@ class Conda(torch.optim.Optimizer):
         elif agreeing:
             self._check_groups()
         if agreeing and not setup.agreed:
+            error = error or _wrong_gradient(setup)
             for mesh in setup.meshes:
                 agree(mesh, setup.lines(mesh), error)
             setup.init_state()
@@ -361,6 +381,7 @@ class Conda(torch.optim.Optimizer):
             state["step"] += 1
             alike[id(plain.group), int(state["step"])].append(
                 Entry(
+                    plain.name,
                     storage.local(plain.param),
                     grad,
                     storage.local(state["exp_avg"]),

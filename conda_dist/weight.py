@@ -357,11 +357,22 @@ class Weight:
         """
         first, second = self.moments
         if self.options.compile or not maths.can_fuse(projected, first, second):
+            self._check_moments(first, second, projected)
             self.average(first, projected)
             return self.normalise(projected)
         self._own("step").add_(1)
         out = None if scratch is None else scratch.take(1, projected, projected.dtype)
         return maths.average_and_normalise_(projected, first, second, hyper_of(self.group), out)
+
+    def _check_moments(self, first: Tensor, second: Tensor, projected: Tensor) -> None:
+        """Refuses moments that somebody has replaced by others, which would be broadcast."""
+        for key, moment in (("exp_avg", first), (self.second_key, second)):
+            if moment.shape != projected.shape or moment.device != projected.device:
+                raise ValueError(
+                    f"{self.name}: its {key} has shape {tuple(moment.shape)} on {moment.device}, "
+                    f"but its gradient {tuple(projected.shape)} on {projected.device}; drop the "
+                    "state (del optimizer.state[param]) of a parameter that is resized or moved."
+                )
 
     def normalise(self, projected: Tensor) -> Tensor:
         """Updates the second moment, counts the step and returns proj(M) / (sqrt(v) + eps)."""
