@@ -18,6 +18,7 @@ from conda_dist.conda_path import CondaPath
 from conda_dist.exchange import Mesh, agree, all_max
 from conda_dist.groups import check_hyperparameters, split_group
 from conda_dist.options import Options
+from conda_dist.replaced import Given, refuse_flat, refuse_lost_state, refuse_strangers
 from conda_dist.report import Row, print_table, rows
 from conda_dist.routing import CONDA, nothing_to_project
 from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up
@@ -35,16 +36,6 @@ def refuse_capture() -> None:
             "Conda cannot be captured in a CUDA graph: which steps refresh their bases is decided "
             "on the host. Capture forward and backward, and call optimizer.step() outside."
         )
-
-
-def _wrong_gradient(setup: Setup) -> Exception | None:
-    """What is wrong with a gradient, for all ranks to be told of it before any of them sends."""
-    try:
-        for member in setup.members:
-            storage.check_gradient(member.name, member.param)
-    except RuntimeError as error:
-        return error
-    return None
 
 
 class Conda(torch.optim.Optimizer):
@@ -202,10 +193,12 @@ class Conda(torch.optim.Optimizer):
         self._process_group = process_group
         self._setup: Setup | None = None
         self._path: CondaPath | None = None
+        self._given: Given = []
         self._routed = False  # whether a group was split for the caller
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
         super().__init__(params, defaults)
+        refuse_flat(self._named(), [])
         if self._routed and not any(
             group["algorithm"] == CONDA and any(param.requires_grad for param in group["params"])
             for group in self.param_groups
@@ -230,6 +223,8 @@ class Conda(torch.optim.Optimizer):
             del self.param_groups[before:]
             raise
         self._routed |= "algorithm" not in param_group
+        added = [p for group in self.param_groups[before:] for p in group["params"]]
+        self._given += [(id(param), param.ndim) for param in added]
         self._setup = None
 
     def _named(self) -> list[tuple[str, Tensor]]:
@@ -332,6 +327,8 @@ class Conda(torch.optim.Optimizer):
             meshes = find_meshes(self.param_groups, self._process_group)
             try:
                 self._check_groups()
+                refuse_flat(self._named(), self._given)
+                refuse_lost_state(self._named(), self.state)
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
             except Exception as caught:
                 if not agreeing:
@@ -340,7 +337,7 @@ class Conda(torch.optim.Optimizer):
         elif agreeing:
             self._check_groups()
         if agreeing and not setup.agreed:
-            error = error or _wrong_gradient(setup)
+            error = error or self._wrong_gradient(setup)
             for mesh in setup.meshes:
                 agree(mesh, setup.lines(mesh), error)
             setup.init_state()
@@ -350,6 +347,20 @@ class Conda(torch.optim.Optimizer):
                 self._path.drop()
             self._setup, self._path = setup, CondaPath(setup.weights, self._options)
         return setup, self._path
+
+    def _wrong_gradient(self, setup: Setup) -> Exception | None:
+        """What is wrong with the gradients, for all ranks to hear of it before any of them sends.
+
+        Looked at whenever the parameters were planned anew.
+        """
+        try:
+            for member in setup.members:
+                storage.check_gradient(member.name, member.param)
+            if self._setup is None and dist.is_available() and dist.is_initialized():
+                refuse_strangers((m.name, m.param) for m in setup.members if m.param.grad is None)
+        except RuntimeError as error:
+            return error
+        return None
 
     def _check_groups(self) -> None:
         """Refuses hyperparameters that somebody has set since and that would ruin the weights."""
@@ -391,6 +402,15 @@ class Conda(torch.optim.Optimizer):
         for (group, step), entries in alike.items():
             stochastic = self._options.stochastic_rounding
             adamw_(entries, step, hyper_of(groups[group]), stochastic)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's state dict.
+
+        Raises:
+            ValueError: there is state of parameters that were replaced since it was made.
+        """
+        refuse_lost_state(self._named(), self.state)
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, on whatever ranks and layout it was saved.
@@ -434,7 +454,10 @@ class Conda(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""
-        kept = {name: self.__dict__[name] for name in ("_options", "_process_group", "_routed")}
+        kept = {
+            name: self.__dict__[name]
+            for name in ("_options", "_process_group", "_given", "_routed")
+        }
         return {**super().__getstate__(), **kept}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Conda":

@@ -170,8 +170,8 @@ def check_gradient(name: str, param: Tensor) -> None:
 
     Raises:
         RuntimeError: the gradient is sparse, not of real numbers or without any; of another shape
-            or device than the parameter; a plain tensor where the parameter is a DTensor, or one
-            on another mesh.
+            or device than the parameter; a plain tensor where the parameter is a DTensor, or a
+            DTensor on another mesh or of other shards.
     """
     grad = param.grad
     if grad is None:
@@ -211,13 +211,19 @@ def check_gradient(name: str, param: Tensor) -> None:
                 f"{name}: its gradient is on {meshes[0]}, but the parameter is on {meshes[1]}; "
                 "both must be on the same mesh."
             )
+        held, expected = grad.to_local().shape, local(param).shape
+        if held != expected and grad.placements == param.placements:
+            raise RuntimeError(
+                f"{name}: this rank holds {tuple(held)} of its gradient, but {tuple(expected)} of "
+                "the parameter; make the gradient's DTensor from shards of the same shapes."
+            )
 
 
 def local_gradient(name: str, param: Tensor) -> Tensor | None:
     """This rank's part of a parameter's gradient, where the parameter's own elements are.
 
     Raises:
-        RuntimeError: see :func:`check_gradient`, or the local tensors have other shapes.
+        RuntimeError: see :func:`check_gradient`.
     """
     grad = param.grad
     if grad is None:
@@ -237,11 +243,4 @@ def local_gradient(name: str, param: Tensor) -> Tensor | None:
         return grad
     if grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
-    held, expected = grad.to_local(), local(param)
-    if held.shape != expected.shape:
-        raise RuntimeError(
-            f"{name}: this rank holds {tuple(held.shape)} of its gradient, but "
-            f"{tuple(expected.shape)} of the parameter; make the gradient's DTensor from shards of "
-            "the same shapes."
-        )
-    return held
+    return grad.to_local()
