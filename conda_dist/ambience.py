@@ -11,9 +11,9 @@ def without_autocast() -> Iterator[None]:
     """Computes in the tensors' own dtypes, though the caller may be inside ``torch.autocast``.
 
     Autocast would round the operands of every product to 8 or 11 bits, and so the bases. It also
-    keeps the copies of the weights that the forward pass has cast, until the caller leaves it:
-    they are dropped here, so that the next forward pass sees the weights as they are after the
-    step.
+    keeps the copies of the weights that the forward pass has cast, until the caller leaves the
+    outermost one, which may be disabled. They are dropped here, so that the next forward pass
+    sees the weights as they are after the step.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
@@ -25,5 +25,4 @@ def without_autocast() -> Iterator[None]:
     finally:
         for kind in enabled:
             torch.set_autocast_enabled(kind, True)
-        if enabled:
-            torch.clear_autocast_cache()
+        torch.clear_autocast_cache()
