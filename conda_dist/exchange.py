@@ -249,6 +249,11 @@ def _numel(boxes: list[tuple[int, Block]]) -> int:
     return sum(_block_numel(block) for _, block in boxes)
 
 
+def is_distributed() -> bool:
+    """Whether torch.distributed has been initialized, on however many ranks."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:
     """The largest of each value over all ranks of a mesh; every rank must give as many."""
     result = torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -15,7 +15,7 @@ from conda_dist.adamw import Entry, adamw_
 from conda_dist.ambience import without_autocast
 from conda_dist.checkpoint import fill_state, match_state
 from conda_dist.conda_path import CondaPath
-from conda_dist.exchange import Mesh, agree, all_max
+from conda_dist.exchange import Mesh, agree, all_max, is_distributed
 from conda_dist.groups import check_hyperparameters, split_group
 from conda_dist.options import Options
 from conda_dist.replaced import Given, refuse_flat, refuse_lost_state, refuse_strangers
@@ -337,9 +337,17 @@ class Conda(torch.optim.Optimizer):
         elif agreeing:
             self._check_groups()
         if agreeing and not setup.agreed:
-            error = error or self._wrong_gradient(setup)
-            for mesh in setup.meshes:
-                agree(mesh, setup.lines(mesh), error)
+            wrong = None if error else self._wrong_gradient(setup)
+            told = False
+            try:
+                for mesh in setup.meshes:
+                    agree(mesh, setup.lines(mesh), error or wrong)
+            except RuntimeError:
+                told = wrong is not None
+                if not told:
+                    raise
+            if told and wrong is not None:  # it says more than that some rank has one
+                raise wrong
             setup.init_state()
             setup.agreed = True
         if setup is not self._setup or self._path is None:
@@ -356,7 +364,7 @@ class Conda(torch.optim.Optimizer):
         try:
             for member in setup.members:
                 storage.check_gradient(member.name, member.param)
-            if self._setup is None and dist.is_available() and dist.is_initialized():
+            if self._setup is None and is_distributed():
                 refuse_strangers((m.name, m.param) for m in setup.members if m.param.grad is None)
         except RuntimeError as error:
             return error

@@ -145,7 +145,7 @@ def refuse_strangers(named: Named) -> None:
         if thing.grad is None:
             continue
         if getattr(thing, "_is_flat_param", False):
-            flat.update(map(tuple, thing._shapes))
+            flat.update(map(tuple, getattr(thing, "_shapes", ())))
         elif isinstance(thing, DTensor) and thing.requires_grad:
             sharded[tuple(thing.shape)] += 1
     for there, what in ((flat, "FullyShardedDataParallel"), (sharded, "fully_shard")):
