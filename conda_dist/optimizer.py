@@ -3,7 +3,7 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from dataclasses import fields
 from typing import Any, overload
 
 import torch
@@ -14,8 +14,14 @@ from conda_dist import storage
 from conda_dist.adamw import Entry, adamw_
 from conda_dist.checkpoint import fill_state, match_state
 from conda_dist.conda_path import CondaPath
-from conda_dist.exchange import Mesh, agree, all_max
-from conda_dist.groups import check_hyperparameters, read_group
+from conda_dist.exchange import Mesh, SharedGroup, agree, all_max
+from conda_dist.groups import (
+    DROPPED,
+    HYPERPARAMETERS,
+    UNSUPPORTED,
+    check_hyperparameters,
+    read_group,
+)
 from conda_dist.names import Names, check_paths
 from conda_dist.options import Options
 from conda_dist.report import Row, print_table, rows
@@ -123,6 +129,12 @@ class Conda(torch.optim.Optimizer):
             Without it contiguous moments of float32 or float64 have torch's fused AdamW kernel.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
+        fused: of no effect, as ``foreach``; scripts written for AdamW give them.
+        foreach: see ``fused``.
+        maximize: must be False, as the next three, which AdamW has.
+        capturable: see ``maximize``.
+        differentiable: see ``maximize``.
+        amsgrad: see ``maximize``.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -159,42 +171,26 @@ class Conda(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        amsgrad: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "scale": scale,
-            "adamw_scale": adamw_scale,
-            "update_proj_gap": update_proj_gap,
-            "correct_bias": correct_bias,
-            "algorithm": None,
-            "splits": None,
-        }
+        given = dict(locals())  # all arguments, by name
+        for name in UNSUPPORTED:
+            if given[name]:
+                raise TypeError(f"option {name!r} is not supported by Conda; leave it out.")
+        fixed = {"algorithm": None, "splits": None}
+        defaults = {name: given[name] for name in HYPERPARAMETERS if name not in fixed} | fixed
         check_hyperparameters({**defaults, "proj_type": proj_type})
-        self._options = Options(
-            state_dtype,
-            matmul_dtype,
-            basis_dtype,
-            basis_placement,
-            basis_budget,
-            bucket_bytes,
-            refresh_bytes,
-            max_refresh_failures,
-            refresh_method,
-            refresh,
-            refresh_delay,
-            refresh_waves,
-            second_moment_dtype,
-            stochastic_rounding,
-            compile,
-        )
+        self._options = Options(**{field.name: given[field.name] for field in fields(Options)})
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
                 f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}"
             )
-        self._process_group = process_group
+        self._shared = SharedGroup(process_group)
         self._setup: Setup | None = None
         self._path: CondaPath | None = None
         self._names: Names = Names()
@@ -303,7 +299,7 @@ class Conda(torch.optim.Optimizer):
         """
         setup, error = self._setup, None
         if setup is None or self._path is None or setup.outdated(self.param_groups, self.state):
-            meshes = find_meshes(self.param_groups, self._process_group)
+            meshes = find_meshes(self.param_groups, self._shared.group)
             try:
                 self._names.follow(self.param_groups)
                 self._names.check(self.param_groups)
@@ -397,7 +393,7 @@ class Conda(torch.optim.Optimizer):
             self.state.update({param: before[param] for param in saved if param in before})
             if saved:
                 # Frozen ones too: their state must be in place when they are unfrozen.
-                meshes = find_meshes(self.param_groups, self._process_group, saved)
+                meshes = find_meshes(self.param_groups, self._shared.group, saved)
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
                 setup.init_state()
                 fill_state(setup, saved)
@@ -416,17 +412,9 @@ class Conda(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""
         self._names.follow(self.param_groups)
-        taken = ("_options", "_process_group", "_names", "_made")
+        taken = ("_options", "_shared", "_names", "_made")
         kept = {name: self.__dict__[name] for name in taken}
         return {**super().__getstate__(), **kept}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Conda":
-        """A copy among the same ranks: a process group is nothing that could be copied."""
-        memo[id(self._process_group)] = self._process_group
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes up a copy, a pickle or (called by torch) a loaded state dict."""
@@ -437,6 +425,6 @@ class Conda(torch.optim.Optimizer):
 ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Conda.__init__).parameters.items()
-    if name not in ("self", "params", "process_group")
+    if name not in ("self", "params", "process_group", *DROPPED, *UNSUPPORTED)
 }
 """Conda's arguments that a configuration can give, with their defaults."""
