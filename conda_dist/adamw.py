@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist.maths import Hyper, can_fuse, decode, fused_adamw_, rounding_of, store_
+from conda_dist.maths import Hyper, can_fuse, check_alike, decode, fused_adamw_, rounding_of, store_
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool =
     Args:
         entries: parameters that have taken equally many steps.
         step: how many, counting this one, from 1.
-        hyper: their hyperparameters; ``scale`` is not applied.
+        hyper: their hyperparameters; ``scale`` is their group's ``adamw_scale``.
         stochastic: whether bfloat16 moments are rounded up or down in proportion.
 
     Raises:
@@ -52,7 +52,8 @@ def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool =
         if _is_fusable(entry, hyper):
             fused.append(entry)
             continue
-        _check(entry)
+        moments = {"exp_avg": entry.exp_avg, "exp_avg_sq": entry.exp_avg_sq}
+        check_alike(entry.name, {"parameter": entry.param, "gradient": entry.grad, **moments})
         if entry.param.numel():
             others.append(entry)
     for fused, others in alike.values():
@@ -78,19 +79,6 @@ def _pieces(entry: Entry) -> Iterator[Entry]:
         yield Entry(entry.name, *parts)
 
 
-def _check(entry: Entry) -> None:
-    """Refuses tensors that a kernel would broadcast, or read or write beyond the end of."""
-    param = entry.param
-    for key in ("grad", "exp_avg", "exp_avg_sq"):
-        tensor = getattr(entry, key)
-        if tensor.shape != param.shape or tensor.device != param.device:
-            raise ValueError(
-                f"{entry.name}: its {key} has shape {tuple(tensor.shape)} on {tensor.device}, but "
-                f"the parameter has shape {tuple(param.shape)} on {param.device}; drop the state "
-                "(del optimizer.state[param]) of a parameter that is resized or moved."
-            )
-
-
 def _is_fusable(entry: Entry, hyper: Hyper) -> bool:
     """Whether torch's fused kernel takes it."""
     here = not isinstance(hyper.lr, Tensor) or hyper.lr.device == entry.param.device
@@ -107,7 +95,7 @@ def _fused(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
         [entry.exp_avg for entry in entries],
         [entry.exp_avg_sq for entry in entries],
         step if hyper.correct_bias else math.inf,
-        hyper.lr,
+        hyper.lr if hyper.scale == 1 else hyper.lr * hyper.scale,
         hyper,
     )
     if hyper.weight_decay:
@@ -141,7 +129,7 @@ def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool
     torch._foreach_add_(updates, hyper.eps)
     torch._foreach_reciprocal_(updates)
     torch._foreach_mul_(updates, exp_avgs)
-    torch._foreach_mul_(updates, hyper.step_size(step, scaled=False))
+    torch._foreach_mul_(updates, hyper.step_size(step))
     torch._foreach_sub_(params, updates)
     if hyper.weight_decay:
         torch._foreach_mul_(params, hyper.keep)

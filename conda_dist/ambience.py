@@ -1,4 +1,4 @@
-"""What surrounds a step and must not change it: the caller's autocast."""
+"""What surrounds a step and must not change it: the caller's autocast, a CUDA graph."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,3 +26,16 @@ def without_autocast() -> Iterator[None]:
         for kind in enabled:
             torch.set_autocast_enabled(kind, True)
         torch.clear_autocast_cache()
+
+
+def refuse_capture() -> None:
+    """Refuses to be recorded: a replay would repeat one step's count and never refresh a basis.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Conda cannot be captured in a CUDA graph: which steps refresh their bases is decided "
+            "on the host. Capture forward and backward, and call optimizer.step() outside."
+        )

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from conda_dist import maths, storage
 from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
 from conda_dist.layout import Coordinate, Layout
-from conda_dist.routing import CONDA, clean_name
-from conda_dist.setup import Setup, name_of
+from conda_dist.names import is_place, name_of, path_of
+from conda_dist.routing import ADAMW, CONDA, clean_name
+from conda_dist.setup import Setup
 from conda_dist.states import CODES, basis_key
 from conda_dist.weight import NEVER
 
@@ -56,8 +57,10 @@ def match_state(
             saved_id, saved_group = sources[param]
             if saved_id in saved_state:
                 state = saved_state[saved_id]
-                _check_path(name, group, saved_group, state)
-                _check_state(name, tuple(param.shape), group, state)
+                path = path_of(name, param, group)
+                splits = group["splits"] if path == CONDA else None
+                _check_path(name, path, splits, saved_group, state)
+                _check_state(name, tuple(param.shape), path, splits, state)
                 matched[param] = state
             elif saved_state and param.requires_grad:
                 raise ValueError(
@@ -147,6 +150,8 @@ def _sources(
     by_number = all(isinstance(saved_id, int) for saved_id, _ in by_place.values())
     if not by_number or not all(g.get("param_names") for g in (*groups, *saved_groups)):
         return by_place
+    if any(is_place(name) for g in (*groups, *saved_groups) for name in g["param_names"]):
+        return by_place
     for g, saved in enumerate(saved_groups):
         if len(saved["param_names"]) != len(saved["params"]):
             raise ValueError(
@@ -174,20 +179,20 @@ def _sources(
 
 def _check_path(
     name: str,
-    group: Mapping[str, Any],
+    path: str,
+    splits: Sequence[int] | None,
     saved_group: Mapping[str, Any],
     saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is of another path, or of other parts."""
-    algorithm, splits = group["algorithm"], group["splits"]
-    has_basis = any(str(key).startswith("basis") for key in saved)
-    if (saved_algorithm := CONDA if has_basis else saved_group["algorithm"]) != algorithm:
+    saved_path = CONDA if any(str(key).startswith("basis") for key in saved) else ADAMW
+    if saved_path != path:
         raise ValueError(
-            f"{name}: in the checkpoint it is on the {saved_algorithm} path, here on the "
-            f"{algorithm} path, and the moments of the two live in different coordinates. Give "
-            f'its group algorithm="{saved_algorithm}", or start with fresh optimizer state.'
+            f"{name}: in the checkpoint it is on the {saved_path} path, here on the {path} path, "
+            "and the moments of the two live in different coordinates. Put it into a group with "
+            f'algorithm="{saved_path}", or start with fresh optimizer state.'
         )
-    saved_splits = saved_group.get("splits")
+    saved_splits = saved_group.get("splits") if path == CONDA else None
     if (saved_splits and tuple(saved_splits)) != (splits and tuple(splits)):
         raise ValueError(
             f"{name}: the checkpoint was written with splits={saved_splits}, this optimizer has "
@@ -196,10 +201,14 @@ def _check_path(
 
 
 def _check_state(
-    name: str, shape: tuple[int, ...], group: Mapping[str, Any], saved: Mapping[str, Any]
+    name: str,
+    shape: tuple[int, ...],
+    path: str,
+    splits: Sequence[int] | None,
+    saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
-    needed = _state_shapes(shape, group["algorithm"], group["splits"])
+    needed = _state_shapes(shape, path, splits)
     if CODES in saved:
         needed[CODES] = needed.pop("exp_avg_sq")
     if any(key in saved for key in PENDING):
@@ -242,12 +251,12 @@ COUNTS = (torch.int32, torch.int64)
 
 
 def _state_shapes(
-    shape: tuple[int, ...], algorithm: str, splits: Sequence[int] | None
+    shape: tuple[int, ...], path: str, splits: Sequence[int] | None
 ) -> dict[str, tuple[int, ...]]:
     """Global shape of each state of a parameter."""
     parts = () if splits is None else (len(splits),)
     shapes: dict[str, tuple[int, ...]] = {"step": parts, "exp_avg": shape, "exp_avg_sq": shape}
-    if algorithm == CONDA:
+    if path == CONDA:
         repeats = 1 if splits is None else shape[-2] // sum(splits)
         for part, rows in enumerate(splits or shape[-2:-1]):
             r = min(rows * repeats, shape[-1])

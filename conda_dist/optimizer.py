@@ -1,9 +1,8 @@
 """The optimizer: groups and state as torch's own, the step as planned."""
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from dataclasses import fields
 from typing import Any, overload
 
 import torch
@@ -11,31 +10,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conda_dist import storage
-from conda_dist.adamw import Entry, adamw_
-from conda_dist.ambience import without_autocast
+from conda_dist.adamw_path import adamw_step
+from conda_dist.ambience import refuse_capture, without_autocast
 from conda_dist.checkpoint import fill_state, match_state
 from conda_dist.conda_path import CondaPath
-from conda_dist.exchange import Mesh, agree, all_max, is_distributed
-from conda_dist.groups import check_hyperparameters, split_group
+from conda_dist.exchange import Mesh, SharedGroup, agree, all_max, is_distributed
+from conda_dist.groups import (
+    DROPPED,
+    HYPERPARAMETERS,
+    UNSUPPORTED,
+    check_hyperparameters,
+    read_group,
+)
+from conda_dist.names import Names, check_paths, each
 from conda_dist.options import Options
-from conda_dist.replaced import Given, refuse_flat, refuse_lost_state, refuse_strangers
+from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_strangers
 from conda_dist.report import Row, print_table, rows
-from conda_dist.routing import CONDA, nothing_to_project
-from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up
-from conda_dist.weight import hyper_of
-
-
-def refuse_capture() -> None:
-    """Refuses to be recorded: a replay would repeat one step's count and never refresh a basis.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "Conda cannot be captured in a CUDA graph: which steps refresh their bases is decided "
-            "on the host. Capture forward and backward, and call optimizer.step() outside."
-        )
+from conda_dist.setup import Setup, find_meshes, set_up
 
 
 class Conda(torch.optim.Optimizer):
@@ -52,10 +43,11 @@ class Conda(torch.optim.Optimizer):
     Parameters may be plain tensors or DTensors of any layout of Shard and Replicate; plain
     parameters are taken to be whole and, in a distributed job, equal on all ranks with equal
     gradients (DDP). A weight of three or more dimensions is a batch of matrices in its last two.
-    Groups may name their ``algorithm``, "conda" or "adamw"; one that does not is split by shape
-    and name as :func:`conda_dist.routing.route` says, for which it should be given
-    ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`. Layouts are
-    resolved at the first step.
+    Groups may name their ``algorithm``, "conda" or "adamw"; in one that does not each parameter
+    takes the path that :func:`conda_dist.routing.route` says for its name and shape, for which it
+    should be given ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`.
+    Layouts and paths are resolved at the first step. On the adamw path an update is Adam's,
+    times ``lr`` and ``adamw_scale``.
 
     State of a parameter, tensors like the parameter (DTensors on its mesh): ``step`` (0-d, on the
     CPU), ``exp_avg`` (m, n), projected on the conda path, ``exp_avg_sq`` (m, n) and there too
@@ -73,6 +65,8 @@ class Conda(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, applied after the update.
         scale: factor on the update of the conda path.
+        adamw_scale: factor on the update of the adamw path. Neither factor changes the decay, which
+            is ``lr * weight_decay`` on both paths.
         update_proj_gap: steps between two decompositions of the momentum.
         correct_bias: whether to divide out the moments' bias towards zero.
         proj_type: "std"; the released code's other types are refused.
@@ -122,6 +116,12 @@ class Conda(torch.optim.Optimizer):
             Without it contiguous moments of float32 or float64 have torch's fused AdamW kernel.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
+        fused: of no effect, as ``foreach``; scripts written for AdamW give them.
+        foreach: see ``fused``.
+        maximize: must be False, as the next three, which AdamW has.
+        capturable: see ``maximize``.
+        differentiable: see ``maximize``.
+        amsgrad: see ``maximize``.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -138,6 +138,7 @@ class Conda(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         scale: float = 0.25,
+        adamw_scale: float = 1.0,
         update_proj_gap: int = 2000,
         correct_bias: bool = True,
         proj_type: str = "std",
@@ -157,82 +158,52 @@ class Conda(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        amsgrad: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "scale": scale,
-            "update_proj_gap": update_proj_gap,
-            "correct_bias": correct_bias,
-            "splits": None,
-        }
+        given = dict(locals())  # all arguments, by name
+        for name in UNSUPPORTED:
+            if given[name]:
+                raise TypeError(f"option {name!r} is not supported by Conda; leave it out.")
+        fixed = {"algorithm": None, "splits": None}
+        defaults = {name: given[name] for name in HYPERPARAMETERS if name not in fixed} | fixed
         check_hyperparameters({**defaults, "proj_type": proj_type})
-        self._options = Options(
-            state_dtype,
-            matmul_dtype,
-            basis_dtype,
-            basis_placement,
-            basis_budget,
-            bucket_bytes,
-            refresh_bytes,
-            max_refresh_failures,
-            refresh_method,
-            refresh,
-            refresh_delay,
-            refresh_waves,
-            second_moment_dtype,
-            stochastic_rounding,
-            compile,
-        )
+        self._options = Options(**{field.name: given[field.name] for field in fields(Options)})
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
                 f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}"
             )
-        self._process_group = process_group
+        self._shared = SharedGroup(process_group)
         self._setup: Setup | None = None
         self._path: CondaPath | None = None
-        self._given: Given = []
-        self._routed = False  # whether a group was split for the caller
+        self._names: Names = Names()
+        self._made = False
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
         super().__init__(params, defaults)
-        refuse_flat(self._named(), [])
-        if self._routed and not any(
-            group["algorithm"] == CONDA and any(param.requires_grad for param in group["params"])
-            for group in self.param_groups
-        ):
-            raise ValueError(nothing_to_project(self._named()))
+        self._made = True
+        refuse_flat(each(self.param_groups))
+        self._names.warn(self.param_groups, stacklevel=2)
+        check_paths(self.param_groups, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, split in two if it does not name its ``algorithm``.
-
-        New parameters get their state at the next step; the others keep theirs.
+        """Adds a group; new parameters get their state at the next step, the others keep theirs.
 
         Raises:
             TypeError: see :class:`Conda`.
             ValueError: see :class:`Conda`.
         """
-        before = len(self.param_groups)
-        parts = split_group(param_group, f"parameter group {before}: ")
-        try:
-            for part in parts:
-                super().add_param_group(part)
-        except BaseException:
-            del self.param_groups[before:]
-            raise
-        self._routed |= "algorithm" not in param_group
-        added = [p for group in self.param_groups[before:] for p in group["params"]]
-        self._given += [(id(param), param.ndim) for param in added]
+        super().add_param_group(
+            read_group(param_group, f"parameter group {len(self.param_groups)}: ")
+        )
         self._setup = None
-
-    def _named(self) -> list[tuple[str, Tensor]]:
-        return [
-            (name_of(self.param_groups, g, i), param)
-            for g, group in enumerate(self.param_groups)
-            for i, param in enumerate(group["params"])
-        ]
+        self._names.added(self.param_groups)
+        if self._made:
+            self._names.warn(self.param_groups, stacklevel=2)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -286,7 +257,8 @@ class Conda(torch.optim.Optimizer):
                 if weight.mesh in live and (grad := grads[weight.param]) is not None
             }
         )
-        self._adamw_step([p for p in setup.plains if p.mesh in live], grads)
+        plains = [plain for plain in setup.plains if plain.mesh in live]
+        adamw_step(plains, grads, self._options.stochastic_rounding)
 
     def init_state(self) -> None:
         """Allocates all state now, for whoever saves before the first step.
@@ -324,11 +296,14 @@ class Conda(torch.optim.Optimizer):
         """
         setup, error = self._setup, None
         if setup is None or self._path is None or setup.outdated(self.param_groups, self.state):
-            meshes = find_meshes(self.param_groups, self._process_group)
+            meshes = find_meshes(self.param_groups, self._shared.group)
             try:
+                self._names.follow(self.param_groups)
+                refuse_flat(each(self.param_groups))
+                self._names.check(self.param_groups)
+                self._names.warn(self.param_groups, stacklevel=4)
                 self._check_groups()
-                refuse_flat(self._named(), self._given)
-                refuse_lost_state(self._named(), self.state)
+                refuse_lost_state(each(self.param_groups), self.state)
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
             except Exception as caught:
                 if not agreeing:
@@ -389,35 +364,14 @@ class Conda(torch.optim.Optimizer):
                 setup.started[i] = bool(all_max(mesh, [any_here])[0])
         return {mesh for mesh, started in zip(setup.meshes, setup.started, strict=True) if started}
 
-    def _adamw_step(self, plains: Iterable[Plain], grads: Mapping[Tensor, Tensor | None]) -> None:
-        alike: dict[tuple[int, int], list[Entry]] = defaultdict(list)
-        groups = {id(group): group for group in self.param_groups}
-        for plain in plains:
-            grad = grads[plain.param]
-            if grad is None:
-                continue
-            state = plain.state
-            state["step"] += 1
-            alike[id(plain.group), int(state["step"])].append(
-                Entry(
-                    plain.name,
-                    storage.local(plain.param),
-                    grad,
-                    storage.local(state["exp_avg"]),
-                    storage.local(state[plain.second_key]),
-                )
-            )
-        for (group, step), entries in alike.items():
-            stochastic = self._options.stochastic_rounding
-            adamw_(entries, step, hyper_of(groups[group]), stochastic)
-
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict.
+        """torch's, with the names of the parameters that there are now.
 
         Raises:
             ValueError: there is state of parameters that were replaced since it was made.
         """
-        refuse_lost_state(self._named(), self.state)
+        self._names.follow(self.param_groups)
+        refuse_lost_state(each(self.param_groups), self.state)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -431,6 +385,7 @@ class Conda(torch.optim.Optimizer):
             ValueError: the state dict is of another optimizer, of other parameters, or damaged.
         """
         before, saved = self.state, dict[Tensor, Mapping[str, Any]]()
+        self._names.follow(self.param_groups)
 
         # As hooks, so that the user's own find what torch promises them: these run last of those
         # before and first of those after.
@@ -444,7 +399,7 @@ class Conda(torch.optim.Optimizer):
             self.state.update({param: before[param] for param in saved if param in before})
             if saved:
                 # Frozen ones too: their state must be in place when they are unfrozen.
-                meshes = find_meshes(self.param_groups, self._process_group, saved)
+                meshes = find_meshes(self.param_groups, self._shared.group, saved)
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
                 setup.init_state()
                 fill_state(setup, saved)
@@ -462,19 +417,10 @@ class Conda(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""
-        kept = {
-            name: self.__dict__[name]
-            for name in ("_options", "_process_group", "_given", "_routed")
-        }
+        self._names.follow(self.param_groups)
+        taken = ("_options", "_shared", "_names", "_made")
+        kept = {name: self.__dict__[name] for name in taken}
         return {**super().__getstate__(), **kept}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Conda":
-        """A copy among the same ranks: a process group is nothing that could be copied."""
-        memo[id(self._process_group)] = self._process_group
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes up a copy, a pickle or (called by torch) a loaded state dict."""
@@ -485,6 +431,6 @@ class Conda(torch.optim.Optimizer):
 ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Conda.__init__).parameters.items()
-    if name not in ("self", "params", "process_group")
+    if name not in ("self", "params", "process_group", *DROPPED, *UNSUPPORTED)
 }
 """Conda's arguments that a configuration can give, with their defaults."""

@@ -27,22 +27,17 @@ ORDER = (
     "make the optimizer from model.named_parameters(), then load its state and train"
 )
 
-Named = Iterable[tuple[str, Tensor]]
-Given = list[tuple[int, int]]
-"""Id and number of dimensions of each parameter when it was added."""
+Named = Iterable[tuple[str, Tensor, Mapping[str, Any]]]
+"""Parameters with their names and their groups, as :func:`conda_dist.names.each` gives them."""
 
 
-def refuse_flat(named: Named, given: Given) -> None:
-    """Refuses flat parameters that hold the elements of matrices.
-
-    Args:
-        named: the parameters there are, with their names.
-        given: the parameters as they were added to the optimizer; [] if they are just being added.
+def refuse_flat(named: Named) -> None:
+    """Refuses flat parameters that say of themselves that they hold the elements of others.
 
     Raises:
-        ValueError: some parameter is flat, or has taken a matrix's place.
+        ValueError: there is such a parameter.
     """
-    pairs = list(named)
+    pairs = [(name, param) for name, param, _ in named]
     _refuse_fsdp1(pairs)
     for name, param in pairs:
         shape = tuple(getattr(param, "ds_shape", param.shape))
@@ -52,13 +47,15 @@ def refuse_flat(named: Named, given: Given) -> None:
                 "conda_dist.Conda cannot step on the flat partitions of ZeRO. Either "
                 f"{DEEPSPEED}."
             )
-    if (flat := _flattened(pairs, given)) is not None:
-        name, param = flat
-        raise ValueError(
-            f"{name}: there is a flat parameter of shape {tuple(param.shape)} where the optimizer "
-            "was given a matrix. Conda projects matrices, and not parts of them in one dimension. "
-            f"Under DeepSpeed, either {DEEPSPEED}. Otherwise, {FSDP}."
-        )
+
+
+def flat_error(name: str, param: Tensor) -> ValueError:
+    """The error of a flat parameter that has taken the place of matrices."""
+    return ValueError(
+        f"{name}: there is a flat parameter of shape {tuple(param.shape)} where the optimizer "
+        "was given a matrix. Conda projects matrices, and not parts of them in one dimension. "
+        f"Under DeepSpeed, either {DEEPSPEED}. Otherwise, {FSDP}."
+    )
 
 
 def _refuse_fsdp1(pairs: Sequence[tuple[str, Tensor]]) -> None:
@@ -79,33 +76,18 @@ def _refuse_fsdp1(pairs: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
-def _flattened(pairs: Sequence[tuple[str, Tensor]], given: Given) -> tuple[str, Tensor] | None:
-    """A parameter without two dimensions that has taken the place of a matrix."""
-    if len(pairs) == len(given):
-        for pair, (_, before) in zip(pairs, given, strict=True):
-            if before > 1 and pair[1].ndim < 2:
-                return pair
-        return None
-    # One for many: the engine puts a partition into the place of a whole group.
-    had_matrices = any(before > 1 for _, before in given)
-    if had_matrices and not any(param.ndim > 1 for _, param in pairs):
-        known = {identity for identity, _ in given}
-        return next((pair for pair in pairs if id(pair[1]) not in known), None)
-    return None
-
-
 def refuse_lost_state(named: Named, state: Mapping[Any, Any]) -> None:
     """Refuses to go on with parameters whose state was left behind when they were replaced.
 
     Args:
-        named: the parameters in the groups, with their names.
+        named: the parameters in the groups.
         state: ``optimizer.state``.
 
     Raises:
         ValueError: there is state of tensors that are in no group, and the parameters that have
             taken their places have none.
     """
-    pairs = list(named)
+    pairs = [(name, param) for name, param, _ in named]
     held = {id(param) for _, param in pairs}
     lost = [key for key in state if isinstance(key, Tensor) and id(key) not in held]
     if not lost:
@@ -122,7 +104,7 @@ def refuse_lost_state(named: Named, state: Mapping[Any, Any]) -> None:
         )
 
 
-def refuse_strangers(named: Named) -> None:
+def refuse_strangers(named: Iterable[tuple[str, Tensor]]) -> None:
     """Refuses parameters without gradients that have been replaced, in the model alone.
 
     Looked for where a first step finds parameters without gradients, for it takes time.
@@ -138,6 +120,7 @@ def refuse_strangers(named: Named) -> None:
         return
     missing = Counter(tuple(param.shape) for _, param in strangers)
     flat, sharded = Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
+    gc.collect()  # models of the past may be waiting for it
     for thing in gc.get_objects():
         # By its type, for objects of others may do anything when they are asked for theirs.
         if not issubclass(type(thing), Tensor) or not isinstance(thing, nn.Parameter):
@@ -148,7 +131,7 @@ def refuse_strangers(named: Named) -> None:
             flat.update(map(tuple, getattr(thing, "_shapes", ())))
         elif isinstance(thing, DTensor) and thing.requires_grad:
             sharded[tuple(thing.shape)] += 1
-    for there, what in ((flat, "FullyShardedDataParallel"), (sharded, "fully_shard")):
+    for there, what in ((sharded, "fully_shard"), (flat, "FullyShardedDataParallel")):
         if missing <= there:
             advice = f"Instead of FSDP1, {FSDP}" if what.startswith("Fully") else ORDER
             raise RuntimeError(

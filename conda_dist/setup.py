@@ -18,10 +18,11 @@ from conda_dist.delegate import delegate
 from conda_dist.exchange import Mesh
 from conda_dist.groups import check_parameter
 from conda_dist.layout import Layout, Topology, nested
+from conda_dist.names import name_of, path_of
 from conda_dist.options import Options
 from conda_dist.owners import deal_owners, deal_waves
 from conda_dist.plan import plan_weight, replicated_basis_bytes
-from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
+from conda_dist.routing import CONDA, check_matrix, check_splits
 from conda_dist.states import basis_dtype, basis_key, moment_dtype, second_dtype, second_key
 from conda_dist.weight import Weight
 
@@ -159,7 +160,10 @@ class Setup:
 
 
 def signature(groups: Iterable[Mapping[str, Any]]) -> object:
-    """What a setup was made for: changes when parameters are added, replaced or changed in form."""
+    """What a setup was made for: changes when parameters are added, replaced or changed in form.
+
+    Paths are decided when it is made, so that a steady step does not read names.
+    """
     return [
         (
             id(group),
@@ -193,12 +197,6 @@ def find_meshes(
     return dict(sorted(meshes.items(), key=lambda item: item[1].sort_key))
 
 
-def name_of(groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
-    """A parameter's name, or where it stands."""
-    names = groups[group].get("param_names")
-    return clean_name(names[index]) if names else f"param_groups[{group}]['params'][{index}]"
-
-
 def set_up(
     groups: Sequence[dict[str, Any]],
     state: MutableMapping[Tensor, dict[str, Any]],
@@ -227,14 +225,15 @@ def set_up(
         group, name = places[param]
         check_parameter(name, param)  # it may have been replaced, and so may its data
         _check_form(name, param, state.get(param, {}), options)
+        path = path_of(name, param, group)
         had_basis = any(key.startswith("basis") for key in state.get(param, {}))
-        if state.get(param) and had_basis != (group["algorithm"] == CONDA):
+        if state.get(param) and had_basis != (path == CONDA):
             raise ValueError(
-                f"{name}: its state was made on the other path than its group's algorithm, "
-                f"{group['algorithm']!r}; drop the state first: del optimizer.state[param]."
+                f"{name}: its state was made on the other path than the {path} path, which it "
+                f"takes by {_chosen_by(group)}; drop the state first: del optimizer.state[param]."
             )
         layout = storage.find_layout(name, param, mesh)
-        if group["algorithm"] == CONDA:
+        if path == CONDA:
             check_matrix(name, param)  # it may have been replaced
             _check_bases(name, state.get(param, {}), group["splits"])
             sites += _sites(name, param, mesh, group, layout)
@@ -266,6 +265,13 @@ def _check_form(name: str, param: Tensor, state: Mapping[str, Any], options: Opt
                 "Drop the state (del optimizer.state[param]), or load a checkpoint after the "
                 "change, which converts it."
             )
+
+
+def _chosen_by(group: Mapping[str, Any]) -> str:
+    """What decided the path of a parameter of the group."""
+    if group["algorithm"] is None:
+        return "its name and shape, for its group has no algorithm"
+    return f"its group's algorithm, {group['algorithm']!r}"
 
 
 def _check_bases(name: str, state: Mapping[str, Any], splits: Sequence[int] | None) -> None:

@@ -36,8 +36,13 @@ next. In between it drifts by less than 5e-6 in float32, measured for r from 16 
 products are saved in a refresh that is due every few steps."""
 
 
-def hyper_of(group: dict[str, Any]) -> Hyper:
-    """The hyperparameters a group has at this moment, as numbers that torch's kernels know."""
+def hyper_of(group: dict[str, Any], scale: str = "scale") -> Hyper:
+    """The hyperparameters a group has at this moment, as numbers that torch's kernels know.
+
+    Args:
+        group: the group.
+        scale: the key of the factor on the update: "scale", or "adamw_scale" on the adamw path.
+    """
     beta1, beta2 = group["betas"]
     lr = group["lr"]
     # Read where that costs nothing; foreach kernels want others 0-d.
@@ -48,7 +53,7 @@ def hyper_of(group: dict[str, Any]) -> Hyper:
         float(beta2),
         float(group["eps"]),
         float(group["weight_decay"]),
-        float(group["scale"]),
+        float(group[scale]),
         group["correct_bias"],
     )
 
@@ -357,22 +362,13 @@ class Weight:
         """
         first, second = self.moments
         if self.options.compile or not maths.can_fuse(projected, first, second):
-            self._check_moments(first, second, projected)
+            moments = {"exp_avg": first, self.second_key: second}
+            maths.check_alike(self.name, {"gradient": projected, **moments})
             self.average(first, projected)
             return self.normalise(projected)
         self._own("step").add_(1)
         out = None if scratch is None else scratch.take(1, projected, projected.dtype)
         return maths.average_and_normalise_(projected, first, second, hyper_of(self.group), out)
-
-    def _check_moments(self, first: Tensor, second: Tensor, projected: Tensor) -> None:
-        """Refuses moments that somebody has replaced by others, which would be broadcast."""
-        for key, moment in (("exp_avg", first), (self.second_key, second)):
-            if moment.shape != projected.shape or moment.device != projected.device:
-                raise ValueError(
-                    f"{self.name}: its {key} has shape {tuple(moment.shape)} on {moment.device}, "
-                    f"but its gradient {tuple(projected.shape)} on {projected.device}; drop the "
-                    "state (del optimizer.state[param]) of a parameter that is resized or moved."
-                )
 
     def normalise(self, projected: Tensor) -> Tensor:
         """Updates the second moment, counts the step and returns proj(M) / (sqrt(v) + eps)."""

@@ -219,7 +219,7 @@ class Conda(torch.optim.Optimizer):
             options = replace(options, basis_budget=max(options.basis_budget - spent, 0))
             unit = Unit(tensors, groups, pieces, mesh, options)
             unit.init_state(self.state, self._loaded)
-            lines = unit.setup(groups).lines(mesh)
+            lines = unit.setup().lines(mesh)
         except Exception as caught:
             error = caught
         agree(mesh, lines, error)
@@ -250,13 +250,10 @@ class Conda(torch.optim.Optimizer):
 
     def report(self) -> list[Row]:
         """What each parameter gets, of those that a step has concerned; see ``report.Row``."""
-        setups = [unit.setup(self._of(unit)) for unit in self._units.values()]
+        setups = [unit.setup() for unit in self._units.values()]
         weights = [weight for setup in setups for weight in setup.weights]
         plains = [plain for setup in setups for plain in setup.plains]
         return rows(Setup(weights, plains, list(dict.fromkeys(s.meshes[0] for s in setups)), None))
-
-    def _of(self, unit: Unit) -> list[dict[str, Any]]:
-        return [self._groups[0]] * len(unit.tensors)  # of which nothing is reported
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, while the optimizer is made; the engine could not partition a later one.

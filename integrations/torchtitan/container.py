@@ -48,6 +48,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         eps: float = 1e-8
         weight_decay: float = 0.0
         scale: float = 0.25
+        adamw_scale: float = 1.0
         update_proj_gap: int = 2000
         correct_bias: bool = True
         state_dtype: Literal["float32", "bfloat16"] | None = None
@@ -76,12 +77,6 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         """Fused weights: "PATTERN=ROWS+ROWS+..." or "PATTERN=PARTS", as of param_groups. That q, k
         and v are fused in torchtitan's ``wqkv`` is known; "*.wqkv.weight=1" keeps it one matrix."""
 
-        adamw_lr: float | None = None
-        """Learning rate of the adamw path; by default that of the conda path, as in the paper."""
-
-        adamw_weight_decay: float | None = None
-        """Weight decay of the adamw path; by default that of the conda path."""
-
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         self._config = config
         if config.name == "conda":
@@ -108,8 +103,6 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
                 super()._build_param_groups(model, param_group_configs, impl_kwargs)
             )
             return built
-        own = {"lr": config.adamw_lr, "weight_decay": config.adamw_weight_decay}
-        options = {CONDA: {}, ADAMW: {key: v for key, v in own.items() if v is not None}}
         divided, _ = divide(model, config.conda_params, config.adamw_params)
         asked = _splits(config.splits)  # before what is known, and instead of it
         cut, _ = split(divided[CONDA], {**asked, **_fused_qkv(model), **asked})
@@ -120,7 +113,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
             if trainable:  # names apart from parameters, as torchtitan has them
                 names, params = map(list, zip(*trainable, strict=True))
                 group = {"params": params, "param_names": names, "algorithm": algorithm}
-                groups.append({**group, "splits": rows, **options[algorithm]})
+                groups.append({**group, "splits": rows})
         return {"Conda": groups}, {"Conda": [f"{group['algorithm']} path" for group in groups]}
 
     def _resolve_optimizer_factory(self, name: str) -> Callable[..., torch.optim.Optimizer]:
