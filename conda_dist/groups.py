@@ -140,7 +140,7 @@ def read_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
                 "forward pass before making the optimizer."
             )
         full = where + (name or f"parameter of shape {tuple(param.shape)}")
-        _check_parameter(full, param)
+        check_parameter(full, param)
         if param in seen:
             raise ValueError(f"{full} is in the group twice, also as {seen[param]}; list it once.")
         seen[param] = name
@@ -195,7 +195,12 @@ def _named(group: Mapping[str, Any], where: str) -> list[tuple[str | None, Tenso
     return pairs
 
 
-def _check_parameter(name: str, param: Tensor) -> None:
+def check_parameter(name: str, param: Tensor) -> None:
+    """Refuses a parameter that cannot be optimized.
+
+    Raises:
+        ValueError: it is no leaf, not of real numbers, sparse, or some of its elements are one.
+    """
     if not (param.is_leaf or param.retains_grad):
         raise ValueError(f"{name}: can't optimize a non-leaf Tensor; detach() it first.")
     if not param.dtype.is_floating_point or param.dtype.itemsize < 2:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from conda_dist.exchange import world
+from conda_dist.replaced import flat_error
 from conda_dist.routing import CONDA, Route, clean_name, doubt, nothing_to_project, route
 
 PLACE = "param_groups["
@@ -130,21 +131,22 @@ class Names:
                 self._matrices.add(name)
 
     def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Refuses what was a matrix when it was added, and was replaced by what is none.
+        """Refuses what has taken the place of matrices, and is none.
+
+        One flat parameter may be there for one of them or, as DeepSpeed puts it into a group, for
+        many.
 
         Raises:
             ValueError: there is such a parameter.
         """
-        for name, param, _ in each(groups):
+        found = [(name, param, id(param) in self._known) for name, param, _ in each(groups)]
+        none_left = bool(self._matrices) and not any(param.ndim > 1 for _, param, _ in found)
+        for name, param, known in found:
             # Those without names may have other places now.
-            same = is_place(name) and id(param) in self._known
-            if name in self._matrices and param.ndim < 2 and not same:
-                raise ValueError(
-                    f"{name}: it was a matrix when the optimizer was made, and a parameter of "
-                    f"shape {tuple(param.shape)} is in its place now. Conda projects matrices: "
-                    "shard the model with FSDP2 (fully_shard), which keeps their shapes, or let "
-                    "DeepSpeed make the optimizer from its JSON."
-                )
+            same = is_place(name) and known
+            replaced = name in self._matrices and param.ndim < 2 and not same
+            if replaced or (none_left and not known):
+                raise flat_error(name, param)
 
     def warn(self, groups: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
         """Warns once if names are missing that would decide a path, or do not tell which."""

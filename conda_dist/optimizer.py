@@ -1,9 +1,8 @@
 """The optimizer: groups and state as torch's own, the step as planned."""
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from dataclasses import fields
 from typing import Any, overload
 
 import torch
@@ -11,29 +10,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conda_dist import storage
-from conda_dist.adamw import Entry, adamw_
+from conda_dist.adamw_path import adamw_step
+from conda_dist.ambience import refuse_capture, without_autocast
 from conda_dist.checkpoint import fill_state, match_state
 from conda_dist.conda_path import CondaPath
-from conda_dist.exchange import Mesh, agree, all_max
-from conda_dist.groups import check_hyperparameters, read_group
-from conda_dist.names import Names, check_paths
+from conda_dist.exchange import Mesh, SharedGroup, agree, all_max, is_distributed
+from conda_dist.groups import (
+    DROPPED,
+    HYPERPARAMETERS,
+    UNSUPPORTED,
+    check_hyperparameters,
+    read_group,
+)
+from conda_dist.names import Names, check_paths, each
 from conda_dist.options import Options
+from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_strangers
 from conda_dist.report import Row, print_table, rows
-from conda_dist.setup import Plain, Setup, find_meshes, set_up
-from conda_dist.weight import hyper_of
-
-
-def refuse_capture() -> None:
-    """Refuses to be recorded: a replay would repeat one step's count and never refresh a basis.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "Conda cannot be captured in a CUDA graph: which steps refresh their bases is decided "
-            "on the host. Capture forward and backward, and call optimizer.step() outside."
-        )
+from conda_dist.setup import Setup, find_meshes, set_up
 
 
 class Conda(torch.optim.Optimizer):
@@ -124,6 +117,12 @@ class Conda(torch.optim.Optimizer):
             Without it contiguous moments of float32 or float64 have torch's fused AdamW kernel.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
+        fused: of no effect, as ``foreach``; scripts written for AdamW give them.
+        foreach: see ``fused``.
+        maximize: must be False, as the next three, which AdamW has.
+        capturable: see ``maximize``.
+        differentiable: see ``maximize``.
+        amsgrad: see ``maximize``.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -160,42 +159,26 @@ class Conda(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        amsgrad: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "scale": scale,
-            "adamw_scale": adamw_scale,
-            "update_proj_gap": update_proj_gap,
-            "correct_bias": correct_bias,
-            "algorithm": None,
-            "splits": None,
-        }
+        given = dict(locals())  # all arguments, by name
+        for name in UNSUPPORTED:
+            if given[name]:
+                raise TypeError(f"option {name!r} is not supported by Conda; leave it out.")
+        fixed = {"algorithm": None, "splits": None}
+        defaults = {name: given[name] for name in HYPERPARAMETERS if name not in fixed} | fixed
         check_hyperparameters({**defaults, "proj_type": proj_type})
-        self._options = Options(
-            state_dtype,
-            matmul_dtype,
-            basis_dtype,
-            basis_placement,
-            basis_budget,
-            bucket_bytes,
-            refresh_bytes,
-            max_refresh_failures,
-            refresh_method,
-            refresh,
-            refresh_delay,
-            refresh_waves,
-            second_moment_dtype,
-            stochastic_rounding,
-            compile,
-        )
+        self._options = Options(**{field.name: given[field.name] for field in fields(Options)})
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
                 f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}"
             )
-        self._process_group = process_group
+        self._shared = SharedGroup(process_group)
         self._setup: Setup | None = None
         self._path: CondaPath | None = None
         self._names: Names = Names()
@@ -204,6 +187,7 @@ class Conda(torch.optim.Optimizer):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
         super().__init__(params, defaults)
         self._made = True
+        refuse_flat(each(self.param_groups))
         self._names.warn(self.param_groups, stacklevel=2)
         check_paths(self.param_groups, stacklevel=2)
 
@@ -226,6 +210,7 @@ class Conda(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # what it does is decided on the host
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step with the gradients there are.
@@ -233,6 +218,9 @@ class Conda(torch.optim.Optimizer):
         Parameters without a gradient are left alone; all ranks that share one must have it or
         not. A first step in which all gradients are zero changes nothing and is not counted, nor
         is the step of a matrix whose momentum is still zero.
+
+        The step is the same inside ``torch.autocast``, and in a function that ``torch.compile``
+        compiles, which calls it as it is.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -243,14 +231,19 @@ class Conda(torch.optim.Optimizer):
         Raises:
             TypeError: a hyperparameter was set to something of another type.
             ValueError: one was set to something out of its range.
-            RuntimeError: a gradient is sparse; a CUDA graph is being captured; ranks have
-                different plans; a decomposition raised or failed too often. The last two on all
-                ranks of the mesh alike.
+            RuntimeError: a gradient is sparse or of another shape; a CUDA graph is being
+                captured; ranks have different plans; a decomposition raised or failed too often.
+                The last two on all ranks of the mesh alike.
         """
         loss = None
-        if closure is not None:
+        if closure is not None:  # the model is evaluated as the caller would
             with torch.enable_grad():
                 loss = closure()
+        with without_autocast():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         refuse_capture()
         setup, path = self._resolve(agreeing=True)
         grads: dict[Tensor, Tensor | None] = {}
@@ -265,8 +258,8 @@ class Conda(torch.optim.Optimizer):
                 if weight.mesh in live and (grad := grads[weight.param]) is not None
             }
         )
-        self._adamw_step([p for p in setup.plains if p.mesh in live], grads)
-        return loss
+        plains = [plain for plain in setup.plains if plain.mesh in live]
+        adamw_step(plains, grads, self._options.stochastic_rounding)
 
     def init_state(self) -> None:
         """Allocates all state now, for whoever saves before the first step.
@@ -304,12 +297,14 @@ class Conda(torch.optim.Optimizer):
         """
         setup, error = self._setup, None
         if setup is None or self._path is None or setup.outdated(self.param_groups, self.state):
-            meshes = find_meshes(self.param_groups, self._process_group)
+            meshes = find_meshes(self.param_groups, self._shared.group)
             try:
                 self._names.follow(self.param_groups)
+                refuse_flat(each(self.param_groups))
                 self._names.check(self.param_groups)
                 self._names.warn(self.param_groups, stacklevel=4)
                 self._check_groups()
+                refuse_lost_state(each(self.param_groups), self.state)
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
             except Exception as caught:
                 if not agreeing:
@@ -318,8 +313,17 @@ class Conda(torch.optim.Optimizer):
         elif agreeing:
             self._check_groups()
         if agreeing and not setup.agreed:
-            for mesh in setup.meshes:
-                agree(mesh, setup.lines(mesh), error)
+            wrong = None if error else self._wrong_gradient(setup)
+            told = False
+            try:
+                for mesh in setup.meshes:
+                    agree(mesh, setup.lines(mesh), error or wrong)
+            except RuntimeError:
+                told = wrong is not None
+                if not told:
+                    raise
+            if told and wrong is not None:  # it says more than that some rank has one
+                raise wrong
             setup.init_state()
             setup.agreed = True
         if setup is not self._setup or self._path is None:
@@ -327,6 +331,20 @@ class Conda(torch.optim.Optimizer):
                 self._path.drop()
             self._setup, self._path = setup, CondaPath(setup.weights, self._options)
         return setup, self._path
+
+    def _wrong_gradient(self, setup: Setup) -> Exception | None:
+        """What is wrong with the gradients, for all ranks to hear of it before any of them sends.
+
+        Looked at whenever the parameters were planned anew.
+        """
+        try:
+            for member in setup.members:
+                storage.check_gradient(member.name, member.param)
+            if self._setup is None and is_distributed():
+                refuse_strangers((m.name, m.param) for m in setup.members if m.param.grad is None)
+        except RuntimeError as error:
+            return error
+        return None
 
     def _check_groups(self) -> None:
         """Refuses hyperparameters that somebody has set since and that would ruin the weights."""
@@ -347,30 +365,14 @@ class Conda(torch.optim.Optimizer):
                 setup.started[i] = bool(all_max(mesh, [any_here])[0])
         return {mesh for mesh, started in zip(setup.meshes, setup.started, strict=True) if started}
 
-    def _adamw_step(self, plains: Iterable[Plain], grads: Mapping[Tensor, Tensor | None]) -> None:
-        alike: dict[tuple[int, int], list[Entry]] = defaultdict(list)
-        groups = {id(group): group for group in self.param_groups}
-        for plain in plains:
-            grad = grads[plain.param]
-            if grad is None:
-                continue
-            state = plain.state
-            state["step"] += 1
-            alike[id(plain.group), int(state["step"])].append(
-                Entry(
-                    storage.local(plain.param),
-                    grad,
-                    storage.local(state["exp_avg"]),
-                    storage.local(state[plain.second_key]),
-                )
-            )
-        for (group, step), entries in alike.items():
-            stochastic = self._options.stochastic_rounding
-            adamw_(entries, step, hyper_of(groups[group], "adamw_scale"), stochastic)
-
     def state_dict(self) -> dict[str, Any]:
-        """torch's, with the names of the parameters that there are now."""
+        """torch's, with the names of the parameters that there are now.
+
+        Raises:
+            ValueError: there is state of parameters that were replaced since it was made.
+        """
         self._names.follow(self.param_groups)
+        refuse_lost_state(each(self.param_groups), self.state)
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -398,7 +400,7 @@ class Conda(torch.optim.Optimizer):
             self.state.update({param: before[param] for param in saved if param in before})
             if saved:
                 # Frozen ones too: their state must be in place when they are unfrozen.
-                meshes = find_meshes(self.param_groups, self._process_group, saved)
+                meshes = find_meshes(self.param_groups, self._shared.group, saved)
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
                 setup.init_state()
                 fill_state(setup, saved)
@@ -417,17 +419,9 @@ class Conda(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""
         self._names.follow(self.param_groups)
-        taken = ("_options", "_process_group", "_names", "_made")
+        taken = ("_options", "_shared", "_names", "_made")
         kept = {name: self.__dict__[name] for name in taken}
         return {**super().__getstate__(), **kept}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Conda":
-        """A copy among the same ranks: a process group is nothing that could be copied."""
-        memo[id(self._process_group)] = self._process_group
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes up a copy, a pickle or (called by torch) a loaded state dict."""
@@ -438,6 +432,6 @@ class Conda(torch.optim.Optimizer):
 ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Conda.__init__).parameters.items()
-    if name not in ("self", "params", "process_group")
+    if name not in ("self", "params", "process_group", *DROPPED, *UNSUPPORTED)
 }
 """Conda's arguments that a configuration can give, with their defaults."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from conda_dist import storage
 from conda_dist.delegate import delegate
 from conda_dist.exchange import Mesh
+from conda_dist.groups import check_parameter
 from conda_dist.layout import Layout, Topology, nested
 from conda_dist.names import name_of, path_of
 from conda_dist.options import Options
@@ -141,6 +142,7 @@ class Setup:
                         "state was made. Drop the state (del optimizer.state[param]) or load a "
                         "checkpoint after moving it."
                     )
+                storage.check_state(member.name, member.param, key, member.state[key], layout)
 
     def lines(self, mesh: Mesh) -> list[str]:
         """The plan of one mesh as text, for the ranks to compare."""
@@ -158,16 +160,19 @@ class Setup:
 
 
 def signature(groups: Iterable[Mapping[str, Any]]) -> object:
-    """What a setup was made for: changes when parameters are added, replaced, unfrozen or split.
+    """What a setup was made for: changes when parameters are added, replaced or changed in form.
 
     Paths are decided when it is made, so that a steady step does not read names.
     """
-    return tuple(
-        (id(group), group["algorithm"], seen, id(param), param.requires_grad)
+    return [
+        (
+            id(group),
+            group["algorithm"],
+            (str(group["splits"]), group.get("kernels")),
+            [storage.form(param) for param in group["params"]],
+        )
         for group in groups
-        for seen in [(str(group["splits"]), group.get("kernels"))]
-        for param in group["params"]
-    )
+    ]
 
 
 def find_meshes(
@@ -218,6 +223,8 @@ def set_up(
     plains: list[Plain] = []
     for param, mesh in meshes.items():
         group, name = places[param]
+        check_parameter(name, param)  # it may have been replaced, and so may its data
+        _check_form(name, param, state.get(param, {}), options)
         path = path_of(name, param, group)
         had_basis = any(key.startswith("basis") for key in state.get(param, {}))
         if state.get(param) and had_basis != (path == CONDA):
@@ -236,6 +243,28 @@ def set_up(
     setup = Setup(weights, plains, list(dict.fromkeys(meshes.values())), signature(groups))
     setup.check_state()
     return setup
+
+
+def _check_form(name: str, param: Tensor, state: Mapping[str, Any], options: Options) -> None:
+    """Refuses a parameter whose data has changed so much that its state is of another one."""
+    for key in ("exp_avg", second_key(options)):
+        if key not in state:
+            continue
+        held, needed = state[key], moment_dtype if key == "exp_avg" else second_dtype
+        if held.shape != param.shape:
+            raise ValueError(
+                f"{name}: the parameter has shape {tuple(param.shape)}, but its {key} has shape "
+                f"{tuple(held.shape)}: the parameter was resized or replaced after its state was "
+                "made. Drop the state (del optimizer.state[param]), so that the parameter starts "
+                "afresh, or put moments of the new shape in its place."
+            )
+        if held.dtype != (dtype := needed(param, options)):
+            raise ValueError(
+                f"{name}: the parameter is {param.dtype} and needs {dtype} for its {key}, which "
+                f"is {held.dtype}: the dtype of one of them was changed after the state was made. "
+                "Drop the state (del optimizer.state[param]), or load a checkpoint after the "
+                "change, which converts it."
+            )
 
 
 def _chosen_by(group: Mapping[str, Any]) -> str:

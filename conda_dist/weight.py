@@ -369,6 +369,8 @@ class Weight:
         """
         first, second = self.moments
         if self.options.compile or not maths.can_fuse(projected, first, second):
+            moments = {"exp_avg": first, self.second_key: second}
+            maths.check_alike(self.name, {"gradient": projected, **moments})
             self.average(first, projected)
             return self.normalise(projected)
         self._own("step").add_(1)

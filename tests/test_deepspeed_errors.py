@@ -14,7 +14,7 @@ import torch.distributed as dist
 import models
 import ranks
 import zero
-from conda_dist import decomposition, param_groups
+from conda_dist import Conda, decomposition, param_groups
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -117,6 +117,58 @@ def test_a_script_may_make_the_optimizer() -> None:
             assert "blocks.0.q.weight" in names
             assert "embed.weight" not in names
             assert error < 1e-4
+
+
+def _plain(stage: int) -> str:
+    """What is said of conda_dist.Conda itself, handed to the engine."""
+    zero.settle()
+    model = models.Tiny()
+    made = zero.config(stage, zero_allow_untested_optimizer=True)
+    del made["optimizer"]
+    optimizer = Conda(model.named_parameters())
+    return models.attempt(lambda: zero.build(made, model, optimizer=optimizer))
+
+
+def _partitioned() -> str:
+    """What is said when it is made from parameters that ZeRO 3 has partitioned already."""
+    deepspeed = zero.settle()
+    made = zero.config(3)
+    del made["optimizer"]
+    with deepspeed.zero.Init(config_dict_or_path=made):
+        model = models.Tiny()
+    try:
+        return models.attempt(lambda: Conda(model.named_parameters()))
+    finally:
+        deepspeed.zero.partition_parameters.shutdown_init_context()
+
+
+def test_the_optimizer_for_whole_tensors_is_refused() -> None:
+    """With the two ways that work; a partition in a group is in test_changed_parameters."""
+    said = [ranks.run(1, _plain, stage)[0] for stage in (1, 2, 3)]
+    for text in (*said, ranks.run(1, _partitioned)[0]):
+        assert '"optimizer": {"type": "Conda"}' in text
+        assert "import conda_dist.integrations.deepspeed" in text
+        assert "conda_dist.integrations.deepspeed.Conda(model.named_parameters())" in text
+    assert ranks.run(1, _plain, 0) == ["nothing was raised"]
+
+
+def _autocast(stage: int) -> bool:
+    """Whether steps inside autocast end where those outside do."""
+    ends = []
+    for inside in (False, True):
+        engine = zero.build(zero.config(stage))
+        for step in range(zero.STEPS):
+            batch = zero.tokens(step).chunk(dist.get_world_size())[dist.get_rank()]
+            engine.backward(zero.loss(engine, batch))
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                engine.step()
+        ends.append(zero.weights(engine))
+    return not models.unequal(*ends)
+
+
+def test_steps_inside_autocast() -> None:
+    for stage in (1, 3):
+        assert ranks.run(2, _autocast, stage) == [True, True]
 
 
 def _groups_that_differ() -> list[str]:

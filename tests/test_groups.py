@@ -167,6 +167,7 @@ def test_options_of_adamw_that_would_be_ignored(key: str) -> None:
     assert key not in Conda([{**group, key: False}]).param_groups[0]
     with pytest.raises(TypeError, match=key):
         Conda([_weight()], **{key: True})
+    Conda([_weight()], **{key: False})
 
 
 @pytest.mark.parametrize("key", ["foreach", "fused"])
@@ -175,7 +176,15 @@ def test_options_of_how_adamw_computes_are_dropped(key: str, value: bool | None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer = Conda([{"params": [_weight(), _weight(3)], key: value}])
+        assert key not in Conda([_weight()], **{key: value}).param_groups[0]
     assert not any(key in group for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("key", ["fuse", "decoupled_weight_decay", "momentum", "adamw_lr"])
+def test_other_options_are_unknown(key: str) -> None:
+    """Also those of other optimizers, and at False: they might be a slip of the pen."""
+    with pytest.raises(TypeError, match=key):
+        Conda([_weight()], **{key: False})
 
 
 # Parameters

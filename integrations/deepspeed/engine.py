@@ -14,6 +14,9 @@ from torch import Tensor
 
 from conda_dist.kinds import Kind, kinds
 
+import conda_dist
+from conda_dist.replaced import DEEPSPEED
+
 _engine: ContextVar[Any] = ContextVar("engine that configures its optimizer", default=None)
 _saving: ContextVar[str | None] = ContextVar("that all ranks save ZeRO's checkpoint", default=None)
 
@@ -134,6 +137,11 @@ def _wrap_configuring(ours: type[Any]) -> None:
         try:
             if isinstance(client_optimizer, ours):
                 client_optimizer.attach(Known.of(self))
+            elif isinstance(client_optimizer, conda_dist.Conda) and self.zero_optimization():
+                raise ValueError(
+                    "deepspeed.initialize got a conda_dist.Conda, which cannot step on the flat "
+                    f"partitions of ZeRO stage {self.zero_optimization_stage()}. Either {DEEPSPEED}"
+                )
             return configure(self, client_optimizer, model_parameters)
         finally:
             _engine.reset(token)

@@ -10,6 +10,7 @@ import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
 
+from conda_dist.ambience import without_autocast
 from conda_dist.exchange import Mesh, agree
 from conda_dist.groups import check_hyperparameters
 from conda_dist.integrations.deepspeed import checkpoint, engine
@@ -159,6 +160,7 @@ class Conda(torch.optim.Optimizer):
                         "optimizer's params instead, by pattern"
                     )
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Takes one step with the tensors the engine has put into the groups.
@@ -172,6 +174,10 @@ class Conda(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("a closure is not supported under DeepSpeed")
+        with without_autocast():
+            self._step()
+
+    def _step(self) -> None:
         if not self._members:
             self._route({})
         for group in self._groups:  # the engine links the states of all after the first call

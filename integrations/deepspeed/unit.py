@@ -217,7 +217,7 @@ class Unit:
             if piece.start is None:
                 count += 1
             state = self._states[view]
-            entry = Entry(view, grad, state["exp_avg"], state["exp_avg_sq"])
+            entry = Entry(piece.member.name, view, grad, state["exp_avg"], state["exp_avg_sq"])
             alike[id(self._groups[piece.index]), int(count)].append(entry)
         known = {id(group): group for group in self._groups}
         for (group, step), entries in alike.items():
