@@ -271,6 +271,29 @@ def test_a_plain_conda_under_zero_is_told_the_two_ways_that_work() -> None:
                 assert "adamw" not in said
 
 
+def _replaced() -> list[str]:
+    """As Accelerate does with ``offload_optimizer``: another optimizer of a Conda's groups."""
+    zero.settle()
+    from conda_dist.integrations.deepspeed import Conda as Ours
+
+    said = []
+    for kind in (Ours, Conda):
+        model = models.Tiny()
+        optimizer = torch.optim.AdamW(kind(model.named_parameters(), **zero.SETTINGS).param_groups)
+        config = zero.config(2)
+        del config["optimizer"]
+        said.append(
+            models.attempt(lambda m=model, c=config, o=optimizer: zero.build(c, m, optimizer=o))
+        )
+    return said
+
+
+def test_an_optimizer_made_of_a_conda_is_refused() -> None:
+    for said in ranks.run(1, _replaced)[0]:
+        assert "the optimizer, AdamW, was made of a Conda, as Accelerate does where offload" in said
+        assert '"zero_force_ds_cpu_optimizer": false' in said
+
+
 def _plain_without_zero() -> list[float]:
     """There parameters are whole, or copies of their shapes."""
     errors = []

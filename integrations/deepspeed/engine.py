@@ -201,9 +201,11 @@ def refuse_client(engine: Any, optimizer: Any) -> None:
             f'the DeepSpeed JSON\'s optimizer (type "{name}") is read by nobody, since the script '
             f"gives deepspeed.initialize one ({type(optimizer).__name__}). Take one of the two out."
         )
-    groups = getattr(optimizer, "param_groups", [])
     plain = isinstance(optimizer, PlainConda) and engine.zero_optimization()
-    replaced = not isinstance(optimizer, PlainConda) and any("update_proj_gap" in g for g in groups)
+    # GaLore's groups have an interval, too, but also a rank; Adam's own have neither.
+    replaced = type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS and any(
+        "update_proj_gap" in group and "rank" not in group for group in optimizer.param_groups
+    )
     if plain:
         raise ValueError(
             "conda_dist.Conda cannot step the flat partitions that ZeRO makes of parameters, at "
@@ -211,7 +213,7 @@ def refuse_client(engine: Any, optimizer: Any) -> None:
         )
     if replaced:
         raise ValueError(
-            f"a {type(optimizer).__name__} has been made of a Conda, as Accelerate does where "
+            f"the optimizer, {type(optimizer).__name__}, was made of a Conda, as Accelerate does where "
             'offload_optimizer is on. Add "zero_force_ds_cpu_optimizer": false to the DeepSpeed '
             f"JSON, so that the optimizer stays what it is. {WAYS}"
         )
