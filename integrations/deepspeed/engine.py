@@ -213,9 +213,9 @@ def refuse_client(engine: Any, optimizer: Any) -> None:
         )
     if replaced:
         raise ValueError(
-            f"the optimizer, {type(optimizer).__name__}, was made of a Conda, as Accelerate does where "
-            'offload_optimizer is on. Add "zero_force_ds_cpu_optimizer": false to the DeepSpeed '
-            f"JSON, so that the optimizer stays what it is. {WAYS}"
+            f"the optimizer, {type(optimizer).__name__}, was made of a Conda, as Accelerate does "
+            'where offload_optimizer is on. Add "zero_force_ds_cpu_optimizer": false to the '
+            f"DeepSpeed JSON, so that the optimizer stays what it is. {WAYS}"
         )
 
 
