@@ -21,7 +21,15 @@ from conda_dist.options import Options
 from conda_dist.owners import deal_owners, deal_waves
 from conda_dist.plan import plan_weight, replicated_basis_bytes
 from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
-from conda_dist.states import basis_dtype, basis_key, moment_dtype, second_dtype, second_key
+from conda_dist.states import (
+    basis_dtype,
+    basis_key,
+    has_own,
+    is_basis,
+    moment_dtype,
+    second_dtype,
+    second_key,
+)
 from conda_dist.weight import Weight
 
 
@@ -49,7 +57,7 @@ class Plain:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Its state as it is now; empty before it is allocated."""
+        """Its state as it is now. Before it is allocated only a wrapper's states are there."""
         return self.states.get(self.param, {})
 
     def state_layouts(self) -> dict[str, Layout]:
@@ -63,9 +71,9 @@ class Plain:
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves it alone if it is there."""
-        if self.state:
+        if has_own(self.state):
             return
-        state = self.states[self.param]
+        state = self.states.setdefault(self.param, {})
         local = storage.local(self.param)
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name, layout in self.state_layouts().items():
@@ -98,7 +106,7 @@ class Setup:
         """Takes up from the states there are."""
         self.started = [False] * len(self.meshes)
         for member in self.members:
-            if member.state and member.state["step"].any():
+            if "step" in member.state and member.state["step"].any():
                 self.started[self.meshes.index(member.mesh)] = True
 
     @property
@@ -111,7 +119,7 @@ class Setup:
         return (
             self.signature != signature(groups)
             or any(member.states is not state for member in self.members[:1])
-            or (self.agreed and any(member.param not in state for member in self.members))
+            or (self.agreed and any("step" not in state.get(m.param, ()) for m in self.members))
         )
 
     def init_state(self) -> None:
@@ -125,7 +133,13 @@ class Setup:
         Raises:
             ValueError: one is not where the plan has it.
         """
-        for member in (m for m in self.members if m.state):
+        for member in (m for m in self.members if has_own(m.state)):
+            needed = ("step", "exp_avg", *(("basis_step",) if isinstance(member, Weight) else ()))
+            if missing := [key for key in needed if key not in member.state]:
+                raise ValueError(
+                    f"{member.name}: its state has no {', '.join(missing)}; drop the rest, too "
+                    "(del optimizer.state[param]), or load a checkpoint."
+                )
             if member.second_key not in member.state:
                 raise ValueError(
                     f"{member.name}: its state was made with another second_moment_dtype; drop it "
@@ -219,8 +233,8 @@ def set_up(
     plains: list[Plain] = []
     for param, mesh in meshes.items():
         group, name = places[param]
-        had_basis = any(key.startswith("basis") for key in state.get(param, {}))
-        if state.get(param) and had_basis != (group["algorithm"] == CONDA):
+        held = state.get(param, {})
+        if has_own(held) and any(map(is_basis, held)) != (group["algorithm"] == CONDA):
             raise ValueError(
                 f"{name}: its state was made on the other path than its group's algorithm, "
                 f"{group['algorithm']!r}; drop the state first: del optimizer.state[param]."
@@ -228,7 +242,7 @@ def set_up(
         layout = storage.find_layout(name, param, mesh)
         if group["algorithm"] == CONDA:
             check_matrix(name, param)  # it may have been replaced
-            _check_bases(name, state.get(param, {}), group["splits"])
+            _check_bases(name, held, group["splits"])
             sites += _sites(name, param, mesh, group, layout)
         else:
             plains.append(Plain(name, param, mesh, layout, group, state, options))
@@ -240,7 +254,7 @@ def set_up(
 
 def _check_bases(name: str, state: Mapping[str, Any], splits: Sequence[int] | None) -> None:
     """Refuses a state whose bases are those of other parts."""
-    held = {key for key in state if key.startswith("basis") and key != "basis_step"}
+    held = {key for key in state if is_basis(key) and key != "basis_step"}
     needed = {"basis"} if splits is None else {basis_key(part) for part in range(len(splits))}
     if held and held != needed:
         raise ValueError(
