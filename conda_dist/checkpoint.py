@@ -7,11 +7,12 @@ other shapes is refused before anything is changed.
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from conda_dist import maths, storage
 from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
@@ -20,7 +21,7 @@ from conda_dist.layout import Coordinate, Layout
 from conda_dist.names import is_place, name_of, path_of
 from conda_dist.routing import ADAMW, CONDA, clean_name
 from conda_dist.setup import Setup
-from conda_dist.states import CODES, basis_key
+from conda_dist.states import CODES, basis_key, has_own, is_basis, is_own
 from conda_dist.weight import NEVER
 
 OPTIONAL = ("param_names", "kernels")
@@ -31,9 +32,25 @@ PENDING = ("snapshot", "snapshot_step")
 distributed loader asks for them unless its planner has ``allow_partial_load``."""
 
 
-def match_state(
-    groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]
-) -> tuple[dict[Tensor, Mapping[str, Any]], dict[str, Any]]:
+@dataclass(slots=True)
+class Loaded:
+    """A state dict, checked against the optimizer that is to load it.
+
+    Attributes:
+        states: of each parameter that has any, what this optimizer saved of it.
+        others: of each parameter that has any, what a wrapper keeps in its state.
+        missing: names of trainable parameters of which nothing was saved.
+        rest: the state dict for torch's own loader, without the states of parameters and with the
+            parameters' names as they are here.
+    """
+
+    states: dict[Tensor, Mapping[str, Any]]
+    others: dict[Tensor, Mapping[Any, Any]]
+    missing: list[str]
+    rest: dict[str, Any]
+
+
+def match_state(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]) -> Loaded:
     """Finds the saved state of each parameter, and refuses what this optimizer did not save.
 
     By name where both sides have names, else by position, as torch does.
@@ -41,10 +58,6 @@ def match_state(
     Args:
         groups: the optimizer's parameter groups.
         incoming: a state dict as of ``Optimizer.state_dict``.
-
-    Returns:
-        What was saved of each parameter, and ``incoming`` for torch's own loader: without state,
-        and with the parameters' names as they are here.
 
     Raises:
         TypeError: something in the state dict is of another type than this optimizer saves.
@@ -54,31 +67,64 @@ def match_state(
     _check_groups(groups, incoming)
     saved_groups, saved_state = incoming["param_groups"], incoming["state"]
     sources = _sources(groups, saved_groups)
-    matched: dict[Tensor, Mapping[str, Any]] = {}
+    loaded = Loaded({}, {}, [], {})
     for g, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             name = name_of(groups, g, i)
             saved_id, saved_group = sources[param]
-            if saved_id in saved_state:
-                state = saved_state[saved_id]
+            own, other = _divide(saved_state.get(saved_id, {}))
+            if own:
                 path = path_of(name, param, group)
                 splits = group["splits"] if path == CONDA else None
-                _check_path(name, path, splits, saved_group, state)
+                _check_path(name, path, splits, saved_group, own)
                 shape = tuple(param.shape)
                 matrix = _matrix(name, shape, path, group, saved_group)
-                _check_state(name, shape, matrix, path, splits, state)
-                matched[param] = state
-            elif saved_state and param.requires_grad:
-                raise ValueError(
-                    f"{name}: its state is missing from the checkpoint, which has states for "
-                    f"{len(saved_state)} of {len(sources)} parameters."
-                )
+                _check_state(name, shape, matrix, path, splits, own)
+                loaded.states[param] = own
+            elif param.requires_grad:
+                loaded.missing.append(name)
+            if other:
+                loaded.others[param] = other
+    _check_missing(loaded, saved_state)
     named = [
         {**saved, **{key: ours.get(key) for key in ("algorithm", "splits", *OPTIONAL)}}
         for ours, saved in zip(groups, saved_groups, strict=True)
     ]
     named = [{k: v for k, v in g.items() if k not in OPTIONAL or v is not None} for g in named]
-    return matched, {**incoming, "state": {}, "param_groups": named}
+    ids = {saved_id for saved_id, _ in sources.values()}
+    apart = {k: v for k, v in saved_state.items() if k not in ids and not _is_state(v)}
+    loaded.rest = {**incoming, "state": apart, "param_groups": named}
+    return loaded
+
+
+def _divide(saved: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """A parameter's saved state: what this optimizer keeps there, and what a wrapper does.
+
+    torch's ``flatten_optimizer_state_dict`` gives an empty dict for what the checkpoint lacks.
+    """
+    lacking = [key for key, value in saved.items() if isinstance(value, Mapping) and not value]
+    own = {key: value for key, value in saved.items() if is_own(key) and key not in lacking}
+    return own, {key: value for key, value in saved.items() if not is_own(key)}
+
+
+def _is_state(saved: Any) -> bool:
+    """Whether something is the saved state of a parameter, not what a wrapper keeps of its own."""
+    return isinstance(saved, Mapping) and has_own(saved)
+
+
+def _check_missing(loaded: Loaded, saved_state: Mapping[Any, Any]) -> None:
+    """Refuses a checkpoint with states of which none is one of this optimizer's.
+
+    Otherwise parameters without saved state start afresh: they were frozen while training, say.
+    """
+    if not any(map(_is_state, saved_state.values())):
+        loaded.missing.clear()  # saved before the first step: nobody has a state
+    elif not loaded.states:
+        raise ValueError(
+            f"the checkpoint has states of {len(saved_state)} parameters, but of none of this "
+            f"optimizer's, such as {loaded.missing[0] if loaded.missing else 'frozen ones'}: it is "
+            "of another model, or damaged."
+        )
 
 
 def _check_form(incoming: Any) -> None:
@@ -92,8 +138,8 @@ def _check_form(incoming: Any) -> None:
             f"it has {some or 'nothing'}{', ...' if len(incoming) > 3 else ''}."
         )
     state, saved_groups = incoming["state"], incoming["param_groups"]
-    if not isinstance(state, Mapping) or not all(isinstance(s, Mapping) for s in state.values()):
-        raise TypeError("the checkpoint's 'state' is no dict of dicts: it is damaged.")
+    if not isinstance(state, Mapping):
+        raise TypeError("the checkpoint's 'state' is no dict: it is damaged.")
     if not isinstance(saved_groups, list | tuple):
         raise TypeError("the checkpoint's 'param_groups' are no list: it is damaged.")
     for g, saved in enumerate(saved_groups):
@@ -102,6 +148,11 @@ def _check_form(incoming: Any) -> None:
             raise TypeError(f"{where} is no dict with a list of 'params': it is damaged.")
         if not _lists(saved.get("param_names") or (), str):
             raise TypeError(f"{where}: its 'param_names' are no list of names: it is damaged.")
+        for saved_id in saved["params"]:
+            if not isinstance(state.get(saved_id, {}), Mapping):
+                raise TypeError(
+                    f"the checkpoint's state of parameter {saved_id} is no dict: it is damaged."
+                )
 
 
 def _lists(value: Any, kind: Any) -> bool:
@@ -113,7 +164,8 @@ def _check_groups(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, An
     """Refuses what is not a state dict of this optimizer with these groups."""
     saved_groups = incoming["param_groups"]
     if not any("algorithm" in saved for saved in saved_groups):
-        keys = sorted({str(key) for state in incoming["state"].values() for key in state})
+        states = [state for state in incoming["state"].values() if isinstance(state, Mapping)]
+        keys = sorted({str(key) for state in states for key in state})
         raise ValueError(
             "the checkpoint was not written by Conda: its parameter groups name no algorithm, and "
             f"its states have {', '.join(keys) or 'nothing'}. Load a checkpoint of this optimizer, "
@@ -191,7 +243,7 @@ def _check_path(
     saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is of another path, or of other parts."""
-    saved_path = CONDA if any(str(key).startswith("basis") for key in saved) else ADAMW
+    saved_path = CONDA if any(map(is_basis, saved)) else ADAMW
     if saved_path != path:
         raise ValueError(
             f"{name}: in the checkpoint it is on the {saved_path} path, here on the {path} path, "
@@ -303,6 +355,8 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         saved: from :func:`match_state`.
     """
     for member in setup.members:
+        if member.param not in saved:
+            continue
         state, source = member.state, saved[member.param]
         for key, layout in member.state_layouts().items():
             if key == member.second_key and key not in source:
@@ -340,3 +394,38 @@ def _copy(target: Tensor, layout: Layout, coordinate: Coordinate, value: Any) ->
         here = tuple(slice(s, s + n) for s, n in zip(block.local, block.shape, strict=True))
         there = tuple(slice(s, s + n) for s, n in zip(block.start, block.shape, strict=True))
         ours[here].copy_(value[there])
+
+
+def keep(value: Any, param: Tensor, here: Any) -> Any:
+    """A copy of what a wrapper keeps in a parameter's state, as this optimizer is to keep it.
+
+    Dtypes and types stay. Tensors go to the parameter's device, as with torch's loader, but single
+    numbers (counts) stay where they are. A tensor whose like is here already is laid out alike.
+
+    Args:
+        value: what was saved.
+        param: the parameter.
+        here: what the optimizer has in its place, if anything.
+    """
+    if isinstance(value, Mapping):
+        known = here if isinstance(here, Mapping) else {}
+        return {key: keep(item, param, known.get(key)) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(keep(item, param, None) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    if isinstance(here, DTensor) and value.shape == here.shape:
+        return _laid_out(value, here)
+    if not isinstance(value, DTensor) and value.ndim:
+        value = value.to(param.device)
+    return value.clone()
+
+
+def _laid_out(value: Tensor, here: DTensor) -> Tensor:
+    """A copy of a tensor, a DTensor of any layout or a whole one, laid out like another."""
+    if isinstance(value, DTensor) and value.device_mesh == here.device_mesh:
+        return value.redistribute(placements=here.placements).clone()
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    whole = whole.to(storage.local(here).device)
+    return distribute_tensor(whole, here.device_mesh, here.placements, src_data_rank=None).clone()

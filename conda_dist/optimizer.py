@@ -1,6 +1,7 @@
 """The optimizer: groups and state as torch's own, the step as planned."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, overload
@@ -12,7 +13,7 @@ from torch import Tensor
 from conda_dist import storage
 from conda_dist.adamw_path import adamw_step
 from conda_dist.ambience import refuse_capture, without_autocast
-from conda_dist.checkpoint import fill_state, match_state
+from conda_dist.checkpoint import Loaded, fill_state, keep, match_state
 from conda_dist.conda_path import CondaPath
 from conda_dist.exchange import Mesh, SharedGroup, agree, all_max, is_distributed
 from conda_dist.groups import (
@@ -27,6 +28,7 @@ from conda_dist.options import Options
 from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_strangers
 from conda_dist.report import Row, print_table, rows
 from conda_dist.setup import Setup, find_meshes, set_up
+from conda_dist.states import has_own, is_own
 
 
 class Conda(torch.optim.Optimizer):
@@ -368,11 +370,17 @@ class Conda(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with the names of the parameters that there are now.
 
+        A wrapper may have put states of its own beside those of this optimizer before the first
+        step. torch's checkpoint tools then take the optimizer for initialised, so it becomes so.
+
         Raises:
             ValueError: there is state of parameters that were replaced since it was made.
         """
         self._names.follow(self.param_groups)
         refuse_lost_state(each(self.param_groups), self.state)
+        trainable = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+        if any(held and not has_own(held) for held in map(self.state.get, trainable)):
+            self.init_state()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -385,26 +393,30 @@ class Conda(torch.optim.Optimizer):
             TypeError: something in the state dict is of another type than this optimizer saves.
             ValueError: the state dict is of another optimizer, of other parameters, or damaged.
         """
-        before, saved = self.state, dict[Tensor, Mapping[str, Any]]()
+        before, found = self.state, list[Loaded]()
         self._names.follow(self.param_groups)
 
         # As hooks, so that the user's own find what torch promises them: these run last of those
         # before and first of those after.
         def take(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            matched, rest = match_state(self.param_groups, incoming)
-            saved.update(matched)
-            return rest
+            found[:] = [match_state(self.param_groups, incoming)]
+            return found[0].rest
 
         def fill(_: torch.optim.Optimizer) -> None:
+            (loaded,) = found
             # What is allocated is filled, not replaced: loading needs no memory of its own.
-            self.state.update({param: before[param] for param in saved if param in before})
-            if saved:
+            for param in loaded.states:
+                if param in before:
+                    self.state[param] = {k: v for k, v in before[param].items() if is_own(k)}
+            if loaded.states:
                 # Frozen ones too: their state must be in place when they are unfrozen.
-                meshes = find_meshes(self.param_groups, self._shared.group, saved)
+                meshes = find_meshes(self.param_groups, self._shared.group, loaded.states)
                 setup = set_up(self.param_groups, self.state, self._options, meshes)
                 setup.init_state()
-                fill_state(setup, saved)
+                fill_state(setup, loaded.states)
                 self._setup = None  # its meshes have started
+            for param, others in loaded.others.items():
+                self.state[param].update(keep(others, param, before.get(param)))
 
         hooks = (
             self.register_load_state_dict_pre_hook(take),
@@ -415,6 +427,12 @@ class Conda(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+        if missing := found[0].missing:
+            warnings.warn(
+                f"the checkpoint has no state of {', '.join(missing)}, perhaps because they were "
+                "frozen; their state starts afresh, as of new parameters.",
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""

@@ -23,7 +23,15 @@ from conda_dist.options import Options
 from conda_dist.owners import deal_owners, deal_waves
 from conda_dist.plan import plan_weight, replicated_basis_bytes
 from conda_dist.routing import CONDA, check_kernel, check_matrix, check_splits
-from conda_dist.states import basis_dtype, basis_key, moment_dtype, second_dtype, second_key
+from conda_dist.states import (
+    basis_dtype,
+    basis_key,
+    has_own,
+    is_basis,
+    moment_dtype,
+    second_dtype,
+    second_key,
+)
 from conda_dist.weight import Weight
 
 
@@ -51,7 +59,7 @@ class Plain:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Its state as it is now; empty before it is allocated."""
+        """Its state as it is now. Before it is allocated only a wrapper's states are there."""
         return self.states.get(self.param, {})
 
     def state_layouts(self) -> dict[str, Layout]:
@@ -65,9 +73,9 @@ class Plain:
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves it alone if it is there."""
-        if self.state:
+        if has_own(self.state):
             return
-        state = self.states[self.param]
+        state = self.states.setdefault(self.param, {})
         local = storage.local(self.param)
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name, layout in self.state_layouts().items():
@@ -100,7 +108,7 @@ class Setup:
         """Takes up from the states there are."""
         self.started = [False] * len(self.meshes)
         for member in self.members:
-            if member.state and member.state["step"].any():
+            if "step" in member.state and member.state["step"].any():
                 self.started[self.meshes.index(member.mesh)] = True
 
     @property
@@ -113,7 +121,7 @@ class Setup:
         return (
             self.signature != signature(groups)
             or any(member.states is not state for member in self.members[:1])
-            or (self.agreed and any(member.param not in state for member in self.members))
+            or (self.agreed and any("step" not in state.get(m.param, ()) for m in self.members))
         )
 
     def init_state(self) -> None:
@@ -127,7 +135,13 @@ class Setup:
         Raises:
             ValueError: one is not where the plan has it.
         """
-        for member in (m for m in self.members if m.state):
+        for member in (m for m in self.members if has_own(m.state)):
+            needed = ("step", "exp_avg", *(("basis_step",) if isinstance(member, Weight) else ()))
+            if missing := [key for key in needed if key not in member.state]:
+                raise ValueError(
+                    f"{member.name}: its state has no {', '.join(missing)}; drop the rest, too "
+                    "(del optimizer.state[param]), or load a checkpoint."
+                )
             if member.second_key not in member.state:
                 raise ValueError(
                     f"{member.name}: its state was made with another second_moment_dtype; drop it "
@@ -223,11 +237,11 @@ def set_up(
     plains: list[Plain] = []
     for param, mesh in meshes.items():
         group, name = places[param]
+        held = state.get(param, {})
         check_parameter(name, param)  # it may have been replaced, and so may its data
-        _check_form(name, param, state.get(param, {}), options)
+        _check_form(name, param, held, options)
         path = path_of(name, param, group)
-        had_basis = any(key.startswith("basis") for key in state.get(param, {}))
-        if state.get(param) and had_basis != (path == CONDA):
+        if has_own(held) and any(map(is_basis, held)) != (path == CONDA):
             raise ValueError(
                 f"{name}: its state was made on the other path than the {path} path, which it "
                 f"takes by {_chosen_by(group)}; drop the state first: del optimizer.state[param]."
@@ -235,7 +249,7 @@ def set_up(
         layout = storage.find_layout(name, param, mesh)
         if path == CONDA:
             check_matrix(name, param)  # it may have been replaced
-            _check_bases(name, state.get(param, {}), group["splits"])
+            _check_bases(name, held, group["splits"])
             sites += _sites(name, param, mesh, group, layout)
         else:
             plains.append(Plain(name, param, mesh, layout, group, state, options))
@@ -276,7 +290,7 @@ def _chosen_by(group: Mapping[str, Any]) -> str:
 
 def _check_bases(name: str, state: Mapping[str, Any], splits: Sequence[int] | None) -> None:
     """Refuses a state whose bases are those of other parts."""
-    held = {key for key in state if key.startswith("basis") and key != "basis_step"}
+    held = {key for key in state if is_basis(key) and key != "basis_step"}
     needed = {"basis"} if splits is None else {basis_key(part) for part in range(len(splits))}
     if held and held != needed:
         raise ValueError(
