@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist.maths import Hyper, can_fuse, decode, fused_adamw_, rounding_of, store_
+from conda_dist.maths import Hyper, can_fuse, check_alike, decode, fused_adamw_, rounding_of, store_
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """This rank's part of one parameter, its gradient and its moments."""
+    """This rank's part of one parameter, its gradient and its moments, all of one shape."""
 
+    name: str
     param: Tensor
     grad: Tensor
     exp_avg: Tensor
@@ -38,19 +39,24 @@ def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool =
     Args:
         entries: parameters that have taken equally many steps.
         step: how many, counting this one, from 1.
-        hyper: their hyperparameters; ``scale`` is not applied.
+        hyper: their hyperparameters; ``scale`` is their group's ``adamw_scale``.
         stochastic: whether bfloat16 moments are rounded up or down in proportion.
+
+    Raises:
+        ValueError: an entry's tensors differ in shape or device; nothing was changed then.
     """
-    alike: dict[Any, list[Entry]] = defaultdict(list)
+    alike: dict[Any, tuple[list[Entry], list[Entry]]] = defaultdict(lambda: ([], []))
     for entry in entries:
         dtypes = entry.param.dtype, entry.exp_avg.dtype, entry.exp_avg_sq.dtype
-        alike[entry.param.device, *dtypes].append(entry)
-    for same in alike.values():
-        fused: list[Entry] = []
-        others: list[Entry] = []
-        for entry in same:
-            if entry.param.numel():
-                (fused if _is_fusable(entry, hyper) else others).append(entry)
+        fused, others = alike[entry.param.device, *dtypes]
+        if _is_fusable(entry, hyper):
+            fused.append(entry)
+            continue
+        moments = {"exp_avg": entry.exp_avg, "exp_avg_sq": entry.exp_avg_sq}
+        check_alike(entry.name, {"parameter": entry.param, "gradient": entry.grad, **moments})
+        if entry.param.numel():
+            others.append(entry)
+    for fused, others in alike.values():
         _fused(fused, step, hyper)
         chunk, numel = [], 0
         for entry in itertools.chain.from_iterable(map(_pieces, others)):
@@ -70,7 +76,7 @@ def _pieces(entry: Entry) -> Iterator[Entry]:
         return
     pieces = (torch.split(tensor.view(-1), CHUNK_NUMEL) for tensor in tensors)
     for parts in zip(*pieces, strict=True):
-        yield Entry(*parts)
+        yield Entry(entry.name, *parts)
 
 
 def _is_fusable(entry: Entry, hyper: Hyper) -> bool:
@@ -89,7 +95,7 @@ def _fused(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
         [entry.exp_avg for entry in entries],
         [entry.exp_avg_sq for entry in entries],
         step if hyper.correct_bias else math.inf,
-        hyper.lr,
+        hyper.lr if hyper.scale == 1 else hyper.lr * hyper.scale,
         hyper,
     )
     if hyper.weight_decay:
@@ -123,7 +129,7 @@ def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool
     torch._foreach_add_(updates, hyper.eps)
     torch._foreach_reciprocal_(updates)
     torch._foreach_mul_(updates, exp_avgs)
-    torch._foreach_mul_(updates, hyper.step_size(step, scaled=False))
+    torch._foreach_mul_(updates, hyper.step_size(step))
     torch._foreach_sub_(params, updates)
     if hyper.weight_decay:
         torch._foreach_mul_(params, hyper.keep)

@@ -7,29 +7,51 @@ other shapes is refused before anything is changed.
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from conda_dist import maths, storage
 from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
+from conda_dist.kinds import as_matrix
 from conda_dist.layout import Layout
-from conda_dist.routing import CONDA, clean_name
+from conda_dist.names import is_place, name_of, path_of
+from conda_dist.routing import ADAMW, CONDA, clean_name
 from conda_dist.runtime.saved_state import from_saved
 from conda_dist.runtime.weight import NO_BASIS, Weight
-from conda_dist.setup import Plain, Setup, name_of
-from conda_dist.states import CODES, basis_key
+from conda_dist.setup import Plain, Setup
+from conda_dist.states import CODES, basis_key, has_own, is_basis, is_own
+
+OPTIONAL = ("param_names", "kernels")
+"""Keys that only some groups have; those of this optimizer count, not the checkpoint's."""
 
 PENDING = ("snapshot", "snapshot_step")
 """States that only an asynchronous refresh has. State dicts without them are loaded, too; torch's
 distributed loader asks for them unless its planner has ``allow_partial_load``."""
 
 
-def match_state(
-    groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]
-) -> tuple[dict[Tensor, Mapping[str, Any]], dict[str, Any]]:
+@dataclass(slots=True)
+class Loaded:
+    """A state dict, checked against the optimizer that is to load it.
+
+    Attributes:
+        states: of each parameter that has any, what this optimizer saved of it.
+        others: of each parameter that has any, what a wrapper keeps in its state.
+        missing: names of trainable parameters of which nothing was saved.
+        rest: the state dict for torch's own loader, without the states of parameters and with the
+            parameters' names as they are here.
+    """
+
+    states: dict[Tensor, Mapping[str, Any]]
+    others: dict[Tensor, Mapping[Any, Any]]
+    missing: list[str]
+    rest: dict[str, Any]
+
+
+def match_state(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]) -> Loaded:
     """Finds the saved state of each parameter, and refuses what this optimizer did not save.
 
     By name where both sides have names, else by position, as torch does.
@@ -37,10 +59,6 @@ def match_state(
     Args:
         groups: the optimizer's parameter groups.
         incoming: a state dict as of ``Optimizer.state_dict``.
-
-    Returns:
-        What was saved of each parameter, and ``incoming`` for torch's own loader: without state,
-        and with the parameters' names as they are here.
 
     Raises:
         TypeError: something in the state dict is of another type than this optimizer saves.
@@ -50,27 +68,64 @@ def match_state(
     _check_groups(groups, incoming)
     saved_groups, saved_state = incoming["param_groups"], incoming["state"]
     sources = _sources(groups, saved_groups)
-    matched: dict[Tensor, Mapping[str, Any]] = {}
+    loaded = Loaded({}, {}, [], {})
     for g, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             name = name_of(groups, g, i)
             saved_id, saved_group = sources[param]
-            if saved_id in saved_state:
-                state = saved_state[saved_id]
-                _check_path(name, group, saved_group, state)
-                _check_state(name, tuple(param.shape), group, state)
-                matched[param] = state
-            elif saved_state and param.requires_grad:
-                raise ValueError(
-                    f"{name}: its state is missing from the checkpoint, which has states for "
-                    f"{len(saved_state)} of {len(sources)} parameters."
-                )
+            own, other = _divide(saved_state.get(saved_id, {}))
+            if own:
+                path = path_of(name, param, group)
+                splits = group["splits"] if path == CONDA else None
+                _check_path(name, path, splits, saved_group, own)
+                shape = tuple(param.shape)
+                matrix = _matrix(name, shape, path, group, saved_group)
+                _check_state(name, shape, matrix, path, splits, own)
+                loaded.states[param] = own
+            elif param.requires_grad:
+                loaded.missing.append(name)
+            if other:
+                loaded.others[param] = other
+    _check_missing(loaded, saved_state)
     named = [
-        {**saved, **{key: ours.get(key) for key in ("algorithm", "splits", "param_names")}}
+        {**saved, **{key: ours.get(key) for key in ("algorithm", "splits", *OPTIONAL)}}
         for ours, saved in zip(groups, saved_groups, strict=True)
     ]
-    named = [{k: v for k, v in g.items() if k != "param_names" or v is not None} for g in named]
-    return matched, {**incoming, "state": {}, "param_groups": named}
+    named = [{k: v for k, v in g.items() if k not in OPTIONAL or v is not None} for g in named]
+    ids = {saved_id for saved_id, _ in sources.values()}
+    apart = {k: v for k, v in saved_state.items() if k not in ids and not _is_state(v)}
+    loaded.rest = {**incoming, "state": apart, "param_groups": named}
+    return loaded
+
+
+def _divide(saved: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """A parameter's saved state: what this optimizer keeps there, and what a wrapper does.
+
+    torch's ``flatten_optimizer_state_dict`` gives an empty dict for what the checkpoint lacks.
+    """
+    lacking = [key for key, value in saved.items() if isinstance(value, Mapping) and not value]
+    own = {key: value for key, value in saved.items() if is_own(key) and key not in lacking}
+    return own, {key: value for key, value in saved.items() if not is_own(key)}
+
+
+def _is_state(saved: Any) -> bool:
+    """Whether something is the saved state of a parameter, not what a wrapper keeps of its own."""
+    return isinstance(saved, Mapping) and has_own(saved)
+
+
+def _check_missing(loaded: Loaded, saved_state: Mapping[Any, Any]) -> None:
+    """Refuses a checkpoint with states of which none is one of this optimizer's.
+
+    Otherwise parameters without saved state start afresh: they were frozen while training, say.
+    """
+    if not any(map(_is_state, saved_state.values())):
+        loaded.missing.clear()  # saved before the first step: nobody has a state
+    elif not loaded.states:
+        raise ValueError(
+            f"the checkpoint has states of {len(saved_state)} parameters, but of none of this "
+            f"optimizer's, such as {loaded.missing[0] if loaded.missing else 'frozen ones'}: it is "
+            "of another model, or damaged."
+        )
 
 
 def _check_form(incoming: Any) -> None:
@@ -84,8 +139,8 @@ def _check_form(incoming: Any) -> None:
             f"it has {some or 'nothing'}{', ...' if len(incoming) > 3 else ''}."
         )
     state, saved_groups = incoming["state"], incoming["param_groups"]
-    if not isinstance(state, Mapping) or not all(isinstance(s, Mapping) for s in state.values()):
-        raise TypeError("the checkpoint's 'state' is no dict of dicts: it is damaged.")
+    if not isinstance(state, Mapping):
+        raise TypeError("the checkpoint's 'state' is no dict: it is damaged.")
     if not isinstance(saved_groups, list | tuple):
         raise TypeError("the checkpoint's 'param_groups' are no list: it is damaged.")
     for g, saved in enumerate(saved_groups):
@@ -94,6 +149,11 @@ def _check_form(incoming: Any) -> None:
             raise TypeError(f"{where} is no dict with a list of 'params': it is damaged.")
         if not _lists(saved.get("param_names") or (), str):
             raise TypeError(f"{where}: its 'param_names' are no list of names: it is damaged.")
+        for saved_id in saved["params"]:
+            if not isinstance(state.get(saved_id, {}), Mapping):
+                raise TypeError(
+                    f"the checkpoint's state of parameter {saved_id} is no dict: it is damaged."
+                )
 
 
 def _lists(value: Any, kind: Any) -> bool:
@@ -105,7 +165,8 @@ def _check_groups(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, An
     """Refuses what is not a state dict of this optimizer with these groups."""
     saved_groups = incoming["param_groups"]
     if not any("algorithm" in saved for saved in saved_groups):
-        keys = sorted({str(key) for state in incoming["state"].values() for key in state})
+        states = [state for state in incoming["state"].values() if isinstance(state, Mapping)]
+        keys = sorted({str(key) for state in states for key in state})
         raise ValueError(
             "the checkpoint was not written by Conda: its parameter groups name no algorithm, and "
             f"its states have {', '.join(keys) or 'nothing'}. Load a checkpoint of this optimizer, "
@@ -148,6 +209,8 @@ def _sources(
     by_number = all(isinstance(saved_id, int) for saved_id, _ in by_place.values())
     if not by_number or not all(g.get("param_names") for g in (*groups, *saved_groups)):
         return by_place
+    if any(is_place(name) for g in (*groups, *saved_groups) for name in g["param_names"]):
+        return by_place
     for g, saved in enumerate(saved_groups):
         if len(saved["param_names"]) != len(saved["params"]):
             raise ValueError(
@@ -175,20 +238,20 @@ def _sources(
 
 def _check_path(
     name: str,
-    group: Mapping[str, Any],
+    path: str,
+    splits: Sequence[int] | None,
     saved_group: Mapping[str, Any],
     saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is of another path, or of other parts."""
-    algorithm, splits = group["algorithm"], group["splits"]
-    has_basis = any(str(key).startswith("basis") for key in saved)
-    if (saved_algorithm := CONDA if has_basis else saved_group["algorithm"]) != algorithm:
+    saved_path = CONDA if any(map(is_basis, saved)) else ADAMW
+    if saved_path != path:
         raise ValueError(
-            f"{name}: in the checkpoint it is on the {saved_algorithm} path, here on the "
-            f"{algorithm} path, and the moments of the two live in different coordinates. Give "
-            f'its group algorithm="{saved_algorithm}", or start with fresh optimizer state.'
+            f"{name}: in the checkpoint it is on the {saved_path} path, here on the {path} path, "
+            "and the moments of the two live in different coordinates. Put it into a group with "
+            f'algorithm="{saved_path}", or start with fresh optimizer state.'
         )
-    saved_splits = saved_group.get("splits")
+    saved_splits = saved_group.get("splits") if path == CONDA else None
     if (saved_splits and tuple(saved_splits)) != (splits and tuple(splits)):
         raise ValueError(
             f"{name}: the checkpoint was written with splits={saved_splits}, this optimizer has "
@@ -196,11 +259,39 @@ def _check_path(
         )
 
 
+def _matrix(
+    name: str,
+    shape: tuple[int, ...],
+    path: str,
+    group: Mapping[str, Any],
+    saved_group: Mapping[str, Any],
+) -> tuple[int, ...]:
+    """The shape that a parameter is seen in, the same as when its state was saved.
+
+    Raises:
+        ValueError: a kernel was seen otherwise.
+    """
+    if path != CONDA or len(shape) < 3:
+        return shape
+    ours, theirs = (bool(g.get("kernels")) for g in (group, saved_group))
+    if ours != theirs:
+        raise ValueError(
+            f"{name}: the checkpoint was written with kernels={theirs}, this optimizer has "
+            f"kernels={ours}; give param_groups the same, or start with fresh optimizer state."
+        )
+    return as_matrix(shape) if ours else shape
+
+
 def _check_state(
-    name: str, shape: tuple[int, ...], group: Mapping[str, Any], saved: Mapping[str, Any]
+    name: str,
+    shape: tuple[int, ...],
+    matrix: tuple[int, ...],
+    path: str,
+    splits: Sequence[int] | None,
+    saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
-    needed = _state_shapes(shape, group["algorithm"], group["splits"])
+    needed = _state_shapes(matrix, path, splits) | {"exp_avg": shape, "exp_avg_sq": shape}
     if CODES in saved:
         needed[CODES] = needed.pop("exp_avg_sq")
     if any(key in saved for key in PENDING):
@@ -243,12 +334,12 @@ COUNTS = (torch.int32, torch.int64)
 
 
 def _state_shapes(
-    shape: tuple[int, ...], algorithm: str, splits: Sequence[int] | None
+    shape: tuple[int, ...], path: str, splits: Sequence[int] | None
 ) -> dict[str, tuple[int, ...]]:
     """Global shape of each state of a parameter."""
     parts = () if splits is None else (len(splits),)
     shapes: dict[str, tuple[int, ...]] = {"step": parts, "exp_avg": shape, "exp_avg_sq": shape}
-    if algorithm == CONDA:
+    if path == CONDA:
         repeats = 1 if splits is None else shape[-2] // sum(splits)
         for part, rows in enumerate(splits or shape[-2:-1]):
             r = min(rows * repeats, shape[-1])
@@ -265,6 +356,8 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         saved: from :func:`match_state`.
     """
     for member in setup.members:
+        if member.param not in saved:
+            continue
         state, source = member.state, saved[member.param]
         for key, layout in member.state_layouts().items():
             name = member.saved_key(key)
@@ -298,3 +391,38 @@ def _read(member: Weight | Plain, key: str, layout: Layout, value: Tensor) -> Te
     elements = torch.empty_like(storage.local(target), dtype=value.dtype)
     storage.copy_blocks(elements, layout, member.mesh.coordinate, value)
     return elements
+
+
+def keep(value: Any, param: Tensor, here: Any) -> Any:
+    """A copy of what a wrapper keeps in a parameter's state, as this optimizer is to keep it.
+
+    Dtypes and types stay. Tensors go to the parameter's device, as with torch's loader, but single
+    numbers (counts) stay where they are. A tensor whose like is here already is laid out alike.
+
+    Args:
+        value: what was saved.
+        param: the parameter.
+        here: what the optimizer has in its place, if anything.
+    """
+    if isinstance(value, Mapping):
+        known = here if isinstance(here, Mapping) else {}
+        return {key: keep(item, param, known.get(key)) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(keep(item, param, None) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    if isinstance(here, DTensor) and value.shape == here.shape:
+        return _laid_out(value, here)
+    if not isinstance(value, DTensor) and value.ndim:
+        value = value.to(param.device)
+    return value.clone()
+
+
+def _laid_out(value: Tensor, here: DTensor) -> Tensor:
+    """A copy of a tensor, a DTensor of any layout or a whole one, laid out like another."""
+    if isinstance(value, DTensor) and value.device_mesh == here.device_mesh:
+        return value.redistribute(placements=here.placements).clone()
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    whole = whole.to(storage.local(here).device)
+    return distribute_tensor(whole, here.device_mesh, here.placements, src_data_rank=None).clone()

@@ -6,6 +6,7 @@ parameters' own mesh: ranks outside it, such as other pipeline stages, are never
 """
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -242,6 +243,50 @@ def keep(transfer: Transfer, source: Tensor | None, output: Tensor | None) -> No
 def _view(tensor: Tensor, shape: tuple[int, ...], place: Place) -> Tensor:
     offset, strides = place.elements(tensor.stride())
     return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+
+
+def is_distributed() -> bool:
+    """Whether torch.distributed has been initialized, on however many ranks."""
+    return dist.is_available() and dist.is_initialized()
+
+
+class SharedGroup:
+    """A process group in an object that may be copied: copies share it, pickles name it.
+
+    Args:
+        group: the process group, if there is one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedGroup":
+        """Itself: a process group is nothing that could be copied."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a pickle has of it: its ranks."""
+        ranks = [] if self.group is None else dist.get_process_group_ranks(self.group)
+        return _find_group, (ranks, ranks == list(range(world())))
+
+
+def _find_group(ranks: Sequence[int], whole: bool) -> SharedGroup:
+    """The process group of a pickle: all ranks if it was all, none if it was some."""
+    if whole and is_distributed():
+        return SharedGroup(dist.group.WORLD)
+    if ranks:
+        warnings.warn(
+            f"the optimizer was saved with a process_group of ranks {list(ranks)}, which a pickle "
+            "cannot hold: each rank decomposes all plain parameters itself now. To share that "
+            "work, make the optimizer with its process_group and load its state_dict().",
+            stacklevel=2,
+        )
+    return SharedGroup(None)
+
+
+def world() -> int:
+    """How many ranks torch.distributed was initialised with; 1 without it."""
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:

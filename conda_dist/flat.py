@@ -35,7 +35,7 @@ class Flat(Layout):
         """
         if list(bounds) != sorted(bounds) or (bounds[0], bounds[-1]) != (0, math.prod(shape)):
             raise ValueError(f"ranges cut at {bounds} do not make up a tensor of shape {shape}")
-        return cls(shape, (len(bounds) - 1,), (Split(0),), None, bounds)
+        return cls(shape, (len(bounds) - 1,), (Split(0),), bounds=bounds)
 
     def held(self, coordinate: Coordinate) -> tuple[int, int]:
         """First element held at a coordinate, and the one after the last."""
@@ -123,7 +123,7 @@ def flat_basis(compute: Layout, shard: bool) -> Layout:
         return Layout((r, r), compute.mesh, (Split(0, bounds=_share_out(r, holders)),))
     if all(holders):
         return Layout((r, r), compute.mesh, (None,))
-    return Held((r, r), compute.mesh, (None,), None, holders)
+    return Held((r, r), compute.mesh, (None,), holders=holders)
 
 
 def _share_out(count: int, holding: Sequence[bool]) -> tuple[int, ...]:

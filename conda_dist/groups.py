@@ -1,8 +1,7 @@
-"""Parameter groups: their hyperparameters, checked, and their split by algorithm."""
+"""Parameter groups: what the caller gives, checked; a group that the caller gave stays one."""
 
 import difflib
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -18,6 +17,7 @@ HYPERPARAMETERS = (
     "eps",
     "weight_decay",
     "scale",
+    "adamw_scale",
     "update_proj_gap",
     "correct_bias",
     "splits",
@@ -45,13 +45,17 @@ def check_hyperparameters(
         TypeError: one is of the wrong type.
         ValueError: one is out of its range.
     """
-    for name in ("lr", "eps", "weight_decay", "scale"):
+    for name in ("lr", "eps", "weight_decay", "scale", "adamw_scale"):
         if name in values:
             least = -LARGEST if scheduled and name == "lr" else 0.0
             _check_number(name, values[name], where, least=least)
-    lr, scale, decay = (values.get(name, 0.0) for name in ("lr", "scale", "weight_decay"))
-    if not isinstance(lr, Tensor) and abs(lr * scale * (1 - lr * decay)) > LARGEST:
-        raise ValueError(f"{where}lr {lr}, scale {scale} and weight_decay {decay} are too large")
+    lr, decay = values.get("lr", 0.0), values.get("weight_decay", 0.0)
+    for name in ("scale", "adamw_scale"):
+        scale = values.get(name, 0.0)
+        if not isinstance(lr, Tensor) and abs(lr * scale * (1 - lr * decay)) > LARGEST:
+            raise ValueError(
+                f"{where}lr {lr}, {name} {scale} and weight_decay {decay} are too large"
+            )
     if "betas" in values:
         betas = values["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -71,9 +75,11 @@ def check_hyperparameters(
             f"{where}proj_type={values['proj_type']!r} is not supported: of the released code's "
             'types only "std" (the smaller side is projected) can update every shape of weight.'
         )
-    if not _is_one_of(values.get("algorithm", CONDA), ALGORITHMS):
+    algorithm = values.get("algorithm")
+    if algorithm is not None and not _is_one_of(algorithm, ALGORITHMS):
         raise ValueError(
-            f"{where}algorithm must be one of {', '.join(ALGORITHMS)}; got {values['algorithm']!r}"
+            f"{where}algorithm must be one of {', '.join(ALGORITHMS)}, or None for each parameter "
+            f"to take the path that its name and shape say; got {algorithm!r}"
         )
 
 
@@ -99,13 +105,16 @@ def _check_number(
         raise ValueError(f"{where}{name} must be {bound}{limit}, got {value}")
 
 
-def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Splits a group without ``algorithm`` into one for each; checks one that has it.
+def read_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Checks a group, and makes of it one for torch.
 
     Args:
         group: a group dict as torch's optimizers take it: ``params`` a tensor or an iterable of
             tensors or (name, tensor) pairs, ``param_names`` perhaps beside it.
         where: what to call the group in errors.
+
+    Returns:
+        A new dict, with the parameters in their order, named if they have names.
 
     Raises:
         TypeError: something other than a parameter among ``params``, or a wrong type of value.
@@ -131,38 +140,32 @@ def split_group(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
                 "forward pass before making the optimizer."
             )
         full = where + (name or f"parameter of shape {tuple(param.shape)}")
-        _check_parameter(full, param)
+        check_parameter(full, param)
         if param in seen:
             raise ValueError(f"{full} is in the group twice, also as {seen[param]}; list it once.")
         seen[param] = name
 
-    algorithm, splits = options.pop("algorithm", None), options.pop("splits", None)
-    parts: dict[str, list[tuple[str | None, Tensor]]] = {CONDA: [], ADAMW: []}
-    for name, param in named:
-        if algorithm == CONDA:
-            check_matrix(where + (name or "parameter"), param)
-        if splits is not None and (algorithm or route(name, param).algorithm) == CONDA:
-            check_splits(where + (name or "parameter"), param, splits)
-        elif splits is not None and algorithm:
-            raise ValueError(f"{where}splits {splits!r} have no meaning on the adamw path")
-        parts[algorithm or route(name, param).algorithm].append((name, param))
-    if algorithm is None and len(parts[CONDA]) > 1 and parts[CONDA][0][0] is None:
-        warnings.warn(
-            f"{where}Conda got parameters without names, so it cannot tell embeddings, output "
-            "head and routers from the projections it is meant for and will treat them alike. "
-            "Pass model.named_parameters() or conda_dist.param_groups(model).",
-            stacklevel=5,
+    options.setdefault("algorithm", None)
+    options.setdefault("splits", None)
+    algorithm, splits = options["algorithm"], options["splits"]
+    kernels = options.get("kernels", False)
+    if not isinstance(kernels, bool):
+        raise TypeError(f"{where}kernels must be a bool, got {kernels!r}")
+    if kernels and algorithm != CONDA:
+        raise ValueError(
+            f'{where}kernels=True needs algorithm="conda"; param_groups(model, kernels=True) makes '
+            "such groups"
         )
-    return [
-        {
-            **options,
-            "params": [param if name is None else (name, param) for name, param in part],
-            "algorithm": chosen,
-            "splits": splits if chosen == CONDA else None,
-        }
-        for chosen, part in parts.items()
-        if part or algorithm == chosen
-    ]
+    for name, param in named:
+        path = algorithm or route(name, param).algorithm
+        if path == CONDA:
+            check_matrix(where + (name or "parameter"), param)
+            if splits is not None:
+                check_splits(where + (name or "parameter"), param, splits, kernels)
+    if splits is not None and algorithm == ADAMW:
+        raise ValueError(f"{where}splits {splits!r} have no meaning on the adamw path")
+    options["params"] = [param if name is None else (name, param) for name, param in named]
+    return options
 
 
 def _named(group: Mapping[str, Any], where: str) -> list[tuple[str | None, Tensor]]:
@@ -192,7 +195,12 @@ def _named(group: Mapping[str, Any], where: str) -> list[tuple[str | None, Tenso
     return pairs
 
 
-def _check_parameter(name: str, param: Tensor) -> None:
+def check_parameter(name: str, param: Tensor) -> None:
+    """Refuses a parameter that cannot be optimized.
+
+    Raises:
+        ValueError: it is no leaf, not of real numbers, sparse, or some of its elements are one.
+    """
     if not (param.is_leaf or param.retains_grad):
         raise ValueError(f"{name}: can't optimize a non-leaf Tensor; detach() it first.")
     if not param.dtype.is_floating_point or param.dtype.itemsize < 2:

@@ -134,12 +134,15 @@ class Layout:
             as DTensor does.
         window: for some rows (dimension -2) of a larger tensor, which is what the placements
             split: which rows, ascending, and how many there are in all.
+        kernel: for a convolution kernel (out, in, ...) that is seen as a matrix
+            (out, in * ...): the kernel's shape; else ().
     """
 
     shape: tuple[int, ...]
     mesh: tuple[int, ...]
     placements: tuple[Placement, ...]
     window: tuple[tuple[range, ...], int] | None = None
+    kernel: tuple[int, ...] = ()
 
     def rows(self, rows: tuple[range, ...]) -> "Layout":
         """Some rows of a tensor (..., m, n) as a tensor of their own, where they are."""
@@ -148,8 +151,25 @@ class Layout:
 
     @property
     def whole(self) -> "Layout":
-        """The layout of the larger tensor of which these are some rows; else this one."""
-        return replace(self, shape=self.split_shape, window=None)
+        """The layout of the stored tensor of which this is a part or a view; else this one."""
+        return replace(self, shape=self.kernel or self.split_shape, window=None, kernel=())
+
+    def as_matrix(self) -> "Layout":
+        """A kernel (out, in, ...) as the matrix (out, in * ...), where it is.
+
+        Raises:
+            ValueError: it is split in a dimension other than the first two, or unevenly in the
+                second, so that some rank's elements are no even part of the matrix's columns.
+        """
+        ways = math.prod(self.mesh[d] for d in self.splitting(1))
+        others = [p for p in self.placements if isinstance(p, Split) and p.dim > 1]
+        if others or self.shape[1] % ways:
+            raise ValueError(
+                f"a kernel {self.shape} in the layout {self} cannot be seen as a matrix "
+                "(out, in * k * k): shard dimension 0, or dimension 1 where it divides evenly"
+            )
+        shape = (self.shape[0], math.prod(self.shape[1:]))
+        return replace(self, shape=shape, kernel=self.shape)
 
     @property
     def split_shape(self) -> tuple[int, ...]:

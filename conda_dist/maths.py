@@ -9,7 +9,7 @@ Arithmetic is done in float32, or float64 if the basis is, whatever the moments'
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,9 +30,9 @@ class Hyper:
     scale: float
     correct_bias: bool
 
-    def step_size(self, step: int, *, scaled: bool = True) -> float | Tensor:
+    def step_size(self, step: int) -> float | Tensor:
         """Factor on the normalised step; ``step`` counts this one, from 1."""
-        factor = self.scale if scaled else 1.0
+        factor = self.scale
         if self.correct_bias:
             factor *= math.sqrt(1 - self.beta2**step) / (1 - self.beta1**step)
         return self.lr * factor
@@ -128,16 +128,43 @@ def store_(moment: Tensor, value: Tensor, rounding: float | None) -> None:
 
 
 FUSED_DEVICES = frozenset(_get_fused_kernels_supported_devices())
+FUSED_DTYPES = frozenset({torch.float32, torch.float64})
 
 
-def can_fuse(*tensors: Tensor) -> bool:
-    """Whether torch's fused kernel takes tensors of one shape: of one dtype, in one order."""
-    return (
-        tensors[0].device.type in FUSED_DEVICES
-        and {tensor.dtype for tensor in tensors} in ({torch.float32}, {torch.float64})
-        and tensors[0].numel() > 0
-        and all(tensor.is_contiguous() for tensor in tensors)
-    )
+def can_fuse(first: Tensor, *others: Tensor) -> bool:
+    """Whether torch's fused kernel takes these tensors: of one shape and dtype, in one order.
+
+    The kernel compares none of that, and would read and write beyond the end of the shorter ones.
+    """
+    dtype, shape, device = first.dtype, first.shape, first.device
+    if dtype not in FUSED_DTYPES or device.type not in FUSED_DEVICES or not first.numel():
+        return False
+    for tensor in others:
+        if tensor.dtype is not dtype or tensor.shape != shape or tensor.device != device:
+            return False
+        if not tensor.is_contiguous():
+            return False
+    return first.is_contiguous()
+
+
+def check_alike(name: str, parts: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that a kernel would broadcast, or read or write beyond the end of.
+
+    Args:
+        name: of the parameter.
+        parts: what belongs to it and must be of one shape on one device, by what it is.
+
+    Raises:
+        ValueError: two of them differ.
+    """
+    (what, first), *others = parts.items()
+    for key, tensor in others:
+        if tensor.shape != first.shape or tensor.device != first.device:
+            raise ValueError(
+                f"{name}: its {key} has shape {tuple(tensor.shape)} on {tensor.device}, but its "
+                f"{what} {tuple(first.shape)} on {first.device}; drop the state "
+                "(del optimizer.state[param]) of a parameter that is resized or moved."
+            )
 
 
 def average_and_normalise_(

@@ -1,9 +1,10 @@
 """The optimizer: groups and state as torch's own, the step as planned."""
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
-from copy import deepcopy
+from dataclasses import fields
 from typing import Any, overload
 
 import torch
@@ -11,31 +12,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conda_dist import storage
-from conda_dist.adamw import Entry, adamw_
-from conda_dist.checkpoint import fill_state, match_state
-from conda_dist.exchange import Mesh, agree, all_max
-from conda_dist.groups import check_hyperparameters, split_group
+from conda_dist.adamw_path import adamw_step
+from conda_dist.ambience import refuse_capture, without_autocast
+from conda_dist.checkpoint import Loaded, fill_state, keep, match_state
+from conda_dist.exchange import Mesh, SharedGroup, agree, all_max, is_distributed
+from conda_dist.groups import (
+    DROPPED,
+    HYPERPARAMETERS,
+    UNSUPPORTED,
+    check_hyperparameters,
+    read_group,
+)
+from conda_dist.names import Names, check_paths, each
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice
+from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_strangers
 from conda_dist.report import Row, print_table, rows
-from conda_dist.routing import CONDA, nothing_to_project
-from conda_dist.runtime.saved_state import to_saved
+from conda_dist.runtime.saved_state import separate_weights, to_saved
 from conda_dist.runtime.step import CondaPath
-from conda_dist.runtime.weight import hyper_of
-from conda_dist.setup import Plain, Setup, find_meshes, name_of, set_up
-
-
-def refuse_capture() -> None:
-    """Refuses to be recorded: a replay would repeat one step's count and never refresh a basis.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "Conda cannot be captured in a CUDA graph: which steps refresh their bases is decided "
-            "on the host. Capture forward and backward, and call optimizer.step() outside."
-        )
+from conda_dist.setup import Setup, find_meshes, set_up
+from conda_dist.states import has_own, is_own
 
 
 class Conda(torch.optim.Optimizer):
@@ -51,11 +47,13 @@ class Conda(torch.optim.Optimizer):
 
     Parameters may be plain tensors or DTensors of any layout of Shard and Replicate; plain
     parameters are taken to be whole and, in a distributed job, equal on all ranks with equal
-    gradients (DDP). A weight of three or more dimensions is a batch of matrices in its last two.
-    Groups may name their ``algorithm``, "conda" or "adamw"; one that does not is split by shape
-    and name as :func:`conda_dist.routing.route` says, for which it should be given
-    ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`. Layouts are
-    resolved at the first step.
+    gradients (DDP). A weight of three or more dimensions is a batch of matrices in its last two,
+    and with ``kernels=True`` in its group a convolution kernel, seen as a matrix (out, in * k * k).
+    Groups may name their ``algorithm``, "conda" or "adamw"; in one that does not each parameter
+    takes the path that :func:`conda_dist.routing.route` says for its name and shape, for which it
+    should be given ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`.
+    Layouts and paths are resolved at the first step. On the adamw path an update is Adam's,
+    times ``lr`` and ``adamw_scale``.
 
     State of a parameter, tensors like the parameter (DTensors on its mesh): ``step`` (0-d, on the
     CPU), ``exp_avg`` (m, n), projected on the conda path, ``exp_avg_sq`` (m, n) and there too
@@ -73,6 +71,8 @@ class Conda(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, applied after the update.
         scale: factor on the update of the conda path.
+        adamw_scale: factor on the update of the adamw path. Neither factor changes the decay, which
+            is ``lr * weight_decay`` on both paths.
         update_proj_gap: steps between two decompositions of the momentum.
         correct_bias: whether to divide out the moments' bias towards zero.
         proj_type: "std"; the released code's other types are refused.
@@ -116,6 +116,12 @@ class Conda(torch.optim.Optimizer):
             Without it contiguous moments of float32 or float64 have torch's fused AdamW kernel.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
+        fused: of no effect, as ``foreach``; scripts written for AdamW give them.
+        foreach: see ``fused``.
+        maximize: must be False, as the next three, which AdamW has.
+        capturable: see ``maximize``.
+        differentiable: see ``maximize``.
+        amsgrad: see ``maximize``.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -132,6 +138,7 @@ class Conda(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         scale: float = 0.25,
+        adamw_scale: float = 1.0,
         update_proj_gap: int = 2000,
         correct_bias: bool = True,
         proj_type: str = "std",
@@ -149,82 +156,59 @@ class Conda(torch.optim.Optimizer):
         stochastic_rounding: bool = False,
         compile: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        amsgrad: bool = False,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "scale": scale,
-            "update_proj_gap": update_proj_gap,
-            "correct_bias": correct_bias,
-            "splits": None,
-        }
+        given = dict(locals())  # all arguments, by name
+        for name in UNSUPPORTED:
+            if given[name]:
+                raise TypeError(f"option {name!r} is not supported by Conda; leave it out.")
+        fixed = {"algorithm": None, "splits": None}
+        defaults = {name: given[name] for name in HYPERPARAMETERS if name not in fixed} | fixed
         check_hyperparameters({**defaults, "proj_type": proj_type})
-        self._options = Options(
-            state_dtype,
-            matmul_dtype,
-            basis_dtype,
-            basis_budget,
-            bucket_bytes,
-            refresh_bytes,
-            max_refresh_failures,
-            refresh_method,
-            refresh,
-            refresh_delay,
-            second_moment_dtype,
-            stochastic_rounding,
-            compile,
-        )
+        self._options = Options(**{field.name: given[field.name] for field in fields(Options)})
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
                 f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}"
             )
-        self._process_group = process_group
+        self._shared = SharedGroup(process_group)
         self._setup: Setup | None = None
         self._path: CondaPath | None = None
         self._choices: dict[tuple[Tensor, int | None], Choice] = {}
-        self._routed = False  # whether a group was split for the caller
+        self._names: Names = Names()
+        self._made = False
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
         super().__init__(params, defaults)
-        if self._routed and not any(
-            group["algorithm"] == CONDA and any(param.requires_grad for param in group["params"])
-            for group in self.param_groups
-        ):
-            raise ValueError(nothing_to_project(self._named()))
+        self._made = True
+        refuse_flat(each(self.param_groups))
+        self._names.warn(self.param_groups, stacklevel=2)
+        check_paths(self.param_groups, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, split in two if it does not name its ``algorithm``.
-
-        New parameters get their state at the next step; the others keep theirs.
+        """Adds a group; new parameters get their state at the next step, the others keep theirs.
 
         Raises:
             TypeError: see :class:`Conda`.
             ValueError: see :class:`Conda`.
         """
-        before = len(self.param_groups)
-        parts = split_group(param_group, f"parameter group {before}: ")
-        try:
-            for part in parts:
-                super().add_param_group(part)
-        except BaseException:
-            del self.param_groups[before:]
-            raise
-        self._routed |= "algorithm" not in param_group
+        super().add_param_group(
+            read_group(param_group, f"parameter group {len(self.param_groups)}: ")
+        )
         self._setup = None
-
-    def _named(self) -> list[tuple[str, Tensor]]:
-        return [
-            (name_of(self.param_groups, g, i), param)
-            for g, group in enumerate(self.param_groups)
-            for i, param in enumerate(group["params"])
-        ]
+        self._names.added(self.param_groups)
+        if self._made:
+            self._names.warn(self.param_groups, stacklevel=2)
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # what it does is decided on the host
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step with the gradients there are.
@@ -232,6 +216,9 @@ class Conda(torch.optim.Optimizer):
         Parameters without a gradient are left alone; all ranks that share one must have it or
         not. A first step in which all gradients are zero changes nothing and is not counted, nor
         is the step of a matrix whose momentum is still zero.
+
+        The step is the same inside ``torch.autocast``, and in a function that ``torch.compile``
+        compiles, which calls it as it is.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -242,14 +229,19 @@ class Conda(torch.optim.Optimizer):
         Raises:
             TypeError: a hyperparameter was set to something of another type.
             ValueError: one was set to something out of its range.
-            RuntimeError: a gradient is sparse; a CUDA graph is being captured; ranks have
-                different plans; a decomposition raised or failed too often. The last two on all
-                ranks of the mesh alike.
+            RuntimeError: a gradient is sparse or of another shape; a CUDA graph is being
+                captured; ranks have different plans; a decomposition raised or failed too often.
+                The last two on all ranks of the mesh alike.
         """
         loss = None
-        if closure is not None:
+        if closure is not None:  # the model is evaluated as the caller would
             with torch.enable_grad():
                 loss = closure()
+        with without_autocast():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         refuse_capture()
         setup, path = self._resolve(agreeing=True)
         grads: dict[Tensor, Tensor | None] = {}
@@ -264,8 +256,8 @@ class Conda(torch.optim.Optimizer):
                 if weight.mesh in live and (grad := grads[weight.param]) is not None
             }
         )
-        self._adamw_step([p for p in setup.plains if p.mesh in live], grads)
-        return loss
+        plains = [plain for plain in setup.plains if plain.mesh in live]
+        adamw_step(plains, grads, self._options.stochastic_rounding)
 
     def init_state(self) -> None:
         """Allocates all state now, for whoever saves before the first step.
@@ -303,9 +295,14 @@ class Conda(torch.optim.Optimizer):
         """
         setup, error = self._setup, None
         if setup is None or self._path is None or setup.outdated(self.param_groups, self.state):
-            meshes = find_meshes(self.param_groups, self._process_group)
+            meshes = find_meshes(self.param_groups, self._shared.group)
             try:
+                self._names.follow(self.param_groups)
+                refuse_flat(each(self.param_groups))
+                self._names.check(self.param_groups)
+                self._names.warn(self.param_groups, stacklevel=4)
                 self._check_groups()
+                refuse_lost_state(each(self.param_groups), self.state)
                 setup = set_up(self.param_groups, self.state, self._options, meshes, self._choices)
             except Exception as caught:
                 if not agreeing:
@@ -314,8 +311,17 @@ class Conda(torch.optim.Optimizer):
         elif agreeing:
             self._check_groups()
         if agreeing and not setup.agreed:
-            for mesh in setup.meshes:
-                agree(mesh, setup.lines(mesh), error)
+            wrong = None if error else self._wrong_gradient(setup)
+            told = False
+            try:
+                for mesh in setup.meshes:
+                    agree(mesh, setup.lines(mesh), error or wrong)
+            except RuntimeError:
+                told = wrong is not None
+                if not told:
+                    raise
+            if told and wrong is not None:  # it says more than that some rank has one
+                raise wrong
             setup.init_state()
             setup.agreed = True
         if setup is not self._setup or self._path is None:
@@ -323,6 +329,20 @@ class Conda(torch.optim.Optimizer):
                 self._path.drop()
             self._setup, self._path = setup, CondaPath(setup.weights, self._options)
         return setup, self._path
+
+    def _wrong_gradient(self, setup: Setup) -> Exception | None:
+        """What is wrong with the gradients, for all ranks to hear of it before any of them sends.
+
+        Looked at whenever the parameters were planned anew.
+        """
+        try:
+            for member in setup.members:
+                storage.check_gradient(member.name, member.param)
+            if self._setup is None and is_distributed():
+                refuse_strangers((m.name, m.param) for m in setup.members if m.param.grad is None)
+        except RuntimeError as error:
+            return error
+        return None
 
     def _check_groups(self) -> None:
         """Refuses hyperparameters that somebody has set since and that would ruin the weights."""
@@ -343,26 +363,29 @@ class Conda(torch.optim.Optimizer):
                 setup.started[i] = bool(all_max(mesh, [any_here])[0])
         return {mesh for mesh, started in zip(setup.meshes, setup.started, strict=True) if started}
 
-    def _adamw_step(self, plains: Iterable[Plain], grads: Mapping[Tensor, Tensor | None]) -> None:
-        alike: dict[tuple[int, int], list[Entry]] = defaultdict(list)
-        groups = {id(group): group for group in self.param_groups}
-        for plain in plains:
-            grad = grads[plain.param]
-            if grad is None:
-                continue
-            state = plain.state
-            state["step"] += 1
-            alike[id(plain.group), int(state["step"])].append(
-                Entry(
-                    storage.local(plain.param),
-                    grad,
-                    storage.local(state["exp_avg"]),
-                    storage.local(state[plain.second_key]),
-                )
-            )
-        for (group, step), entries in alike.items():
-            stochastic = self._options.stochastic_rounding
-            adamw_(entries, step, hyper_of(groups[group]), stochastic)
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers give it: of every parameter its states by name.
+
+        Moments are DTensors like the parameter, and bases are DTensors on the same mesh. The states
+        of weights in compute groups are copies, which exchanges make: then all ranks that share the
+        parameters must call this together, and the copies take as much memory as the states.
+
+        A wrapper may have put states of its own beside those of this optimizer before the first
+        step. torch's checkpoint tools then take the optimizer for initialised, so it becomes so.
+
+        Raises:
+            ValueError: there is state of parameters that were replaced since it was made.
+        """
+        self._names.follow(self.param_groups)
+        refuse_lost_state(each(self.param_groups), self.state)
+        trainable = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+        if any(held and not has_own(held) for held in map(self.state.get, trainable)):
+            self.init_state()
+        hook = self.register_state_dict_post_hook(self._convert, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, on whatever ranks and layout it was saved.
@@ -374,24 +397,29 @@ class Conda(torch.optim.Optimizer):
             TypeError: something in the state dict is of another type than this optimizer saves.
             ValueError: the state dict is of another optimizer, of other parameters, or damaged.
         """
-        before, saved = self.state, dict[Tensor, Mapping[str, Any]]()
+        before, found = self.state, list[Loaded]()
+        self._names.follow(self.param_groups)
 
         # As hooks, so that the user's own find what torch promises them: these run last of those
         # before and first of those after.
         def take(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            matched, rest = self._match(incoming)
-            saved.update(matched)
-            return rest
+            found[:] = [self._match(incoming)]
+            return found[0].rest
 
         def fill(_: torch.optim.Optimizer) -> None:
+            (loaded,) = found
             # What is allocated is filled, not replaced: loading needs no memory of its own.
-            self.state.update({param: before[param] for param in saved if param in before})
-            if saved:
+            for param in loaded.states:
+                if param in before:
+                    self.state[param] = {k: v for k, v in before[param].items() if is_own(k)}
+            if loaded.states:
                 # Frozen ones too: their state must be in place when they are unfrozen.
-                setup = self._set_up(saved)
+                setup = self._set_up(loaded.states)
                 setup.init_state()
-                fill_state(setup, saved)
+                fill_state(setup, loaded.states)
                 self._setup = None  # its meshes have started
+            for param, others in loaded.others.items():
+                self.state[param].update(keep(others, param, before.get(param)))
 
         hooks = (
             self.register_load_state_dict_pre_hook(take),
@@ -402,88 +430,71 @@ class Conda(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+        if missing := found[0].missing:
+            warnings.warn(
+                f"the checkpoint has no state of {', '.join(missing)}, perhaps because they were "
+                "frozen; their state starts afresh, as of new parameters.",
+                stacklevel=2,
+            )
 
-    def _match(
-        self, incoming: dict[str, Any]
-    ) -> tuple[dict[Tensor, Mapping[str, Any]], dict[str, Any]]:
+    def _match(self, incoming: dict[str, Any]) -> Loaded:
         """Checks a state dict; with all ranks that will exchange its elements, if any will."""
-        error, matched, rest = None, dict[Tensor, Mapping[str, Any]](), incoming
+        error, loaded = None, None
         try:
-            matched, rest = match_state(self.param_groups, incoming)
+            loaded = match_state(self.param_groups, incoming)
         except Exception as caught:
             error = caught
-        separate = [w for w in self._set_up().weights if w.plan.separate]
-        for mesh in dict.fromkeys(w.mesh for w in separate):
+        states = {} if loaded is None else loaded.states
+        for mesh, weights in separate_weights(self._set_up().weights).items():
             lines = [
                 f"{w.plan} loads {sorted(f'{k} {type(v).__name__}' for k, v in values.items())}"
-                for w in separate
-                if w.mesh == mesh and (values := matched.get(w.param))
+                for w in weights
+                if (values := states.get(w.param))
             ]
             agree(mesh, lines, error, "cannot load the state dict")
-        if error is not None:
+        if loaded is None:
+            assert error is not None
             raise error
-        return matched, rest
+        return loaded
 
     def _set_up(self, frozen: Container[Tensor] = ()) -> Setup:
         """Plans the parameters that are trainable or in ``frozen``."""
-        meshes = find_meshes(self.param_groups, self._process_group, frozen)
+        meshes = find_meshes(self.param_groups, self._shared.group, frozen)
         return set_up(self.param_groups, self.state, self._options, meshes, self._choices)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizers give it: of every parameter its states by name.
-
-        Moments are DTensors like the parameter; bases, too, on the same mesh. Of weights in compute
-        groups, the states are copies, made by exchanges: then all ranks that share the parameters
-        must call this together, and the copies take as much memory as the state that a rank holds.
-        """
-        hook = self.register_state_dict_post_hook(self._convert, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
 
     @staticmethod
     @torch.no_grad()
     def _convert(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Puts states as checkpoints have them in the place of those that only ranks know."""
         assert isinstance(optimizer, Conda)
-        if not any(optimizer.state.values()):
+        if not any(map(has_own, optimizer.state.values())):
             return
-        setup = optimizer._set_up(optimizer.state)
-        separate = [w for w in setup.weights if w.plan.separate and w.state]
-        for mesh in dict.fromkeys(w.mesh for w in separate):
-            lines = [str(w.plan) for w in separate if w.mesh == mesh]
-            agree(mesh, lines, None, "cannot make its state dict")
-        saved = to_saved(separate)
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        weights = [w for w in optimizer._set_up(optimizer.state).weights if has_own(w.state)]
+        saved: dict[Tensor, dict[str, Tensor]] = {}
+        local: dict[Tensor, set[str]] = defaultdict(set)
+        for mesh, separate in separate_weights(weights).items():
+            agree(mesh, [str(w.plan) for w in separate], None, "cannot make its state dict")
+            saved |= to_saved(separate)
+            for weight in separate:
+                local[weight.param] |= weight.state_layouts().keys()
         states = state_dict["state"]
-        local = {
-            w.param: {key for v in separate if v.param is w.param for key in v.state_layouts()}
-            for w in separate
-        }
+        params = (param for group in optimizer.param_groups for param in group["params"])
         for index, param in enumerate(params):
-            if param in saved:
-                others = {k: v for k, v in states[index].items() if k not in local[param]}
-                states[index] = {**others, **saved[param]}
-            if index in states:
-                # torch wants all states of a dimension or more on one device.
-                states[index] = {
-                    key: value.to(param.device) if "step" in key and value.ndim else value
-                    for key, value in states[index].items()
-                }
+            if index not in states:
+                continue
+            kept = {k: v for k, v in states[index].items() if k not in local[param]}
+            # torch wants all states of a dimension or more on one device.
+            states[index] = {
+                key: value.to(param.device) if key in COUNTS and value.ndim else value
+                for key, value in {**kept, **saved.get(param, {})}.items()
+            }
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""
-        kept = {name: self.__dict__[name] for name in KEPT}
+        self._names.follow(self.param_groups)
+        taken = ("_options", "_shared", "_names", "_made", "_choices")
+        kept = {name: self.__dict__[name] for name in taken}
         return {**super().__getstate__(), **kept}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Conda":
-        """A copy among the same ranks: a process group is nothing that could be copied."""
-        memo[id(self._process_group)] = self._process_group
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes up a copy, a pickle or (called by torch) a loaded state dict."""
@@ -491,12 +502,12 @@ class Conda(torch.optim.Optimizer):
         self._setup = self._path = None
 
 
-KEPT = ("_options", "_process_group", "_routed", "_choices")
-"""What a copy has beside what torch keeps."""
+COUNTS = ("step", "basis_step", "snapshot_step")
+"""States that are counts, on the CPU."""
 
 ARGUMENTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Conda.__init__).parameters.items()
-    if name not in ("self", "params", "process_group")
+    if name not in ("self", "params", "process_group", *DROPPED, *UNSUPPORTED)
 }
 """Conda's arguments that a configuration can give, with their defaults."""

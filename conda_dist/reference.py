@@ -25,6 +25,7 @@ class ReferenceConda(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay, applied after the update.
         scale: factor on the update of projected weights.
+        adamw_scale: factor on the update of all others.
         update_proj_gap: steps between two decompositions of the momentum.
         correct_bias: whether to divide the moments' bias out.
     """
@@ -38,6 +39,7 @@ class ReferenceConda(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         scale: float = 0.25,
+        adamw_scale: float = 1.0,
         update_proj_gap: int = 2000,
         correct_bias: bool = True,
     ) -> None:
@@ -47,6 +49,7 @@ class ReferenceConda(torch.optim.Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "scale": scale,
+            "adamw_scale": adamw_scale,
             "update_proj_gap": update_proj_gap,
             "correct_bias": correct_bias,
             "algorithm": "conda",
@@ -95,6 +98,8 @@ class ReferenceConda(torch.optim.Optimizer):
         update = exp_avg / (state["exp_avg_sq"].sqrt() + group["eps"])
         if projected:
             update = group["scale"] * project_back(update, basis)
+        else:
+            update = group["adamw_scale"] * update
 
         state["step"] += 1
         step_size = group["lr"]

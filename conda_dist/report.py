@@ -3,16 +3,16 @@
 import io
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from typing import TypedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypedDict
 
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from conda_dist.names import route_by_name
 from conda_dist.plan.costs import Sizes, costs, save_costs
-from conda_dist.routing import route
 from conda_dist.runtime.weight import Weight
 from conda_dist.setup import Plain, Setup
 from conda_dist.states import basis_dtype, moment_dtype, second_dtype
@@ -25,6 +25,8 @@ class Row(TypedDict):
         name: its fully qualified name, or where it stands in the groups.
         shape: global shape.
         path: "conda" or "adamw".
+        rate: what multiplies its normalised update now: ``lr * scale`` of its group on the conda
+            path, ``lr * adamw_scale`` on the adamw path.
         reason: the rule that sends parameters of this name and shape there by default.
         layout: where its elements are, in DTensor's words.
         compute: where its moments are and its step is computed.
@@ -41,6 +43,7 @@ class Row(TypedDict):
     name: str
     shape: tuple[int, ...]
     path: str
+    rate: float
     reason: str
     layout: str
     compute: str
@@ -54,8 +57,12 @@ class Row(TypedDict):
 
 
 def _reason(name: str, shape: tuple[int, ...], path: str) -> str:
-    found = route(name, torch.empty(shape, device="meta"))
+    found = route_by_name(name, torch.empty(shape, device="meta"))
     return found.reason if found.algorithm == path else "chosen by its group"
+
+
+def _rate(group: Mapping[str, Any], scale: str) -> float:
+    return float(group["lr"]) * float(group[scale])
 
 
 def rows(setup: Setup) -> list[Row]:
@@ -71,6 +78,7 @@ def _adamw_row(plain: Plain) -> Row:
         name=plain.name,
         shape=plain.layout.shape,
         path="adamw",
+        rate=_rate(plain.group, "adamw_scale"),
         reason=_reason(plain.name, plain.layout.shape, "adamw"),
         layout=str(plain.layout),
         compute=str(plain.layout),
@@ -102,6 +110,7 @@ def _conda_row(weight: Weight) -> Row:
         name=plan.name,
         shape=plan.storage.shape,
         path="conda",
+        rate=_rate(weight.group, "scale"),
         reason=_reason(plan.name, plan.storage.split_shape, "conda"),
         layout=str(plan.storage),
         compute=str(plan.compute),
@@ -127,7 +136,8 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         moved = "" if row["compute"] == row["layout"] else f" -> {row['compute']}"
         shape = "x".join(map(str, row["shape"])) or "scalar"
         name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", row["name"])
-        alike[name, shape, row["path"], row["layout"] + moved, row["basis"]].append(row)
+        path = f"{row['path']}, {row['rate']:.3g}"
+        alike[name, shape, path, row["layout"] + moved, row["basis"]].append(row)
 
     if console is None:
         console = Console()
@@ -137,7 +147,7 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
     wide = console.width >= 130
     grid = Table(title="Conda: what each parameter gets on this rank", box=SIMPLE, show_footer=True)
     grid.add_column("parameter", f"{len(table)} in all", overflow="fold", min_width=24)
-    texts = ("shape", "path", "stored -> computed", "basis", "refreshed by")
+    texts = ("shape", "path, rate", "stored -> computed", "basis", "refreshed by")
     for name in texts if wide else texts[:2]:
         grid.add_column(name, no_wrap=True)
     for name, size in zip(("state", "sent a step", "a refresh"), _sizes(table), strict=True):

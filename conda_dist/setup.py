@@ -11,16 +11,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from conda_dist import storage
 from conda_dist.exchange import Mesh
+from conda_dist.groups import check_parameter
 from conda_dist.layout import Layout
+from conda_dist.names import name_of, path_of
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice, Request, choose, deal_owners
 from conda_dist.plan.weight_plan import plan_weight
-from conda_dist.routing import CONDA, check_matrix, check_splits, clean_name
+from conda_dist.routing import CONDA, check_kernel, check_matrix, check_splits
 from conda_dist.runtime.weight import Weight
-from conda_dist.states import basis_dtype, basis_key, moment_dtype, second_dtype, second_key
+from conda_dist.states import (
+    basis_dtype,
+    basis_key,
+    has_own,
+    is_basis,
+    moment_dtype,
+    second_dtype,
+    second_key,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +58,14 @@ class Plain:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Its state as it is now; empty before it is allocated."""
+        """Its state as it is now. Before it is allocated only a wrapper's states are there."""
         return self.states.get(self.param, {})
 
     def state_layouts(self) -> dict[str, Layout]:
         """Where the elements of each state are."""
         return {"exp_avg": self.layout, self.second_key: self.layout}
+
+    first_key = "exp_avg"
 
     @property
     def second_key(self) -> str:
@@ -65,9 +78,9 @@ class Plain:
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves it alone if it is there."""
-        if self.state:
+        if has_own(self.state):
             return
-        state = self.states[self.param]
+        state = self.states.setdefault(self.param, {})
         local = storage.local(self.param)
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name, layout in self.state_layouts().items():
@@ -100,7 +113,7 @@ class Setup:
         """Takes up from the states there are."""
         self.started = [False] * len(self.meshes)
         for member in self.members:
-            if member.state and member.state["step"].any():
+            if "step" in member.state and member.state["step"].any():
                 self.started[self.meshes.index(member.mesh)] = True
 
     @property
@@ -113,7 +126,7 @@ class Setup:
         return (
             self.signature != signature(groups)
             or any(member.states is not state for member in self.members[:1])
-            or (self.agreed and any(member.param not in state for member in self.members))
+            or (self.agreed and any("step" not in state.get(m.param, ()) for m in self.members))
         )
 
     def init_state(self) -> None:
@@ -127,7 +140,17 @@ class Setup:
         Raises:
             ValueError: one is not where the plan has it.
         """
-        for member in (m for m in self.members if m.state):
+        for member in (m for m in self.members if has_own(m.state)):
+            needed = (
+                "step",
+                member.first_key,
+                *(("basis_step",) if isinstance(member, Weight) else ()),
+            )
+            if missing := [key for key in needed if key not in member.state]:
+                raise ValueError(
+                    f"{member.name}: its state has no {', '.join(missing)}; drop the rest, too "
+                    "(del optimizer.state[param]), or load a checkpoint."
+                )
             if member.second_key not in member.state:
                 raise ValueError(
                     f"{member.name}: its state was made with another second_moment_dtype; drop it "
@@ -142,6 +165,8 @@ class Setup:
                         "state was made. Drop the state (del optimizer.state[param]) or load a "
                         "checkpoint after moving it."
                     )
+                if isinstance(member, Plain) or not member.plan.separate:
+                    storage.check_state(member.name, member.param, key, member.state[key], layout)
 
     def lines(self, mesh: Mesh) -> list[str]:
         """The plan of one mesh as text, for the ranks to compare."""
@@ -159,12 +184,19 @@ class Setup:
 
 
 def signature(groups: Iterable[Mapping[str, Any]]) -> object:
-    """What a setup was made for: changes when parameters are added, replaced, unfrozen or split."""
-    return tuple(
-        (id(group), group["algorithm"], str(group["splits"]), id(param), param.requires_grad)
+    """What a setup was made for: changes when parameters are added, replaced or changed in form.
+
+    Paths are decided when it is made, so that a steady step does not read names.
+    """
+    return [
+        (
+            id(group),
+            group["algorithm"],
+            (str(group["splits"]), group.get("kernels")),
+            [storage.form(param) for param in group["params"]],
+        )
         for group in groups
-        for param in group["params"]
-    )
+    ]
 
 
 def find_meshes(
@@ -187,12 +219,6 @@ def find_meshes(
                     known[key] = storage.find_mesh(param, process_group)
                 meshes[param] = known[key]
     return dict(sorted(meshes.items(), key=lambda item: item[1].sort_key))
-
-
-def name_of(groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
-    """A parameter's name, or where it stands."""
-    names = groups[group].get("param_names")
-    return clean_name(names[index]) if names else f"param_groups[{group}]['params'][{index}]"
 
 
 def set_up(
@@ -223,16 +249,19 @@ def set_up(
     plains: list[Plain] = []
     for param, mesh in meshes.items():
         group, name = places[param]
-        had_basis = any(key.startswith("basis") for key in state.get(param, {}))
-        if state.get(param) and had_basis != (group["algorithm"] == CONDA):
+        held = state.get(param, {})
+        check_parameter(name, param)  # it may have been replaced, and so may its data
+        _check_form(name, param, held, options)
+        path = path_of(name, param, group)
+        if has_own(held) and any(map(is_basis, held)) != (path == CONDA):
             raise ValueError(
-                f"{name}: its state was made on the other path than its group's algorithm, "
-                f"{group['algorithm']!r}; drop the state first: del optimizer.state[param]."
+                f"{name}: its state was made on the other path than the {path} path, which it "
+                f"takes by {_chosen_by(group)}; drop the state first: del optimizer.state[param]."
             )
         layout = storage.find_layout(name, param, mesh)
-        if group["algorithm"] == CONDA:
+        if path == CONDA:
             check_matrix(name, param)  # it may have been replaced
-            _check_bases(name, state.get(param, {}), group["splits"])
+            _check_bases(name, held, group["splits"])
             sites += _sites(name, param, mesh, group, layout)
         else:
             plains.append(Plain(name, param, mesh, layout, group, state, options))
@@ -242,9 +271,39 @@ def set_up(
     return setup
 
 
+def _check_form(name: str, param: Tensor, state: Mapping[str, Any], options: Options) -> None:
+    """Refuses a parameter whose data has changed so much that its state is of another one."""
+    for key in ("exp_avg", second_key(options)):
+        if key not in state:
+            continue
+        held, needed = state[key], moment_dtype if key == "exp_avg" else second_dtype
+        separate = isinstance(param, DTensor) and not isinstance(held, DTensor)
+        if held.shape != param.shape and not separate:
+            raise ValueError(
+                f"{name}: the parameter has shape {tuple(param.shape)}, but its {key} has shape "
+                f"{tuple(held.shape)}: the parameter was resized or replaced after its state was "
+                "made. Drop the state (del optimizer.state[param]), so that the parameter starts "
+                "afresh, or put moments of the new shape in its place."
+            )
+        if held.dtype != (dtype := needed(param, options)):
+            raise ValueError(
+                f"{name}: the parameter is {param.dtype} and needs {dtype} for its {key}, which "
+                f"is {held.dtype}: the dtype of one of them was changed after the state was made. "
+                "Drop the state (del optimizer.state[param]), or load a checkpoint after the "
+                "change, which converts it."
+            )
+
+
+def _chosen_by(group: Mapping[str, Any]) -> str:
+    """What decided the path of a parameter of the group."""
+    if group["algorithm"] is None:
+        return "its name and shape, for its group has no algorithm"
+    return f"its group's algorithm, {group['algorithm']!r}"
+
+
 def _check_bases(name: str, state: Mapping[str, Any], splits: Sequence[int] | None) -> None:
     """Refuses a state whose bases are those of other parts."""
-    held = {key for key in state if key.startswith("basis") and key != "basis_step"}
+    held = {key for key in state if is_basis(key) and key != "basis_step"}
     needed = {"basis"} if splits is None else {basis_key(part) for part in range(len(splits))}
     if held and held != needed:
         raise ValueError(
@@ -304,11 +363,11 @@ def plan_sites(
                 part=site.part,
             )
         )
-    # The parts of a weight share the moments, if all of them are in place.
+    # Kernels, and the parts of a weight, have views of its moments, if all parts are in place.
     apart = {
         site.param
         for site, plan in zip(sites, plans, strict=True)
-        if plan.separate or (plan.part is not None and not plan.in_place)
+        if plan.separate or ((plan.part is not None or plan.seen_as_matrix) and not plan.in_place)
     }
     plans = [
         replace(plan, separate=site.param in apart) for site, plan in zip(sites, plans, strict=True)
@@ -322,9 +381,16 @@ def plan_sites(
 def _sites(
     name: str, param: Tensor, mesh: Mesh, group: dict[str, Any], layout: Layout
 ) -> list[Site]:
+    kernel = bool(group.get("kernels")) and param.ndim > 2
+    if kernel:
+        check_kernel(name, storage.local(param))
+        try:
+            layout = layout.as_matrix()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}, or keep it with adamw.") from None
     if group["splits"] is None:
         return [Site(name, param, mesh, group, layout, None)]
-    check_splits(name, param, group["splits"])
+    check_splits(name, param, group["splits"], kernel)
     total, period = layout.shape[-2], sum(group["splits"])
     again = f" of every {period}" if total > period else ""
     ends = list(itertools.accumulate(group["splits"]))

@@ -1,5 +1,9 @@
 """Names and dtypes of a parameter's states, as the options have them."""
 
+import re
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +11,26 @@ from conda_dist.options import Options
 
 CODES = "exp_avg_sq_codes"
 """The state that is a second moment in 8 bits; see :func:`conda_dist.maths.decode`."""
+
+OWN = re.compile(
+    r"step|exp_avg|exp_avg_sq|exp_avg_sq_codes|basis|basis_\d+|basis_step|snapshot|snapshot_step"
+)
+"""Names of the states that this optimizer makes. A wrapper may keep others beside them."""
+
+
+def is_own(key: Any) -> bool:
+    """Whether a state of this name is this optimizer's, not one that a wrapper keeps."""
+    return isinstance(key, str) and OWN.fullmatch(key) is not None
+
+
+def has_own(state: Iterable[Any]) -> bool:
+    """Whether this optimizer has made any of a parameter's states."""
+    return any(map(is_own, state))
+
+
+def is_basis(key: Any) -> bool:
+    """Whether a state of this name is a basis, or counts for bases: adamw has none of them."""
+    return is_own(key) and key.startswith("basis")
 
 
 def moment_dtype(param: Tensor, options: Options) -> torch.dtype:

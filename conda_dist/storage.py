@@ -120,16 +120,72 @@ def copy_blocks(elements: Tensor, layout: Layout, coordinate: Coordinate, whole:
         elements[here].copy_(whole[there])
 
 
-def local_gradient(name: str, param: Tensor) -> Tensor | None:
-    """This rank's part of a parameter's gradient, where the parameter's own elements are.
+def form(param: Tensor) -> tuple[object, ...]:
+    """Everything that plans and kernels rely on, so that any change of it can be noticed.
+
+    It changes when the parameter is replaced, frozen, resized, cast, moved or resharded, through
+    ``.data``, ``torch.utils.swap_tensors`` or the local tensor of a DTensor. Comparing two forms
+    reads no elements.
+    """
+    given = (
+        id(param),
+        type(param),
+        param.requires_grad,
+        param.dtype,
+        param.device,
+        param.shape,
+        param.stride(),
+    )
+    if not isinstance(param, DTensor):
+        return given
+    with torch.no_grad():
+        here = param.to_local()
+    shards = param.device_mesh, param.placements, here.shape, here.stride(), here.device, type(here)
+    return given + shards
+
+
+def check_state(name: str, param: Tensor, key: str, held: Tensor, layout: Layout) -> None:
+    """Holds one state of a parameter against where its elements should be.
 
     Raises:
-        RuntimeError: the gradient is sparse, not of real numbers or without any, or a plain tensor
-            where the parameter is a DTensor.
+        ValueError: it was made for another device, or for other shards of the parameter.
+    """
+    advice = (
+        "Shard, move and resize the model before the optimizer has state: before its first step "
+        "and before loading a checkpoint into it. Else drop the state (del optimizer.state[param]) "
+        "or load a checkpoint afterwards."
+    )
+    if isinstance(held, DTensor) != isinstance(param, DTensor):
+        raise ValueError(
+            f"{name}: its {key} is a {type(held).__name__}, but the parameter is a "
+            f"{type(param).__name__}: the parameter was sharded after its state was made. {advice}"
+        )
+    if isinstance(held, DTensor) and isinstance(param, DTensor):
+        found = held.device_mesh, held.placements
+        if found != (param.device_mesh, placements(layout)):
+            raise ValueError(
+                f"{name}: its {key} is stored as {found[1]} on {found[0]}, but should be as "
+                f"{placements(layout)} on {param.device_mesh}: the parameter was resharded after "
+                f"its state was made. {advice}"
+            )
+    if (there := local(held).device) != (here := local(param).device):
+        raise ValueError(
+            f"{name}: its {key} is on {there}, but the parameter is on {here}: the parameter was "
+            f"moved after its state was made. {advice}"
+        )
+
+
+def check_gradient(name: str, param: Tensor) -> None:
+    """Refuses a gradient that is none of this parameter.
+
+    Raises:
+        RuntimeError: the gradient is sparse, not of real numbers or without any; of another shape
+            or device than the parameter; a plain tensor where the parameter is a DTensor, or a
+            DTensor on another mesh or of other shards.
     """
     grad = param.grad
     if grad is None:
-        return None
+        return
     if grad.layout is not torch.strided:
         raise RuntimeError(
             f"{name}: Conda needs dense gradients, got {grad.layout}; build the embedding with "
@@ -147,8 +203,54 @@ def local_gradient(name: str, param: Tensor) -> Tensor | None:
             f"{name}: the parameter is a {type(param).__name__} but its gradient is a "
             f"{type(grad).__name__}; both must be DTensors or neither."
         )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"{name}: its gradient has shape {tuple(grad.shape)}, but the parameter has shape "
+            f"{tuple(param.shape)}; set the gradient to None when the parameter is resized."
+        )
+    if grad.device != param.device:
+        raise RuntimeError(
+            f"{name}: its gradient is on {grad.device}, but the parameter is on {param.device}; "
+            "set the gradient to None when the parameter is moved."
+        )
     if isinstance(grad, DTensor) and isinstance(param, DTensor):
-        if grad.placements != param.placements:
-            grad = grad.redistribute(placements=param.placements)
-        return grad.to_local()
-    return grad
+        # Equal meshes are nearly always one object, and comparing others takes time.
+        meshes = grad.device_mesh, param.device_mesh
+        if meshes[0] is not meshes[1] and meshes[0] != meshes[1]:
+            raise RuntimeError(
+                f"{name}: its gradient is on {meshes[0]}, but the parameter is on {meshes[1]}; "
+                "both must be on the same mesh."
+            )
+        held, expected = grad.to_local().shape, local(param).shape
+        if held != expected and grad.placements == param.placements:
+            raise RuntimeError(
+                f"{name}: this rank holds {tuple(held)} of its gradient, but {tuple(expected)} of "
+                "the parameter; make the gradient's DTensor from shards of the same shapes."
+            )
+
+
+def local_gradient(name: str, param: Tensor) -> Tensor | None:
+    """This rank's part of a parameter's gradient, where the parameter's own elements are.
+
+    Raises:
+        RuntimeError: see :func:`check_gradient`.
+    """
+    grad = param.grad
+    if grad is None:
+        return None
+    if (  # what nearly all are, said without a further look
+        type(grad) is Tensor
+        and grad.layout is torch.strided
+        and grad.dtype is param.dtype
+        and grad.shape == param.shape
+        and grad.device == param.device
+        and not grad.is_meta
+        and not isinstance(param, DTensor)
+    ):
+        return grad
+    check_gradient(name, param)
+    if not isinstance(grad, DTensor) or not isinstance(param, DTensor):
+        return grad
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return grad.to_local()

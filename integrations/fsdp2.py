@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 from conda_dist import storage
 from conda_dist.compute_layout import kept_dim
 from conda_dist.exchange import Mesh
-from conda_dist.routing import CONDA, clean_name, divide
+from conda_dist.routing import clean_name, divide
 
 
 def conda_shard_placement(
@@ -58,10 +58,12 @@ def conda_shard_placement(
             f"fully_shard takes a mesh of one dimension (shard) or two (replicate, shard), got "
             f"{mesh.ndim}: {mesh}"
         )
-    groups, unmatched = divide(model, conda, adamw)
-    if unmatched:
-        raise ValueError(f"pattern {unmatched[0]!r} matches no parameter of {type(model).__name__}")
-    columns = _by_columns(groups[CONDA], mesh.size(mesh.ndim - 1), strict)
+    division = divide(model, conda, adamw)
+    if division.unmatched:
+        raise ValueError(
+            f"pattern {division.unmatched[0]!r} matches no parameter of {type(model).__name__}"
+        )
+    columns = _by_columns(division.conda, mesh.size(mesh.ndim - 1), strict)
     # Weak, for fully_shard frees the whole parameters it shards, and their ids may come again.
     known = {
         id(param): (weakref.ref(param), columns.get(id(param))) for param in model.parameters()

@@ -119,11 +119,11 @@ class CondaConfig:
     )
     weight_decay: Annotated[float, Key("decoupled weight decay", ge=0, le=_LARGE)] = 0.0
     scale: Annotated[float, Key("multiplies the projected update", gt=0, le=_LARGE)] = 0.25
+    adamw_scale: Annotated[
+        float, Key("multiplies the update of embeddings, head, norms", ge=0, le=_LARGE)
+    ] = 1.0
     update_proj_gap: Annotated[int, Key("steps between refreshes of the bases", ge=1)] = 2000
     correct_bias: Annotated[bool, Key("divide by 1 - beta^t as Adam does")] = True
-    adamw_lr: Annotated[
-        float | None, Key("peak rate of embeddings, head, norms (default: lr)", gt=0, le=_LARGE)
-    ] = None
     refresh_method: Annotated[
         Literal["svd", "orthogonal_iteration", "eigh64"], Key("how bases are refreshed")
     ] = "svd"
@@ -190,9 +190,9 @@ class MuonConfig:
     adjust_lr: Annotated[
         Literal["original", "match_rms_adamw"], Key("how the rate follows a matrix's shape")
     ] = "match_rms_adamw"
-    adamw_lr: Annotated[
-        float | None, Key("peak rate of the AdamW part (default: lr)", gt=0, le=_LARGE)
-    ] = None
+    adamw_scale: Annotated[
+        float, Key("multiplies the update of the AdamW part", gt=0, le=_LARGE)
+    ] = 1.0
     adamw_betas: Annotated[tuple[float, float], Key("betas of the AdamW part", ge=0, lt=1)] = (
         0.9,
         0.95,

@@ -24,12 +24,11 @@ from conda_dist.report import print_table
 
 from . import schedule
 from .batches import Tokens
-from .config import CondaConfig, Config, ConfigError
+from .config import Config, ConfigError
 from .deepspeed_settings import build_settings
 from .engine import StepResult, add_up, clock, loss_sum
 from .finite import Origin, finite
-from .model import compute_dtype, empty_model, initialised_model, parameter_count
-from .optimizers import conda_groups
+from .model import compute_dtype, initialised_model, parameter_count
 from .runtime import JobError, World, from_main, together
 
 _TAG, _LAYOUT = "deepspeed", "deepspeed.json"
@@ -56,7 +55,7 @@ class DeepSpeedEngine:
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=model,
-                model_parameters=_parameters(model, config, vocab_size),
+                model_parameters=list(model.parameters()),
                 config=settings,
                 dist_init_required=False,
             )
@@ -231,20 +230,3 @@ def _build_model(config: Config, vocab_size: int, settings: dict[str, Any]) -> P
             deepspeed.zero.Init(module=module, config_dict_or_path=settings)
 
     return initialised_model(config.model, config.training, vocab_size, shard)
-
-
-def _parameters(model: nn.Module, config: Config, vocab_size: int) -> list[dict[str, Any]]:
-    """The parameters in the groups that the optimizer has under FSDP2."""
-    settings = config.optimizer.chosen
-    if not isinstance(settings, CondaConfig):
-        return [{"params": list(model.parameters())}]
-    # At stage 3 the model itself no longer knows which of its weights are matrices.
-    whole = empty_model(config.model, config.training, vocab_size)
-    named = dict(model.named_parameters())
-    return [
-        {
-            "params": [named[name] for name, _ in group["params"]],
-            **({"lr": group["lr"]} if "lr" in group else {}),
-        }
-        for group in conda_groups(whole, settings)
-    ]

@@ -245,9 +245,8 @@ def _together(
     for task in fill_tasks(plans, range(len(plans)), limits.refresh_limit, refreshing=True):
         load = defaultdict(float)
         for i in task:
-            load[plans[i].owners[0]] += refresh_flops(
-                *plans[i].storage.shape, settings.refresh_method
-            )
+            m, n = plans[i].storage.shape
+            load[plans[i].owners[0]] += refresh_flops(m, n, settings.refresh_method)
         found.decompose += max(load.values())
 
 

@@ -55,16 +55,10 @@ def conda_arguments(settings: CondaConfig) -> dict[str, Any]:
     return {name: (value or None) if name in OF_DTYPES else value for name, value in given.items()}
 
 
-def conda_groups(model: nn.Module, settings: CondaConfig) -> list[dict[str, Any]]:
-    """Conda's groups: the blocks' matrices, and the rest with a rate of its own if it has one."""
-    rate = {} if settings.adamw_lr is None else {"lr": settings.adamw_lr}
-    return param_groups(model, adamw_options=rate)
-
-
 def _conda(model: nn.Module, settings: CondaConfig) -> Conda:
     arguments = conda_arguments(settings)
     dtypes = {name: DTYPES.get(arguments[name]) for name in OF_DTYPES}
-    return Conda(conda_groups(model, settings), **{**arguments, **dtypes})
+    return Conda(param_groups(model), **{**arguments, **dtypes})
 
 
 def _adamw(
@@ -90,8 +84,12 @@ def _muon(model: nn.Module, settings: MuonConfig) -> list[Optimizer]:
         ns_steps=settings.ns_steps,
         adjust_lr_fn=settings.adjust_lr,
     )
-    lr = settings.lr if settings.adamw_lr is None else settings.adamw_lr
+    scale = settings.adamw_scale  # of the update alone: decay is lr * weight_decay in both
     adamw = _adamw(
-        split["adamw"], lr, settings.adamw_betas, settings.adamw_eps, settings.weight_decay
+        split["adamw"],
+        settings.lr * scale,
+        settings.adamw_betas,
+        settings.adamw_eps,
+        settings.weight_decay / scale,
     )
     return [muon, adamw]

@@ -14,32 +14,65 @@ import torch.distributed as dist
 import models
 import ranks
 import zero
-from conda_dist import decomposition, param_groups
+from conda_dist import Conda, decomposition, param_groups
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+PARAMS = "DeepSpeed JSON, optimizer.params: "
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"params": {"updat_proj_gap": 3}}, "no param 'updat_proj_gap'; the nearest is 'update_proj_"),
-    ({"params": {"conda_modules": []}}, "no param 'conda_modules'; the nearest is 'conda_params'"),
-    ({"params": {"lr": "0.01"}}, "TypeError: lr must be a number, got '0.01'"),
-    ({"params": {"update_proj_gap": 3.5}}, "TypeError: update_proj_gap must be an int"),
-    ({"params": {"state_dtype": "bf16"}}, "state_dtype must be one of float32, bfloat16"),
-    ({"params": {"basis_budget": "4"}}, "basis_budget must be an int"),
+    (
+        {"params": {"updat_proj_gap": 3}},
+        f"{PARAMS}Conda has no param 'updat_proj_gap' \\(the nearest is 'update_proj_gap'\\)\\.",
+    ),
+    ({"params": {"colour": 1}}, "no param 'colour'. It takes lr, betas, eps, .* splits"),
+    (
+        {"params": {"torch_adam": True, "zeal": 1, "adam_w_mode": True, "Betas": [0.9, 0.99]}},
+        "no param 'torch_adam' \\(Adam's: leave it out\\), 'zeal', 'adam_w_mode' \\(Adam's: leave "
+        "it out\\), 'Betas' \\(the nearest is 'betas'\\). It takes lr",
+    ),
+    ({"params": {"bias_correction": False}}, "Adam's: leave it out, or say correct_bias"),
+    (
+        {"params": {"lr": "auto", "eps": "auto"}},
+        f'{PARAMS}"auto" is the value of lr, eps, and nobody has replaced it: Hugging Face',
+    ),
+    ({"params": {"betas": "auto"}}, '"auto" is the value of betas, and'),
+    ({"params": {"lr": "0.01"}}, f"TypeError: {PARAMS}lr must be a number, got '0.01'"),
+    ({"params": {"lr": -1}}, f"ValueError: {PARAMS}lr must be at least 0"),
+    ({"params": {"update_proj_gap": 3.5}}, f"TypeError: {PARAMS}update_proj_gap must be an int"),
+    ({"params": {"state_dtype": "bf16"}}, f"{PARAMS}state_dtype must be one of float32, bfloat16"),
+    ({"params": {"basis_budget": "4"}}, f"{PARAMS}basis_budget must be an int"),
     ({"params": {"refresh": "async"}}, 'refresh "async" is not supported under DeepSpeed'),
     ({"params": {"second_moment_dtype": "uint8"}}, "second_moment_dtype is not supported under"),
-    ({"compile": {"deepcompile": True}}, "DeepCompile was not tried"),
-    ({"params": {"adamw_params": "*"}}, "TypeError: adamw_params must be a list of patterns"),
+    ({"compile": {"deepcompile": True}}, "not support compile.deepcompile .*DeepCompile was not"),
+    ({"params": {"adamw_params": "*"}}, f"{PARAMS}adamw_params must be a list of patterns"),
     (
         {"params": {"conda_params": ["*.kqv"]}},
-        r"pattern '\*.kqv' matches no parameter; names look",
+        rf"{PARAMS}conda_params pattern '\*.kqv' matches no parameter; names look",
+    ),
+    ({"params": {"adamw_params": ["*.kqv"]}}, r"adamw_params pattern '\*.kqv' matches no parame"),
+    (
+        {"params": {"splits": {"*.kqv": 2}}},
+        rf"{PARAMS}splits pattern '\*.kqv' matches no parameter",
     ),
     ({"params": {"conda_params": ["*.norm.weight"]}}, "norm.weight: a parameter of shape"),
     ({"params": {"adamw_params": ["*"]}}, "no trainable matrix would reach the conda path"),
-    ({"zero": {"elastic_checkpoint": True}}, "elastic_checkpoint saves moments without their base"),
-    ({"zero": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "NVMe"),
-    ({"zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio splits the step"),
-    ({"zero": {"zero_quantized_weights": True}}, "quantized weights"),
+    (
+        {"optimizer": {"type": "Conda", "lr": 1e-4, "adam_w_mode": True, "params": {}}},
+        "DeepSpeed JSON, optimizer: 'lr' \\(put it into params\\), 'adam_w_mode' \\(Adam's: leave",
+    ),
+    (
+        {"zero": {"elastic_checkpoint": True}},
+        "not support zero_optimization.elastic_checkpoint in this DeepSpeed config: it saves mo",
+    ),
+    ({"zero": {"offload_optimizer": NVME}}, 'zero_optimization.offload_optimizer.device "nvme"'),
+    (
+        {"zero": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        "zero_optimization.offload_optimizer.ratio in this .* splits the step",
+    ),
+    ({"zero": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights in"),
 ]
+"""Entries of a config, and what is said of them."""
 
 
 def _refusals() -> list[str]:
@@ -53,6 +86,98 @@ def _refusals() -> list[str]:
 def test_what_is_refused_and_why() -> None:
     for (others, expected), said in zip(REFUSED, ranks.run(1, _refusals)[0], strict=True):
         assert re.search(expected, said), (others, said)
+
+
+FILLED = {"lr": 1e-2, "betas": [0.9, 0.99], "eps": 1e-4, "weight_decay": 0.1}
+ONE_BIT = {"freeze_step": 400, "cuda_aware": False, "comm_backend_name": "nccl"}
+ZERO_ONE = dict.fromkeys(
+    ("var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper"), 16
+)
+PUBLISHED: list[dict[str, Any]] = [
+    {**FILLED, "torch_adam": True, "adam_w_mode": True},  # Hugging Face's documentation
+    {**FILLED, "bias_correction": True, "adam_w_mode": True},  # FusedAdam
+    {**FILLED, "amsgrad": False, "adamw_mode": True, "fp32_optimizer_states": True},  # CPUAdam
+    {**FILLED, "torch_adam": True, "foreach": False},
+    {**FILLED, "bias_correction": False, **ONE_BIT},  # 1-bit Adam's tutorial
+    {**FILLED, "bias_correction": False, **ZERO_ONE, **ONE_BIT},  # 0/1 Adam's
+    {"max_coeff": 0.3, "min_coeff": 0.01, "coeff_beta": 0.9, "factor_max": 4.0, **FILLED},  # LAMB
+    {"lr": 1e-2, "momentum": 0.9, "ns_method": "gram", "muon_lr": 1e-2, "adam_lr": 1e-3},  # Muon
+]
+"""Optimizer blocks as they are published, their "type" made Conda."""
+
+
+def _published() -> list[tuple[str, str]]:
+    """What is said of each, and of each without what was said to be left out."""
+    said = []
+    for params in PUBLISHED:
+        left = {key: value for key, value in params.items() if key in FILLED}
+        said.append(
+            tuple(
+                models.attempt(
+                    lambda p=p: zero.build(
+                        zero.config(1, optimizer={"type": "Conda", "params": dict(p)})
+                    )
+                )
+                for p in (params, left)
+            )
+        )
+    return said  # type: ignore[return-value]
+
+
+def test_published_optimizer_blocks_work_without_what_is_named() -> None:
+    for params, (first, then) in zip(PUBLISHED, ranks.run(1, _published)[0], strict=True):
+        named = [key for key in params if key not in FILLED]
+        found = re.findall(r"'(\w+)' \([^)]*'s: leave it out", first.partition("\n")[0])
+        assert found == named, first
+        assert then == "nothing was raised"
+
+
+BAD: list[tuple[str, Any, str]] = [
+    ("lr", math.nan, "parameter group 1: lr must be a number and finite, got nan"),
+    ("lr", "0.1", "TypeError: parameter group 1: lr must be a number"),
+    ("weight_decay", -0.1, "parameter group 1: weight_decay must be at least 0"),
+    ("betas", [0.9, 1.0], "parameter group 1: betas.1. must be at least 0 and below 1"),
+    ("update_proj_gap", 0, "parameter group 1: update_proj_gap must be at least 1 step"),
+    ("correct_bias", None, "TypeError: parameter group 1: correct_bias must be a bool"),
+]
+
+
+def _change(stage: int) -> list[tuple[str, list[str]]]:
+    """What a step says of each bad value in a second group, and what it changed all the same."""
+    ends = []
+    for key, value, _ in BAD:
+        torch.manual_seed(0)
+        model = models.Tiny()
+        params = list(model.parameters())
+        groups = [{"params": params[::2]}, {"params": params[1::2]}]
+        engine = zero.build(zero.config(stage), model, model_parameters=groups)
+        zero.train(engine, range(2))
+        before = _held(engine)
+        engine.optimizer.param_groups[1][key] = value
+        said = models.attempt(zero.train, engine, range(2, 3))
+        ends.append((said, models.unequal(before, _held(engine))))
+    return ends
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_what_schedulers_set_is_checked_in_every_step(stage: int) -> None:
+    for ends in ranks.run(2, _change, stage, timeout=60):
+        for (_, _, expected), (said, changed) in zip(BAD, ends, strict=True):
+            assert re.search(expected, said), said
+            assert not changed
+
+
+def _one_rank(stage: int) -> str:
+    engine = zero.build(zero.config(stage))
+    if dist.get_rank() == 1:
+        engine.optimizer.param_groups[0]["lr"] = math.nan
+    return models.attempt(zero.train, engine, range(1))
+
+
+def test_a_bad_value_of_one_rank_at_the_first_step_is_told_to_all() -> None:
+    for stage in (0, 2, 3):
+        for said in ranks.run(2, _one_rank, stage, timeout=60):
+            assert "rank 1: ValueError: parameter group 0: lr must be a number" in said
 
 
 def _routes(stage: int) -> tuple[dict[str, str], list[str]]:
@@ -115,6 +240,143 @@ def test_a_script_may_make_the_optimizer() -> None:
             assert "blocks.0.q.weight" in names
             assert "embed.weight" not in names
             assert error < 1e-4
+
+
+def _partitioned() -> str:
+    """What is said when it is made from parameters that ZeRO 3 has partitioned already."""
+    deepspeed = zero.settle()
+    made = zero.config(3)
+    del made["optimizer"]
+    with deepspeed.zero.Init(config_dict_or_path=made):
+        model = models.Tiny()
+    try:
+        return models.attempt(lambda: Conda(model.named_parameters()))
+    finally:
+        deepspeed.zero.partition_parameters.shutdown_init_context()
+
+
+def test_a_partitioned_parameter_is_told_the_two_ways_that_work() -> None:
+    said = ranks.run(1, _partitioned)[0]
+    assert '"optimizer": {"type": "Conda"}' in said
+    assert "conda_dist.integrations.deepspeed.Conda(model.named_parameters())" in said
+
+
+def _autocast(stage: int) -> bool:
+    """Whether steps inside autocast end where those outside do."""
+    ends = []
+    for inside in (False, True):
+        engine = zero.build(zero.config(stage))
+        for step in range(zero.STEPS):
+            batch = zero.tokens(step).chunk(dist.get_world_size())[dist.get_rank()]
+            engine.backward(zero.loss(engine, batch))
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                engine.step()
+        ends.append(zero.weights(engine))
+    return not models.unequal(*ends)
+
+
+def test_steps_inside_autocast() -> None:
+    for stage in (1, 3):
+        assert ranks.run(2, _autocast, stage) == [True, True]
+
+
+def _plain(stage: int) -> list[str]:
+    """conda_dist's own Conda as a client optimizer: made by the script, and by what it gives."""
+    said = []
+    for callable_ in (False, True):
+        torch.manual_seed(0)
+        model = models.Tiny()
+        optimizer = Conda(param_groups(model), **zero.SETTINGS)
+        given: Any = (lambda _, o=optimizer: o) if callable_ else optimizer
+        config = zero.config(stage)
+        del config["optimizer"]
+        said.append(
+            models.attempt(lambda m=model, c=config, g=given: zero.build(c, m, optimizer=g))
+        )
+    return said
+
+
+def test_a_plain_conda_under_zero_is_told_the_two_ways_that_work() -> None:
+    for stage in (1, 2, 3):
+        for answers in ranks.run(2, _plain, stage):
+            for said in answers:
+                assert "cannot step the flat partitions that ZeRO makes of par" in said
+                assert f"at stage {stage}" in said
+                assert '"optimizer": {"type": "Conda"}' in said
+                assert "conda_dist.integrations.deepspeed.Conda(model.named_parameters()" in said
+                assert "adamw" not in said
+
+
+def _replaced() -> list[str]:
+    """As Accelerate does with ``offload_optimizer``: another optimizer of a Conda's groups."""
+    zero.settle()
+    from conda_dist.integrations.deepspeed import Conda as Ours
+
+    said = []
+    for kind in (Ours, Conda):
+        model = models.Tiny()
+        optimizer = torch.optim.AdamW(kind(model.named_parameters(), **zero.SETTINGS).param_groups)
+        config = zero.config(2)
+        del config["optimizer"]
+        said.append(
+            models.attempt(lambda m=model, c=config, o=optimizer: zero.build(c, m, optimizer=o))
+        )
+    return said
+
+
+def test_an_optimizer_made_of_a_conda_is_refused() -> None:
+    for said in ranks.run(1, _replaced)[0]:
+        assert "the optimizer, AdamW, was made of a Conda, as Accelerate does where offload" in said
+        assert '"zero_force_ds_cpu_optimizer": false' in said
+
+
+def _plain_without_zero() -> list[float]:
+    """There parameters are whole, or copies of their shapes."""
+    errors = []
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        torch.manual_seed(0)
+        model = models.Tiny()
+        optimizer = Conda(param_groups(model), **zero.SETTINGS)
+        config = zero.config(0, name)
+        del config["optimizer"]
+        engine = zero.build(config, model, optimizer=optimizer)
+        zero.train(engine, range(zero.STEPS))
+        ended = {
+            name: param.detach().clone()
+            for group in optimizer.param_groups
+            for name, param in zip(group["param_names"], group["params"], strict=True)
+        }
+        errors.append(models.farthest(ended, zero.alone(dtype=dtype), zero.start(dtype)))
+    return errors
+
+
+def test_a_plain_conda_without_zero_follows_one_process() -> None:
+    (single, low), _ = ranks.run(2, _plain_without_zero)
+    assert single < 1e-4
+    assert low < 0.1
+
+
+def _read_by_nobody() -> list[str]:
+    """The JSON's optimizer beside one of the script's."""
+    zero.settle()
+    from conda_dist.integrations.deepspeed import Conda as Ours
+
+    said = []
+    for kind in (Ours, torch.optim.AdamW):
+        model = models.Tiny()
+        optimizer = kind(model.parameters(), lr=1e-2)
+        say = models.attempt(
+            lambda m=model, o=optimizer: zero.build(zero.config(1), m, optimizer=o)
+        )
+        said.append(say)
+    return said
+
+
+def test_the_optimizer_of_the_json_is_not_ignored() -> None:
+    ours, other = ranks.run(1, _read_by_nobody)[0]
+    for said in (ours, other):
+        assert 'the DeepSpeed JSON\'s optimizer (type "Conda") is read by nobody' in said
+    assert "gives deepspeed.initialize one (AdamW)" in other
 
 
 def _groups_that_differ() -> list[str]:

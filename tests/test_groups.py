@@ -31,7 +31,9 @@ def _refused(call: Callable[[], object], *words: str) -> None:
 # Hyperparameters
 
 BAD: list[tuple[str, Any]] = [
-    *((name, value) for name in ("lr", "eps", "weight_decay", "scale") for value in (
+    *((name, value) for name in (
+        "lr", "eps", "weight_decay", "scale", "adamw_scale"
+    ) for value in (
         "0.1", None, True, [0.1], 1j, -0.1, math.nan, math.inf, -math.inf, np.array([0.1, 0.2])
     )),
     ("lr", torch.tensor([0.1, 0.2])),
@@ -74,7 +76,7 @@ def test_bounds_that_are_allowed(beta: float) -> None:
 
 
 @pytest.mark.parametrize("integer", [10**400, -(10**400)], ids=["positive", "negative"])
-@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "scale"])
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay", "scale", "adamw_scale"])
 def test_integers_no_float_can_hold(name: str, integer: int) -> None:
     _refused(lambda: Conda([_weight()], **{name: integer}), name)
 
@@ -147,10 +149,10 @@ def test_misspelt_group_options(key: str, meant: str) -> None:
 def test_foreign_group_options_are_kept(key: str) -> None:
     """Users and schedulers keep notes in groups, as torch allows."""
     optimizer = Conda([{"params": [_weight(), _weight(3)], key: 0.1}])
-    assert [group[key] for group in optimizer.param_groups] == [0.1, 0.1]
+    assert [group[key] for group in optimizer.param_groups] == [0.1]
 
 
-@pytest.mark.parametrize("algorithm", ["muon", "Conda", "", None, 1, ["conda"], True])
+@pytest.mark.parametrize("algorithm", ["muon", "Conda", "", 1, ["conda"], True, False])
 def test_unknown_algorithm(algorithm: Any) -> None:
     group = {"params": [_weight()], "algorithm": algorithm}
     _refused(lambda: Conda([group]), "parameter group 0", "algorithm", "conda", "adamw")
@@ -163,6 +165,7 @@ def test_options_of_adamw_that_would_be_ignored(key: str) -> None:
     assert key not in Conda([{**group, key: False}]).param_groups[0]
     with pytest.raises(TypeError, match=key):
         Conda([_weight()], **{key: True})
+    Conda([_weight()], **{key: False})
 
 
 @pytest.mark.parametrize("key", ["foreach", "fused"])
@@ -171,7 +174,15 @@ def test_options_of_how_adamw_computes_are_dropped(key: str, value: bool | None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer = Conda([{"params": [_weight(), _weight(3)], key: value}])
+        assert key not in Conda([_weight()], **{key: value}).param_groups[0]
     assert not any(key in group for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("key", ["fuse", "decoupled_weight_decay", "momentum", "adamw_lr"])
+def test_other_options_are_unknown(key: str) -> None:
+    """Also those of other optimizers, and at False: they might be a slip of the pen."""
+    with pytest.raises(TypeError, match=key):
+        Conda([_weight()], **{key: False})
 
 
 # Parameters
@@ -289,17 +300,17 @@ def test_generators() -> None:
         nn.ParameterDict({"weight": model[0].weight}).values(),
     ):
         optimizer = Conda(params)
-        assert optimizer.param_groups[0]["algorithm"] == "conda"
         toys.take(optimizer, *_one_step(optimizer))
+        assert next(row["shape"] for row in optimizer.report(show=False)) == (3, 4)
 
 
 def test_names_are_kept() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
     names = [g["param_names"] for g in Conda(model.named_parameters()).param_groups]
-    assert names == [["0.weight", "1.weight"], ["0.bias", "1.bias"]]
+    assert names == [["0.weight", "0.bias", "1.weight", "1.bias"]]
     groups = [{"params": list(model[0].parameters()), "param_names": ["a.weight", "a.bias"]}]
     names = [g["param_names"] for g in Conda(groups).param_groups]
-    assert names == [["a.weight"], ["a.bias"]]
+    assert names == [["a.weight", "a.bias"]]
     assert not any("param_names" in g for g in Conda(model.parameters()).param_groups)
 
 
@@ -363,6 +374,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "eps": st.floats(1e-12, 1),
     "weight_decay": NUMBERS,
     "scale": NUMBERS,
+    "adamw_scale": NUMBERS,
     "betas": st.tuples(st.floats(0, 0.999), st.floats(0, 0.9999)),
     "update_proj_gap": st.integers(1, 10**30),
     "correct_bias": st.booleans(),
@@ -377,7 +389,16 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "refresh": st.sampled_from(["sync", "async"]),
     "refresh_delay": st.integers(1, 10**30),
 }
-OF_GROUPS = ("lr", "eps", "weight_decay", "scale", "betas", "update_proj_gap", "correct_bias")
+OF_GROUPS = (
+    "lr",
+    "eps",
+    "weight_decay",
+    "scale",
+    "adamw_scale",
+    "betas",
+    "update_proj_gap",
+    "correct_bias",
+)
 
 
 @st.composite

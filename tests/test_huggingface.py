@@ -42,7 +42,6 @@ def settle() -> None:
     GradientState._reset_state()
     for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
-    # Told to use the CPU, Accelerate would use DDP instead of DeepSpeed, in silence.
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_TORCH_DEVICE="cpu")
 
 
@@ -121,6 +120,69 @@ def test_trainer(tmp_path: Path, stage: int) -> None:
     assert whole[-1] < 0.8 * whole[0]
     again, _ = ranks.run(2, _trainer, tmp_path, stage, True)
     assert again == whole
+
+
+ALL_AUTO = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+
+
+def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
+    """Which optimizer the Trainer uses, its (weight decay, second beta)s and the losses."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations import deepspeed
+
+    own: tuple[Any, dict[str, Any]] = (deepspeed.Conda, {"lr": RATE, "update_proj_gap": GAP})
+    cases: list[tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = [
+        ({"lr": "auto", "update_proj_gap": GAP}, {}, {}),
+        ({**ALL_AUTO, "update_proj_gap": GAP}, {}, {}),
+        (None, {}, {"optimizer_cls_and_kwargs": own}),
+        (None, {"weight_decay": 0.0}, {"optimizer_cls_and_kwargs": own}),
+        (None, {}, {"optimizers": Conda}),
+        ({"lr": "auto"}, {"use_cpu": True}, {}),
+    ]
+    ends = []
+    for params, others, more in cases:
+        settle()
+        made, model = deepspeed_json(2), language_model()
+        made["optimizer"]["params"] = params
+        if params is None:
+            del made["optimizer"]
+        if others.get("use_cpu"):
+            made["train_batch_size"] = "auto"
+        if more.get("optimizers"):
+            more = {"optimizers": (Conda(param_groups(model)), None)}
+        options = {"weight_decay": 0.1, "learning_rate": RATE, **others}
+        arguments = transformers.TrainingArguments(
+            output_dir="unused",
+            deepspeed=made,
+            max_steps=3,
+            per_device_train_batch_size=BATCH // dist.get_world_size(),
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=texts(), **more)
+        trainer.train()
+        inner = trainer.model_wrapped.basic_optimizer
+        groups = {(group["weight_decay"], group["betas"][1]) for group in inner.param_groups}
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        ends.append((f"{type(inner).__module__}.{type(inner).__name__}", groups, losses))
+    return ends
+
+
+def test_what_of_the_trainers_arguments_arrives() -> None:
+    """The README says so; where it does not, that is the Trainer's doing."""
+    ours = "conda_dist.integrations.deepspeed.optimizer.Conda"
+    for only_rate, auto, own, whole, given, cpu in ranks.run(2, _arrivals):
+        assert only_rate[:2] == (ours, {(0.0, 0.99)})
+        assert auto[:2] == (ours, {(0.1, 0.999)})
+        assert own[:2] == (ours, {(0.1, 0.99), (0.0, 0.99)})
+        assert whole[2] == pytest.approx(only_rate[2], abs=1e-5)
+        assert given[0] == "torch.optim.adamw.AdamW"
+        assert cpu[0] == ours
 
 
 def batches() -> list[Tensor]:

@@ -30,7 +30,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 STAGES = range(4)
 UNEVEN = (
     *("--training.global_batch_size", 7, "--training.micro_batch_size", 1),
-    *("--optimizer.grad_clip", 0.5, "--optimizer.adamw_lr", 3e-3),
+    *("--optimizer.grad_clip", 0.5, "--optimizer.adamw_scale", 0.3),
 )
 """On three ranks two of them have no row in the last micro-batch."""
 

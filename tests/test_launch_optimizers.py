@@ -189,10 +189,11 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(architecture: str) ->
 def test_settings_reach_the_optimizers() -> None:
     arguments = [*SMALL, "--optimizer.name", "conda", "--optimizer.lr", "3e-3"]
     arguments += ["--optimizer.scale", "0.5", "--optimizer.update_proj_gap", "7"]
-    arguments += ["--optimizer.adamw_lr", "1e-4", "--optimizer.weight_decay", "0.2"]
+    arguments += ["--optimizer.adamw_scale", "2.5", "--optimizer.weight_decay", "0.2"]
     for groups in ranks.run(1, group_settings, options.load(None, arguments)):
-        assert [group["lr"] for group in groups] == [3e-3, 1e-4]
-        assert groups[0]["scale"] == 0.5
+        assert [group["lr"] for group in groups] == [3e-3, 3e-3]
+        assert [group["scale"] for group in groups] == [0.5, 0.5]
+        assert [group["adamw_scale"] for group in groups] == [2.5, 2.5]
         assert groups[0]["update_proj_gap"] == 7
         assert [group["weight_decay"] for group in groups] == [0.2, 0.2]
 

@@ -177,7 +177,7 @@ def test_adamw_path(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None
     grad, start = toys.random(50), toys.random(50, seed=1)
     hyper = maths.Hyper(0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True)
     whole, low = (
-        Entry(start.clone(), grad, torch.zeros(50), torch.zeros(50, dtype=second))
+        Entry("w", start.clone(), grad, torch.zeros(50), torch.zeros(50, dtype=second))
         for second in (torch.float32, dtype)
     )
     for entry in (whole, low):

@@ -346,12 +346,10 @@ def test_orthonormal_corrects_and_changes_nothing_else() -> None:
 def test_step_size_and_keep() -> None:
     plain = Hyper(0.1, 0.9, 0.99, 1e-8, 0.5, 0.25, correct_bias=False)
     assert plain.step_size(3) == pytest.approx(0.025)
-    assert plain.step_size(3, scaled=False) == pytest.approx(0.1)
     assert plain.keep == pytest.approx(0.95)
     corrected = 0.1 * (1 - 0.99**3) ** 0.5 / (1 - 0.9**3)
     assert HYPER.step_size(3) == pytest.approx(0.25 * corrected)
-    assert HYPER.step_size(3, scaled=False) == pytest.approx(corrected)
-    assert HYPER.step_size(10**7, scaled=False) == pytest.approx(0.1)
+    assert HYPER.step_size(10**7) == pytest.approx(0.25 * 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, DOUBLE], ids=str)

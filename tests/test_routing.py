@@ -10,6 +10,7 @@ from torch import nn
 
 import toys
 from conda_dist import Conda, param_groups
+from conda_dist.kinds import KERNEL
 from conda_dist.routing import clean_name, route
 
 # Models of transformers, built on the meta device: names and shapes are all that is needed.
@@ -143,8 +144,10 @@ def test_names_alone_tell_the_same(name: str) -> None:
     model = _model(name)
     by_name = {n: route(n, p).algorithm for n, p in model.named_parameters()}
     assert _on_conda(by_name) == _projections(name)
-    split = toys.chosen(Conda(model.named_parameters()).param_groups)
-    assert split == by_name == toys.chosen(param_groups(model))
+    assert by_name == toys.chosen(param_groups(model))
+    chosen = toys.paths(Conda(model.named_parameters()))
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert chosen == {n: by_name[n] for n in trainable}
 
 
 def test_tied_embeddings_are_routed_as_embeddings() -> None:
@@ -213,6 +216,91 @@ DECIDED: dict[str, list[tuple[str, tuple[int, ...]]]] = {
         ("block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 4)),
     ],
 }
+KINDS: list[tuple[str, tuple[int, ...], str, str]] = [
+    # embeddings by other names
+    ("tok_emb.weight", (100, 8), "adamw", "embedding"),
+    ("transformer.pos_emb", (1, 16, 8), "adamw", "embedding"),
+    ("token_emb.emb.weight", (100, 8), "adamw", "embedding"),
+    ("tokEmb.weight", (100, 8), "adamw", "embedding"),
+    ("embeddings.word.weight", (100, 8), "adamw", "embedding"),
+    ("embed_tokens.0.weight", (100, 8), "adamw", "embedding"),
+    ("embed_tokens.modules_to_save.default.weight", (100, 8), "adamw", "embedding"),
+    ("patch_embed.proj.0.weight", (8, 12), "adamw", "embedding"),
+    ("quantizer.codebook.weight", (100, 8), "adamw", "embedding"),
+    ("t_embedder.mlp.2.weight", (8, 8), "adamw", "embedding"),
+    ("embedder.layers.0.mlp.up.weight", (16, 8), "conda", "a matrix"),
+    ("members.0.up.weight", (16, 8), "conda", "a matrix"),
+    # heads by other names
+    ("cls.predictions.decoder.weight", (100, 8), "adamw", "output head"),
+    ("cls.seq_relationship.weight", (2, 8), "adamw", "output head"),
+    ("generator_lm_head.weight", (100, 8), "adamw", "output head"),
+    ("proj_out.weight", (100, 8), "adamw", "output head"),
+    ("lm_loss.weight", (100, 8), "adamw", "output head"),
+    ("to_logits.weight", (100, 8), "adamw", "output head"),
+    ("0.lm_head.weight", (100, 8), "adamw", "output head"),
+    ("classification_head.out_proj.weight", (2, 8), "adamw", "output head"),
+    ("qa_outputs.weight", (2, 8), "adamw", "output head"),
+    ("mlp_head.1.weight", (10, 8), "adamw", "output head"),
+    ("decoder.weight", (100, 8), "adamw", "output head"),
+    ("vocab_projector.weight", (100, 8), "adamw", "output head"),
+    ("final_layer.linear.weight", (12, 8), "adamw", "output head"),
+    ("pooler.dense.weight", (8, 8), "adamw", "output head"),
+    ("classifier.encoder.layer.0.attention.q.weight", (8, 8), "conda", "a matrix"),
+    ("decoder.layers.0.fc1.weight", (16, 8), "conda", "a matrix"),
+    ("mid_block.attentions.0.proj_out.weight", (8, 8), "conda", "a matrix"),
+    ("multi_head_attention.q.weight", (8, 8), "conda", "a matrix"),
+    # routers, and the gates of gated MLPs
+    ("layers.0.mlp.gate.weight", (16, 8), "conda", "a matrix"),
+    ("layers.0.mlp.experts.3.gate.weight", (4, 8), "conda", "a matrix"),
+    ("layers.0.mlp.shared_experts.gate.weight", (4, 8), "conda", "a matrix"),
+    ("layers.0.mlp.gate.weight", (4, 8), "adamw", "router"),
+    # convolutions
+    ("encoder.conv1.weight", (8, 4, 3), "adamw", KERNEL),
+    ("layers.0.mixer.conv1d.weight", (16, 2, 4), "adamw", KERNEL),
+    ("layers.0.mixer.conv1d.weight", (16, 1, 4), "adamw", KERNEL),
+    ("upsampler.0.weight", (8, 4, 3), "adamw", KERNEL),
+    (
+        "pos_conv.parametrizations.weight.original1",
+        (8, 4, 3),
+        "adamw",
+        KERNEL,
+    ),
+    ("layers.0.conv.weight_v", (8, 4, 3), "adamw", KERNEL),
+    (
+        "down_blocks.0.resnets.0.conv1.weight",
+        (8, 4, 3, 3),
+        "adamw",
+        KERNEL,
+    ),
+    ("layers.0.experts.input_linear.weight", (4, 16, 8), "conda", "a batch of matrices"),
+    ("layers.0.moe.w1", (4, 16, 8), "conda", "a batch of matrices"),
+    ("layers.0.mlp.experts.w1", (1, 16, 8), "conda", "a batch of matrices"),
+    # state-space models
+    ("layers.0.mixer.A_log", (16, 4), "adamw", "state-space parameter"),
+    ("layers.0.mixer.D", (2, 16), "adamw", "state-space parameter"),
+    ("blocks.0.att.time_decay", (4, 8), "adamw", "state-space parameter"),
+    ("layers.0.mixer.in_proj.weight", (64, 8), "conda", "a matrix"),
+    ("layers.0.mixer.x_proj.weight", (6, 16), "conda", "a matrix"),
+    ("layers.0.mixer.dt_proj.weight", (16, 2), "conda", "a matrix"),
+    # learned tokens, positions and tables; norms and scales of two dimensions
+    ("query_tokens", (1, 6, 8), "adamw", "learned tokens or positions"),
+    ("resampler.latents", (6, 8), "adamw", "learned tokens or positions"),
+    ("layers.0.attn.relative_position_bias_table", (49, 4), "adamw", "bias"),
+    ("layers.0.attn.rel_pos_h", (7, 8), "adamw", "learned tokens or positions"),
+    ("mask_decoder.mask_tokens.weight", (4, 8), "adamw", "learned tokens or positions"),
+    ("layers.0.attention.query.weight", (8, 8), "conda", "a matrix"),
+    ("layers.0.q_norm.weight", (4, 8), "adamw", "norm or scale"),
+    ("layers.0.norm1.linear.weight", (48, 8), "conda", "a matrix"),
+    ("transformer_blocks.0.scale_shift_table", (6, 8), "adamw", "learned tokens or positions"),
+    ("blocks.0.adaLN_modulation.1.weight", (48, 8), "conda", "a matrix"),
+    (
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.weight",
+        (8, 8),
+        "conda",
+        "a matrix",
+    ),
+]
+"""What each kind of weight gets, and the reason, by name and shape alone."""
 WRAPPED = [
     "module.{}",
     "_orig_mod.{}",
@@ -233,6 +321,14 @@ def test_names(algorithm: str, name: str, shape: tuple[int, ...]) -> None:
     for pattern in WRAPPED:
         assert route(pattern.format(name), param) == found
         assert clean_name(pattern.format(name)) == name
+
+
+@pytest.mark.parametrize(("name", "shape", "algorithm", "reason"), KINDS)
+def test_kinds(name: str, shape: tuple[int, ...], algorithm: str, reason: str) -> None:
+    param = torch.empty(shape, device="meta")
+    for pattern in ("{}", *WRAPPED):
+        found = route(pattern.format(name), param)
+        assert (found.algorithm, found.reason) == (algorithm, reason)
 
 
 def test_wrappers_between_modules() -> None:
@@ -260,5 +356,4 @@ def test_shapes_decide_without_names(shape: tuple[int, ...], algorithm: str) -> 
     assert route(None, torch.empty(shape)).algorithm == algorithm
     params = [nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(3, 3))]
     optimizer = Conda(params)
-    groups = [g["algorithm"] for g in optimizer.param_groups for p in g["params"] if p is params[0]]
-    assert groups == [algorithm]
+    assert toys.paths(optimizer)["param_groups[0]['params'][0]"] == algorithm

@@ -16,7 +16,7 @@ from torch import nn
 
 import titan_cpu
 import titan_jobs
-from titan_jobs import CONDA, FSDP, ONE, PP
+from titan_jobs import CONDA, FSDP, ONE, OVERRIDE, PP
 
 MOVED = "torchtitan moved what conda_dist.integrations.torchtitan builds on: "
 
@@ -51,6 +51,35 @@ def test_wrong_values_of_the_override(options: str, said: str) -> None:
     given = ["--override.imports", f"conda_dist.integrations.torchtitan.override.conda={options}"]
     for refusal in titan_jobs.refusals(ONE, "llama3", *given):
         assert said in refusal
+
+
+GROUP = "--optimizer.param-groups.0"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (f"{GROUP}.optimizer-kwargs.lr=3e-4", "Give --optimizer.lr"),
+        (f"{GROUP}.optimizer-kwargs.weight-decay=0.2", "Give --optimizer.weight_decay"),
+        (f"{GROUP}.pattern=.*norm", "Leave it out"),
+        (f"{GROUP}.optimizer-name=Adam", "Leave it out"),
+    ],
+)
+def test_options_of_torchtitans_own_optimizers_are_not_ignored(option: str, said: str) -> None:
+    """By all three ways to Conda."""
+    registry = ["--module=conda_dist.integrations.torchtitan", "--config=titan_configs.llama3"]
+    for given, route in ((CONDA, "launcher"), ((*registry, *CONDA), "torchtitan"), (OVERRIDE, "")):
+        for refusal in titan_jobs.refusals(ONE, "llama3", *given, option, route=route):
+            key = option.partition("=")[0]
+            assert f"{key} (" in refusal
+            assert "would be read by nobody with Conda" in refusal
+            assert said in refusal
+
+
+def test_conda_among_torchtitans_param_groups() -> None:
+    option = f"{GROUP}.optimizer-name=Conda"
+    for refusal in titan_jobs.refusals(ONE, "llama3", "--optimizer.name=stock", option):
+        assert "add --optimizer.name conda" in refusal
 
 
 def test_bfloat16_state_of_torchtitan_is_not_ours() -> None:
@@ -109,6 +138,23 @@ def _torchtitan() -> None:
 
 
 pytestmark = pytest.mark.usefixtures("_torchtitan")
+
+
+def test_a_config_of_python_is_not_ignored_either() -> None:
+    from torchtitan.components.optimizer import default_adamw
+
+    from conda_dist.integrations.torchtitan.container import CondaOptimizersContainer, conda_config
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    groups = default_adamw(lr=3e-4).param_groups
+    made = CondaOptimizersContainer.Config(name="conda", param_groups=groups)
+    with pytest.raises(ValueError, match=r"param-groups.0.* would be read by nobody"):
+        made.build(model_parts=[model])
+    made = conda_config(default_adamw(), name="conda", lr=3e-4)
+    assert made.build(model_parts=[model]).optimizers[0].param_groups[0]["lr"] == 3e-4
+    made.optimizer_factory_kwargs_by_name["AdamW"] = {"maximize": True}
+    with pytest.raises(ValueError, match=r"AdamW.maximize .True. is an option of torchtitan's own"):
+        made.build(model_parts=[model])
 
 
 def test_torchft_is_refused() -> None:

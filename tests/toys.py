@@ -108,6 +108,11 @@ def chosen(groups: Iterable[dict[str, Any]]) -> dict[str, str]:
     }
 
 
+def paths(optimizer: Any) -> dict[str, str]:
+    """Path by parameter name, or by what stands for one, of all that are trainable."""
+    return {row["name"]: row["path"] for row in optimizer.report(show=False)}
+
+
 def peak(function: Callable[[], object]) -> int:
     """Most bytes allocated at once above the start, of tensors on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:

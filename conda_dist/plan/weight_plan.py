@@ -53,9 +53,15 @@ class WeightPlan:
         ZeRO's checkpoints know moments only as partitions like the parameters'. Parts of a weight
         that are in place have views of the moments of the whole weight.
         """
-        if isinstance(self.storage, Flat) or (self.part is not None and not self.separate):
+        viewed = self.part is not None or bool(self.storage.kernel)
+        if isinstance(self.storage, Flat) or (viewed and not self.separate):
             return self.storage
         return self.compute
+
+    @property
+    def seen_as_matrix(self) -> bool:
+        """Whether it is a convolution kernel, stored with more dimensions than a matrix has."""
+        return bool(self.storage.kernel)
 
     @property
     def in_place(self) -> bool:

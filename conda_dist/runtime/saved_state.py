@@ -5,14 +5,15 @@ bases are split by rows. So a checkpoint that was written under any grouping, on
 ranks, loads under any other. Both ways are for all ranks of a mesh to go together.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from conda_dist import storage
-from conda_dist.exchange import Exchange
+from conda_dist.exchange import Exchange, Mesh
 from conda_dist.plan.weight_plan import (
     basis_from_saved,
     basis_to_saved,
@@ -87,6 +88,8 @@ def from_saved(weight: Weight, key: str, value: Tensor) -> Tensor:
         assert arrived is not None
         return arrived
     whole = value.full_tensor() if isinstance(value, DTensor) else value
+    if not is_basis and plan.seen_as_matrix:
+        whole = whole.flatten(1)
     if not is_basis and plan.storage.window is not None:
         runs = plan.storage.window[0]
         whole = torch.cat([whole[..., run.start : run.stop, :] for run in runs], -2)
@@ -94,3 +97,12 @@ def from_saved(weight: Weight, key: str, value: Tensor) -> Tensor:
     elements = torch.empty(layout.local_shape(coordinate), dtype=whole.dtype, device=device)
     storage.copy_blocks(elements, layout, coordinate, whole)
     return elements
+
+
+def separate_weights(weights: Iterable[Weight]) -> dict[Mesh, list[Weight]]:
+    """The separate ones of some weights, by mesh."""
+    found: dict[Mesh, list[Weight]] = defaultdict(list)
+    for weight in weights:
+        if weight.plan.separate:
+            found[weight.mesh].append(weight)
+    return found

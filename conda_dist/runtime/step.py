@@ -178,7 +178,7 @@ class CondaPath:
         """Starts gradients to the compute layout, and split bases to every rank."""
         weights = [self.weights[i] for i in task.weights]
         device = weights[0].basis.device
-        tensors = [w.rows(grads[i]) for i, w in zip(task.weights, weights, strict=True)]
+        tensors = [w.gradient(grads[i]) for i, w in zip(task.weights, weights, strict=True)]
         tensors = [
             grad.to(w.travel_dtype) if w.plan.communicates else grad
             for grad, w in zip(tensors, weights, strict=True)

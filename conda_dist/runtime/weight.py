@@ -1,5 +1,6 @@
 """One weight on the conda path at run time: its plan, its tensors and its part of a step."""
 
+import math
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -34,8 +35,13 @@ next. In between it drifts by less than 5e-6 in float32, measured for r from 16 
 products are saved in a refresh that is due every few steps."""
 
 
-def hyper_of(group: dict[str, Any]) -> Hyper:
-    """The hyperparameters a group has at this moment, as numbers that torch's kernels know."""
+def hyper_of(group: dict[str, Any], scale: str = "scale") -> Hyper:
+    """The hyperparameters a group has at this moment, as numbers that torch's kernels know.
+
+    Args:
+        group: the group.
+        scale: the key of the factor on the update: "scale", or "adamw_scale" on the adamw path.
+    """
     beta1, beta2 = group["betas"]
     lr = group["lr"]
     # Read where that costs nothing; foreach kernels want others 0-d.
@@ -46,7 +52,7 @@ def hyper_of(group: dict[str, Any]) -> Hyper:
         float(beta2),
         float(group["eps"]),
         float(group["weight_decay"]),
-        float(group["scale"]),
+        float(group[scale]),
         group["correct_bias"],
     )
 
@@ -239,6 +245,8 @@ class Weight:
         """
         if isinstance(self.plan.storage, Flat) and self.plan.in_place:
             return [elements.view(self.plan.compute.local_shape(self.mesh.coordinate))]
+        if self.plan.seen_as_matrix:
+            elements = elements.view(elements.shape[0], math.prod(elements.shape[1:]))
         if self.plan.part is None:
             return [elements]
         spans = self.plan.storage.spans(self.mesh.coordinate) or ((0, 0),)
@@ -250,10 +258,14 @@ class Weight:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
     def set_rows(self, elements: Tensor, rows: Tensor) -> None:
-        """Copies this part's rows into a tensor (..., m, n) laid out as the parameter is."""
+        """Copies this part's rows into a tensor laid out as the parameter is."""
         views = self.views(elements)
         for view, piece in zip(views, _pieces(rows, views), strict=True):
             view.copy_(piece)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """This part's rows in a gradient, which need not have a kernel's strides."""
+        return self.rows(grad.contiguous() if self.plan.seen_as_matrix else grad)
 
     @property
     def basis(self) -> Tensor:
@@ -385,6 +397,8 @@ class Weight:
         """
         first, second = self.moments
         if self.options.compile or not maths.can_fuse(projected, first, second):
+            moments = {"exp_avg": first, self.second_key: second}
+            maths.check_alike(self.name, {"gradient": projected, **moments})
             self.average(first, projected)
             return self.normalise(projected)
         self._own("step").add_(1)

@@ -6,15 +6,47 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from conda_dist.groups import check_hyperparameters
 from conda_dist.optimizer import ARGUMENTS
 from conda_dist.options import DTYPES, OF_DTYPES, Options
-from conda_dist.routing import clean_name, split
+from conda_dist.routing import Division, clean_name, split
 
 PATTERNS = ("conda_params", "adamw_params")
 SPLITS = "splits"
+
+NEAR = 0.8
+"""How alike two names must be (of 1, as of difflib) for one to be offered for the other."""
+
+ADAMS = "Adam's: leave it out"
+FOREIGN = {
+    **dict.fromkeys(
+        (
+            *("torch_adam", "adam_w_mode", "adamw_mode", "fp32_optimizer_states", "amsgrad"),
+            *("fused", "foreach", "maximize", "capturable", "differentiable", "set_grad_none"),
+            *("eps_inside_sqrt", "freeze_step", "cuda_aware", "comm_backend_name"),
+            *("var_freeze_step", "var_update_scaler", "local_step_scaler", "local_step_clipper"),
+        ),
+        ADAMS,
+    ),
+    "bias_correction": f"{ADAMS}, or say correct_bias",
+    "max_grad_norm": f"{ADAMS}, and give DeepSpeed's own gradient_clipping",
+    **dict.fromkeys(
+        (
+            *("max_coeff", "min_coeff", "coeff_beta"),
+            *("factor_max", "factor_min", "factor_threshold"),
+        ),
+        "LAMB's: leave it out",
+    ),
+    **dict.fromkeys(
+        ("momentum", "dampening", "nesterov", "ns_method", "muon_lr", "adam_lr"),
+        "SGD's or Muon's: leave it out",
+    ),
+}
+"""Keys of the optimizer blocks that people publish, whose they are and what to do about them."""
+
+FILLED = ("lr", "betas", "eps", "weight_decay")
+"""What Hugging Face's Trainer gives in the place of "auto"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +68,27 @@ class Arguments:
     splits: Mapping[str, int | Sequence[int]]
 
 
-def parse(given: Mapping[str, Any]) -> Arguments:
+def parse(given: Mapping[str, Any], where: str = "") -> Arguments:
     """Checks the "params" of an optimizer's JSON.
+
+    Args:
+        given: the params.
+        where: what to call their place in errors.
 
     Raises:
         TypeError: a value is of the wrong type.
         ValueError: there is no such key, or a value is out of its range.
     """
-    known = [*ARGUMENTS, *PATTERNS, SPLITS]
-    for key in given.keys() - set(known):
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0)
-        raise ValueError(f"Conda has no param {key!r}; the nearest is {near[0]!r}")
-    values = {**ARGUMENTS, **given}
+    try:
+        return _parse(given)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{where}{error}") from None
+
+
+def _parse(given: Mapping[str, Any]) -> Arguments:
+    arguments = {name: value for name, value in ARGUMENTS.items() if name not in FOREIGN}
+    _refuse_keys(given, [*arguments, *PATTERNS, SPLITS])
+    values = {**arguments, **given}
     names = [f.name for f in fields(Options)]
     defaults = {
         k: v for k, v in values.items() if k not in (*names, *PATTERNS, SPLITS, "proj_type")
@@ -67,19 +108,60 @@ def parse(given: Mapping[str, Any]) -> Arguments:
     return Arguments(defaults, Options(**options), conda, adamw, splits)
 
 
+def _refuse_keys(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuses keys that Conda has not, and "auto" that nobody has replaced.
+
+    Raises:
+        ValueError: there is one; all of them are named, in their order.
+    """
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        said = ", ".join(f"{key!r}{describe(key, known)}" for key in unknown)
+        lost = not all(describe(key, known) for key in unknown)
+        takes = f" It takes {', '.join(known)}." if lost else ""
+        raise ValueError(f"Conda has no param {said}.{takes}")
+    auto = [
+        key
+        for key, value in given.items()
+        if key != "basis_placement" and (value == "auto" or value == ["auto", "auto"])
+    ]
+    if auto:
+        raise ValueError(
+            f'"auto" is the value of {", ".join(auto)}, and nobody has replaced it: Hugging Face\'s'
+            f" Trainer does for {', '.join(FILLED)} alone, Accelerate for lr and weight_decay "
+            "alone. Give a value, or leave the key out for Conda's own."
+        )
+
+
+def describe(key: str, known: Sequence[str]) -> str:
+    """In parentheses whose an unknown key is, or the known one that it is near to, if either."""
+    if key in FOREIGN:
+        return f" ({FOREIGN[key]})"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=NEAR)
+    return f" (the nearest is {near[0]!r})" if near else ""
+
+
 def cut(
-    named: Sequence[tuple[str, Tensor]], splits: Mapping[str, int | Sequence[int]]
+    division: Division, splits: Mapping[str, int | Sequence[int]]
 ) -> dict[int, tuple[int, ...]]:
     """The rows of the parts of each weight, by its id; () if it stays whole.
 
     Raises:
         TypeError: splits of the wrong type.
-        ValueError: a pattern matches nothing, or a weight cannot be cut that way.
+        ValueError: a pattern matches nothing, or a weight cannot be cut that way; or a weight is a
+            convolution kernel.
     """
-    by_rows, unmatched = split(named, splits)
+    ways, unmatched = split(division, splits)
     if unmatched:
         raise ValueError(f"splits pattern {unmatched[0]!r} matches no parameter on the conda path")
-    for rows, weights in by_rows.items():
+    for name, weight in division.conda:
+        if id(weight) in division.kernels:
+            raise ValueError(
+                f"{clean_name(name)}: a convolution kernel {tuple(weight.shape)} cannot take the "
+                "conda path under DeepSpeed; take it out of conda_params"
+            )
+    by_rows = [(way.splits, weights) for way, weights in ways.items()]
+    for rows, weights in by_rows:
         for name, weight in weights if rows else ():
             if weight.ndim != 2 or weight.shape[0] != sum(rows or ()):
                 raise ValueError(
@@ -87,7 +169,7 @@ def cut(
                     "and under DeepSpeed parts must be blocks of rows of a matrix that make up all "
                     "of it. Leave them out, or store the parts one after the other."
                 )
-    return {id(weight): rows or () for rows, weights in by_rows.items() for _, weight in weights}
+    return {id(weight): rows or () for rows, weights in by_rows for _, weight in weights}
 
 
 def _refuse(options: Mapping[str, Any]) -> None:
@@ -109,11 +191,7 @@ def _dtype(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value  # Options has an opinion on it
     if value not in DTYPES:
-        near = difflib.get_close_matches(value, DTYPES, n=1, cutoff=0)
-        raise ValueError(
-            f"{name} must be one of {', '.join(DTYPES)} or null; got {value!r}, the "
-            f"nearest is {near[0]!r}"
-        )
+        raise ValueError(f"{name} must be one of {', '.join(DTYPES)} or null; got {value!r}")
     return DTYPES[value]
 
 

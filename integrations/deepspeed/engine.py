@@ -10,12 +10,27 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from torch import Tensor, nn
+from torch import Tensor
+
+from conda_dist.integrations.deepspeed.arguments import PATTERNS, SPLITS, describe
+from conda_dist.kinds import Kind, kinds
+from conda_dist.optimizer import ARGUMENTS
+from conda_dist.optimizer import Conda as PlainConda
+from conda_dist.replaced import DEEPSPEED
 
 _engine: ContextVar[Any] = ContextVar("engine that configures its optimizer", default=None)
 _saving: ContextVar[str | None] = ContextVar("that all ranks save ZeRO's checkpoint", default=None)
 
 ROUND_ROBIN = "DeepSpeed takes parameters from wrong places with round_robin_gradients"
+NVME = "offloading to NVMe resizes the states it swaps"
+LOST = "low-precision master weights lose the update"
+EXPERTS = "experts have data-parallel groups of their own"
+QUANTIZED = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)
+WAYS = f"Either {DEEPSPEED}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +39,12 @@ class Known:
 
     Attributes:
         names: the parameters' names.
-        embeddings: ids of those of embedding modules.
+        kinds: what the model's modules say of them, by id.
         replicas: at stage 0 the ranks whose copies and gradients are equal.
     """
 
     names: dict[Tensor, str] = field(default_factory=dict)
-    embeddings: frozenset[int] = frozenset()
+    kinds: dict[int, Kind] = field(default_factory=dict)
     replicas: dist.ProcessGroup | None = None
 
     @classmethod
@@ -40,10 +55,8 @@ class Known:
             ValueError: its config asks for something that Conda does not support.
         """
         refuse(engine)
-        modules = [m for m in engine.module.modules() if isinstance(m, nn.Embedding)]
-        embeddings = (p for module in modules for p in module.parameters(recurse=False))
         group = engine.seq_data_parallel_group
-        return cls(dict(engine.param_names), frozenset(map(id, embeddings)), group)
+        return cls(dict(engine.param_names), kinds(engine.module), group)
 
 
 def current() -> Known | None:
@@ -61,54 +74,145 @@ def saving() -> str | None:
     return _saving.get()
 
 
+def section() -> str:
+    """What to call the place of arguments in errors; "" if they are not the JSON's."""
+    engine = _engine.get()
+    given_by_json = engine is not None and engine.client_optimizer is None
+    return "DeepSpeed JSON, optimizer.params: " if given_by_json else ""
+
+
 def refuse(engine: Any) -> None:
     """Refuses what was not tried, before it can go wrong in silence.
 
     Raises:
         ValueError: the engine's config asks for it.
     """
+    _refuse_section(engine)
     config, zero = engine._config, engine._config.zero_config
-    offload, params = zero.offload_optimizer, zero.offload_param
-    nvme = [o for o in (offload, params) if o is not None and o.device == "nvme"]
-    twin = offload is not None and offload.ratio != 1.0
-    reasons = {
-        "offloading to NVMe resizes the states it swaps": bool(nvme),
-        "super_offload replaces the optimizer's step": bool(offload and offload.super_offload),
-        "offload_optimizer.ratio splits the step between two optimizers": twin,
-        "zenflow replaces the optimizer's step": zero.zenflow is not None,
-        "elastic_checkpoint saves moments without their bases": zero.elastic_checkpoint,
-        "experts have data-parallel groups of their own": engine.has_moe_layers,
-        "pipeline parallelism was not tried": engine.pipeline_parallelism,
-        "a model-parallel mpu was not tried": engine.mpu is not None,
-        "tensor parallelism was not tried": engine.autotp_size() > 1,
-        "hierarchical partitions (hpZ) were not tried": zero.zero_hpz_partition_size > 1,
-        "quantized weights or gradients were not tried": (
-            zero.zero_quantized_weights
-            or zero.zero_quantized_nontrainable_weights
-            or zero.zero_quantized_gradients
-        ),
-        "its low-precision master weights lose the update": (
-            engine.fp16_master_weights_and_gradients() or engine.bf16_master_weights_and_gradients()
-        ),
-        "load_universal is for ZeRO 1 to 3; what stage 0 saves loads on any number of ranks": (
-            engine.load_universal_checkpoint() and not engine.zero_optimization()
-        ),
-        f"load_universal: {ROUND_ROBIN}": (
-            engine.load_universal_checkpoint()
-            and engine.zero_optimization_stage() in (1, 2)
-            and engine.zero_round_robin_gradients()
-        ),
-        "DeepCompile was not tried": config.compile_config.deepcompile,
-        "torch_autocast steps through a gradient scaler of its own": (
-            config.torch_autocast_enabled
-        ),
-    }
-    for reason, asked in reasons.items():
-        if asked:
-            raise ValueError(
-                f"Conda does not support this DeepSpeed config: {reason}. Leave it out, or use "
-                "another optimizer."
+    offload, universal = zero.offload_optimizer, engine.load_universal_checkpoint()
+    low = "_master_weights_and_grads"
+    asked: list[tuple[Any, str, str]] = [
+        *(
+            (o is not None and o.device == "nvme", f'{name}.device "nvme"', NVME)
+            for name, o in (
+                ("zero_optimization.offload_optimizer", offload),
+                ("zero_optimization.offload_param", zero.offload_param),
             )
+        ),
+        (
+            offload and offload.super_offload,
+            "zero_optimization.offload_optimizer.super_offload",
+            "it replaces the optimizer's step",
+        ),
+        (
+            offload and offload.ratio != 1.0,
+            "zero_optimization.offload_optimizer.ratio",
+            "below 1 it splits the step between two optimizers",
+        ),
+        (zero.zenflow, "zero_optimization.zenflow", "it replaces the optimizer's step"),
+        (
+            zero.elastic_checkpoint,
+            "zero_optimization.elastic_checkpoint",
+            "it saves moments without their bases",
+        ),
+        (
+            zero.zero_hpz_partition_size > 1,
+            "zero_optimization.zero_hpz_partition_size",
+            "hierarchical partitions were not tried",
+        ),
+        *(
+            (getattr(zero, name), f"zero_optimization.{name}", "quantization was not tried")
+            for name in QUANTIZED
+        ),
+        (engine.fp16_master_weights_and_gradients(), f"fp16.fp16{low}", LOST),
+        (engine.bf16_master_weights_and_gradients(), f"bf16.bf16{low}", LOST),
+        (
+            universal and not engine.zero_optimization(),
+            "checkpoint.load_universal",
+            "it is for ZeRO 1 to 3; what stage 0 saves loads on any number of ranks",
+        ),
+        (
+            universal
+            and engine.zero_optimization_stage() in (1, 2)
+            and engine.zero_round_robin_gradients(),
+            "checkpoint.load_universal with zero_optimization.round_robin_gradients",
+            ROUND_ROBIN,
+        ),
+        (config.compile_config.deepcompile, "compile.deepcompile", "DeepCompile was not tried"),
+        (
+            config.torch_autocast_enabled,
+            "torch_autocast",
+            "it steps through a gradient scaler of its own",
+        ),
+        (engine.autotp_size() > 1, "tensor_parallel", "tensor parallelism was not tried"),
+        # These are asked for by the script, not by the JSON.
+        (engine.has_moe_layers, "a model with MoE layers of DeepSpeed's", EXPERTS),
+        (engine.pipeline_parallelism, "a PipelineModule", "pipeline parallelism was not tried"),
+        (engine.mpu is not None, "an mpu", "model parallelism was not tried"),
+    ]
+    for wanted, key, reason in asked:
+        if wanted:
+            raise ValueError(
+                f"Conda does not support {key} in this DeepSpeed config: {reason}. Leave it out, "
+                "or use another optimizer."
+            )
+
+
+def _refuse_section(engine: Any) -> None:
+    """Refuses what stands in the JSON's section of the optimizer and is read by nobody.
+
+    Raises:
+        ValueError: there is something.
+    """
+    section = dict(engine._config._param_dict.get("optimizer") or {})
+    kind, _ = section.pop("type", None), section.pop("params", None)
+    if engine.client_optimizer is not None:
+        if kind is not None:
+            raise ValueError(
+                f'the DeepSpeed JSON\'s optimizer (type "{kind}") is read by nobody, since the '
+                "script gives deepspeed.initialize an optimizer. Take one of the two out."
+            )
+        return
+    if section:
+        known = [*ARGUMENTS, *PATTERNS, SPLITS]
+        names = ", ".join(
+            f"{key!r}{' (put it into params)' if key in known else describe(key, ())}"
+            for key in section
+        )
+        raise ValueError(
+            f"DeepSpeed JSON, optimizer: {names} would be read by nobody. Beside type and params "
+            "there is nothing that Conda takes."
+        )
+
+
+def refuse_client(engine: Any, optimizer: Any) -> None:
+    """Refuses a script's optimizer that is not what somebody who asked for Conda would think.
+
+    Raises:
+        ValueError: a :class:`conda_dist.Conda` under ZeRO, which flattens the parameters; what
+            Accelerate has made of a Conda; or anything else than the Conda of the JSON.
+    """
+    if (name := str(engine._config.optimizer_name)).lower() == "conda":
+        raise ValueError(
+            f'the DeepSpeed JSON\'s optimizer (type "{name}") is read by nobody, since the script '
+            f"gives deepspeed.initialize one ({type(optimizer).__name__}). Take one of the two out."
+        )
+    plain = isinstance(optimizer, PlainConda) and engine.zero_optimization()
+    # GaLore's groups have an interval, too, but also a rank; Adam's own have neither.
+    replaced = type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS and any(
+        "update_proj_gap" in group and "rank" not in group for group in optimizer.param_groups
+    )
+    if plain:
+        raise ValueError(
+            "conda_dist.Conda cannot step the flat partitions that ZeRO makes of parameters, at "
+            f"stage {engine.zero_optimization_stage()}. {WAYS}"
+        )
+    if replaced:
+        raise ValueError(
+            f"the optimizer, {type(optimizer).__name__}, was made of a Conda, as Accelerate does "
+            'where offload_optimizer is on. Add "zero_force_ds_cpu_optimizer": false to the '
+            f"DeepSpeed JSON, so that the optimizer stays what it is. {WAYS}"
+        )
 
 
 def register() -> None:
@@ -130,15 +234,28 @@ def _wrap_configuring(ours: type[Any]) -> None:
 
     @functools.wraps(configure)
     def knowing(self: Any, client_optimizer: Any, model_parameters: Any) -> Any:
+        def made(params: Any) -> Any:
+            optimizer = client_optimizer(params)
+            refuse_client(self, optimizer)
+            return optimizer
+
         token = _engine.set(self)
         try:
             if isinstance(client_optimizer, ours):
                 client_optimizer.attach(Known.of(self))
-            return configure(self, client_optimizer, model_parameters)
+            elif isinstance(client_optimizer, torch.optim.Optimizer):
+                refuse_client(self, client_optimizer)
+            given = made if _is_factory(client_optimizer) else client_optimizer
+            return configure(self, given, model_parameters)
         finally:
             _engine.reset(token)
 
     DeepSpeedEngine._configure_optimizer = knowing
+
+
+def _is_factory(client_optimizer: Any) -> bool:
+    """Whether the script gave what makes an optimizer, which the engine calls."""
+    return callable(client_optimizer) and not isinstance(client_optimizer, torch.optim.Optimizer)
 
 
 def _wrap_checkpoints(ours: type[Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
 
+from conda_dist.ambience import without_autocast
 from conda_dist.exchange import Mesh, agree
 from conda_dist.groups import check_hyperparameters
 from conda_dist.integrations.deepspeed import checkpoint, engine
@@ -62,7 +63,8 @@ class Conda(torch.optim.Optimizer):
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         **given: Any,
     ) -> None:
-        self._arguments = parse(given)
+        self._section = engine.section()
+        self._arguments = parse(given, self._section)
         super().__init__(params, dict(self._arguments.defaults))
         for group in self.param_groups:
             check_hyperparameters(group)
@@ -119,16 +121,21 @@ class Conda(torch.optim.Optimizer):
             for param, shape in shapes.items()
         }
         named = [(names.get(param, place), stand_ins[param]) for place, param in places]
-        embeddings = {id(stand_ins[p]) for _, p in places if id(p) in self._known.embeddings}
-        routed, unmatched = assign(named, embeddings, self._arguments.conda, self._arguments.adamw)
-        if unmatched:
+        kinds = self._known.kinds
+        known = {id(stand_ins[p]): kinds[id(p)] for _, p in places if id(p) in kinds}
+        routed = assign(named, known, self._arguments.conda, self._arguments.adamw)
+        if routed.unmatched:
+            key = "conda_params" if routed.unmatched[0] in self._arguments.conda else "adamw_params"
             raise ValueError(
-                f"pattern {unmatched[0]!r} matches no parameter; names look like "
-                f"{', '.join(repr(clean_name(name)) for name, _ in named[:3])}"
+                f"{self._section}{key} pattern {routed.unmatched[0]!r} matches no parameter; names "
+                f"look like {', '.join(repr(clean_name(name)) for name, _ in named[:3])}"
             )
-        if not any(stand_in.requires_grad for _, stand_in in routed[CONDA]):
+        if not any(stand_in.requires_grad for _, stand_in in routed.conda):
             raise ValueError(nothing_to_project(named, HOW))
-        rows = cut(routed[CONDA], self._arguments.splits)
+        try:
+            rows = cut(routed, self._arguments.splits)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self._section}{error}") from None
         self._members = {
             param: Member(
                 clean_name(names.get(param, place)),
@@ -139,7 +146,7 @@ class Conda(torch.optim.Optimizer):
             for place, param in places
         }
         self._check_groups()
-        count = sum(s.requires_grad for _, s in routed[CONDA])
+        count = sum(s.requires_grad for _, s in routed.conda)
         log_dist(f"Conda: {count} weights of {len(named)} are on the conda path", ranks=[0])
 
     def _check_groups(self) -> None:
@@ -158,6 +165,7 @@ class Conda(torch.optim.Optimizer):
                         "optimizer's params instead, by pattern"
                     )
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Takes one step with the tensors the engine has put into the groups.
@@ -166,38 +174,64 @@ class Conda(torch.optim.Optimizer):
             closure: not supported, as by the engine.
 
         Raises:
-            RuntimeError: the engine's tensors are not where they should be, ranks have different
-                plans, or a decomposition raised or failed too often; on all ranks alike.
+            TypeError: a hyperparameter was set to something of another type.
+            ValueError: one was set to something out of its range.
+            RuntimeError: one was when a plan is made; the engine's tensors are not where they
+                should be, ranks have different plans, or a decomposition raised or failed too
+                often; on all ranks alike.
         """
         if closure is not None:
             raise ValueError("a closure is not supported under DeepSpeed")
+        with without_autocast():
+            self._step()
+
+    def _step(self) -> None:
         if not self._members:
             self._route({})
+        error = self._check_hyperparameters()
+        live = [group for group in self.param_groups if group["params"]]
+        pairs = [(t, group) for group in live for t in group["params"] if t.requires_grad]
+        key = tuple(id(tensor) for tensor, _ in pairs)
+        groups = [group for _, group in pairs]
+        unit = self._units.get(key)
+        if error is not None and (unit is not None or not pairs):
+            raise error
         for group in self._groups:  # the engine links the states of all after the first call
             for tensor in group["params"]:
                 if tensor.requires_grad:
                     allocate(tensor, self.state, self._arguments.options)
-        live = [group for group in self.param_groups if group["params"]]
-        pairs = [(t, group) for group in live for t in group["params"] if t.requires_grad]
         if not pairs:
             return
-        key = tuple(id(tensor) for tensor, _ in pairs)
-        groups = [group for _, group in pairs]
-        unit = self._units.get(key)
         if unit is None:
-            unit = self._units[key] = self._resolve(key, [t for t, _ in pairs], groups)
+            tensors = [tensor for tensor, _ in pairs]
+            unit = self._units[key] = self._resolve(key, tensors, groups, error)
         unit.step(groups, self.state)
         if not self._shown and self._complete():
             self._shown = True
             log_dist(f"Conda's parameters\n{as_text(self.report())}", ranks=[0])
 
+    def _check_hyperparameters(self) -> Exception | None:
+        """What is wrong with a value of any group; the engine may step the groups one by one."""
+        try:
+            for i, group in enumerate(self._groups):
+                check_hyperparameters(group, f"parameter group {i}: ", scheduled=True)
+        except (TypeError, ValueError) as error:
+            return error
+        return None
+
     def _resolve(
-        self, key: tuple[int, ...], tensors: list[Tensor], groups: list[dict[str, Any]]
+        self,
+        key: tuple[int, ...],
+        tensors: list[Tensor],
+        groups: list[dict[str, Any]],
+        error: Exception | None,
     ) -> Unit:
         """Finds out what the tensors of a call hold, and agrees on it with the other ranks."""
-        pieces, error, unit, lines = [], None, None, list[str]()
+        pieces, unit, lines = [], None, list[str]()
         mesh = self._mesh(groups)
         try:
+            if error is not None:
+                raise error
             for group in {id(group): group for group in groups}.values():
                 inside = [i for i, other in enumerate(groups) if other is group]
                 members = {p: self._members[p] for p in self._given_to(group)}
@@ -214,7 +248,7 @@ class Conda(torch.optim.Optimizer):
                 options = replace(options, basis_budget=max(options.basis_budget - spent, 0))
             unit = Unit(tensors, groups, pieces, mesh, options)
             unit.init_state(self.state, self._loaded)
-            lines = unit.setup(groups).lines(mesh)
+            lines = unit.setup().lines(mesh)
         except Exception as caught:
             error = caught
         agree(mesh, lines, error)
@@ -245,13 +279,10 @@ class Conda(torch.optim.Optimizer):
 
     def report(self) -> list[Row]:
         """What each parameter gets, of those that a step has concerned; see ``report.Row``."""
-        setups = [unit.setup(self._of(unit)) for unit in self._units.values()]
+        setups = [unit.setup() for unit in self._units.values()]
         weights = [weight for setup in setups for weight in setup.weights]
         plains = [plain for setup in setups for plain in setup.plains]
         return rows(Setup(weights, plains, list(dict.fromkeys(s.meshes[0] for s in setups)), None))
-
-    def _of(self, unit: Unit) -> list[dict[str, Any]]:
-        return [self._groups[0]] * len(unit.tensors)  # of which nothing is reported
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, while the optimizer is made; the engine could not partition a later one.

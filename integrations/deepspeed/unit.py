@@ -63,7 +63,7 @@ class Unit:
         options: Options,
     ) -> None:
         self.tensors, self.pieces, self.mesh = list(tensors), list(pieces), mesh
-        self._options = options
+        self._options, self._groups = options, list(groups)
         self._engine_states: MutableMapping[Tensor, dict[str, Any]] = {}
         self._states: dict[Tensor, dict[str, Any]] = {}
         self._where: list[int] = []
@@ -79,10 +79,12 @@ class Unit:
         self._adamw = [i for i, piece in enumerate(pieces) if piece.member.algorithm != CONDA]
         self.started = False
 
-    def setup(self, groups: Sequence[dict[str, Any]]) -> Setup:
+    def setup(self) -> Setup:
         """Its plan as the report and the comparison between ranks take it."""
         plains = [
-            Plain(p.member.name, view, self.mesh, p.layout, groups[p.index], {}, self._options)
+            Plain(
+                p.member.name, view, self.mesh, p.layout, self._groups[p.index], {}, self._options
+            )
             for p, view in ((self.pieces[i], self._views[i]) for i in self._adamw)
         ]
         return Setup(self.weights, plains, [self.mesh], None)
@@ -182,6 +184,7 @@ class Unit:
             RuntimeError: a decomposition raised, or failed too often; on all ranks alike.
         """
         self._bind(states)
+        self._groups = list(groups)
         grads = [
             None if (grad := self.tensors[piece.index].grad) is None else piece.of(grad)
             for piece in self.pieces
@@ -196,9 +199,9 @@ class Unit:
         self._path.step(
             {place: grad for place, i in enumerate(self._conda) if (grad := grads[i]) is not None}
         )
-        self._adamw_step(groups, grads)
+        self._adamw_step(grads)
 
-    def _adamw_step(self, groups: Sequence[dict[str, Any]], grads: Sequence[Tensor | None]) -> None:
+    def _adamw_step(self, grads: Sequence[Tensor | None]) -> None:
         for index in {p.index for p in self.pieces if p.start is not None}:
             self._engine_states[self.tensors[index]]["step"] += 1
         alike: dict[tuple[int, int], list[Entry]] = defaultdict(list)
@@ -210,11 +213,11 @@ class Unit:
             if piece.start is None:
                 count += 1
             state = self._states[view]
-            entry = Entry(view, grad, state["exp_avg"], state["exp_avg_sq"])
-            alike[id(groups[piece.index]), int(count)].append(entry)
-        known = {id(group): group for group in groups}
+            entry = Entry(piece.member.name, view, grad, state["exp_avg"], state["exp_avg_sq"])
+            alike[id(self._groups[piece.index]), int(count)].append(entry)
+        known = {id(group): group for group in self._groups}
         for (group, step), entries in alike.items():
-            adamw_(entries, step, hyper_of(known[group]))
+            adamw_(entries, step, hyper_of(known[group], "adamw_scale"))
 
 
 def _take(weight: Weight, kept: Mapping[str, Tensor]) -> None:

@@ -1,11 +1,13 @@
 """Layer: integrations. torchtitan's optimizer container with Conda in it, and its config."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch import nn
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import OptimizersContainer
@@ -17,7 +19,7 @@ from conda_dist.exchange import Mesh, agree, all_max
 from conda_dist.optimizer import ARGUMENTS, Conda
 from conda_dist.options import DTYPES, OF_DTYPES
 from conda_dist.report import as_text
-from conda_dist.routing import ADAMW, CONDA, clean_name, divide, nothing_to_project, split
+from conda_dist.routing import ADAMW, clean_name, divide, nothing_to_project, split
 
 
 class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
@@ -36,8 +38,10 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
     class Config(OptimizersContainer.Config):  # type: ignore[misc]
         """torchtitan's optimizer config with Conda's arguments beside it.
 
-        ``param_groups`` and ``implementation`` are torchtitan's and without effect on Conda. The
-        other arguments, if not described here, are those of :class:`conda_dist.Conda`.
+        ``param_groups`` and ``optimizer_factory_kwargs_by_name`` are for torchtitan's own
+        optimizers, and an error if they are changed for Conda. ``implementation`` makes no
+        difference to Conda. The other arguments, if not described here, are those of
+        :class:`conda_dist.Conda`.
         """
 
         name: Literal["stock", "conda"] = "stock"
@@ -48,6 +52,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         eps: float = 1e-8
         weight_decay: float = 0.0
         scale: float = 0.25
+        adamw_scale: float = 1.0
         update_proj_gap: int = 2000
         correct_bias: bool = True
         state_dtype: Literal["float32", "bfloat16"] | None = None
@@ -74,11 +79,8 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         """Fused weights: "PATTERN=ROWS+ROWS+..." or "PATTERN=PARTS", as of param_groups. That q, k
         and v are fused in torchtitan's ``wqkv`` is known; "*.wqkv.weight=1" keeps it one matrix."""
 
-        adamw_lr: float | None = None
-        """Learning rate of the adamw path; by default that of the conda path, as in the paper."""
-
-        adamw_weight_decay: float | None = None
-        """Weight decay of the adamw path; by default that of the conda path."""
+        _stock: Annotated[Any, tyro.conf.Fixed, tyro.conf.Suppress] = None
+        """The config that this was made of, as it was before the command line changed it."""
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         self._config = config
@@ -88,6 +90,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
                     "--optimizer.implementation fused_opt_states_bf16 is for torchtitan's own "
                     "optimizers; Conda's moments are bfloat16 by --optimizer.state_dtype bfloat16"
                 )
+            _check_unread(config)
             _check_stages(config, model_parts)
         else:
             _check_unused(config)
@@ -106,24 +109,26 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
                 super()._build_param_groups(model, param_group_configs, impl_kwargs)
             )
             return built
-        own = {"lr": config.adamw_lr, "weight_decay": config.adamw_weight_decay}
-        options = {CONDA: {}, ADAMW: {key: v for key, v in own.items() if v is not None}}
-        divided, _ = divide(model, config.conda_params, config.adamw_params)
+        divided = divide(model, config.conda_params, config.adamw_params)
         asked = _splits(config.splits)  # before what is known, and instead of it
-        cut, _ = split(divided[CONDA], {**asked, **_fused_qkv(model), **asked})
-        ways = [(CONDA, rows, named) for rows, named in cut.items()]
+        ways, _ = split(divided, {**asked, **_fused_qkv(model), **asked})
+        parts = [(way.keys(), named) for way, named in ways.items()]
         groups = []
-        for algorithm, rows, named in (*ways, (ADAMW, None, divided[ADAMW])):
+        for keys, named in (*parts, ({"algorithm": ADAMW, "splits": None}, divided.adamw)):
             trainable = [(canonical_fqn(n), param) for n, param in named if param.requires_grad]
             if trainable:  # names apart from parameters, as torchtitan has them
                 names, params = map(list, zip(*trainable, strict=True))
-                group = {"params": params, "param_names": names, "algorithm": algorithm}
-                groups.append({**group, "splits": rows, **options[algorithm]})
+                groups.append({"params": params, "param_names": names, **keys})
         return {"Conda": groups}, {"Conda": [f"{group['algorithm']} path" for group in groups]}
 
     def _resolve_optimizer_factory(self, name: str) -> Callable[..., torch.optim.Optimizer]:
         """Conda by its config; torchtitan's own by name."""
         if self._config.name == "stock":
+            if name.lower() == "conda":
+                raise ValueError(
+                    f"optimizer_name {name!r} is none of torchtitan's own: add --optimizer.name "
+                    "conda, with which Conda groups the parameters itself"
+                )
             factory: Callable[..., torch.optim.Optimizer] = super()._resolve_optimizer_factory(name)
             return factory
         config = self._config
@@ -133,11 +138,12 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         return lambda groups: Conda(groups, **options)
 
 
-def conda_config(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
+def conda_config(config: Any, stock: Any = None, **options: Any) -> CondaOptimizersContainer.Config:
     """A torchtitan optimizer config as one of :class:`CondaOptimizersContainer`.
 
     Args:
         config: an ``OptimizersContainer.Config``.
+        stock: what it was before a command line changed it; by default it has not been.
         options: fields to set.
 
     Raises:
@@ -152,8 +158,9 @@ def conda_config(config: Any, **options: Any) -> CondaOptimizersContainer.Config
             f"({type(config).__module__}), which wraps the optimizer's step and state in its own "
             "way and was not tried with Conda. Use a config without it."
         )
+    before = getattr(config, "_stock", None) or stock or config
     made: CondaOptimizersContainer.Config = derive(
-        config, CondaOptimizersContainer.Config, **options
+        config, CondaOptimizersContainer.Config, _stock=deepcopy(before), **options
     )
     return made
 
@@ -201,12 +208,12 @@ def _check_stages(config: CondaOptimizersContainer.Config, parts: Sequence[nn.Mo
     matched, projected, error = set[str](), False, None
     for part in parts:
         try:
-            groups, unmatched = divide(part, config.conda_params, config.adamw_params)
-            matched |= set(patterns) - {*unmatched, *split(groups[CONDA], splits)[1]}
+            division = divide(part, config.conda_params, config.adamw_params)
+            matched |= set(patterns) - {*division.unmatched, *split(division, splits)[1]}
         except Exception as caught:  # other stages need not know the parameter
             error = caught
             break
-        projected |= any(param.requires_grad for _, param in groups[CONDA])
+        projected |= any(param.requires_grad for _, param in division.conda)
     agree(world, [], error)
     *found, projected_anywhere = all_max(world, [*(p in matched for p in patterns), projected])
     names = [pair for part in parts for pair in part.named_parameters()]
@@ -225,11 +232,46 @@ def _check_unused(config: CondaOptimizersContainer.Config) -> None:
     """Refuses options of Conda's that would be ignored."""
     default = CondaOptimizersContainer.Config()
     theirs = {f.name for f in fields(OptimizersContainer.Config)}
-    for name in (f.name for f in fields(default) if f.name not in theirs):
+    for name in (f.name for f in fields(default) if f.name not in {*theirs, "_stock"}):
         if getattr(config, name) != getattr(default, name):
             raise ValueError(
                 f"--optimizer.{name} is an option of Conda's: add --optimizer.name conda to use it"
             )
+
+
+def _check_unread(config: CondaOptimizersContainer.Config) -> None:
+    """Refuses options of torchtitan's own optimizers that would be ignored."""
+    stock = config._stock or OptimizersContainer.Config()
+    for name in ("param_groups", "optimizer_factory_kwargs_by_name"):
+        ours, theirs = (dict(_leaves(name, getattr(c, name))) for c in (config, stock))
+        changed = [key for key in {**theirs, **ours} if ours.get(key) != theirs.get(key)]
+        if not changed:
+            continue
+        option, value = changed[0].replace("_", "-"), ours.get(changed[0])
+        own = changed[0].rpartition(".")[2]
+        instead = f"Give --optimizer.{own} (or {own!r} to the override). " * (own in ARGUMENTS)
+        raise ValueError(
+            f"--optimizer.{option} ({value!r}) is an option of torchtitan's own optimizers and "
+            f"would be read by nobody with Conda. {instead}Leave it out, or leave Conda out."
+        )
+    if config.implementation != "fused":
+        logger.info(
+            "--optimizer.implementation %s makes no difference to Conda, which has one",
+            config.implementation,
+        )
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The values in lists, dicts and dataclasses, with what a command line would call them."""
+    if isinstance(value, list):
+        value = {str(i): item for i, item in enumerate(value)}
+    elif hasattr(value, "__dataclass_fields__"):
+        value = asdict(value)
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, item in value.items():
+        yield from _leaves(f"{name}.{key}", item)
 
 
 def _log_table(optimizer: Conda) -> None:

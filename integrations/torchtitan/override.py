@@ -1,10 +1,12 @@
 """Layer: integrations. Conda by ``--override.imports``, torchtitan's way to swap a component."""
 
 import difflib
+import sys
 from dataclasses import fields
 from typing import Any
 
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config import ConfigManager
 from torchtitan.config.override import override
 
 from conda_dist.integrations.torchtitan.container import CondaOptimizersContainer, conda_config
@@ -22,10 +24,12 @@ def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
     Raises:
         ValueError: there is no such field, or the config's optimizer cannot be replaced.
     """
-    names = [f.name for f in fields(CondaOptimizersContainer.Config) if f.name != "name"]
-    for option in options.keys() - set(names):
-        near = difflib.get_close_matches(option, names, n=1, cutoff=0)
-        raise ValueError(f"Conda has no option {option!r}; the nearest is {near[0]!r}")
+    known = (f.name for f in fields(CondaOptimizersContainer.Config))
+    names = [name for name in known if name not in ("name", "_stock")]
+    if unknown := [option for option in options if option not in names]:
+        near = {option: difflib.get_close_matches(option, names, 1, 0.8) for option in unknown}
+        said = (f"{o!r}{f' (the nearest is {n[0]!r})' if n else ''}" for o, n in near.items())
+        raise ValueError(f"Conda has no option {', '.join(said)}")
     if isinstance(options.get("betas"), list):
         options["betas"] = tuple(options["betas"])  # JSON has lists only
     for option in ("conda_params", "adamw_params", "splits"):
@@ -36,4 +40,13 @@ def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
             raise ValueError(
                 f"{option} must be one of {', '.join(DTYPES)}; got {options[option]!r}"
             )
-    return conda_config(config, name="conda", **options)
+    return conda_config(config, _before(), name="conda", **options)
+
+
+def _before() -> Any:
+    """The optimizer's config before this program's command line; None if it is not torchtitan's."""
+    try:
+        loaded, _ = ConfigManager()._load_config(sys.argv[1:])
+    except (ImportError, ValueError):
+        return None
+    return loaded.optimizer

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conda_dist.costs import svd_flops
 from conda_dist.integrations.torchtitan.train import rewrite
+from conda_dist.plan.costs import svd_flops
 from conda_dist.report import Row, print_table
 
 
