@@ -5,16 +5,19 @@ follow the parameters. Where a group has no ``algorithm``, the path of each of i
 decided by name and shape, anew whenever the layout is resolved.
 """
 
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from conda_dist.exchange import world
 from conda_dist.replaced import flat_error
 from conda_dist.routing import CONDA, Route, clean_name, doubt, nothing_to_project, route
+
+TAG = "_conda_name"
+"""The attribute of a parameter that says what which optimizer calls it."""
 
 PLACE = "param_groups["
 """How what a parameter without a name is called begins."""
@@ -79,16 +82,23 @@ class Names:
     """The names of an optimizer's parameters, which follow them from list to list."""
 
     def __init__(self) -> None:
-        # By id of a parameter a reference to it and its name, "" without one. The reference is
-        # torch's own kind: a strong one would keep alive what a framework replaces, and with one
-        # of Python's weak ones swap_tensors, and so model.to, would refuse the parameter.
-        self._known: dict[int, tuple[Any, str]] = {}
+        self._key = uuid.uuid4().hex
         self._matrices = set[str]()
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: its parameters are others."""
-        return {"_known": {}, "_matrices": self._matrices, "_warned": self._warned}
+        return {**self.__dict__, "_key": uuid.uuid4().hex}
+
+    def _remember(self, param: Tensor, name: str) -> None:
+        # On the parameter itself: a reference to it would keep alive what a framework replaces,
+        # and with a weak one swap_tensors, and so model.to, would refuse it.
+        param.__dict__[TAG] = self._key, name
+
+    def _known(self, param: Tensor) -> str | None:
+        """What a parameter was called, "" if it had no name; None if it was not seen before."""
+        key, name = param.__dict__.get(TAG, (None, None))
+        return name if key == self._key else None
 
     def follow(self, groups: Sequence[MutableMapping[str, Any]]) -> None:
         """Brings ``param_names`` up to date after somebody has changed the groups.
@@ -97,12 +107,11 @@ class Names:
         was not has the name at its place, if its list is as long as that of the names. Otherwise it
         has none, and is called by its place.
         """
-        self._known = {key: value for key, value in self._known.items() if not value[0].expired()}
         listed = {name for group in groups for name in group.get("param_names") or ()}
         for g, group in enumerate(groups):
             params, given = group["params"], list(group.get("param_names") or ())
             at_place = len(given) == len(params)
-            names = [self._known.get(id(param), (None, ""))[1] for param in params]
+            names = [self._known(param) or "" for param in params]
             # Names that the caller has replaced in their list are known no longer.
             names = [name if name in listed or not at_place else "" for name in names]
             if not given and not any(names):
@@ -115,9 +124,6 @@ class Names:
                 if not is_place(names[i]):
                     self._remember(param, names[i])
             group["param_names"] = names
-
-    def _remember(self, param: Tensor, name: str) -> None:
-        self._known[id(param)] = torch._C._WeakTensorRef(param), name  # type: ignore[attr-defined]
 
     def added(self, groups: Sequence[MutableMapping[str, Any]]) -> None:
         """Takes note of the last of the groups."""
@@ -139,7 +145,7 @@ class Names:
         Raises:
             ValueError: there is such a parameter.
         """
-        found = [(name, param, id(param) in self._known) for name, param, _ in each(groups)]
+        found = [(n, param, self._known(param) is not None) for n, param, _ in each(groups)]
         none_left = bool(self._matrices) and not any(param.ndim > 1 for _, param, _ in found)
         for name, param, known in found:
             # Those without names may have other places now.

@@ -39,6 +39,10 @@ def _other_gradient(param: nn.Parameter) -> None:
     param.grad.data = torch.ones(400, 64)
 
 
+def _to_meta(param: nn.Parameter) -> None:
+    torch.utils.swap_tensors(param, nn.Parameter(param.detach().to("meta")))
+
+
 REFUSED: dict[str, tuple[Change, str]] = {
     "larger": (_data(lambda d: torch.ones(400, 64)), r"\(400, 64\).*\(100, 64\)"),
     "smaller": (_data(lambda d: d[:10].clone()), r"\(10, 64\).*\(100, 64\)"),
@@ -49,6 +53,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "expanded": (_data(lambda d: d[:1].expand(SHAPE)), r"one in memory"),
     "double": (_data(lambda d: d.double()), r"torch.float64.*torch.float32"),
     "complex": (_data(lambda d: d.to(torch.complex64)), r"got torch.complex64"),
+    "meta": (_to_meta, r"on cpu, but the parameter is on meta"),
     "old gradient": (_old_gradient, r"\(400, 64\).*\(100, 64\)"),
     "other gradient": (_other_gradient, r"gradient has shape \(400, 64\).*\(100, 64\)"),
 }
