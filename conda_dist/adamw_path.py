@@ -7,7 +7,7 @@ from torch import Tensor
 
 from conda_dist import storage
 from conda_dist.adamw import Entry, adamw_
-from conda_dist.runtime.weight import hyper_of
+from conda_dist.hyperparameters import hyper_of
 from conda_dist.setup import Plain
 
 

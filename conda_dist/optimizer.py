@@ -2,7 +2,6 @@
 
 import inspect
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import fields
 from typing import Any, overload
@@ -28,7 +27,7 @@ from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice
 from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_strangers
 from conda_dist.report import Row, print_table, rows
-from conda_dist.runtime.saved_state import separate_weights, to_saved
+from conda_dist.runtime.saved_state import agree_to_load, convert
 from conda_dist.runtime.step import CondaPath
 from conda_dist.setup import Setup, find_meshes, set_up
 from conda_dist.states import has_own, is_own
@@ -444,14 +443,7 @@ class Conda(torch.optim.Optimizer):
             loaded = match_state(self.param_groups, incoming)
         except Exception as caught:
             error = caught
-        states = {} if loaded is None else loaded.states
-        for mesh, weights in separate_weights(self._set_up().weights).items():
-            lines = [
-                f"{w.plan} loads {sorted(f'{k} {type(v).__name__}' for k, v in values.items())}"
-                for w in weights
-                if (values := states.get(w.param))
-            ]
-            agree(mesh, lines, error, "cannot load the state dict")
+        agree_to_load(self._set_up().weights, {} if loaded is None else loaded.states, error)
         if loaded is None:
             assert error is not None
             raise error
@@ -470,24 +462,8 @@ class Conda(torch.optim.Optimizer):
         if not any(map(has_own, optimizer.state.values())):
             return
         weights = [w for w in optimizer._set_up(optimizer.state).weights if has_own(w.state)]
-        saved: dict[Tensor, dict[str, Tensor]] = {}
-        local: dict[Tensor, set[str]] = defaultdict(set)
-        for mesh, separate in separate_weights(weights).items():
-            agree(mesh, [str(w.plan) for w in separate], None, "cannot make its state dict")
-            saved |= to_saved(separate)
-            for weight in separate:
-                local[weight.param] |= weight.state_layouts().keys()
-        states = state_dict["state"]
-        params = (param for group in optimizer.param_groups for param in group["params"])
-        for index, param in enumerate(params):
-            if index not in states:
-                continue
-            kept = {k: v for k, v in states[index].items() if k not in local[param]}
-            # torch wants all states of a dimension or more on one device.
-            states[index] = {
-                key: value.to(param.device) if key in COUNTS and value.ndim else value
-                for key, value in {**kept, **saved.get(param, {})}.items()
-            }
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        convert(weights, params, state_dict["state"])
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""
@@ -501,9 +477,6 @@ class Conda(torch.optim.Optimizer):
         super().__setstate__(state)
         self._setup = self._path = None
 
-
-COUNTS = ("step", "basis_step", "snapshot_step")
-"""States that are counts, on the CPU."""
 
 ARGUMENTS = {
     name: parameter.default

@@ -17,6 +17,7 @@ FILES = {
 
 ORDER = (
     "maths",
+    "hyperparameters",
     "decomposition",
     "layout",
     "compute_layout",

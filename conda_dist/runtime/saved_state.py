@@ -6,14 +6,15 @@ ranks, loads under any other. Both ways are for all ranks of a mesh to go togeth
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from conda_dist import storage
-from conda_dist.exchange import Exchange, Mesh
+from conda_dist.exchange import Exchange, Mesh, agree
 from conda_dist.plan.weight_plan import (
     basis_from_saved,
     basis_to_saved,
@@ -99,8 +100,62 @@ def from_saved(weight: Weight, key: str, value: Tensor) -> Tensor:
     return elements
 
 
-def separate_weights(weights: Iterable[Weight]) -> dict[Mesh, list[Weight]]:
-    """The separate ones of some weights, by mesh."""
+COUNTS = ("step", "basis_step", "snapshot_step")
+"""States that are counts, on the CPU."""
+
+
+def convert(
+    weights: Iterable[Weight], params: Sequence[Tensor], states: MutableMapping[int, Any]
+) -> None:
+    """Puts states as checkpoints have them in the place of those that only this rank knows.
+
+    Args:
+        weights: those with state.
+        params: the optimizer's parameters, in order.
+        states: of a state dict, by index of the parameter; changed.
+    """
+    saved: dict[Tensor, dict[str, Tensor]] = {}
+    local: dict[Tensor, set[str]] = defaultdict(set)
+    for mesh, separate in _separate(weights).items():
+        agree(mesh, [str(w.plan) for w in separate], None, "cannot make its state dict")
+        saved |= to_saved(separate)
+        for weight in separate:
+            local[weight.param] |= weight.state_layouts().keys()
+    for index, param in enumerate(params):
+        if index in states:
+            kept = {k: v for k, v in states[index].items() if k not in local[param]}
+            # torch wants all states of a dimension or more on one device.
+            states[index] = {
+                key: value.to(param.device) if key in COUNTS and value.ndim else value
+                for key, value in {**kept, **saved.get(param, {})}.items()
+            }
+
+
+def agree_to_load(
+    weights: Iterable[Weight],
+    states: Mapping[Tensor, Mapping[str, Any]],
+    error: Exception | None,
+) -> None:
+    """Has all ranks that will exchange elements of a state dict know that all can load it.
+
+    Args:
+        weights: the optimizer's.
+        states: what the state dict has of each parameter.
+        error: what is wrong with it on this rank, or None.
+
+    Raises:
+        RuntimeError: it does not fit on some rank, or is given in another form; on all alike.
+    """
+    for mesh, separate in _separate(weights).items():
+        lines = [
+            f"{w.plan} loads {sorted(f'{k} {type(v).__name__}' for k, v in values.items())}"
+            for w in separate
+            if (values := states.get(w.param))
+        ]
+        agree(mesh, lines, error, "cannot load the state dict")
+
+
+def _separate(weights: Iterable[Weight]) -> dict[Mesh, list[Weight]]:
     found: dict[Mesh, list[Weight]] = defaultdict(list)
     for weight in weights:
         if weight.plan.separate:

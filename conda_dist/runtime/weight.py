@@ -11,8 +11,9 @@ from conda_dist import maths, storage
 from conda_dist.decomposition import Outcome
 from conda_dist.exchange import Mesh
 from conda_dist.flat import Flat
+from conda_dist.hyperparameters import hyper_of
 from conda_dist.layout import Layout
-from conda_dist.maths import Hyper, matrices
+from conda_dist.maths import matrices
 from conda_dist.options import Options
 from conda_dist.plan.weight_plan import WeightPlan
 from conda_dist.runtime.scratch import Scratch
@@ -33,28 +34,6 @@ CORRECTED_EVERY = 16
 """Refreshes by orthogonal iteration from one in which the basis is made orthonormal again to the
 next. In between it drifts by less than 5e-6 in float32, measured for r from 16 to 1024, and the two
 products are saved in a refresh that is due every few steps."""
-
-
-def hyper_of(group: dict[str, Any], scale: str = "scale") -> Hyper:
-    """The hyperparameters a group has at this moment, as numbers that torch's kernels know.
-
-    Args:
-        group: the group.
-        scale: the key of the factor on the update: "scale", or "adamw_scale" on the adamw path.
-    """
-    beta1, beta2 = group["betas"]
-    lr = group["lr"]
-    # Read where that costs nothing; foreach kernels want others 0-d.
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-    return Hyper(
-        lr.reshape(()) if on_device else float(lr),
-        float(beta1),
-        float(beta2),
-        float(group["eps"]),
-        float(group["weight_decay"]),
-        float(group[scale]),
-        group["correct_bias"],
-    )
 
 
 def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:

@@ -1,0 +1,29 @@
+"""The hyperparameters of a group as the arithmetic takes them."""
+
+from typing import Any
+
+from torch import Tensor
+
+from conda_dist.maths import Hyper
+
+
+def hyper_of(group: dict[str, Any], scale: str = "scale") -> Hyper:
+    """The hyperparameters a group has at this moment, as numbers that torch's kernels know.
+
+    Args:
+        group: the group.
+        scale: the key of the factor on the update: "scale", or "adamw_scale" on the adamw path.
+    """
+    beta1, beta2 = group["betas"]
+    lr = group["lr"]
+    # Read where that costs nothing; foreach kernels want others 0-d.
+    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    return Hyper(
+        lr.reshape(()) if on_device else float(lr),
+        float(beta1),
+        float(beta2),
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        float(group[scale]),
+        group["correct_bias"],
+    )
