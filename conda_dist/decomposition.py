@@ -20,6 +20,14 @@ class Outcome(IntEnum):
     ERROR = 5
 
 
+CAUSES = {
+    Outcome.NOT_FINITE: "its momentum is not finite: look for NaN or inf in the gradients, clip "
+    "them, lower the learning rate or skip such steps",
+    Outcome.NOT_CONVERGED: "the SVD of its momentum converged neither in float32 nor in float64",
+}
+"""Why a basis could not be refreshed, in words."""
+
+
 def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcome, Tensor | None]:
     """Rotation P (r, r) from the basis in use to the next.
 

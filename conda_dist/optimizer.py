@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from dataclasses import fields
 from typing import Any, overload
 
@@ -14,7 +14,7 @@ from conda_dist import storage
 from conda_dist.adamw_path import adamw_step
 from conda_dist.ambience import refuse_capture, without_autocast
 from conda_dist.checkpoint import Loaded, fill_state, keep, match_state
-from conda_dist.exchange import Mesh, SharedGroup, agree, all_max, is_distributed
+from conda_dist.exchange import SharedGroup
 from conda_dist.groups import (
     DROPPED,
     HYPERPARAMETERS,
@@ -25,7 +25,7 @@ from conda_dist.groups import (
 from conda_dist.names import Names, check_paths, each
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice
-from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_strangers
+from conda_dist.replaced import refuse_flat, refuse_lost_state
 from conda_dist.report import Row, print_table, rows
 from conda_dist.runtime.saved_state import agree_to_load, convert
 from conda_dist.runtime.step import CondaPath
@@ -247,7 +247,7 @@ class Conda(torch.optim.Optimizer):
         for member in setup.members:  # parts share a parameter, whose gradient is reduced once
             if member.param not in grads:
                 grads[member.param] = storage.local_gradient(member.name, member.param)
-        live = self._live(setup, grads)
+        live = setup.live(grads)
         path.step(
             {
                 i: grad
@@ -310,57 +310,17 @@ class Conda(torch.optim.Optimizer):
         elif agreeing:
             self._check_groups()
         if agreeing and not setup.agreed:
-            wrong = None if error else self._wrong_gradient(setup)
-            told = False
-            try:
-                for mesh in setup.meshes:
-                    agree(mesh, setup.lines(mesh), error or wrong)
-            except RuntimeError:
-                told = wrong is not None
-                if not told:
-                    raise
-            if told and wrong is not None:  # it says more than that some rank has one
-                raise wrong
-            setup.init_state()
-            setup.agreed = True
+            setup.agree(error, new=self._setup is None)
         if setup is not self._setup or self._path is None:
             if self._path is not None:
                 self._path.drop()
             self._setup, self._path = setup, CondaPath(setup.weights, self._options)
         return setup, self._path
 
-    def _wrong_gradient(self, setup: Setup) -> Exception | None:
-        """What is wrong with the gradients, for all ranks to hear of it before any of them sends.
-
-        Looked at whenever the parameters were planned anew.
-        """
-        try:
-            for member in setup.members:
-                storage.check_gradient(member.name, member.param)
-            if self._setup is None and is_distributed():
-                refuse_strangers((m.name, m.param) for m in setup.members if m.param.grad is None)
-        except RuntimeError as error:
-            return error
-        return None
-
     def _check_groups(self) -> None:
         """Refuses hyperparameters that somebody has set since and that would ruin the weights."""
         for i, group in enumerate(self.param_groups):
             check_hyperparameters(group, f"parameter group {i}: ", scheduled=True)
-
-    def _live(self, setup: Setup, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
-        """Meshes whose parameters step: all, but for one whose gradients have all been zero.
-
-        Frameworks run such a step to create state; it must not count, nor decay weights. Looked
-        at until a step has counted, and so without a wait for the device later on.
-        """
-        for i, mesh in enumerate(setup.meshes):
-            if not setup.started[i]:
-                params = {member.param for member in setup.members if member.mesh == mesh}
-                ours = (grads[param] for param in params)
-                any_here = any(bool(grad.any()) for grad in ours if grad is not None)
-                setup.started[i] = bool(all_max(mesh, [any_here])[0])
-        return {mesh for mesh, started in zip(setup.meshes, setup.started, strict=True) if started}
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizers give it: of every parameter its states by name.

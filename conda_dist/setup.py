@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from conda_dist import storage
-from conda_dist.exchange import Mesh
+from conda_dist.exchange import Mesh, agree, all_max, is_distributed
 from conda_dist.groups import check_parameter
 from conda_dist.layout import Layout
 from conda_dist.names import name_of, path_of
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice, Request, choose, deal_owners
 from conda_dist.plan.weight_plan import plan_weight
+from conda_dist.replaced import refuse_strangers
 from conda_dist.routing import CONDA, check_kernel, check_matrix, check_splits
 from conda_dist.runtime.weight import Weight
 from conda_dist.states import (
@@ -167,6 +168,55 @@ class Setup:
                     )
                 if isinstance(member, Plain) or not member.plan.separate:
                     storage.check_state(member.name, member.param, key, member.state[key], layout)
+
+    def agree(self, error: Exception | None, *, new: bool) -> None:
+        """Holds the ranks' plans against each other before anything else is sent, and allocates.
+
+        Args:
+            error: what went wrong on this rank in making the plan, or None.
+            new: whether the optimizer has had no plan before.
+
+        Raises:
+            RuntimeError: on all ranks alike, if plans differ, or something is wrong on a rank.
+        """
+        wrong = None if error else self._wrong_gradient(new)
+        try:
+            for mesh in self.meshes:
+                agree(mesh, self.lines(mesh), error or wrong)
+        except RuntimeError:
+            if wrong is not None:  # it says more than that some rank has one
+                raise wrong from None
+            raise
+        self.init_state()
+        self.agreed = True
+
+    def _wrong_gradient(self, new: bool) -> Exception | None:
+        """What is wrong with the gradients, for all ranks to hear of it before any of them sends.
+
+        Looked at whenever the parameters were planned anew.
+        """
+        try:
+            for member in self.members:
+                storage.check_gradient(member.name, member.param)
+            if new and is_distributed():
+                refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
+        except RuntimeError as error:
+            return error
+        return None
+
+    def live(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
+        """Meshes whose parameters step: all, but for one whose gradients have all been zero.
+
+        Frameworks run such a step to create state; it must not count, nor decay weights. Looked
+        at until a step has counted, and so without a wait for the device later on.
+        """
+        for i, mesh in enumerate(self.meshes):
+            if not self.started[i]:
+                params = {member.param for member in self.members if member.mesh == mesh}
+                ours = (grads[param] for param in params)
+                any_here = any(bool(grad.any()) for grad in ours if grad is not None)
+                self.started[i] = bool(all_max(mesh, [any_here])[0])
+        return {mesh for mesh, started in zip(self.meshes, self.started, strict=True) if started}
 
     def lines(self, mesh: Mesh) -> list[str]:
         """The plan of one mesh as text, for the ranks to compare."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from conda_dist import maths, storage
-from conda_dist.decomposition import Outcome
+from conda_dist.decomposition import CAUSES, Outcome
 from conda_dist.exchange import Mesh
 from conda_dist.flat import Flat
 from conda_dist.hyperparameters import hyper_of
@@ -441,14 +441,8 @@ class Weight:
         self.failures[matrix] = self.failures.get(matrix, 0) + 1
         batch = len(self.plan.storage.shape) > 2
         which = f" (matrix {matrix} of the batch)" if batch else ""
-        found = {
-            Outcome.NOT_FINITE: "its momentum is not finite: look for NaN or inf in the "
-            "gradients, clip them, lower the learning rate or skip such steps",
-            Outcome.NOT_CONVERGED: "the SVD of its momentum converged neither in float32 nor in "
-            "float64",
-        }[outcome]
         return (
             f"{self.plan.name}{which}: the basis could not be refreshed at step {self.step}, "
-            f"because {found}. The old basis is kept. Failure {self.failures[matrix]} in a row; "
+            f"because {CAUSES[outcome]}. The old basis is kept. Failure {self.failures[matrix]} in a row; "
             f"{self.options.max_refresh_failures} (max_refresh_failures) end the run."
         )
