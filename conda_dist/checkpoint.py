@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from conda_dist import maths, storage
+from conda_dist.adamw_path import Plain
 from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
 from conda_dist.kinds import as_matrix
 from conda_dist.layout import Layout
@@ -22,7 +23,7 @@ from conda_dist.names import is_place, name_of, path_of
 from conda_dist.routing import ADAMW, CONDA, clean_name
 from conda_dist.runtime.saved_state import from_saved
 from conda_dist.runtime.weight import NO_BASIS, Weight
-from conda_dist.setup import Plain, Setup
+from conda_dist.setup import Setup
 from conda_dist.states import CODES, basis_key, has_own, is_basis, is_own
 
 OPTIONAL = ("param_names", "kernels")

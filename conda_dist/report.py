@@ -11,10 +11,11 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from conda_dist.adamw_path import Plain
 from conda_dist.names import route_by_name
 from conda_dist.plan.costs import Sizes, costs, save_costs
 from conda_dist.runtime.weight import Weight
-from conda_dist.setup import Plain, Setup
+from conda_dist.setup import Setup
 from conda_dist.states import basis_dtype, moment_dtype, second_dtype
 
 

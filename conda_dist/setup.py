@@ -8,12 +8,12 @@ from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequen
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from conda_dist import storage
+from conda_dist.adamw_path import Plain
 from conda_dist.exchange import Mesh, agree, all_max, is_distributed
 from conda_dist.groups import check_parameter
 from conda_dist.layout import Layout
@@ -33,61 +33,6 @@ from conda_dist.states import (
     second_dtype,
     second_key,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """A parameter on the adamw path.
-
-    Attributes:
-        name: its fully qualified name, or what stands for one.
-        param: the parameter.
-        mesh: the ranks that share it.
-        layout: where its elements, and its moments', are.
-        group: the parameter group it is in.
-        states: ``optimizer.state``.
-        options: the optimizer's options.
-    """
-
-    name: str
-    param: Tensor
-    mesh: Mesh
-    layout: Layout
-    group: dict[str, Any]
-    states: MutableMapping[Tensor, dict[str, Any]]
-    options: Options
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Its state as it is now. Before it is allocated only a wrapper's states are there."""
-        return self.states.get(self.param, {})
-
-    def state_layouts(self) -> dict[str, Layout]:
-        """Where the elements of each state are."""
-        return {"exp_avg": self.layout, self.second_key: self.layout}
-
-    first_key = "exp_avg"
-
-    @property
-    def second_key(self) -> str:
-        """Name of the state that is its second moment."""
-        return second_key(self.options)
-
-    def saved_key(self, key: str) -> str:
-        """What a state is called in checkpoints."""
-        return key
-
-    def init_state(self) -> None:
-        """Allocates the state, whole and at once; leaves it alone if it is there."""
-        if has_own(self.state):
-            return
-        state = self.states.setdefault(self.param, {})
-        local = storage.local(self.param)
-        state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-        for name, layout in self.state_layouts().items():
-            of = second_dtype if name == self.second_key else moment_dtype
-            elements = torch.zeros_like(local, dtype=of(self.param, self.options))
-            state[name] = storage.like(self.param, layout, elements)
 
 
 @dataclass(slots=True)

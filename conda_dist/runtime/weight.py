@@ -443,6 +443,7 @@ class Weight:
         which = f" (matrix {matrix} of the batch)" if batch else ""
         return (
             f"{self.plan.name}{which}: the basis could not be refreshed at step {self.step}, "
-            f"because {CAUSES[outcome]}. The old basis is kept. Failure {self.failures[matrix]} in a row; "
-            f"{self.options.max_refresh_failures} (max_refresh_failures) end the run."
+            f"because {CAUSES[outcome]}. The old basis is kept. Failure "
+            f"{self.failures[matrix]} in a row; {self.options.max_refresh_failures} "
+            "(max_refresh_failures) end the run."
         )

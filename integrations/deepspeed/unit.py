@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from conda_dist.adamw import Entry, adamw_
+from conda_dist.adamw_path import Plain
 from conda_dist.exchange import Exchange, Mesh, all_max
 from conda_dist.hyperparameters import hyper_of
 from conda_dist.integrations.deepspeed.checkpoint import Kept
@@ -22,7 +23,7 @@ from conda_dist.plan.weight_plan import basis_to_first, copied_basis_bytes
 from conda_dist.routing import CONDA
 from conda_dist.runtime.step import CondaPath
 from conda_dist.runtime.weight import Weight
-from conda_dist.setup import Plain, Setup, Site, plan_sites
+from conda_dist.setup import Setup, Site, plan_sites
 from conda_dist.states import moment_dtype
 from conda_dist.transfer import plan_hops
 
