@@ -1,8 +1,8 @@
 """Conda (Column-Normalized Adam, arXiv 2509.24218) for sharded training.
 
-Layers, each importing only those before it: ``maths``, ``layout`` and ``flat`` (pure), ``transfer``
-and ``plan`` (who sends and who computes what), ``exchange`` (collectives), ``storage``,
-``weight``, ``refresh`` and ``conda_path`` (the step), ``optimizer``. ``reference`` is the oracle.
+Layers, each importing only those before it: ``maths``, ``layout`` and ``compute_layout`` (pure),
+``transfer`` and ``plan`` (who sends and who computes what), ``exchange`` (collectives), ``storage``,
+``runtime`` (the step), ``optimizer``. ``reference`` is the oracle.
 """
 
 from conda_dist.optimizer import Conda
