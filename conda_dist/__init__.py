@@ -1,7 +1,7 @@
 """Conda (Column-Normalized Adam, arXiv 2509.24218) for sharded training.
 
-Layers, each importing only those before it: ``maths``, ``layout`` and ``compute_layout`` (pure),
-``transfer`` and ``plan`` (who sends and who computes what), ``exchange`` (collectives), ``storage``,
+Layers, each importing only those before it: ``maths``, ``layout``, ``compute_layout`` (pure),
+``transfer``, ``plan`` (who sends and computes what), ``exchange`` (collectives), ``storage``,
 ``runtime`` (the step), ``optimizer``. ``reference`` is the oracle.
 """
 
