@@ -104,6 +104,33 @@ def test_new_bases_of_gram_matrices_follow_one_process() -> None:
         assert error < 1e-4, config
 
 
+def test_the_adamw_path_has_a_factor_of_its_own() -> None:
+    options = {"params": {"adamw_scale": 0.3}}
+    configs: list[Config] = [(stage, "fp32", options) for stage in range(4)]
+    theirs = zero.alone(adamw_scale=0.3)
+    assert models.farthest(zero.alone(), theirs, zero.start()) > 0.01
+    for config, error in zip(configs, _errors(2, configs, theirs), strict=True):
+        assert error < 1e-4, config
+
+
+def _changed_later(stage: int) -> bool:
+    """Steps with a factor of 0 move nothing of the adamw path, once it was 1."""
+    engine = zero.build(zero.config(stage, params={"weight_decay": 0.0}))
+    zero.train(engine, range(2))
+    before = zero.weights(engine)
+    engine.optimizer.param_groups[0]["adamw_scale"] = 0.0
+    zero.train(engine, range(2, 4))
+    after = zero.weights(engine)
+    paths = {row["name"]: row["path"] for row in engine.basic_optimizer.report()}
+    moved = {paths[name] for name in models.unequal(before, after)}
+    return moved == {"conda"}
+
+
+def test_the_factor_may_change_between_steps() -> None:
+    for stage in range(4):
+        assert all(ranks.run(2, _changed_later, stage))
+
+
 CLIPPED: list[Config] = [
     *((stage, "fp32", {"gradient_clipping": 0.5}) for stage in range(4)),
     (3, "fp32", {"gradient_clipping": 0.5, **SUB_GROUPS}),

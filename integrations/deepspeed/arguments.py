@@ -86,9 +86,8 @@ def parse(given: Mapping[str, Any], where: str = "") -> Arguments:
 
 
 def _parse(given: Mapping[str, Any]) -> Arguments:
-    arguments = {name: value for name, value in ARGUMENTS.items() if name not in FOREIGN}
-    _refuse_keys(given, [*arguments, *PATTERNS, SPLITS])
-    values = {**arguments, **given}
+    _refuse_keys(given, [*ARGUMENTS, *PATTERNS, SPLITS])
+    values = {**ARGUMENTS, **given}
     names = [f.name for f in fields(Options)]
     defaults = {
         k: v for k, v in values.items() if k not in (*names, *PATTERNS, SPLITS, "proj_type")
