@@ -13,7 +13,7 @@ CODES = "exp_avg_sq_codes"
 """The state that is a second moment in 8 bits; see :func:`conda_dist.maths.decode`."""
 
 OWN = re.compile(
-    r"step|exp_avg|exp_avg_sq|exp_avg_sq_codes|basis|basis_\d+|basis_step|snapshot|snapshot_step"
+    r"step|(exp_avg|exp_avg_sq|exp_avg_sq_codes|basis|snapshot)(_\d+)?|basis_step|snapshot_step"
 )
 """Names of the states that this optimizer makes. A wrapper may keep others beside them."""
 

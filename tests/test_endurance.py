@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 import models
 import ranks
-from conda_dist import Conda, weight
+from conda_dist import Conda
+from conda_dist.runtime import weight
 from models import FSDP2, GAP, PLAIN, Layout
 
 

@@ -77,7 +77,7 @@ def _modules(path: Path) -> set[str]:
 
 def test_there_is_something_to_look_at() -> None:
     assert set(ORDER) | set(PURE) <= set(FILES)
-    assert "conda_dist.maths.Hyper" in set(_imports(FILES["runtime.weight"]))
+    assert "conda_dist.hyperparameters.hyper_of" in set(_imports(FILES["runtime.weight"]))
     assert {"exchange", "plan.schedule", "maths"} <= _modules(FILES["runtime.refresh"])
 
 

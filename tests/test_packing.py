@@ -20,7 +20,7 @@ from conda_dist import Conda
 from conda_dist.compute_layout import reverse, to_compute, to_whole
 from conda_dist.flat import Flat, flat_to_compute
 from conda_dist.layout import Layout, Split
-from conda_dist.transfer import Leg, deal_from, gather_to, plan_hops, redistribution, send_from
+from conda_dist.transfer import Leg, gather_to, plan_hops, redistribution, send_from
 from exchanges import Held, carry, copies, everywhere, local
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
@@ -82,7 +82,7 @@ def routes(
     if kind == "gather" and len(replicas) < len(mesh):
         return layout, whole, gather_to(layout, dims, owner, replicas), owner
     if kind == "deal" and len(replicas) < len(mesh):
-        return whole, layout, deal_from(layout, dims, owner, replicas), None
+        return whole, layout(layout, dims, owner, replicas), None
     if kind == "send":
         return whole, whole, send_from(layout.shape, mesh, owner, ()), None
     return layout, whole, redistribution(to_whole(layout, dims)), None
