@@ -183,11 +183,11 @@ def _fail(layout: Layout) -> tuple[str, list[str]]:
     decompose_ = decomposition.decompose
     where = set[str]()
 
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **options: Any) -> Any:
         where.add(threading.current_thread().name)
         if torch.distributed.get_rank() == 1:
             raise MemoryError("no room")
-        return decompose_(*args)
+        return decompose_(*args, **options)
 
     decomposition.decompose = broken
     try:
