@@ -114,6 +114,6 @@ def test_ranks_are_compared_with_one_process(capsys: pytest.CaptureFixture[str])
     benchmark.main([*small, "--ranks", "2"])
     said = capsys.readouterr().out
     assert "7 matrices, width 16, MLP 24, 2 ranks" in said
-    ways = ("one process", "FSDP rows", "columns", "bases split", "owners multiply", "(DDP)")
+    ways = ("one process", "FSDP rows", "columns", "in groups", "(DDP)")
     for name in ways:
         assert name in said
