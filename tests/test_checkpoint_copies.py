@@ -108,10 +108,10 @@ def _copy_with_a_group() -> tuple[list[str], str]:
 
 
 def test_a_copy_is_among_the_same_ranks() -> None:
-    """A process group is shared by a copy, and cannot be written to a file."""
+    """A process group is shared by a copy, and named in a pickle."""
     for differing, said in ranks.run(2, _copy_with_a_group, timeout=60):
         assert not differing
-        assert "ProcessGroup" in said
+        assert said == "nothing was raised"
 
 
 def test_a_state_dict_taken_by_a_new_first_step() -> None:
