@@ -138,7 +138,9 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         shape = "x".join(map(str, row["shape"])) or "scalar"
         name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", row["name"])
         path = f"{row['path']}, {row['rate']:.3g}"
-        alike[name, shape, path, row["layout"] + moved, row["basis"]].append(row)
+        # Alike weights are dealt to different ranks: say to how many, not to which.
+        placed = (_without_ranks(text) for text in (row["layout"] + moved, row["basis"]))
+        alike[name, shape, path, *placed].append(row)
 
     if console is None:
         console = Console()
@@ -159,6 +161,16 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         shown = described if wide else described[:2]
         grid.add_row(count + name, *shown, *_sizes(rows_alike))
     console.print(grid)
+
+
+def _without_ranks(layout: str) -> str:
+    """A layout in words, with the number of the ranks of a group in the place of their indices."""
+
+    def count(found: re.Match[str]) -> str:
+        first, last = int(found[1]), int(found[2] or found[1])
+        return f"in groups of {last - first + 1}"
+
+    return re.sub(r"on (\d+)(?:-(\d+))?", count, layout)
 
 
 def as_text(table: Sequence[Row]) -> str:
