@@ -145,11 +145,13 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
     if console is None:
         console = Console()
         if not console.is_terminal:
-            console = Console(width=180)
+            console = Console(width=220)
     # What a narrow terminal can do without is left out, rather than folded beyond recognition.
     wide = console.width >= 130
     grid = Table(title="Conda: what each parameter gets on this rank", box=SIMPLE, show_footer=True)
-    grid.add_column("parameter", f"{len(table)} in all", overflow="fold", min_width=24)
+    grid.add_column(
+        "parameter", f"{len(table)} in all", overflow="fold", min_width=44 if wide else 24
+    )
     texts = ("shape", "path, rate", "stored -> computed", "basis", "refreshed by")
     for name in texts if wide else texts[:2]:
         grid.add_column(name, no_wrap=True)
@@ -176,7 +178,7 @@ def _without_ranks(layout: str) -> str:
 def as_text(table: Sequence[Row]) -> str:
     """The report as :func:`print_table` prints it, in full width, for a log."""
     text = io.StringIO()
-    print_table(table, Console(file=text, width=180))
+    print_table(table, Console(file=text, width=220))
     return text.getvalue()
 
 

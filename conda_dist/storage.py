@@ -93,7 +93,8 @@ def is_split(tensor: Tensor, dims: Container[int]) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The elements this rank holds, sharing their memory."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return held.detach() if held.requires_grad else held
 
 
 def like(param: Tensor, layout: Layout, elements: Tensor) -> Tensor:

@@ -148,7 +148,11 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer, view: Any = loc
     """Every parameter and every state by name, as ``view`` shows them."""
     taken = {}
     order = [param for group in optimizer.param_groups for param in group["params"]]
-    states = {order[i]: state for i, state in optimizer.state_dict()["state"].items()}
+    states = {
+        order[i]: {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        for i, state in optimizer.state_dict()["state"].items()
+        if isinstance(i, int)  # what wrappers keep beside has other keys
+    }
     for name, param in model.named_parameters():
         taken[name] = view(param)
         for key, value in states.get(param, {}).items():

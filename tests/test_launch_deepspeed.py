@@ -291,7 +291,7 @@ def test_a_checkpoint_of_another_engine_or_stage_is_refused(
         ('{"zero_optimization": 3}', "zero_optimization = 3: an object is wanted"),
         ('{"zero_optimization": {"stage": 3}}', "give --deepspeed.stage 3"),
         ('{"zero_optimization": {"stages": 3}}', "DeepSpeed does not take the settings in"),
-        ('{"zero_optimization": {"zenflow": {}}}', "zenflow replaces the optimizer's step"),
+        ('{"zero_optimization": {"zenflow": {}}}', "it replaces the optimizer's step"),
         (
             '{"train_batch_size": 8, "scheduler": {}, "gradient_clipping": 1.0}',
             "'train_batch_size' is set by training.global_batch_size; 'scheduler' is set by "

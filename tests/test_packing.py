@@ -69,7 +69,7 @@ def routes(
     """A route: layouts before and after, None for whole, and who has the tensor in the end."""
     layout = draw(layouts(mesh))
     owner = tuple(draw(st.integers(0, size - 1)) for size in mesh)
-    kind = draw(st.sampled_from(["compute", "back", "gather", "deal", "whole", "send"]))
+    kind = draw(st.sampled_from(["compute", "back", "gather", "whole", "send"]))
     moves = to_compute(layout)
     compute = moves[-1].target if moves else layout
     dims = tuple(range(len(layout.shape)))
@@ -81,8 +81,6 @@ def routes(
         return compute, layout, redistribution(reverse(moves)), None
     if kind == "gather" and len(replicas) < len(mesh):
         return layout, whole, gather_to(layout, dims, owner, replicas), owner
-    if kind == "deal" and len(replicas) < len(mesh):
-        return whole, layout(layout, dims, owner, replicas), None
     if kind == "send":
         return whole, whole, send_from(layout.shape, mesh, owner, ()), None
     return layout, whole, redistribution(to_whole(layout, dims)), None

@@ -177,7 +177,6 @@ class CondaPath:
     def _forward(self, task: Task, grads: dict[int, Tensor]) -> Exchange:
         """Starts gradients to the compute layout, and split bases to every rank."""
         weights = [self.weights[i] for i in task.weights]
-        device = weights[0].basis.device
         tensors = [w.gradient(grads[i]) for i, w in zip(task.weights, weights, strict=True)]
         tensors = [
             grad.to(w.travel_dtype) if w.plan.communicates else grad
@@ -186,6 +185,7 @@ class CondaPath:
         tensors += [weight.basis for weight in weights]
         tensors += [moment for i in task.loading for moment in weights[i].kept]
         dtypes = [tensor.dtype for tensor in tensors]
+        device = tensors[len(weights)].device
         return Exchange(weights[0].mesh, task.forward, tensors, dtypes, device)
 
     def _arrived(self, task: Task, exchange: Exchange) -> tuple[list[Tensor], list[Tensor]]:
@@ -204,7 +204,7 @@ class CondaPath:
         for i in task.loading:
             moments = weights[i].unload_moments()
             updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]
-        device = weights[0].basis.device
+        device = weights[0].param.device
         return Exchange(weights[0].mesh, task.backward, updates, dtypes, device)
 
     def _apply(self, task: Task, returning: Exchange) -> None:

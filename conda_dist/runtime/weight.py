@@ -72,6 +72,9 @@ class Weight:
         self.group, self.states, self.options = group, states, options
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
         self._loaded: tuple[Tensor, Tensor] | None = None
+        product = options.matmul_dtype or basis_dtype(param, options)
+        # Gradient and update travel so: they are rounded to the products' dtype anyway.
+        self.travel_dtype = min(param.dtype, product, key=lambda dtype: dtype.itemsize)
         self.basis_key = basis_key(plan.part)
         own = f"_{plan.part}" if plan.separate and plan.part is not None else ""
         self.first_key = f"exp_avg{own}"
@@ -255,16 +258,6 @@ class Weight:
     def first_dtype(self) -> torch.dtype:
         """Dtype of the first moment."""
         return storage.local(self.state[self.first_key]).dtype
-
-    @property
-    def product_dtype(self) -> torch.dtype:
-        """Dtype of the two products of a step."""
-        return self.options.matmul_dtype or self.basis.dtype
-
-    @property
-    def travel_dtype(self) -> torch.dtype:
-        """Dtype in which gradient and update travel: they are rounded to the products' anyway."""
-        return min(self.param.dtype, self.product_dtype, key=lambda dtype: dtype.itemsize)
 
     @property
     def kept(self) -> tuple[Tensor, Tensor]:
