@@ -7,7 +7,8 @@ other shapes is refused before anything is changed.
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -44,12 +45,15 @@ class Loaded:
         missing: names of trainable parameters of which nothing was saved.
         rest: the state dict for torch's own loader, without the states of parameters and with the
             parameters' names as they are here.
+        merged: groups for which torch.distributed.checkpoint has taken the hyperparameters of one
+            saved group out of several.
     """
 
     states: dict[Tensor, Mapping[str, Any]]
     others: dict[Tensor, Mapping[Any, Any]]
     missing: list[str]
     rest: dict[str, Any]
+    merged: list[int] = field(default_factory=list)
 
 
 def match_state(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]) -> Loaded:
@@ -88,11 +92,8 @@ def match_state(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]
             if other:
                 loaded.others[param] = other
     _check_missing(loaded, saved_state)
-    named = [
-        {**saved, **{key: ours.get(key) for key in ("algorithm", "splits", *OPTIONAL)}}
-        for ours, saved in zip(groups, saved_groups, strict=True)
-    ]
-    named = [{k: v for k, v in g.items() if k not in OPTIONAL or v is not None} for g in named]
+    named = [_regrouped(groups, g, saved_groups, sources) for g in range(len(groups))]
+    loaded.merged = [g for g, saved in enumerate(saved_groups) if _is_merged(saved)]
     ids = {saved_id for saved_id, _ in sources.values()}
     apart = {k: v for k, v in saved_state.items() if k not in ids and not _is_state(v)}
     loaded.rest = {**incoming, "state": apart, "param_groups": named}
@@ -173,21 +174,9 @@ def _check_groups(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, An
             f"its states have {', '.join(keys) or 'nothing'}. Load a checkpoint of this optimizer, "
             "or start with fresh optimizer state."
         )
-    ours, theirs = ([len(g["params"]) for g in some] for some in (groups, saved_groups))
-    if ours != theirs:
-        raise ValueError(
-            f"the checkpoint has parameter groups of {theirs} parameters, this optimizer of "
-            f"{ours}: build it from the same model, with the same groups."
-        )
     for g, saved in enumerate(saved_groups):
         if "algorithm" not in saved:
-            first = name_of(groups, g, 0) if groups[g]["params"] else "no parameter"
-            raise ValueError(
-                f"the checkpoint divides the parameters among groups otherwise than this "
-                f"optimizer: it has no hyperparameters for group {g} (of {first}, ...). Give "
-                "param_groups the same patterns as when it was saved, or start with fresh "
-                "optimizer state."
-            )
+            continue  # torch.distributed.checkpoint found no group there: see _regrouped
         where = f"the checkpoint's parameter group {g}: "
         if missing := [key for key in HYPERPARAMETERS if key != "splits" and key not in saved]:
             raise ValueError(f"{where}it has no {', '.join(missing)}: it is damaged.")
@@ -196,22 +185,91 @@ def _check_groups(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, An
             raise TypeError(f"{where}splits must be rows of parts, got {saved['splits']!r}")
 
 
+def _regrouped(
+    groups: Sequence[Mapping[str, Any]],
+    g: int,
+    saved_groups: Sequence[Mapping[str, Any]],
+    sources: Mapping[Tensor, tuple[Any, Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """The saved group for one of the optimizer's groups, made of those that its parameters had.
+
+    Its parameters, its algorithm and what belongs to them stay as they are here.
+
+    Raises:
+        ValueError: saved groups differ in a hyperparameter that one group cannot hold.
+    """
+    ours = groups[g]
+    own = ("params", "algorithm", "splits", *OPTIONAL)
+    made = {key: ours[key] for key in own if key in ours}
+    sought = {id(sources[param][1]) for param in ours["params"]}
+    if not sought and len(groups) == len(saved_groups):
+        sought = {id(saved_groups[g])}
+    # torch.distributed.checkpoint gives the hyperparameters of a group that became several to the
+    # last of them alone. The others take them from there.
+    whole = {i: saved for i, saved in enumerate(saved_groups) if "algorithm" in saved}
+    found = {i: saved for i, saved in whole.items() if id(saved) in sought} or whole
+    for key in dict.fromkeys(key for saved in found.values() for key in saved if key not in own):
+        path = {"scale": CONDA, "update_proj_gap": CONDA, "adamw_scale": ADAMW}.get(key)
+        using = {i: s for i, s in found.items() if not path or s["algorithm"] in (None, path)}
+        (first, saved), *others = (using or found).items()
+        made[key] = saved.get(key)
+        for other, another in others:
+            if not _same(made[key], another.get(key)):
+                raise ValueError(
+                    f"the checkpoint has the parameters of group {g} in several groups, "
+                    f"with {key} {made[key]} in {_described(first, saved)} and {another.get(key)} "
+                    f"in {_described(other, another)}, which one group cannot hold. Give the "
+                    f"optimizer the checkpoint's groups, or set {key} alike in all of these."
+                )
+    return made
+
+
+def _is_merged(saved: Mapping[str, Any]) -> bool:
+    """Whether a group's parameters are more than those of the group that it was saved from."""
+    names = saved.get("param_names") or ()
+    by_name = all(isinstance(saved_id, str) for saved_id in saved["params"])
+    return bool(names) and by_name and len(names) < len(saved["params"])
+
+
+def _described(g: int, saved: Mapping[str, Any]) -> str:
+    """A saved group in words, by its first parameter."""
+    first = (saved.get("param_names") or saved["params"] or ["nothing"])[0]
+    return f"group {g} (of {first}, ...)"
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two hyperparameters are the same; what frameworks keep beside them may differ."""
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if not isinstance(a, Real | Tensor) or not isinstance(b, Real | Tensor):
+        return True
+    return float(a) == float(b)
+
+
 def _sources(
     groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> dict[Tensor, tuple[Any, Mapping[str, Any]]]:
     """For each parameter, the key of its saved state and its saved group."""
-    by_place = {
-        param: (saved_id, saved)
-        for ours, saved in zip(groups, saved_groups, strict=True)
-        for param, saved_id in zip(ours["params"], saved["params"], strict=True)
-    }
+    ours, theirs = ([len(g["params"]) for g in some] for some in (groups, saved_groups))
     # torch.distributed.checkpoint's keys are names already, in our order; the param_names it gives
     # are those of another group if the groups differ.
-    by_number = all(isinstance(saved_id, int) for saved_id, _ in by_place.values())
-    if not by_number or not all(g.get("param_names") for g in (*groups, *saved_groups)):
-        return by_place
-    if any(is_place(name) for g in (*groups, *saved_groups) for name in g["param_names"]):
-        return by_place
+    by_number = all(
+        isinstance(saved_id, int) for saved in saved_groups for saved_id in saved["params"]
+    )
+    names = [g.get("param_names") or () for g in (*groups, *saved_groups) if g["params"]]
+    named = all(names) and not any(is_place(name) for some in names for name in some)
+    if ours != theirs and not (by_number and named and sum(ours) == sum(theirs)):
+        raise ValueError(
+            f"the checkpoint has parameter groups of {theirs} parameters, this optimizer of "
+            f"{ours}: build it from the same model, with the same groups"
+            + (", or with the names of the parameters on both sides." if not named else ".")
+        )
+    if not by_number or not named:
+        return {
+            param: (saved_id, saved)
+            for group, saved in zip(groups, saved_groups, strict=True)
+            for param, saved_id in zip(group["params"], saved["params"], strict=True)
+        }
     for g, saved in enumerate(saved_groups):
         if len(saved["param_names"]) != len(saved["params"]):
             raise ValueError(

@@ -25,7 +25,7 @@ from conda_dist.groups import (
 from conda_dist.names import Names, check_paths, each
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice
-from conda_dist.replaced import refuse_flat, refuse_lost_state
+from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_removed
 from conda_dist.report import Row, print_table, rows
 from conda_dist.runtime.saved_state import agree_to_load, convert
 from conda_dist.runtime.step import CondaPath
@@ -333,10 +333,11 @@ class Conda(torch.optim.Optimizer):
         step. torch's checkpoint tools then take the optimizer for initialised, so it becomes so.
 
         Raises:
-            ValueError: there is state of parameters that were replaced since it was made.
+            ValueError: there is state of parameters that were replaced, or taken out of the groups.
         """
         self._names.follow(self.param_groups)
         refuse_lost_state(each(self.param_groups), self.state)
+        refuse_removed(each(self.param_groups), self.state)
         trainable = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
         if any(held and not has_own(held) for held in map(self.state.get, trainable)):
             self.init_state()
@@ -389,6 +390,13 @@ class Conda(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+        for g in found[0].merged:
+            warnings.warn(
+                f"parameter group {g} was saved as several groups, of which "
+                "torch.distributed.checkpoint gives the hyperparameters of one: check its lr, "
+                f"{self.param_groups[g]['lr']:g}, and the others.",
+                stacklevel=2,
+            )
         if missing := found[0].missing:
             warnings.warn(
                 f"the checkpoint has no state of {', '.join(missing)}, perhaps because they were "

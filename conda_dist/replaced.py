@@ -104,6 +104,23 @@ def refuse_lost_state(named: Named, state: Mapping[Any, Any]) -> None:
         )
 
 
+def refuse_removed(named: Named, state: Mapping[Any, Any]) -> None:
+    """Refuses to save state of parameters that were taken out of the groups.
+
+    Raises:
+        ValueError: there is such a state, for which a state dict has no place.
+    """
+    held = {id(param) for _, param, _ in named}
+    removed = [key for key in state if isinstance(key, Tensor) and id(key) not in held]
+    if removed:
+        shapes = ", ".join(str(tuple(param.shape)) for param in removed[:3])
+        raise ValueError(
+            f"there is state of {len(removed)} parameters that were taken out of the parameter "
+            f"groups, of shapes {shapes}. Put them back, or drop their states, as by "
+            "optimizer.state.pop(param)."
+        )
+
+
 def refuse_strangers(named: Iterable[tuple[str, Tensor]]) -> None:
     """Refuses parameters without gradients that have been replaced, in the model alone.
 

@@ -1,5 +1,6 @@
 """Parameters whose data, form or gradient somebody changes after a step, in one process."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -203,3 +204,72 @@ def test_lists_may_be_filtered_and_extended() -> None:
     later.grad = torch.ones(3)
     optimizer.step()
     assert not torch.equal(later, torch.ones(3))
+
+
+def _changed(optimizer: Conda, change: str, new: nn.Parameter) -> None:
+    """Changes lists of parameters in place, names left alone."""
+    first, second = (group["params"] for group in optimizer.param_groups)
+    if change == "append":
+        second.append(new)
+    elif change == "insert":
+        first.insert(0, new)
+    elif change == "filter":
+        first[:] = [p for p in first if p.ndim > 1]
+    elif change == "reverse":
+        first.reverse()
+    elif change == "move":
+        second.append(first.pop(0))
+    elif change == "replace":
+        optimizer.param_groups[0]["params"] = first[::2]
+
+
+def _step(optimizer: Conda, index: int) -> None:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            torch.manual_seed(index)
+            param.grad = torch.randn_like(param)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("used", [0, 2])
+@pytest.mark.parametrize("change", ["append", "insert", "filter", "reverse", "move", "replace"])
+def test_lists_changed_in_place(change: str, used: int) -> None:
+    """Names follow their parameters; the optimizer reports, saves and resumes them as they are."""
+    runs = []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        model = toys.Block()
+        new = nn.Parameter(torch.ones(3, 5))
+        pairs = list(model.named_parameters())
+        optimizer = Conda([{"params": pairs[:4]}, {"params": pairs[4:]}], update_proj_gap=2)
+        names = {id(param): name for name, param in pairs}
+
+        for index in range(used):
+            _step(optimizer, index)
+        _changed(optimizer, change, new)
+        listed = [p for group in optimizer.param_groups for p in group["params"]]
+        for param in [p for p in optimizer.state if not any(p is kept for kept in listed)]:
+            del optimizer.state[param]
+        for index in range(used, 5):
+            if resumed and index == 4:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            _step(optimizer, index)
+        runs.append([p.detach() for p in listed])
+        called = [name for group in optimizer.param_groups for name in group["param_names"]]
+        for name, param in zip(called, listed, strict=True):
+            assert name == names.get(id(param), name)
+            assert (param is new) == name.startswith("param_groups[")
+        assert {row["name"] for row in optimizer.report(show=False)} == set(called)
+    assert all(map(torch.equal, *runs))
+
+
+def test_state_of_a_parameter_taken_out() -> None:
+    model = toys.Block()
+    optimizer = Conda(model.named_parameters())
+    toys.loss(model, 0).backward()
+    optimizer.step()
+    removed = optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(ValueError, match="state of 1 parameters that were taken out"):
+        optimizer.state_dict()
+    optimizer.state.pop(removed)
+    optimizer.load_state_dict(optimizer.state_dict())

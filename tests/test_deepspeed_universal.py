@@ -210,7 +210,7 @@ ERRORS = {
     "routed": "blocks.0.up.weight: the checkpoint has nothing on the conda path",
     "groups": "the checkpoint has 2 parameter groups, the optimizer 1",
     "unconverted": "is missing: .* is not what ds_to_universal makes",
-    "config 0": "load_universal is for ZeRO 1 to 3; what stage 0 saves loads on any number",
+    "config 0": "load_universal in this DeepSpeed config: it is for ZeRO 1 to 3; what stage 0",
     "config 1": "load_universal: DeepSpeed takes parameters from wrong places with round_robin",
 }
 
