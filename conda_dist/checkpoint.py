@@ -201,6 +201,7 @@ def _regrouped(
     ours = groups[g]
     own = ("params", "algorithm", "splits", *OPTIONAL)
     made = {key: ours[key] for key in own if key in ours}
+    made["params"] = [sources[param][0] for param in ours["params"]]
     sought = {id(sources[param][1]) for param in ours["params"]}
     if not sought and len(groups) == len(saved_groups):
         sought = {id(saved_groups[g])}

@@ -125,13 +125,15 @@ class Setup:
             RuntimeError: on all ranks alike, if plans differ, or something is wrong on a rank.
         """
         wrong = None if error else self._wrong_gradient(new)
-        try:
-            for mesh in self.meshes:
+        for mesh in self.meshes:
+            try:
                 agree(mesh, self.lines(mesh), error or wrong)
-        except RuntimeError:
-            if wrong is not None:  # it says more than that some rank has one
-                raise wrong from None
-            raise
+            except RuntimeError:
+                if wrong is None:
+                    raise
+                break
+        if wrong is not None:  # it says more than that some rank has one
+            raise wrong
         self.init_state()
         self.agreed = True
 
