@@ -271,8 +271,8 @@ def set_up(
 def _check_form(name: str, param: Tensor, state: Mapping[str, Any], options: Options) -> None:
     """Refuses a parameter whose data has changed so much that its state is of another one."""
     for key in ("exp_avg", second_key(options)):
-        if key not in state:
-            continue
+        if key not in state or f"{key}_0" in state:
+            continue  # parts that have moments of their own are checked against their plans
         held, needed = state[key], moment_dtype if key == "exp_avg" else second_dtype
         separate = isinstance(param, DTensor) and not isinstance(held, DTensor)
         if held.shape != param.shape and not separate:

@@ -128,6 +128,8 @@ class Weight:
             if name == self.basis_key:
                 self._set_identity(elements)
             state[name] = self._wrap(layout, elements)
+            # torchtitan loads only the states whose names it finds in optimizer.state.
+            state.setdefault(self.saved_key(name), elements.new_empty(0))
         if not self.plan.part:
             taken = (*parts, *self.plan.storage.shape[:-2])
             for name in ("basis_step", *(("snapshot_step",) if self.is_async else ())):
