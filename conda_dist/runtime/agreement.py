@@ -25,9 +25,9 @@ PRESENT, MISSING = 0.0, 3.0
 
 ADVICE = (
     "Every rank must have a gradient of the same parameters in every step: where one has none, "
-    "give it zeros, or set it to None on all ranks. What was trained since then differs from what "
-    "equal ranks would have; resume from a checkpoint."
+    "give it zeros, or set it to None on all ranks."
 )
+LOST = "The parameters have differed since; resume from a checkpoint of before."
 SHOWN = 3
 """Parameters that an error names, at most."""
 
@@ -106,9 +106,9 @@ class GradientFlags:
                 known = set(flags.mesh.shared_dims()) <= set(flags.dims)
                 (raised if known else warned).extend(_describe(flags, missing))
         if raised:
-            raise RuntimeError(_message(raised))
+            raise RuntimeError(f"{_message(raised)} {LOST}")
         if warned:
-            text = f"{_message(warned)} An error follows at the next refresh, on all ranks."
+            text = f"{_message(warned)} At the next refresh this is an error, on all ranks."
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
@@ -221,7 +221,7 @@ class Comparison:
 
 def explain(texts: Mapping[int, str]) -> str:
     """Says how the lines of ranks differ, see :meth:`Comparison.lines`."""
-    said = []
+    said, lost = [], False
     tables = [[line.split("\t") for line in text.split("\n")] for text in texts.values()]
     for row in zip(*tables, strict=True):
         name, agreed, *_ = row[0]
@@ -230,6 +230,7 @@ def explain(texts: Mapping[int, str]) -> str:
             by_steps[int(steps) - int(agreed)].append(rank)
             by_gradient[present].append(rank)
         if len(by_steps) > 1:
+            lost = True
             taken = " and ".join(f"{_ranks(by_steps[n])} took {n}" for n in sorted(by_steps))
             said.append(
                 f"{name}: of the {max(by_steps)} steps since step {agreed}, when the ranks last "
@@ -240,4 +241,4 @@ def explain(texts: Mapping[int, str]) -> str:
                 f"{name}: in this step, the first one that differs, {_ranks(by_gradient['False'])} "
                 f"had no gradient of it, and {_ranks(by_gradient['True'])} had one"
             )
-    return _message(said)
+    return _message(said) + f" {LOST}" * lost
