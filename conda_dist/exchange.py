@@ -7,7 +7,7 @@ parameters' own mesh: ranks outside it, such as other pipeline stages, are never
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -309,7 +309,11 @@ def all_texts(mesh: Mesh, text: str) -> dict[int, str]:
 
 
 def agree(
-    mesh: Mesh, lines: Sequence[str], error: Exception | None, what: str = "cannot plan its step"
+    mesh: Mesh,
+    lines: Sequence[str],
+    error: Exception | None,
+    what: str = "cannot plan its step",
+    explain: Callable[[Mapping[int, str]], str] | None = None,
 ) -> None:
     """Holds the ranks' plans against each other before anything else is sent.
 
@@ -318,6 +322,7 @@ def agree(
         lines: the plan of this rank, a line for each parameter.
         error: what went wrong in making it, or None.
         what: what Conda cannot do if a rank has an error.
+        explain: says how lines differ, of the joined lines by global rank; None if they are plans.
 
     Raises:
         RuntimeError: on all ranks alike, if the plans differ or a rank could not make one.
@@ -333,10 +338,10 @@ def agree(
         why = "; ".join(f"rank {rank}: {text}" for rank, text in said.items() if text)
         raise RuntimeError(f"Conda {what}: {why}") from error
     if any(high != -low for high, low in zip(extremes[:4], extremes[4:], strict=True)):
-        raise RuntimeError(_difference(all_texts(mesh, "\n".join(lines))))
+        raise RuntimeError((explain or difference)(all_texts(mesh, "\n".join(lines))))
 
 
-def _difference(texts: dict[int, str]) -> str:
+def difference(texts: Mapping[int, str]) -> str:
     """Names the first line in which a rank's plan differs from the first rank's."""
     (first, reference), *others = texts.items()
     for rank, text in others:

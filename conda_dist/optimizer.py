@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conda_dist import storage
 from conda_dist.adamw_path import adamw_step
 from conda_dist.ambience import refuse_capture, without_autocast
 from conda_dist.checkpoint import Loaded, fill_state, keep, match_state
@@ -213,8 +212,9 @@ class Conda(torch.optim.Optimizer):
         """Takes one step with the gradients there are.
 
         Parameters without a gradient are left alone; all ranks that share one must have it or
-        not. A first step in which all gradients are zero changes nothing and is not counted, nor
-        is the step of a matrix whose momentum is still zero.
+        not. Where they differ, the next step raises if gradients are exchanged, and else the next
+        one with a refresh. A first step in which all gradients are zero changes nothing and is not
+        counted, nor is the step of a matrix whose momentum is still zero.
 
         The step is the same inside ``torch.autocast``, and in a function that ``torch.compile``
         compiles, which calls it as it is.
@@ -229,8 +229,9 @@ class Conda(torch.optim.Optimizer):
             TypeError: a hyperparameter was set to something of another type.
             ValueError: one was set to something out of its range.
             RuntimeError: a gradient is sparse or of another shape; a CUDA graph is being
-                captured; ranks have different plans; a decomposition raised or failed too often.
-                The last two on all ranks of the mesh alike.
+                captured; ranks have different plans, or had gradients of different parameters; a
+                decomposition raised or failed too often. The last three on all ranks of the mesh
+                alike.
         """
         loss = None
         if closure is not None:  # the model is evaluated as the caller would
@@ -242,21 +243,18 @@ class Conda(torch.optim.Optimizer):
 
     def _step(self) -> None:
         refuse_capture()
+        if self._path is not None:
+            self._path.flags.check()
         setup, path = self._resolve(agreeing=True)
-        grads: dict[Tensor, Tensor | None] = {}
-        for member in setup.members:  # parts share a parameter, whose gradient is reduced once
-            if member.param not in grads:
-                grads[member.param] = storage.local_gradient(member.name, member.param)
+        for comparison in setup.comparisons:
+            comparison.compare()
+        grads = setup.gradients()
         live = setup.live(grads)
-        path.step(
-            {
-                i: grad
-                for i, weight in enumerate(setup.weights)
-                if weight.mesh in live and (grad := grads[weight.param]) is not None
-            }
-        )
+        path.step({i: grads[w.param] for i, w in enumerate(setup.weights) if w.mesh in live})
         plains = [plain for plain in setup.plains if plain.mesh in live]
         adamw_step(plains, grads, self._options.stochastic_rounding)
+        for comparison in setup.comparisons:
+            comparison.settle()
 
     def init_state(self) -> None:
         """Allocates all state now, for whoever saves before the first step.
@@ -334,7 +332,10 @@ class Conda(torch.optim.Optimizer):
 
         Raises:
             ValueError: there is state of parameters that were replaced, or taken out of the groups.
+            RuntimeError: see :meth:`step`: ranks differed in their gradients in the last step.
         """
+        if self._path is not None:
+            self._path.flags.check()
         self._names.follow(self.param_groups)
         refuse_lost_state(each(self.param_groups), self.state)
         refuse_removed(each(self.param_groups), self.state)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from conda_dist import storage
 from conda_dist.adamw_path import Plain
-from conda_dist.exchange import Mesh, agree, all_max, is_distributed
+from conda_dist.exchange import Mesh, agree, all_max, difference, is_distributed
 from conda_dist.groups import check_parameter
 from conda_dist.layout import Layout
 from conda_dist.names import name_of, path_of
@@ -23,6 +23,7 @@ from conda_dist.plan.compute_groups import Choice, Request, choose, deal_owners
 from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.replaced import refuse_strangers
 from conda_dist.routing import CONDA, check_kernel, check_matrix, check_splits
+from conda_dist.runtime.agreement import Comparison, explain
 from conda_dist.runtime.weight import Weight
 from conda_dist.states import (
     basis_dtype,
@@ -46,6 +47,9 @@ class Setup:
         signature: of the parameters all this was made for.
         agreed: whether the ranks have found their plans to be the same.
         started: for each mesh whether a step of its parameters has counted.
+        comparisons: for each mesh when its ranks compare which gradients they have had.
+        reduced: parameters whose gradients were still to be summed up over ranks, with what such a
+            gradient looks like.
     """
 
     weights: list[Weight]
@@ -54,6 +58,8 @@ class Setup:
     signature: object
     agreed: bool = False
     started: list[bool] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    reduced: dict[Tensor, DTensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Takes up from the states there are."""
@@ -61,6 +67,14 @@ class Setup:
         for member in self.members:
             if "step" in member.state and member.state["step"].any():
                 self.started[self.meshes.index(member.mesh)] = True
+        self.comparisons = [
+            Comparison(
+                mesh,
+                [w for w in self.weights if w.mesh == mesh],
+                [p for p in self.plains if p.mesh == mesh],
+            )
+            for mesh in self.meshes
+        ]
 
     @property
     def members(self) -> tuple[Weight | Plain, ...]:
@@ -125,13 +139,15 @@ class Setup:
             RuntimeError: on all ranks alike, if plans differ, or something is wrong on a rank.
         """
         wrong = None if error else self._wrong_gradient(new)
-        for mesh in self.meshes:
+        for mesh, comparison in zip(self.meshes, self.comparisons, strict=True):
+            lines = [*self.lines(mesh), "", *comparison.lines()]
             try:
-                agree(mesh, self.lines(mesh), error or wrong)
+                agree(mesh, lines, error or wrong, explain=_explain)
             except RuntimeError:
                 if wrong is None:
                     raise
                 break
+            comparison.compared()
         if wrong is not None:  # it says more than that some rank has one
             raise wrong
         self.init_state()
@@ -150,6 +166,31 @@ class Setup:
         except RuntimeError as error:
             return error
         return None
+
+    def gradients(self) -> dict[Tensor, Tensor | None]:
+        """This rank's part of the gradient of each parameter, None where it has none.
+
+        A gradient that is a partial sum is summed up over the ranks: with zeros of this rank where
+        it has none, for the others would wait.
+
+        Raises:
+            RuntimeError: see :func:`conda_dist.storage.check_gradient`.
+        """
+        grads: dict[Tensor, Tensor | None] = {}
+        for member in self.members:  # parts share a parameter, whose gradient is reduced once
+            param, grad = member.param, member.param.grad
+            if param in grads:
+                continue
+            grads[param] = storage.local_gradient(member.name, param)
+            if grad is None and param in self.reduced:
+                storage.reduce_zeros(param, self.reduced[param])
+            elif (
+                isinstance(grad, DTensor)
+                and param not in self.reduced
+                and grad.placements != getattr(param, "placements", ())
+            ):
+                self.reduced[param] = storage.meta_like(grad)
+        return grads
 
     def live(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
         """Meshes whose parameters step: all, but for one whose gradients have all been zero.
@@ -178,6 +219,15 @@ class Setup:
             if p.mesh == mesh
         ]
         return [*said, *{str(member.options) for member in self.members[:1]}]
+
+
+def _explain(texts: Mapping[int, str]) -> str:
+    """Says how plans differ, or else which gradients ranks have."""
+    parts = {rank: text.partition("\n\n") for rank, text in texts.items()}
+    plans = {rank: plan for rank, (plan, _, _) in parts.items()}
+    if len(set(plans.values())) > 1:
+        return difference(plans)
+    return explain({rank: counts for rank, (_, _, counts) in parts.items()})
 
 
 def signature(groups: Iterable[Mapping[str, Any]]) -> object:

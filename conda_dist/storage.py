@@ -255,3 +255,27 @@ def local_gradient(name: str, param: Tensor) -> Tensor | None:
     if grad.placements != param.placements:
         grad = grad.redistribute(placements=param.placements)
     return grad.to_local()
+
+
+def meta_like(grad: DTensor) -> DTensor:
+    """A DTensor of the same layout and dtype without elements."""
+    with torch.no_grad():
+        return _from_local(grad, grad.to_local().to("meta"))
+
+
+def reduce_zeros(param: Tensor, example: DTensor) -> None:
+    """Has a rank without a gradient take its part in summing up the others'.
+
+    Args:
+        param: the parameter.
+        example: what a gradient looks like, from :func:`meta_like`.
+    """
+    assert isinstance(param, DTensor)
+    zeros = torch.zeros_like(example.to_local(), device=local(param).device)
+    _from_local(example, zeros).redistribute(placements=param.placements)
+
+
+def _from_local(like: DTensor, elements: Tensor) -> DTensor:
+    mesh, placed = like.device_mesh, like.placements
+    shape, stride = like.shape, like.stride()
+    return DTensor.from_local(elements, mesh, placed, run_check=False, shape=shape, stride=stride)

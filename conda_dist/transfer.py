@@ -212,6 +212,8 @@ def _cut_evenly(move: Move) -> bool:
     if type(source) is not Layout or type(target) is not Layout or source.window:
         return False
     splits = source.placements[move.mesh_dim], target.placements[move.mesh_dim]
+    if splits[1] is None:
+        return _is_gathered_evenly(source)
     ranks = math.prod(source.mesh)
     return all(
         isinstance(split, Split)
@@ -220,6 +222,18 @@ def _cut_evenly(move: Move) -> bool:
         and source.shape[split.dim] % (ranks * split.stride) == 0
         for split in splits
     )
+
+
+def _is_gathered_evenly(layout: Layout) -> bool:
+    """Whether all ranks have as much, each mesh dimension splitting a tensor dimension alone."""
+    split = [
+        (p.dim, size)
+        for p, size in zip(layout.placements, layout.mesh, strict=True)
+        if isinstance(p, Split) and not p.bounds and not p.among and p.stride == 1
+    ]
+    others = sum(p is not None for p in layout.placements) - len(split)
+    alone = len({dim for dim, _ in split}) == len(split)
+    return not others and alone and all(layout.shape[dim] % size == 0 for dim, size in split)
 
 
 def _is_even(leg: Leg) -> bool:

@@ -2,7 +2,8 @@
 
 For a weight (m, n) on p ranks, r = min(m, n), float32: a tall or square weight under Shard(0)
 moves nothing in a step; a wide one is transposed, mn/p elements each way, of which 1/p stays; a
-refresh gathers the mn/p of each rank to one owner and sends r^2 to the p - 1 others.
+refresh gathers the mn/p of each rank to one owner and sends r^2 to the p - 1 others. Beside a
+gradient that moves, each rank tells the p - 1 others in one element whether it has one.
 """
 
 import math
@@ -96,21 +97,24 @@ def test_llama_on_four_ranks() -> None:
     for rank, (first, steady, report) in enumerate(answers):
         # One packed all-to-all for the bucket and direction, mn/p elements of which 1/p stays.
         one_way = F32 * wide // p * (p - 1) // p
-        assert steady == [Call("all_to_all", one_way)] * 2
-        assert sum(row["step_bytes"] for row in report) == 2 * one_way
+        flags = F32 * len(WIDE) * (p - 1)
+        there, back = Call("all_to_all", one_way + flags), Call("all_to_all", one_way)
+        assert steady == [there, back]
+        assert sum(row["step_bytes"] for row in report) == 2 * one_way + flags
 
         owned = [row for row in report if row["owners"] == [rank]]
         others = [row for row in report if row["owners"] != [rank]]
         gathered = sum(F32 * row["shape"][0] * row["shape"][1] // p for row in others)
         returned = sum(F32 * min(row["shape"]) ** 2 * (p - 1) for row in owned)
         assert first[len(START) :] == [
-            Call("all_to_all", one_way),
+            there,
             Call("all_to_all", gathered),
             Call("all_reduce", 8 * len(LLAMA)),  # what came of each decomposition
             Call("all_to_all", returned),
-            Call("all_to_all", one_way),
+            back,
         ]
-        assert sum(row["refresh_bytes"] for row in report) == 2 * one_way + gathered + returned
+        planned = 2 * one_way + flags + gathered + returned
+        assert sum(row["refresh_bytes"] for row in report) == planned
     # Over all ranks and a refresh: each matrix is gathered once and each rotation sent to all.
     total = sum(call.sent for first, _, _ in answers for call in (first[3], first[5]))
     assert total == F32 * sum(
@@ -132,7 +136,8 @@ def test_replicas_share_the_refreshes_and_nothing_else() -> None:
     """HSDP: the exchanges stay in the shard groups, rotations cross to the other replica."""
     for first, steady, report in ranks.run(4, _run, LLAMA, (2, 2), (Replicate(), Shard(0)), {}):
         one_way = F32 * sum(m * n for _, (m, n) in WIDE) // 2 // 2
-        assert steady == [Call("all_to_all", one_way)] * 2
+        there = one_way + F32 * len(WIDE)
+        assert steady == [Call("all_to_all", there), Call("all_to_all", one_way)]
         assert {row["owners"][0] for row in report} == {0, 1, 2, 3}
         assert _names(first[len(START) * 2 :]) == [
             "all_to_all",  # gradients
@@ -179,9 +184,9 @@ def test_row_wise_tensor_parallel_moves_along_one_dimension() -> None:
     for _, steady, _ in ranks.run(4, _run, LLAMA, (2, 2), placements, {}):
         wide = sum(m * n for _, (m, n) in WIDE)
         tall = sum(m * n for _, (m, n) in TALL)
-        assert sorted(call.sent for call in steady) == sorted(
-            [F32 * wide // 4 // 2] * 2 + [F32 * tall // 4 // 2] * 2
-        )
+        back = [F32 * wide // 4 // 2, F32 * tall // 4 // 2]
+        there = [back[0] + F32 * len(WIDE), back[1] + F32 * len(TALL)]
+        assert sorted(call.sent for call in steady) == sorted(there + back)
 
 
 def test_groups_send_each_gradient_once_and_each_update_once() -> None:
@@ -194,6 +199,7 @@ def test_groups_send_each_gradient_once_and_each_update_once() -> None:
         mine = [row["name"] for row in report if row["group"] == [rank]]
         assert all(len(row["group"]) == 1 for row in report)
         given = sum(numel for name, numel in whole.items() if name not in mine) // p
+        given += len(LLAMA) * (p - 1)  # flags
         returned = sum(whole[name] for name in mine) * (p - 1) // p
         assert [call.name for call in steady] == ["all_to_all"] * 2
         assert [call.sent for call in steady] == [F32 * given, F32 * returned]

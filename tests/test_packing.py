@@ -258,11 +258,13 @@ def _optimizer(tensors: Sequence[Tensor]) -> Conda:
 
 
 def test_operators_of_a_step_do_not_grow_with_the_ranks() -> None:
-    """Two wide and two tall weights: each wide one is packed and unpacked twice.
+    """Two wide and two tall weights: each wide one is packed and unpacked twice, and flags once.
 
-    Of 384 columns on 256 ranks the most are two on a rank, and the last 64 ranks have none.
+    Of 384 columns on 256 ranks the most are two on a rank, and the last 64 ranks have none: the
+    flags, which all get, are packed in two copies, three operators more.
     """
     places = [(world, rank) for world in (8, 64, 256) for rank in (0, world // 2 - 1)]
     (counts,) = ranks.run(1, _operators, places)
-    assert len(set(counts)) == 1, counts
+    assert len(set(counts[:4])) == len(set(counts[4:])) == 1, counts
     assert counts[0] <= 128
+    assert counts[4] <= counts[0] + 3

@@ -53,10 +53,11 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     """What a weight costs the rank at a coordinate, all matrices of its batch refreshed at once."""
     plans, count = [plan], len(plan.owners)
     task = plan_task(plans, (0,), [range(count)], coordinate)
-    # Moments of a flat weight travel with its gradient.
-    two = [sizes.moment, sizes.second]
+    # Moments of a flat weight travel with its gradient, and with others' gradients their flags.
+    two = [sizes.moment, sizes.second] if task.loading else []
+    flags = [sizes.travel] * len(task.flags)
     steady: list[Exchanged] = [
-        (task.forward, [sizes.travel, sizes.basis, *two]),
+        (task.forward, [sizes.travel, sizes.basis, *two, *flags]),
         (task.backward, [sizes.travel, *two]),
     ]
     moved = [(r.hops, [sizes.rotation] * count) for r in task.rotations]
@@ -93,7 +94,10 @@ def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Size
     count = len(alike)
     task = plan_task(list(alike.values()), tuple(range(count)), [()] * count, coordinate)
     exchanged: list[Exchanged] = [
-        (task.forward, [sizes.travel] * count + [sizes.basis] * count),
+        (
+            task.forward,
+            [sizes.travel] * count + [sizes.basis] * count + [sizes.travel] * len(task.flags),
+        ),
         (task.backward, [sizes.travel] * count),
     ]
     return sum(

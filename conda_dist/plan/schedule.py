@@ -8,11 +8,11 @@ the same tasks, and a planner can ask what any rank of an imagined mesh would do
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from conda_dist.compute_layout import reverse
-from conda_dist.flat import Held
+from conda_dist.compute_layout import Move, reverse
+from conda_dist.flat import Flat, Held
 from conda_dist.layout import Coordinate, Copies, Layout, Placement, Split, Topology
 from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims
 from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
@@ -61,6 +61,32 @@ class Rotations:
 
 
 @dataclass(frozen=True, slots=True)
+class Flags:
+    """Weights of which ranks tell each other, beside the gradients, whether they have one.
+
+    Attributes:
+        dims: the mesh dimensions that their gradients cross. All ranks along them learn the flags.
+        positions: the weights, by position in their task. Each rank has a flag for each.
+    """
+
+    dims: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    def route(self, mesh: tuple[int, ...]) -> tuple[Leg, ...]:
+        """The way of the flags from one of each rank, (1, ..., 1, k), to those of all of them."""
+        placements: list[Placement] = [None] * len(mesh)
+        for dim, mesh_dim in enumerate(self.dims):
+            placements[mesh_dim] = Split(dim)
+        shape = (*(mesh[d] for d in self.dims), len(self.positions))
+        layout, legs = Layout(shape, mesh, tuple(placements)), []
+        for mesh_dim in self.dims:
+            move = Move(mesh_dim, layout, layout.move(mesh_dim, None))
+            legs.append(Leg(move))
+            layout = move.target
+        return tuple(legs)
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """Weights of one mesh that step together.
 
@@ -69,13 +95,14 @@ class Task:
         loading: positions among them of those that step on copies of their moments.
         forward: exchanges before the update. Items: the gradients of ``weights``, storage to
             compute layout; as many bases, as they are kept to whole; first and second moment of
-            each of ``loading``, storage to compute layout.
+            each of ``loading``, storage to compute layout; ``flags``.
         matrices: those that take new bases, in a refresh before the update.
         gather: exchanges of a refresh that bring each projected momentum to its owner. Items:
             ``matrices``, of which those in the background stay where they are.
         rotations: how the rotations travel, in parts.
         backward: exchanges after the update. Items: the updates, compute to storage layout; the
             moments of ``loading``.
+        flags: which weights' flags travel with their gradients.
     """
 
     weights: tuple[int, ...]
@@ -85,6 +112,7 @@ class Task:
     gather: tuple[Hop, ...]
     rotations: tuple[Rotations, ...]
     backward: tuple[Hop, ...]
+    flags: tuple[Flags, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +216,7 @@ def plan_step(
     coordinates: Mapping[Topology, Coordinate],
     task_limit: int,
     refresh_limit: int,
+    dtypes: Sequence[Hashable] = (),
 ) -> tuple[Task, ...]:
     """Plans a step.
 
@@ -198,6 +227,7 @@ def plan_step(
         coordinates: of the rank for which boxes are computed, on each mesh.
         task_limit: most bytes that a task holds on a rank.
         refresh_limit: most bytes that one with a refresh holds.
+        dtypes: for each plan what its gradient travels in; () where all travel alike.
     """
     taking = {i: (*which, *ready.get(i, ())) for i, which in due.items()}
     steady = fill_tasks(
@@ -216,6 +246,7 @@ def plan_step(
             coordinates[plans[weights[0]].topology],
             [ready.get(i, ()) for i in weights],
             task_limit,
+            dtypes,
         )
         for weights in (*steady, *fresh)
     )
@@ -228,6 +259,7 @@ def plan_task(
     coordinate: Coordinate,
     in_background: Sequence[Collection[int]] = (),
     limit: float = math.inf,
+    dtypes: Sequence[Hashable] = (),
 ) -> Task:
     """Plans the exchanges of weights of one mesh, seen from one rank.
 
@@ -239,6 +271,7 @@ def plan_task(
         in_background: for each of them which of these were started in an earlier step; () for
             none.
         limit: most bytes of rotations that travel together, and at least one of them.
+        dtypes: as of :func:`plan_step`.
     """
     chosen = [plans[i] for i in weights]
     grads = [redistribution(plan.moves) for plan in chosen]
@@ -247,18 +280,41 @@ def plan_task(
     loading = tuple(i for i, plan in enumerate(chosen) if plan.loads_moments)
     there = [grads[i] for i in loading for _ in range(2)]
     back = [updates[i] for i in loading for _ in range(2)]
+    flags = _plan_flags(chosen, [dtypes[i] for i in weights] if dtypes else [None] * len(weights))
+    flagged = [f.route(chosen[0].storage.mesh) for f in flags]
     matrices = tuple(plan_matrices(plans, weights, due, coordinate, in_background))
     routes = [(matrix, chosen[matrix.position]) for matrix in matrices]
     to_owners = [() if m.in_background else _to_owner(plan, m) for m, plan in routes]
     return Task(
         weights,
         loading,
-        plan_hops(grads + bases + there, coordinate),
+        plan_hops(grads + bases + there + flagged, coordinate),
         matrices,
         plan_hops(to_owners, coordinate),
         tuple(_plan_rotations(routes, coordinate, limit)),
         plan_hops(updates + back, coordinate),
+        flags,
     )
+
+
+def crossed_dims(plan: WeightPlan) -> tuple[int, ...]:
+    """Mesh dimensions that the gradient of a weight crosses in a step.
+
+    None of a weight in flat partitions: engines have a gradient of a partition on all ranks.
+    """
+    if isinstance(plan.storage, Flat):
+        return ()
+    legs = redistribution(plan.moves)
+    return tuple(dict.fromkeys(leg.move.mesh_dim for leg in legs if not leg.silent))
+
+
+def _plan_flags(plans: Sequence[WeightPlan], dtypes: Sequence[Hashable]) -> tuple[Flags, ...]:
+    """Flags of weights travel together where their gradients do."""
+    together: dict[tuple[tuple[int, ...], Hashable], list[int]] = defaultdict(list)
+    for position, (plan, dtype) in enumerate(zip(plans, dtypes, strict=True)):
+        if dims := crossed_dims(plan):
+            together[dims, dtype].append(position)
+    return tuple(Flags(dims, tuple(positions)) for (dims, _), positions in together.items())
 
 
 def _plan_rotations(

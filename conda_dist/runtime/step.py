@@ -4,26 +4,32 @@ While one task is computed, the gradients of the next are on their way to it, an
 one before on their way back.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
+from conda_dist import storage
 from conda_dist.exchange import Exchange
 from conda_dist.options import Options
 from conda_dist.plan.schedule import (
     AsyncRefresh,
     Task,
+    crossed_dims,
     fill_tasks,
     plan_async_refresh,
     plan_step,
 )
+from conda_dist.runtime.agreement import GradientFlags
 from conda_dist.runtime.background import Background
 from conda_dist.runtime.refresh import refresh, start_in_background
 from conda_dist.runtime.scratch import Scratch
 from conda_dist.runtime.weight import Weight
 
 T = TypeVar("T")
+Grads = Mapping[int, Tensor | None]
+"""By index of a weight this rank's part of its gradient, if there is one."""
 Which = Mapping[int, tuple[int, ...]]
 """By index of a weight some matrices of its batch."""
 
@@ -56,13 +62,16 @@ class CondaPath:
         self._schedules: dict[Hashable, tuple[Task, ...]] = {}
         self._async_refreshes: dict[Hashable, list[AsyncRefresh]] = {}
         self._background = Background()
+        # Their exchanges are the same whether there is a gradient or not.
+        self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
+        self.flags = GradientFlags()
 
-    def step(self, grads: dict[int, Tensor]) -> None:
+    def step(self, grads: Grads) -> None:
         """Takes one step.
 
         Args:
             grads: by index of the weight, this rank's part of its gradient: of the parameter's
-                local shape; of a weight in parts, the same for each.
+                local shape; of a weight in parts, the same for each. None where it has none.
 
         Raises:
             RuntimeError: a decomposition raised, or failed too often; on all ranks alike.
@@ -77,23 +86,29 @@ class CondaPath:
         """Forgets what is being decomposed: it is started anew, from its snapshots."""
         self._background.drop()
 
-    def _step(self, grads: dict[int, Tensor]) -> None:
-        due = {i: self.weights[i].due() for i in grads}
+    def _step(self, grads: Grads) -> None:
+        there = [i for i, grad in grads.items() if grad is not None]
+        due = {
+            i: () if grad is None else self.weights[i].due()
+            for i, grad in grads.items()
+            if grad is not None or self._exchanged[i]
+        }
         ready: Which = {}
         if self.options.refresh == "async":
             # Restart the refreshes that were pending in a loaded checkpoint.
             self._start({i: w.pending() for i, w in enumerate(self.weights)})
-            ready = {i: which for i in grads if (which := self.weights[i].ready())}
+            ready = {i: which for i in there if (which := self.weights[i].ready())}
         key = tuple(due.items()), tuple(ready.items())
         tasks = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
         self._run(tasks, grads)
         if self.options.refresh == "async":
-            self._start({i: self.weights[i].start() for i in grads})
+            self._start({i: self.weights[i].start() for i in there})
 
     def plan_step(self, due: Which, ready: Which) -> tuple[Task, ...]:
         """The tasks of a step; see :func:`conda_dist.plan.schedule.plan_step`."""
         limits = self.options.bucket_limit, self.options.refresh_limit
-        return plan_step(self._plans, due, ready, self._coordinates, *limits)
+        dtypes = [weight.travel_dtype for weight in self.weights]
+        return plan_step(self._plans, due, ready, self._coordinates, *limits, dtypes)
 
     def _start(self, pending: Which) -> None:
         """Has those of these matrices decomposed in the background that are not there already."""
@@ -116,17 +131,18 @@ class CondaPath:
             for weights in fill_tasks(self._plans, due, self.options.refresh_limit, refreshing=True)
         ]
 
-    def _run(self, tasks: Sequence[Task], grads: dict[int, Tensor]) -> None:
+    def _run(self, tasks: Sequence[Task], grads: Grads) -> None:
         """Carries the tasks out, one after another, with the exchanges of their neighbours."""
         # As of before this step, and mesh by mesh: other ranks may have other weights beside.
         refreshing = any(task.matrices for task in tasks)
         begun = {w.plan.topology for w in self.weights if refreshing and w.step}
         scratch = Scratch()
         coming = self._forward(tasks[0], grads) if tasks else None
-        going: tuple[Task, Exchange] | None = None
+        going: tuple[Task, Exchange, Container[int]] | None = None
         for k, task in enumerate(tasks):
             assert coming is not None
             tensors, bases = self._arrived(task, coming)
+            missing = {i for i in task.weights if grads[i] is None}
             if task.matrices:
                 # It may raise, on all ranks: no update may be lost then, nor be under way.
                 if going is not None:
@@ -137,21 +153,32 @@ class CondaPath:
                 coming = self._forward(tasks[k + 1], grads) if k + 1 < len(tasks) else None
             else:
                 coming = self._forward(tasks[k + 1], grads) if k + 1 < len(tasks) else None
-                updates = self._updates(task, tensors, bases, scratch)
+                updates = self._updates(task, tensors, bases, scratch, missing)
             if going is not None:
                 self._apply(*going)
-            going = task, self._backward(task, updates)
+            going = task, self._backward(task, updates), missing
             del updates  # they are packed
         if going is not None:
             self._apply(*going)
 
     def _updates(
-        self, task: Task, grads: list[Tensor], bases: list[Tensor], scratch: Scratch
+        self,
+        task: Task,
+        grads: list[Tensor],
+        bases: list[Tensor],
+        scratch: Scratch,
+        missing: Container[int],
     ) -> list[Tensor | None]:
-        """What the gradients of a task become, one after another; they are used up."""
+        """What the gradients of a task become, one after another; they are used up.
+
+        Of a weight in ``missing`` this rank has no gradient, and leaves its state alone.
+        """
         updates: list[Tensor | None] = []
         for i in task.weights:
             weight, basis, grad = self.weights[i], bases.pop(0), grads.pop(0)
+            if i in missing:
+                updates.append(weight.nothing(grad))
+                continue
             reused = scratch if weight.plan.in_place else None
             projected = weight.project(grad, basis, reused)
             del grad
@@ -174,19 +201,34 @@ class CondaPath:
             for weight, basis, grad, counted in zip(weights, bases, projected, counts, strict=True)
         ]
 
-    def _forward(self, task: Task, grads: dict[int, Tensor]) -> Exchange:
+    def _forward(self, task: Task, grads: Grads) -> Exchange:
         """Starts gradients to the compute layout, and split bases to every rank."""
         weights = [self.weights[i] for i in task.weights]
-        tensors = [w.gradient(grads[i]) for i, w in zip(task.weights, weights, strict=True)]
+        given = [grads[i] for i in task.weights]
+        tensors = [
+            self._zeros(weight) if grad is None else weight.gradient(grad)
+            for weight, grad in zip(weights, given, strict=True)
+        ]
         tensors = [
             grad.to(w.travel_dtype) if w.plan.communicates else grad
             for grad, w in zip(tensors, weights, strict=True)
         ]
         tensors += [weight.basis for weight in weights]
         tensors += [moment for i in task.loading for moment in weights[i].kept]
-        dtypes = [tensor.dtype for tensor in tensors]
         device = tensors[len(weights)].device
+        there = [grad is not None for grad in given]
+        for flags in task.flags:
+            dtype = weights[flags.positions[0]].travel_dtype
+            tensors.append(self.flags.make(flags, there, dtype, device))
+        dtypes = [tensor.dtype for tensor in tensors]
         return Exchange(weights[0].mesh, task.forward, tensors, dtypes, device)
+
+    @staticmethod
+    def _zeros(weight: Weight) -> Tensor:
+        """What travels in the place of a gradient that this rank does not have."""
+        shape = weight.plan.storage.local_shape(weight.mesh.coordinate)
+        device = storage.local(weight.param).device
+        return torch.zeros(shape, dtype=weight.travel_dtype, device=device)
 
     def _arrived(self, task: Task, exchange: Exchange) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients in compute layout and the whole bases."""
@@ -195,6 +237,10 @@ class CondaPath:
         arrived = iter(tensors[2 * count :])
         for i, first, second in zip(task.loading, arrived, arrived, strict=False):
             self.weights[task.weights[i]].load_moments(first, second)
+        mesh = self.weights[task.weights[0]].mesh
+        for flags, values in zip(task.flags, arrived, strict=True):
+            names = tuple(self._plans[task.weights[i]].name for i in flags.positions)
+            self.flags.keep(mesh, flags, names, values)
         return tensors[:count], tensors[count : 2 * count]
 
     def _backward(self, task: Task, updates: list[Tensor | None]) -> Exchange:
@@ -207,10 +253,10 @@ class CondaPath:
         device = weights[0].param.device
         return Exchange(weights[0].mesh, task.backward, updates, dtypes, device)
 
-    def _apply(self, task: Task, returning: Exchange) -> None:
+    def _apply(self, task: Task, returning: Exchange, missing: Container[int]) -> None:
         tensors = returning.wait()
         for i, update in zip(task.weights, tensors, strict=False):
-            if update is not None:
+            if update is not None and i not in missing:
                 self.weights[i].apply(update)
         arrived = iter(tensors[len(task.weights) :])
         for i, first, second in zip(task.loading, arrived, arrived, strict=False):

@@ -192,6 +192,18 @@ class Weight:
         taken = self._counts("snapshot_step").tolist()
         return tuple(i for i, when in enumerate(taken) if NO_BASIS != when <= before)
 
+    def wait(self) -> int:
+        """Steps that it takes before one in which other ranks are needed for a refresh."""
+        step, gap = self.step, int(self.group["update_proj_gap"])
+        last, taken = self._last(step), self._counts("basis_step").tolist()
+        if NO_BASIS in taken:
+            return 0
+        if self.is_async and self.pending():
+            delay = min(self.options.refresh_delay, gap)
+            pending = [w for w in self._counts("snapshot_step").tolist() if w != NO_BASIS]
+            return max(0, int(min(pending)) + delay - step)
+        return 0 if min(taken) < last else last + gap - step
+
     def start(self) -> tuple[int, ...]:
         """Takes a snapshot after a step for which a refresh was due, unless one is pending.
 
