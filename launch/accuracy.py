@@ -30,17 +30,17 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from conda_dist import Conda
 from conda_dist.decomposition import Outcome, decompose, orthonormal
+from conda_dist.launch.cluster import process_group
+from conda_dist.launch.cluster.process_group import JobError
+from conda_dist.launch.data.preparation import open_data
+from conda_dist.launch.job import options
+from conda_dist.launch.job.checkpoint import Checkpoints
+from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.job.engine import Fsdp2Engine
+from conda_dist.launch.pretrain import CHECKPOINTS, EXIT_CONFIG, RESOLVED_CONFIG
 from conda_dist.maths import matrices, project
 from conda_dist.options import REFRESH_METHODS
 from conda_dist.storage import local
-
-from . import options, runtime
-from .checkpoint import Checkpoints
-from .config import ConfigError
-from .data import open_data
-from .engine import Fsdp2Engine
-from .pretrain import CHECKPOINTS, EXIT_CONFIG, RESOLVED_CONFIG
-from .runtime import JobError
 
 BEFORE, EXACT = "the basis in use", "SVD in float64"
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
     finally:
-        runtime.leave()
+        process_group.leave()
     found: dict[str, list[Accuracy]] = {}
     for momentum, basis, right in momenta:
         for name, accuracy in measure(momentum, basis, right).items():
@@ -98,7 +98,7 @@ def load(run: Path, checkpoint: Path | None) -> tuple[list[tuple[Tensor, Tensor,
     config = options.load(str(run / RESOLVED_CONFIG), ["--output", str(run)])
     if config.engine != "fsdp2" or config.optimizer.name != "conda":
         raise ConfigError(f"{run}: a run with --engine fsdp2 and --optimizer.name conda is wanted")
-    world = runtime.join(config.training.timeout_s)
+    world = process_group.join(config.training.timeout_s)
     if world.size > 1:
         raise ConfigError("accuracy runs in one process: start it without a launcher")
     checkpoints = Checkpoints(run / CHECKPOINTS, config.checkpoint.keep, world)

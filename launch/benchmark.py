@@ -31,11 +31,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from conda_dist import Conda
-from conda_dist.launch import benchmark_ranks
-from conda_dist.launch.config import ConfigError
-from conda_dist.launch.footprint import count_exactly, peak_bytes, state_bytes
-from conda_dist.launch.options import positive
-from conda_dist.launch.picture import check_picture, new_figure
+from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.job.options import positive
+from conda_dist.launch.job.picture import check_picture, new_figure
+from conda_dist.launch.tools import benchmark_ranks
+from conda_dist.launch.tools.footprint import count_exactly, peak_bytes, state_bytes
 from conda_dist.options import REFRESH_METHODS
 
 NEVER = 10**9  # steps between refreshes: none but the first

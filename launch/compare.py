@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from . import options
-from .comparison import Outcome, draw, read_outcome, write_tables
-from .config import ConfigError, OptimizerName
-from .curves import draw_curves, read_curve, write_distances
-from .pretrain import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, RESOLVED_CONFIG
-from .report import SUMMARY
-from .signals import stop_requests
+from conda_dist.launch.cluster.signals import stop_requests
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import ConfigError, OptimizerName
+from conda_dist.launch.job.report import SUMMARY
+from conda_dist.launch.pretrain import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, RESOLVED_CONFIG
+from conda_dist.launch.tools.comparison import Outcome, draw, read_outcome, write_tables
+from conda_dist.launch.tools.curves import draw_curves, read_curve, write_distances
 
 ENGINES = {
     "fsdp2": ["--engine", "fsdp2"],

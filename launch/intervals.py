@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from conda_dist.launch.compare import Trial, parser_of_runs, run_trial, set_by
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.job.picture import new_figure
+from conda_dist.launch.pretrain import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED
+from conda_dist.launch.tools.comparison import read_outcome
 from conda_dist.options import REFRESH_METHODS
-
-from . import options
-from .compare import Trial, parser_of_runs, run_trial, set_by
-from .comparison import read_outcome
-from .config import ConfigError
-from .picture import new_figure
-from .pretrain import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED
 
 _COLOURS = {"svd": "#1f5a94", "orthogonal_iteration": "#c8501e", "eigh64": "#3d8b4f"}
 _SET_HERE = ("output", "resume", "training.seed", "optimizer.name")

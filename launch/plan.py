@@ -21,13 +21,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import forecast, options
-from .config import Config, ConfigError
-from .forecast import AXES, Forecast, Mesh, Seconds
-from .hardware import HARDWARE, Hardware
-from .model import empty_model, parameter_count
-from .picture import check_picture, new_figure
-from .pretrain import EXIT_CONFIG
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.model import empty_model, parameter_count
+from conda_dist.launch.job.picture import check_picture, new_figure
+from conda_dist.launch.pretrain import EXIT_CONFIG
+from conda_dist.launch.tools import forecast
+from conda_dist.launch.tools.forecast import AXES, Forecast, Mesh, Seconds
+from conda_dist.launch.tools.hardware import HARDWARE, Hardware
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SCALES = ("llama_7b", "llama_70b", "llama_405b")

@@ -21,18 +21,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from . import options, runtime
-from .batches import row_range
-from .checkpoint import Checkpoints
-from .config import Config, ConfigError
-from .data import open_data
-from .engine import Engine, Fsdp2Engine
-from .lock import locked
-from .report import Reporter
-from .runtime import JobError, World
-from .signals import end_with_launcher, stop_requests
-from .trainer import Trainer
-from .watchdog import Watchdog
+from conda_dist.launch.cluster import process_group
+from conda_dist.launch.cluster.lock import locked
+from conda_dist.launch.cluster.process_group import JobError, World
+from conda_dist.launch.cluster.signals import end_with_launcher, stop_requests
+from conda_dist.launch.data.batches import row_range
+from conda_dist.launch.data.preparation import open_data
+from conda_dist.launch.job import options
+from conda_dist.launch.job.checkpoint import Checkpoints
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.engine import Engine, Fsdp2Engine
+from conda_dist.launch.job.report import Reporter
+from conda_dist.launch.job.trainer import Trainer
+from conda_dist.launch.job.watchdog import Watchdog
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 EXIT_STOPPED = 75
@@ -70,19 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = options.load(path, given)
     except ConfigError as error:
         # Once on every host: the file may be missing on one alone.
-        if (rank := runtime.launched_rank()) == 0 or runtime.is_first_of_host():
+        if (rank := process_group.launched_rank()) == 0 or process_group.is_first_of_host():
             print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
         return EXIT_CONFIG
     try:
         end_with_launcher()
-        world = runtime.join(config.training.timeout_s)
+        world = process_group.join(config.training.timeout_s)
         code = 0 if run(config, world) else EXIT_STOPPED
     except (ConfigError, JobError) as error:
-        print(f"[rank {runtime.launched_rank()}] error: {error}", file=sys.stderr, flush=True)
+        print(f"[rank {process_group.launched_rank()}] error: {error}", file=sys.stderr, flush=True)
         code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
     # Both kinds of error are raised on every rank, so all of them come here. After any other
     # exception a rank must not wait for the rest: it ends, and its launcher ends the job.
-    runtime.leave()
+    process_group.leave()
     return code
 
 
@@ -95,7 +96,7 @@ def run(config: Config, world: World) -> bool:
             or something failed on one of them.
     """
     versions = used_versions(config)
-    runtime.require_agreement(world, options.to_values(config) | versions)
+    process_group.require_agreement(world, options.to_values(config) | versions)
     if not versions.get("deepspeed", "not used"):
         raise ConfigError(
             "engine deepspeed: DeepSpeed is not installed; pip install 'conda-dist[deepspeed]', "
@@ -113,11 +114,11 @@ def _train(config: Config, world: World, versions: dict[str, str]) -> bool:
     prepare_output(config, world)
     data = open_data(config, world)
     engine = build_engine(config, data.vocab_size, world)
-    runtime.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
+    process_group.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
     watchdog = Watchdog(world, config.training.stall_timeout_s, EXIT_FAILED)
     trainer = Trainer(config, world, engine, data, checkpoints, watchdog)
     notes = trainer.resume(source) if source is not None else []
-    hosts = ", ".join(f"{count} on {host}" for host, count in runtime.hosts(world).items())
+    hosts = ", ".join(f"{count} on {host}" for host, count in process_group.hosts(world).items())
     with stop_requests() as stop:
         reporter = Reporter(config, world, trainer.step)
         reporter.facts(
@@ -158,7 +159,7 @@ def build_engine(config: Config, vocab_size: int, world: World) -> Engine:
     # DeepSpeed looks for these when it is imported and when its engine is made.
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    from .deepspeed_engine import DeepSpeedEngine
+    from conda_dist.launch.job.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(config, vocab_size, world)
 
@@ -207,8 +208,8 @@ def prepare_output(config: Config, world: World) -> None:
         resolved.parent.mkdir(parents=True, exist_ok=True)
         resolved.write_text(options.to_toml(config))
 
-    runtime.from_main(world, "preparing the output folder", write)
-    with runtime.together(world, "looking into the output folder"):
+    process_group.from_main(world, "preparing the output folder", write)
+    with process_group.together(world, "looking into the output folder"):
         if not resolved.exists():
             raise FileNotFoundError(
                 f"rank 0 wrote {resolved.absolute()}, which this rank does not see: set output to "
@@ -217,4 +218,4 @@ def prepare_output(config: Config, world: World) -> None:
 
 
 if __name__ == "__main__":
-    runtime.end(main())
+    process_group.end(main())

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import launch_jobs
-from conda_dist.launch.checkpoint import complete_checkpoints
+from conda_dist.launch.job.checkpoint import complete_checkpoints
 from conda_dist.launch.pretrain import EXIT_STOPPED
 from processes import ENVIRONMENT, rank_environments
 

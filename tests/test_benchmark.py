@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ranks
-from conda_dist.launch import benchmark, footprint
+from conda_dist.launch import benchmark
+from conda_dist.launch.tools import footprint
 
 
 def test_every_contender_steps_in_every_round() -> None:

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conda_dist.integrations.deepspeed import arguments
-from conda_dist.launch import benchmark, compare, options, plan, pretrain
-from conda_dist.launch.config import Config, ConfigError
+from conda_dist.launch import benchmark, compare, plan, pretrain
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.optimizer import ARGUMENTS
 from fuzz import examples
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import launch_jobs
-from conda_dist.launch.checkpoint import complete_checkpoints, record_hash, step_of
+from conda_dist.launch.job.checkpoint import complete_checkpoints, record_hash, step_of
 from fault_files import Damage, delete, flip, truncate
 from launch_jobs import metrics, succeed, train
 

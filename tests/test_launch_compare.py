@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 import launch_jobs
-from conda_dist.launch import compare, comparison, options
-from conda_dist.launch.comparison import Outcome, Point, tabulate
-from conda_dist.launch.config import ConfigError
-from conda_dist.launch.curves import Curve, Distance, farthest
+from conda_dist.launch import compare
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.tools import comparison
+from conda_dist.launch.tools.comparison import Outcome, Point, tabulate
+from conda_dist.launch.tools.curves import Curve, Distance, farthest
 
 OPTIMIZERS = ["conda", "adamw", "muon"]
 

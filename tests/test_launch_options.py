@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conda_dist.launch import mpi, options, pretrain
-from conda_dist.launch.config import Config, ConfigError
+from conda_dist.launch import pretrain
+from conda_dist.launch.cluster import mpi
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import Config, ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ranks
 from conda_dist import Conda
-from conda_dist.launch import forecast, plan
-from conda_dist.launch.config import CondaConfig
-from conda_dist.launch.forecast import Mesh
-from conda_dist.launch.hardware import HARDWARE
+from conda_dist.launch import plan
+from conda_dist.launch.job.config import CondaConfig
+from conda_dist.launch.tools import forecast
+from conda_dist.launch.tools.forecast import Mesh
+from conda_dist.launch.tools.hardware import HARDWARE
 from conda_dist.layout import Layout, Split, Topology
 from conda_dist.options import DTYPES
 from conda_dist.plan.compute_groups import deal_owners

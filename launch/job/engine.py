@@ -21,14 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from conda_dist import Conda
-
-from . import optimizers, schedule
-from .batches import Tokens
-from .config import Config, ConfigError
-from .finite import Origin, finite
-from .model import build_model, compute_dtype, parameter_count
-from .runtime import World, synchronise
-from .tensors import load_tensors, save_tensors
+from conda_dist.launch.cluster.process_group import World, synchronise
+from conda_dist.launch.data.batches import Tokens
+from conda_dist.launch.job import optimizers, schedule
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.finite import Origin, finite
+from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
+from conda_dist.launch.job.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True, slots=True)

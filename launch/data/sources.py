@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import ConfigError, DataConfig
+from conda_dist.launch.job.config import ConfigError, DataConfig
 
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _PLAIN = {".txt", ".md", ".py", ".rst"}

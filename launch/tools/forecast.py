@@ -14,15 +14,14 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from conda_dist import param_groups
+from conda_dist.launch.job.config import CondaConfig
+from conda_dist.launch.tools.hardware import Hardware
 from conda_dist.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import DTYPES, Options
 from conda_dist.plan.compute_groups import Request, choose, deal_owners
 from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refresh_flops, svd_flops
 from conda_dist.plan.schedule import fill_tasks
 from conda_dist.plan.weight_plan import WeightPlan, plan_weight
-
-from .config import CondaConfig
-from .hardware import Hardware
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 """Mesh dimensions, the outermost first, as DeviceMesh orders them."""

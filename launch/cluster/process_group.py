@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
-from . import mpi, rendezvous
+from conda_dist.launch.cluster import mpi, rendezvous
 
 T = TypeVar("T")
 

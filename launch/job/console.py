@@ -9,7 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from .metrics import Record
+from conda_dist.launch.job.metrics import Record
 
 
 class _Console(Console):

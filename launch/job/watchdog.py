@@ -29,7 +29,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from .runtime import World, gather
+from conda_dist.launch.cluster.process_group import World, gather
 
 _STDERR = 2
 _VERDICT = "verdict"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from .config import Config, ConfigError, Key
+from conda_dist.launch.job.config import Config, ConfigError, Key
 
 Values = dict[str, Any]
 

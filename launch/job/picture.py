@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .config import ConfigError
-from .metrics import METRICS, read_metrics
+from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.job.metrics import METRICS, read_metrics
 
 LOSS_PICTURE = "loss.png"
 

@@ -9,11 +9,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from conda_dist import Conda, param_groups
+from conda_dist.launch.job.config import AdamWConfig, CondaConfig, MuonConfig, OptimizerConfig
+from conda_dist.launch.job.muon import ShardedMuon
 from conda_dist.optimizer import ARGUMENTS
 from conda_dist.options import DTYPES, OF_DTYPES
-
-from .config import AdamWConfig, CondaConfig, MuonConfig, OptimizerConfig
-from .muon import ShardedMuon
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from .config import AdamWConfig, CondaConfig, Config, ConfigError
-from .model import compute_dtype
-from .optimizers import conda_arguments
-from .runtime import World, from_main
+from conda_dist.launch.cluster.process_group import World, from_main
+from conda_dist.launch.job.config import AdamWConfig, CondaConfig, Config, ConfigError
+from conda_dist.launch.job.model import compute_dtype
+from conda_dist.launch.job.optimizers import conda_arguments
 
 _OWNED = {
     "train_batch_size": "training.global_batch_size",

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from . import cache, sources
-from . import tokenizer as bpe
-from .batches import Batches, StreamBatches, TokenBatches, Tokens, windows_at
-from .config import Config, ConfigError
-from .runtime import World, together
+from conda_dist.launch.cluster.process_group import World, together
+from conda_dist.launch.data import cache, sources
+from conda_dist.launch.data import tokenizer as bpe
+from conda_dist.launch.data.batches import Batches, StreamBatches, TokenBatches, Tokens, windows_at
+from conda_dist.launch.job.config import Config, ConfigError
 
 _FORMAT = 1
 """Part of every cache key: raise it when the cached files change their meaning."""

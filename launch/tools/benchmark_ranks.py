@@ -27,9 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from conda_dist import Conda
-
-from . import runtime
-from .footprint import count_exactly, peak_bytes
+from conda_dist.launch.cluster import process_group
+from conda_dist.launch.tools.footprint import count_exactly, peak_bytes
 
 NEVER = 10**9
 ALONE = "one process"
@@ -125,8 +124,8 @@ def _work(
     found = work(_ways(init_device_mesh("cpu", (ranks,)), sizes, rank), rounds)
     if rank == 0:
         torch.save(found, f"{folder}/{work.__name__}.pt")
-    runtime.leave()
-    runtime.end(0)
+    process_group.leave()
+    process_group.end(0)
 
 
 def _time(ways: dict[str, Way], rounds: int) -> Taken:

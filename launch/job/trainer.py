@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import options, runtime
-from .batches import Tokens, micro_batches, row_range
-from .checkpoint import CheckpointError, Checkpoints
-from .config import Config
-from .data import Data
-from .engine import Engine, StepResult
-from .finite import NonFiniteError
-from .metrics import Meter
-from .report import Reporter
-from .runtime import JobError, World
-from .signals import StopRequest
-from .watchdog import Watchdog
+from conda_dist.launch.cluster import process_group
+from conda_dist.launch.cluster.process_group import JobError, World
+from conda_dist.launch.cluster.signals import StopRequest
+from conda_dist.launch.data.batches import Tokens, micro_batches, row_range
+from conda_dist.launch.data.preparation import Data
+from conda_dist.launch.job import options
+from conda_dist.launch.job.checkpoint import CheckpointError, Checkpoints
+from conda_dist.launch.job.config import Config
+from conda_dist.launch.job.engine import Engine, StepResult
+from conda_dist.launch.job.finite import NonFiniteError
+from conda_dist.launch.job.metrics import Meter
+from conda_dist.launch.job.report import Reporter
+from conda_dist.launch.job.watchdog import Watchdog
 
 # A checkpoint's tensors or data position would mean something else under other values of these.
 _IDENTITY = (
@@ -91,7 +92,7 @@ class Trainer:
             self._engine.load(path, facts["step"])
         except JobError as error:
             raise self._checkpoints.unusable(path, str(error)) from error
-        with runtime.together(self._world, "finding the data's place", patient=True):
+        with process_group.together(self._world, "finding the data's place", patient=True):
             self._data.batches.load_state_dict(facts["data"])
         self.step = self._saved_at = facts["step"]
         self._meter.train_s, self._val_loss = facts["train_s"], facts["val_loss"]
@@ -115,13 +116,15 @@ class Trainer:
             # One that was asked to stop has little time: it does not wait for data that it leaves.
             rows, error = self._read() if not asked and not lost else (None, None)
             self._watchdog.mark(self.step, "between steps")
-            stopping, failed, unread = runtime.any_rank(self._world, asked, lost, error is not None)
+            stopping, failed, unread = process_group.any_rank(
+                self._world, asked, lost, error is not None
+            )
             if stopping or failed or unread:
                 self._save(reporter, position)
                 reporter.require_written()
                 if unread and not stopping:  # a host that goes away may lose its network first
                     what = f"reading the data of step {self.step + 1}"
-                    with runtime.together(self._world, what):
+                    with process_group.together(self._world, what):
                         if error is not None:
                             raise error
                 return False

@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .config import ConfigError, ModelConfig, TrainingConfig
-from .runtime import World
+from conda_dist.launch.cluster.process_group import World
+from conda_dist.launch.job.config import ConfigError, ModelConfig, TrainingConfig
 
 
 def build_model(

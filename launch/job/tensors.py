@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from .runtime import JobError, World
+from conda_dist.launch.cluster.process_group import JobError, World
 
 
 def save_tensors(folder: Path, state: dict[str, Any], world: World) -> None:

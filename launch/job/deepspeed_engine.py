@@ -20,16 +20,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from conda_dist.integrations.deepspeed import Conda  # which makes the JSON's type known, too
+from conda_dist.launch.cluster.process_group import JobError, World, from_main, together
+from conda_dist.launch.data.batches import Tokens
+from conda_dist.launch.job import schedule
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.deepspeed_settings import build_settings
+from conda_dist.launch.job.engine import StepResult, add_up, clock, loss_sum
+from conda_dist.launch.job.finite import Origin, finite
+from conda_dist.launch.job.model import compute_dtype, initialised_model, parameter_count
 from conda_dist.report import print_table
-
-from . import schedule
-from .batches import Tokens
-from .config import Config, ConfigError
-from .deepspeed_settings import build_settings
-from .engine import StepResult, add_up, clock, loss_sum
-from .finite import Origin, finite
-from .model import compute_dtype, initialised_model, parameter_count
-from .runtime import JobError, World, from_main, together
 
 _TAG, _LAYOUT = "deepspeed", "deepspeed.json"
 

@@ -1,4 +1,6 @@
-"""torchrun that leaves a note when a signal ends it: python -P launch/noted.py [its arguments]
+"""torchrun that leaves a note when a signal ends it.
+
+Usage: python -P launch/cluster/torchrun_stop_file.py [torchrun's arguments]
 
 As a file, not a module: importing the package takes seconds, in which a signal would go unnoted.
 The ranks leave the same note once they train (pretrain.STOP_NOTE); before that only their torchrun

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .runtime import JobError, World, from_main
+from conda_dist.launch.cluster.process_group import JobError, World, from_main
 
 PATIENCE_S = 5.0
 """Seconds to wait for a lock: a process that was killed keeps its own until the system has taken

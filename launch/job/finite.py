@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from conda_dist.launch.cluster.process_group import JobError, World, gather
 from conda_dist.storage import local
-
-from .runtime import JobError, World, gather
 
 
 class NonFiniteError(JobError):

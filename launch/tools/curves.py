@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from .metrics import METRICS, read_metrics
-from .picture import new_figure
+from conda_dist.launch.job.metrics import METRICS, read_metrics
+from conda_dist.launch.job.picture import new_figure
 
 _KINDS = ("loss", "val_loss")
 _WORDS = {"loss": "training", "val_loss": "validation"}

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .config import ConfigError, TokenizerConfig
+from conda_dist.launch.job.config import ConfigError, TokenizerConfig
 
 _BATCH = 256
 """Documents encoded per call, enough to keep the tokenizer's threads busy."""

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .runtime import JobError, World, from_main, gather, together
+from conda_dist.launch.cluster.process_group import JobError, World, from_main, gather, together
 
 _FACTS = "trainer.json"
 _NAME = re.compile(r"step-\d{8,}")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .metrics import METRICS, read_metrics
-from .picture import new_figure
+from conda_dist.launch.job.metrics import METRICS, read_metrics
+from conda_dist.launch.job.picture import new_figure
 
 BASELINE = "adamw"
 """The optimizer whose final loss the others race to; the first one where it is not compared."""

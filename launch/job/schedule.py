@@ -7,7 +7,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from .config import ScheduleConfig
+from conda_dist.launch.job.config import ScheduleConfig
 
 
 def factor(config: ScheduleConfig, peak: float, steps: int, step: int) -> float:

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from . import sources
-from .config import ConfigError, DataConfig
-from .tokenizer import encode
+from conda_dist.launch.data import sources
+from conda_dist.launch.data.tokenizer import encode
+from conda_dist.launch.job.config import ConfigError, DataConfig
 
 Tokens = npt.NDArray[np.int64]
 
