@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import launch_jobs
 from conda_dist.launch import pretrain
-from conda_dist.launch.cluster import process_group
+from conda_dist.launch.cluster import launcher
 from conda_dist.launch.data.batches import StreamBatches, TokenBatches
 from conda_dist.launch.job.config import ConfigError
 from launch_jobs import Result
@@ -153,4 +153,4 @@ def job(fault: str, rank: int, step: int, *arguments: str) -> Result:
 
 if __name__ == "__main__":
     with injected(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):
-        process_group.end(pretrain.main(sys.argv[4:]))
+        launcher.end(pretrain.main(sys.argv[4:]))

@@ -23,7 +23,7 @@ from typing import TypeAlias
 
 import launch_jobs
 from conda_dist.launch.job.checkpoint import complete_checkpoints
-from conda_dist.launch.pretrain import EXIT_STOPPED
+from conda_dist.launch.job.files import EXIT_STOPPED
 from processes import ENVIRONMENT, rank_environments
 
 Process: TypeAlias = subprocess.Popen[bytes]

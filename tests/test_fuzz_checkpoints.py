@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.metadata import (
 import launch_jobs
 import models
 import ranks
-from conda_dist.launch import pretrain
 from conda_dist.launch.cluster import process_group
 from conda_dist.launch.cluster.process_group import JobError
 from conda_dist.launch.data.preparation import open_data
@@ -223,7 +222,7 @@ def _damages(config: Path, run: Path, seeds: list[int]) -> list[tuple[str, str]]
     """What loading each damaged copy of a checkpoint says; half of them have new hashes."""
     world = process_group.join(60)
     settings = options.load(config, ["--output", str(run), "--training.steps", "3"])
-    engine = pretrain.build_engine(settings, open_data(settings, world).vocab_size, world)
+    engine = run.build_engine(settings, open_data(settings, world).vocab_size, world)
     checkpoints = Checkpoints(run / "checkpoints", 1, world)
     good = newest(run)
     path = run.parent / "damaged" / "step-00000009"

@@ -18,6 +18,8 @@ from conda_dist.integrations.deepspeed import arguments
 from conda_dist.launch import benchmark, compare, plan, pretrain
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.files import EXIT_CONFIG
+from conda_dist.launch.tools import benchmark_process
 from conda_dist.optimizer import ARGUMENTS
 from fuzz import examples
 
@@ -68,7 +70,7 @@ def _toml(value: Any) -> str:
 def _sound(config: Config) -> None:
     """What was understood is a config, and its own file says the same."""
     assert isinstance(config, Config)
-    again = options.build(options._flatten(tomllib.loads(options.to_toml(config))))
+    again = options.build(options.flatten(tomllib.loads(options.to_toml(config))))
     assert options.to_values(again) | {"resume": ""} == options.to_values(config) | {"resume": ""}
 
 
@@ -264,8 +266,8 @@ def test_any_command_line_of_the_benchmark(pairs: list[tuple[str, str]]) -> None
         raise _RanError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "contenders", ran)
-        patch.setattr(benchmark.benchmark_ranks, "measure", ran)
+        patch.setattr(benchmark_process, "contenders", ran)
+        patch.setattr(benchmark_process.benchmark_ranks, "measure", ran)
         code, said = _command(benchmark.main, [f"--{n}={text}" for n, text in pairs])
     assert code in (0, 2)
     assert code == 0 or "error:" in said
@@ -327,7 +329,7 @@ def test_what_is_said_is_an_error(
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     monkeypatch.chdir(tmp_path)
     code, said = _command(main, words)
-    assert code == pretrain.EXIT_CONFIG
+    assert code == EXIT_CONFIG
     assert said.startswith("error: ")
 
 
@@ -336,6 +338,6 @@ def test_what_a_process_says_is_an_error_and_no_traceback(tmp_path: Path) -> Non
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
     )
-    assert ended.returncode == pretrain.EXIT_CONFIG, ended.stderr
+    assert ended.returncode == EXIT_CONFIG, ended.stderr
     assert ended.stderr.startswith("error: ")
     assert "Traceback" not in ended.stderr

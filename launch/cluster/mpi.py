@@ -17,26 +17,13 @@ from typing import Any
 
 from torch._C._distributed_c10d import Store, TCPStore
 
-_LAUNCHERS = {
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",  # Open MPI
-    "PMI_SIZE": "PMI_RANK",  # MPICH and its relatives
-    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",  # MVAPICH
-}
-"""Variables that say how many processes a launcher has started, and which of them this is."""
+from conda_dist.launch.cluster.launcher import mpi_rank_and_size
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class MpiError(RuntimeError):
     """The processes cannot find each other through MPI; the message says why and what to do."""
-
-
-def launched() -> tuple[int, int]:
-    """Rank and number of processes by what an MPI launcher has set; (0, 0) without one."""
-    for size, rank in _LAUNCHERS.items():
-        if size in os.environ:
-            return int(os.environ.get(rank, "0")), int(os.environ[size])
-    return 0, 0
 
 
 def rendezvous(timeout: timedelta) -> Store:
@@ -52,7 +39,7 @@ def rendezvous(timeout: timedelta) -> Store:
         MpiError: mpi4py is not installed or belongs to another MPI than the launcher; on every
             rank, rank 0 could not open a port; or this rank does not reach it there.
     """
-    rank, size = launched()
+    rank, size = mpi_rank_and_size()
     try:
         import mpi4py
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
 from conda_dist.launch.cluster import mpi, rendezvous
+from conda_dist.launch.cluster.launcher import mpi_rank_and_size
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ def join(timeout_s: float) -> World:
     elif store is None:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        rank, size = mpi.launched()
+        rank, size = mpi_rank_and_size()
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=max(size, 1), timeout=timeout
         )
@@ -98,7 +98,7 @@ def join(timeout_s: float) -> World:
 
 def _find_others(timeout: timedelta) -> Store:
     """A store shared by the processes of an MPI launcher, or one of this process's own."""
-    if mpi.launched()[1] < 2:
+    if mpi_rank_and_size()[1] < 2:
         return HashStore()
     try:
         return mpi.rendezvous(timeout)
@@ -106,36 +106,10 @@ def _find_others(timeout: timedelta) -> Store:
         raise JobError(str(error)) from error
 
 
-def launched_rank() -> int:
-    """This process's rank by its launcher's word, before it has joined the others."""
-    return int(os.environ.get("RANK", mpi.launched()[0]))
-
-
-_LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
-"""Where launchers say a rank's number on its host: torchrun, `deepspeed`, Open MPI, MPICH."""
-
-
-def is_first_of_host() -> bool:
-    """Whether this is the first of its host's ranks, by its launcher's word."""
-    return any(os.environ.get(name) == "0" for name in _LOCAL_RANKS)
-
-
 def leave() -> None:
     """Ends the process group, if there is one; for when every rank does so."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def end(code: int) -> NoReturn:
-    """Ends this process as it is.
-
-    DeepSpeed and caches of meshes keep process groups to the interpreter's end, where their
-    threads abort it now and then: the status of work that is complete must not depend on that.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # nobody reads it any more
-            stream.flush()
-    os._exit(code)
 
 
 def gather(world: World, item: Any, *, patient: bool = False) -> list[Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-METRICS = "metrics.jsonl"
+from conda_dist.launch.job.files import METRICS
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,22 +10,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
 
 from conda_dist.launch.cluster.process_group import World
 from conda_dist.launch.job.config import ConfigError, ModelConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def build_model(
@@ -47,7 +43,7 @@ def build_model(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
     def shard(module: nn.Module) -> None:
-        if training.compile and not isinstance(module, PreTrainedModel):
+        if training.compile and not hasattr(module, "lm_head"):  # a block
             module.compile()
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
@@ -107,9 +103,12 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrainedModel:
+    # Importing transformers takes seconds, which a job that is refused need not wait for.
+    import transformers
+
     if config.architecture == "llama":
-        return LlamaForCausalLM(
-            LlamaConfig(
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
                 vocab_size=vocab_size,
                 hidden_size=config.hidden_size,
                 intermediate_size=config.intermediate_size,
@@ -127,8 +126,8 @@ def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrain
                 attn_implementation="sdpa",
             )
         )
-    return GPT2LMHeadModel(
-        GPT2Config(
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=vocab_size,
             n_embd=config.hidden_size,
             n_inner=config.intermediate_size,
@@ -150,7 +149,7 @@ def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrain
 
 def _blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The transformer blocks with their names."""
-    path = "model.layers" if isinstance(model, LlamaForCausalLM) else "transformer.h"
+    path = "model.layers" if model.config.model_type == "llama" else "transformer.h"
     blocks = model.get_submodule(path)
     return [(f"{path}.{name}", block) for name, block in blocks.named_children()]
 

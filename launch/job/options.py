@@ -6,7 +6,6 @@ set values in that flat space, where an unknown or ill-typed key is easy to name
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -189,7 +188,7 @@ def _expand_optimizer(values: Values, name: str) -> Values:
 def _read_file(path: Path) -> Values:
     try:
         with path.open("rb") as file:
-            values = _flatten(tomllib.load(file))
+            values = flatten(tomllib.load(file))
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}") from None
     except OSError as error:
@@ -206,11 +205,12 @@ def _read_file(path: Path) -> Values:
     return values
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Values:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Values:
+    """Values of nested tables by their dotted names."""
     values: Values = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
-            values |= _flatten(value, f"{prefix}{name}.")
+            values |= flatten(value, f"{prefix}{name}.")
         else:
             values[prefix + name] = value
     return values
@@ -320,17 +320,6 @@ def _toml_value(value: Any) -> str:
         # JSON escapes are TOML escapes, except that JSON lets DEL through unescaped.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def positive(text: str) -> int:
-    """A number of the commands beside the job's own, for argparse: 1 or more.
-
-    Raises:
-        argparse.ArgumentTypeError: It is less.
-    """
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not positive")
-    return number
 
 
 def help_text() -> str:

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from conda_dist.launch.job.config import ConfigError
-from conda_dist.launch.job.metrics import METRICS, read_metrics
-
-LOSS_PICTURE = "loss.png"
+from conda_dist.launch.job.files import LOSS_PICTURE, METRICS
+from conda_dist.launch.job.metrics import read_metrics
 
 
 def draw_loss(folder: Path, title: str) -> Path:
     """Draws the training and validation loss of a run's metrics.jsonl into its loss.png."""
+    import numpy as np
+
     lines = read_metrics(folder / METRICS)
     figure, (axis,) = new_figure(1)
     steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
@@ -35,23 +33,6 @@ def draw_loss(folder: Path, title: str) -> Path:
     path = folder / LOSS_PICTURE
     figure.savefig(path, dpi=150)
     return path
-
-
-def check_picture(option: str, path: Path) -> None:
-    """Refuses a picture that could not be written, before minutes of work on it.
-
-    Args:
-        option: by which it was asked for.
-        path: the file.
-
-    Raises:
-        ConfigError: The folder is not there, or the format unknown.
-    """
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
-    formats = ("png", "pdf", "svg")
-    if path.suffix.removeprefix(".") not in formats:
-        raise ConfigError(f"{option} {path}: name a file that ends in .{', .'.join(formats)}")
 
 
 def new_figure(panels: int) -> tuple[Any, Sequence[Any]]:

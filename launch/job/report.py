@@ -11,11 +11,9 @@ from typing import Any
 from conda_dist.launch.cluster.process_group import World, together
 from conda_dist.launch.job.config import Config
 from conda_dist.launch.job.console import Display
+from conda_dist.launch.job.files import SUMMARY
 from conda_dist.launch.job.metrics import MetricsWriter, Record
 from conda_dist.launch.job.picture import draw_loss
-
-SUMMARY = "summary.json"
-"""Written when a run is complete: its last step, validation loss and seconds of training."""
 
 
 class Reporter:

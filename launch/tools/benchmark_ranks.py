@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from conda_dist import Conda
-from conda_dist.launch.cluster import process_group
+from conda_dist.launch.cluster import launcher, process_group
 from conda_dist.launch.tools.footprint import count_exactly, peak_bytes
 
 NEVER = 10**9
@@ -125,7 +125,7 @@ def _work(
     if rank == 0:
         torch.save(found, f"{folder}/{work.__name__}.pt")
     process_group.leave()
-    process_group.end(0)
+    launcher.end(0)
 
 
 def _time(ways: dict[str, Way], rounds: int) -> Taken:

@@ -1,20 +1,50 @@
-"""Layer: launch. What a comparison found: outcomes of its runs, their table and their picture."""
+"""What the runs of a comparison found: their tables and pictures.
+
+Each kind writes NAME.json, NAME.md and NAME.png into the comparison's folder, and returns the
+table's text and where the picture is.
+"""
 
 from __future__ import annotations
 
 import json
-import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
-from conda_dist.launch.job.metrics import METRICS, read_metrics
+from conda_dist.launch.job.files import METRICS
+from conda_dist.launch.job.metrics import read_metrics
 from conda_dist.launch.job.picture import new_figure
+from conda_dist.launch.tools.sweeps import Trial
 
 BASELINE = "adamw"
 """The optimizer whose final loss the others race to; the first one where it is not compared."""
 
-_COLOURS = {"conda": "#c8501e", "adamw": "#1f5a94", "muon": "#3d8b4f"}
+_COLOURS = {
+    **{"conda": "#c8501e", "adamw": "#1f5a94", "muon": "#3d8b4f"},
+    **{"svd": "#1f5a94", "orthogonal_iteration": "#c8501e", "eigh64": "#3d8b4f"},
+}
+
+
+def _write(folder: Path, name: str, record: Any, header: Sequence[str], rows: Any) -> str:
+    """Writes NAME.json and NAME.md, and returns the latter's text."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    lines.insert(1, "|---" * len(header) + "|")
+    text = "\n".join(lines) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(text)
+    return text
+
+
+def _save(figure: Any, path: Path) -> str:
+    figure.savefig(path, dpi=150)
+    return f"curves in {path}"
+
+
+# Optimizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +151,29 @@ def tabulate(outcomes: Sequence[Outcome]) -> list[Row]:
     return rows
 
 
-def write_tables(outcomes: Sequence[Outcome], folder: Path) -> str:
-    """Writes comparison.json and comparison.md, and returns the latter's text."""
-    rows = tabulate(outcomes)
-    baseline = BASELINE if BASELINE in best_of(outcomes) else outcomes[0].optimizer
-    text = _markdown(rows, baseline)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.json").write_text(
-        json.dumps({"baseline": baseline, "runs": [asdict(row) for row in rows]}, indent=1) + "\n"
-    )
-    (folder / "comparison.md").write_text(text)
-    return text
-
-
-def draw(outcomes: Sequence[Outcome], folder: Path) -> Path:
-    """Draws each optimizer's best validation curve against steps and against seconds."""
+def show_optimizers(trials: Sequence[Trial], folder: Path) -> tuple[str, str]:
+    """Each run beside the baseline's best; the best runs' validation curves."""
+    outcomes = [read_outcome(trial.folder, trial.name, trial.lr) for trial in trials]
+    rows = sorted(tabulate(outcomes), key=lambda row: (not row.best, row.val_loss))
     best = best_of(outcomes)
-    baseline = best.get(BASELINE) or next(iter(best.values()))
+    baseline = best.get(BASELINE) or outcomes[0]
+    header = ["optimizer", "lr", "final val loss"]
+    header += [f"steps to {baseline.optimizer}'s final loss", "seconds to it"]
+    header += ["optimizer ms/step", "share of step"]
+    cells = [
+        [
+            f"**{row.optimizer}**" if row.best else row.optimizer,
+            f"{row.lr:g}",
+            f"{row.val_loss:.4f}",
+            _reached(row.steps_to_baseline, row.steps_ratio),
+            _reached(row.seconds_to_baseline, row.seconds_ratio),
+            f"{1000 * row.optimizer_s_per_step:.1f}",
+            f"{row.optimizer_share:.0%}",
+        ]
+        for row in rows
+    ]
+    record = {"baseline": baseline.optimizer, "runs": [asdict(row) for row in tabulate(outcomes)]}
+    text = _write(folder, "comparison", record, header, cells)
     figure, axes = new_figure(2)
     for axis, unit in zip(axes, ("step", "train_s"), strict=True):
         axis.axhline(baseline.final.val_loss, color="#777777", linewidth=0.8, linestyle="--")
@@ -146,54 +182,167 @@ def draw(outcomes: Sequence[Outcome], folder: Path) -> Path:
             y = [point.val_loss for point in outcome.points]
             label = f"{name}, lr {outcome.lr:g}: {y[-1]:.3f}"
             axis.plot(x, y, color=_COLOURS.get(name), label=label)
-            reached = outcome.first_at(baseline.final.val_loss)
-            if reached is not None:
+            if reached := outcome.first_at(baseline.final.val_loss):
                 axis.plot(getattr(reached, unit), reached.val_loss, "o", color=_COLOURS.get(name))
         axis.set_ylabel("validation loss (nats per token)")
         axis.set_ylim(top=_top(outcomes))
     axes[0].set_xlabel("step")
     axes[1].set_xlabel("seconds of training")
     axes[0].legend(frameon=False, title=f"dashed: {baseline.optimizer}'s final loss")
-    path = folder / "comparison.png"
-    figure.savefig(path, dpi=150)
-    return path
+    return text, _save(figure, folder / "comparison.png")
 
 
 def _top(outcomes: Sequence[Outcome]) -> float:
     """Upper end of the loss axis: past the first fall, which would squeeze all the rest."""
-    finals = [outcome.final.val_loss for outcome in outcomes]
-    starts = [outcome.points[0].val_loss for outcome in outcomes]
-    return min(finals) + 0.75 * (max(starts) - min(finals)) + 1e-3
-
-
-def _markdown(rows: Sequence[Row], baseline: str) -> str:
-    header = [
-        "optimizer",
-        "lr",
-        "final val loss",
-        f"steps to {baseline}'s final loss",
-        "seconds to it",
-        "optimizer ms/step",
-        "share of step",
-    ]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for row in sorted(rows, key=lambda row: (not row.best, row.val_loss)):
-        steps = _reached(row.steps_to_baseline, row.steps_ratio)
-        seconds = _reached(row.seconds_to_baseline, row.seconds_ratio)
-        cells = [
-            f"**{row.optimizer}**" if row.best else row.optimizer,
-            f"{row.lr:g}",
-            f"{row.val_loss:.4f}",
-            steps,
-            seconds,
-            f"{1000 * row.optimizer_s_per_step:.1f}",
-            f"{row.optimizer_share:.0%}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    lowest = min(outcome.final.val_loss for outcome in outcomes)
+    highest = max(outcome.points[0].val_loss for outcome in outcomes)
+    return lowest + 0.75 * (highest - lowest) + 1e-3
 
 
 def _reached(amount: float | None, ratio: float | None) -> str:
-    if amount is None or ratio is None or math.isnan(ratio):
-        return "not reached"
-    return f"{amount:.0f} ({ratio:.2f}x)"
+    return "not reached" if amount is None else f"{amount:.0f} ({ratio:.2f}x)"
+
+
+# Engines
+
+_KINDS = {"loss": "training", "val_loss": "validation"}
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The losses of one complete run, by step."""
+
+    name: str
+    loss: dict[int, float]
+    val_loss: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """Where two curves are farthest apart."""
+
+    distance: float
+    """In nats per token."""
+    kind: str
+    """`loss` (of training) or `val_loss`."""
+    step: int
+    one: str
+    other: str
+
+
+def read_curve(folder: Path, name: str) -> Curve:
+    """Reads what a complete run has left in its folder."""
+    lines = read_metrics(folder / METRICS)
+    by_kind = (
+        {line["step"]: line[kind] for line in lines if line[kind] is not None} for kind in _KINDS
+    )
+    return Curve(name, *by_kind)
+
+
+def farthest(one: Curve, other: Curve) -> Distance:
+    """The greatest distance between two curves, at any step that both have."""
+    found = [
+        Distance(abs(losses[step] - getattr(other, kind)[step]), kind, step, one.name, other.name)
+        for kind in _KINDS
+        for losses in [getattr(one, kind)]
+        for step in losses.keys() & getattr(other, kind).keys()
+    ]
+    return max(found, key=lambda each: each.distance)
+
+
+def show_engines(trials: Sequence[Trial], folder: Path) -> tuple[str, str]:
+    """How far apart the engines' losses are, the farthest pair first; their training curves."""
+    curves = [read_curve(trial.folder, trial.name) for trial in trials]
+    pairs = [farthest(one, other) for one, other in combinations(curves, 2)]
+    pairs.sort(key=lambda each: -each.distance)
+    rows = [
+        [f"{each.one}, {each.other}", f"{each.distance:.2e}", _KINDS[each.kind], str(each.step)]
+        for each in pairs
+    ]
+    header = ("engines", "greatest distance", "of", "at step")
+    text = _write(folder, "engines", [asdict(each) for each in pairs], header, rows)
+    figure, (left, right) = new_figure(2)
+    reference = curves[-1]
+    for index, curve in enumerate(curves):
+        # Curves that lie on each other are told apart by dashes that leave the others visible.
+        dashes = (index * 4, (4, 4 * (len(curves) - 1)))
+        label = f"{curve.name}: {list(curve.loss.values())[-1]:.6f}"
+        left.plot(curve.loss.keys(), curve.loss.values(), linestyle=dashes, label=label)
+        steps = sorted(curve.loss.keys() & reference.loss.keys())
+        distances = [max(abs(curve.loss[s] - reference.loss[s]), 1e-9) for s in steps]
+        if curve is not reference:
+            right.plot(steps, distances, linewidth=0.9, label=curve.name)
+    right.set_yscale("log")
+    left.set(xlabel="step", ylabel="training loss (nats per token)")
+    right.set(xlabel="step", ylabel=f"distance from {reference.name} (nats per token)")
+    left.legend(frameon=False, title="final training loss")
+    right.legend(frameon=False)
+    return text, _save(figure, folder / "engines.png")
+
+
+# Refresh methods and intervals
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What one method reached at one interval."""
+
+    method: str
+    gap: int
+    """Steps between refreshes."""
+    val_losses: tuple[float, ...]
+    """At the end, by seed."""
+    optimizer_s: float
+    """Seconds in the optimizer for a step, refreshes included: the median run's mean."""
+
+    @property
+    def mean(self) -> float:
+        """The mean final validation loss."""
+        return statistics.mean(self.val_losses)
+
+
+def show_refreshes(trials: Sequence[Trial], folder: Path) -> tuple[str, str]:
+    """The final losses of each method and interval beside the optimizer's time, lowest first."""
+    pairs = []
+    for name in dict.fromkeys(trial.name for trial in trials):
+        own = [trial for trial in trials if trial.name == name]
+        conda, found = own[0].config.optimizer.conda, [read_outcome(t.folder, name, 0) for t in own]
+        losses = tuple(outcome.final.val_loss for outcome in found)
+        taken = statistics.median(outcome.optimizer_s for outcome in found)
+        pairs.append(Pair(conda.refresh_method, conda.update_proj_gap, losses, taken))
+    return write_refreshes(pairs, folder), _draw_refreshes(pairs, folder)
+
+
+def write_refreshes(pairs: Sequence[Pair], folder: Path) -> str:
+    """Writes intervals.json and intervals.md, and returns the latter's text."""
+    rows = [
+        [
+            pair.method,
+            str(pair.gap),
+            ", ".join(f"{loss:.3f}" for loss in pair.val_losses),
+            f"{pair.mean:.3f}",
+            f"{1000 * pair.optimizer_s:.1f}",
+        ]
+        for pair in sorted(pairs, key=lambda pair: pair.mean)
+    ]
+    header = ("method", "interval", "final validation loss", "mean", "optimizer ms/step")
+    return _write(folder, "intervals", [asdict(pair) for pair in pairs], header, rows)
+
+
+def _draw_refreshes(pairs: Sequence[Pair], folder: Path) -> str:
+    figure, (left, right) = new_figure(2)
+    for method in dict.fromkeys(pair.method for pair in pairs):
+        own = sorted((p for p in pairs if p.method == method), key=lambda pair: pair.gap)
+        colour, means = _COLOURS[method], [pair.mean for pair in own]
+        left.plot([pair.gap for pair in own], means, color=colour, label=method)
+        times = [1000 * pair.optimizer_s for pair in own]
+        right.plot(times, means, color=colour, marker="o", markersize=3)
+        for pair, time in zip(own, times, strict=True):
+            gaps = [pair.gap] * len(pair.val_losses)
+            left.plot(gaps, pair.val_losses, "o", markersize=3, color=colour)
+            right.annotate(f" {pair.gap}", (time, pair.mean), color=colour)
+    left.set_xscale("log")
+    left.set(xlabel="steps between refreshes", ylabel="final validation loss (nats per token)")
+    right.set(xlabel="optimizer, ms per step (numbers: steps between refreshes)")
+    left.legend(frameon=False, title="lines: means over seeds")
+    return _save(figure, folder / "intervals.png")

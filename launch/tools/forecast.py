@@ -15,7 +15,7 @@ from torch import nn
 
 from conda_dist import param_groups
 from conda_dist.launch.job.config import CondaConfig
-from conda_dist.launch.tools.hardware import Hardware
+from conda_dist.launch.tools.hardware import Hardware, Mesh
 from conda_dist.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import DTYPES, Options
 from conda_dist.plan.compute_groups import Request, choose, deal_owners
@@ -23,35 +23,10 @@ from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refres
 from conda_dist.plan.schedule import fill_tasks
 from conda_dist.plan.weight_plan import WeightPlan, plan_weight
 
-AXES = ("dp_replicate", "dp_shard", "tp")
-"""Mesh dimensions, the outermost first, as DeviceMesh orders them."""
 ROW_WISE = (".o_proj.", ".down_proj.", ".attn.c_proj.", ".mlp.c_proj.")
 """Weights whose columns tensor parallelism splits; it splits the rows of the others."""
 PASSES = 11
 """Times an element of 4 bytes is read or written in a step, beside the two products."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mesh:
-    """Ranks along each of ``AXES``."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    tp: int = 1
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Ranks along each axis."""
-        return (self.dp_replicate, self.dp_shard, self.tp)
-
-    @property
-    def ranks(self) -> int:
-        """All of them."""
-        return math.prod(self.sizes)
-
-    def is_near(self, axis: int, hardware: Hardware) -> bool:
-        """Whether ranks that differ along an axis only are on one host."""
-        return math.prod(self.sizes[axis:]) <= hardware.per_host
 
 
 @dataclass(slots=True)

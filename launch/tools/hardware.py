@@ -6,7 +6,11 @@ singular value decomposition runs, are assumptions. Nothing here was measured.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+AXES = ("dp_replicate", "dp_shard", "tp")
+"""Mesh dimensions, the outermost first, as DeviceMesh orders them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +50,26 @@ HARDWARE = {
     "b200-ib400": Hardware(2250e12, 75e12, 7.7e12, 180e9, 900e9, 50e9, 8),
 }
 """NVIDIA's data sheets: H100 SXM with ConnectX-7, A100 80 GB SXM with ConnectX-6, B200."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Ranks along each of ``AXES``."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Ranks along each axis."""
+        return (self.dp_replicate, self.dp_shard, self.tp)
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return math.prod(self.sizes)
+
+    def is_near(self, axis: int, hardware: Hardware) -> bool:
+        """Whether ranks that differ along an axis only are on one host."""
+        return math.prod(self.sizes[axis:]) <= hardware.per_host
