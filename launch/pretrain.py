@@ -17,7 +17,7 @@ from conda_dist.launch.cluster.signals import end_with_launcher
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.job.files import EXIT_CONFIG
-from conda_dist.launch.tools.command_line import check_output, refuse
+from conda_dist.launch.tools.command_line import check_input, check_output, refuse
 
 _USAGE = """usage: python -m conda_dist.launch.pretrain CONFIG [--section.key value ...]
        torchrun --standalone --nproc-per-node=N -m conda_dist.launch.pretrain CONFIG ...
@@ -29,6 +29,7 @@ Pretrains a causal language model. CONFIG is a TOML file such as configs/llama_t
 --output DIR           folder of everything the run writes
 --engine NAME          fsdp2, or deepspeed with --deepspeed.stage 0 to 3
 --resume [CHECKPOINT]  continue from the newest checkpoint in the output (or from that one)
+--check                only say whether the configuration is right
 """
 
 
@@ -40,14 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(given):
         print(_USAGE + "\n" + options.help_text())
         return 0
+    checking = "--check" in given
+    given = [word for word in given if word != "--check"]
     try:
         path = given.pop(0) if given and not given[0].startswith("--") else None
         config = options.load(path, given)
         check_output(config.output)
+        check_input(config)
     except ConfigError as error:
         # Once on every host: the file may be missing on one alone.
         said = launcher.launched_rank() == 0 or launcher.is_first_of_host()
         return refuse(error) if said else EXIT_CONFIG
+    if checking:
+        return 0
     end_with_launcher()
     # It imports torch, which takes seconds: what is wrong is said, and a dead launcher is noticed,
     # before that.

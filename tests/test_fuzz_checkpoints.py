@@ -29,6 +29,7 @@ from conda_dist.launch.cluster.process_group import JobError
 from conda_dist.launch.data.preparation import open_data
 from conda_dist.launch.job import options
 from conda_dist.launch.job.checkpoint import Checkpoints
+from conda_dist.launch.job.run import build_engine
 from fuzz import examples
 from launch_jobs import succeed, train
 from models import FSDP2, PLAIN, Layout
@@ -222,7 +223,7 @@ def _damages(config: Path, run: Path, seeds: list[int]) -> list[tuple[str, str]]
     """What loading each damaged copy of a checkpoint says; half of them have new hashes."""
     world = process_group.join(60)
     settings = options.load(config, ["--output", str(run), "--training.steps", "3"])
-    engine = run.build_engine(settings, open_data(settings, world).vocab_size, world)
+    engine = build_engine(settings, open_data(settings, world).vocab_size, world)
     checkpoints = Checkpoints(run / "checkpoints", 1, world)
     good = newest(run)
     path = run.parent / "damaged" / "step-00000009"

@@ -239,7 +239,7 @@ def test_a_universal_checkpoint_is_refused(config: Path, whole: list[Path], tmp_
     ranks.run(1, convert, str(saved), "deepspeed")
     given = ("--output", tmp_path / "on", "--resume", saved / "universal")
     for result in train(2, config, 2, *given):
-        assert result.code == 1
+        assert result.code == 2
         assert "It is a universal checkpoint" in result.err
 
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_of_another_engine_or_stage_is_refused(
     config: Path, fsdp2: Path, whole: list[Path]
 ) -> None:
     for result in train(2, config, 2, "--output", fsdp2, "--resume"):
-        assert result.code == 1
+        assert result.code == 2
         assert "engine (fsdp2 there, deepspeed here)" in result.err
     for result in train(2, config, 1, "--output", whole[2], "--resume"):
         assert result.code == 1

@@ -130,8 +130,8 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[Counts, Counts]:
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m.sizes)))
 def test_bytes_and_operations_are_those_of_real_runs(mesh: Mesh) -> None:
     for settings in SETTINGS:
-        for counted, planned in ranks.run(mesh.ranks, _count, mesh, settings):
-            assert counted == planned
+        for counted, expected in ranks.run(mesh.ranks, _count, mesh, settings):
+            assert counted == expected
 
 
 @pytest.mark.parametrize(
@@ -263,6 +263,6 @@ def test_more_ranks_take_less_time_each() -> None:
 
 def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned, "RANKS", [1, 8])
-    monkeypatch.setattr(plan, "SCALES", ("llama_60m",))
+    monkeypatch.setattr(planned, "SCALES", ("llama_60m",))
     assert plan.main(["--scaling", str(tmp_path / "plan.png")]) == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from conda_dist.launch.cluster.process_group import JobError, World, from_main, gather, together
+from conda_dist.launch.job.config import ConfigError
 
 _FACTS = "trainer.json"
+FACTS = ("step", "train_s", "val_loss", "data", "fingerprint", "config")
+"""What the job saves besides tensors; without one of them it cannot go on."""
 _NAME = re.compile(r"step-\d{8,}")
 _WRITING = ".writing-"
 
@@ -108,6 +111,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: On every rank; it names the file at fault.
+            ConfigError: On every rank: it is no checkpoint, or one of another version.
         """
 
         def read() -> tuple[dict[str, Any], dict[str, Any], str]:
@@ -119,6 +123,11 @@ class Checkpoints:
         found = gather(self._world, problem or next(filter(None, differences), ""))
         if any(found):
             raise self.unusable(path, next(filter(None, found)))
+        if lacking := [name for name in FACTS if name not in facts]:
+            raise ConfigError(
+                f"the checkpoint {path} was written by another version of this job: it does not "
+                f"say {', '.join(lacking)}"
+            )
         return facts
 
     def _fingerprints(self, folder: Path) -> dict[str, Any]:
@@ -130,8 +139,11 @@ class Checkpoints:
                 shared[name] = _fingerprint(folder / name)
         return {name: own for part in gather(self._world, shared) for name, own in part.items()}
 
-    def unusable(self, path: Path, problem: str) -> CheckpointError:
-        """The error for a checkpoint with that problem, naming the one to use instead."""
+    def unusable(self, path: Path, problem: str) -> CheckpointError | ConfigError:
+        """The error for a checkpoint with that problem, naming the one to use instead.
+
+        It is a ConfigError if the path does not lead to a checkpoint at all.
+        """
         there = complete_checkpoints(self._folder)
         if _is_universal(path):
             advice = (
@@ -146,7 +158,8 @@ class Checkpoints:
             advice = f"The one before it: continue from there with --resume {older[-1]}"
         else:
             advice = "There is no older one here: start again with another --output"
-        return CheckpointError(f"the checkpoint {path} cannot be used: {problem}. {advice}")
+        kind = CheckpointError if _NAME.fullmatch(path.name) else ConfigError
+        return kind(f"the checkpoint {path} cannot be used: {problem}. {advice}")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

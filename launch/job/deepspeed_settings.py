@@ -92,7 +92,9 @@ def _read(file: Path) -> tuple[Any, str]:
         given = json.loads(file.read_text())
     except FileNotFoundError:
         return {}, "there is no such file"
-    except ValueError as error:
+    except OSError as error:
+        return {}, f"it cannot be read: {error.strerror}"
+    except (ValueError, RecursionError) as error:
         return {}, f"it is not valid JSON: {error}"
     return given, "" if isinstance(given, dict) else "an object is wanted, { ... }"
 

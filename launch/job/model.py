@@ -34,9 +34,6 @@ def build_model(
         training: Precision, replicas, sequence length, checkpointing and compilation.
         vocab_size: Rows of the embedding.
         world: The job; its device holds the shards.
-
-    Raises:
-        ConfigError: `training.hsdp_replicas` does not divide the number of ranks.
     """
     mesh = _mesh(training, world)
     dtype = compute_dtype(training, world.device)
@@ -179,14 +176,19 @@ def _has_meta(module: nn.Module) -> bool:
 
 def _mesh(training: TrainingConfig, world: World) -> DeviceMesh:
     replicas = training.hsdp_replicas
-    if world.size % replicas != 0:
-        raise ConfigError(
-            f"training.hsdp_replicas {replicas} does not divide the {world.size} ranks of this job"
-        )
     if replicas == 1:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
     shape, names = (replicas, world.size // replicas), ("dp_replicate", "dp_shard")
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+
+
+def require_replicas(training: TrainingConfig, ranks: int) -> None:
+    """Raises ConfigError unless `training.hsdp_replicas` divides the number of ranks."""
+    if ranks % training.hsdp_replicas != 0:
+        raise ConfigError(
+            f"training.hsdp_replicas {training.hsdp_replicas} does not divide the {ranks} ranks of "
+            "this job"
+        )
 
 
 def _sum_gradients(model: nn.Module) -> None:

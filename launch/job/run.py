@@ -7,7 +7,9 @@ import os
 import platform
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +33,9 @@ from conda_dist.launch.job.files import (
     EXIT_STOPPED,
     STOP_NOTE,
 )
+from conda_dist.launch.job.model import require_replicas
 from conda_dist.launch.job.report import Reporter
-from conda_dist.launch.job.trainer import Trainer
+from conda_dist.launch.job.trainer import Trainer, require_same
 from conda_dist.launch.job.watchdog import Watchdog
 
 
@@ -66,21 +69,51 @@ def run(config: Config, world: World) -> bool:
             "or give --engine fsdp2"
         )
     row_range(config.training.global_batch_size, world.rank, world.size)
-    with locked(Path(config.output), world):
-        return _train(config, world, versions)
-
-
-def _train(config: Config, world: World, versions: dict[str, str]) -> bool:
-    """The rest of `run`, with the output folder to itself."""
+    require_replicas(config.training, world.size)
     checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
-    source = find_checkpoint(config, checkpoints)
-    prepare_output(config, world)
+    # One that is named is looked at before the lock, which makes the output folder.
+    named = config.resume not in ("", "auto")
+    start = Start.at(Path(config.resume), config, checkpoints) if named else None
+    with locked(Path(config.output), world):
+        return _train(config, world, versions, checkpoints, start)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A checkpoint to start from, as far as it can be judged without the data and the engine."""
+
+    path: Path
+    facts: dict[str, Any]
+    notes: list[str]
+    """Settings that have changed since."""
+
+    @classmethod
+    def at(cls, path: Path, config: Config, checkpoints: Checkpoints) -> Start:
+        """Raises ConfigError or CheckpointError, on every rank, if it cannot be used."""
+        facts = checkpoints.read_facts(path)
+        return cls(path, facts, require_same(path, facts, config))
+
+
+def _train(
+    config: Config,
+    world: World,
+    versions: dict[str, str],
+    checkpoints: Checkpoints,
+    start: Start | None,
+) -> bool:
+    """The rest of `run`, with the output folder to itself.
+
+    Nothing is written there before all that may be refused has been looked at.
+    """
+    if start is None and (newest := find_checkpoint(config, checkpoints)) is not None:
+        start = Start.at(newest, config, checkpoints)
     data = open_data(config, world)
     engine = build_engine(config, data.vocab_size, world)
     process_group.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
     watchdog = Watchdog(world, config.training.stall_timeout_s, EXIT_FAILED)
     trainer = Trainer(config, world, engine, data, checkpoints, watchdog)
-    notes = trainer.resume(source) if source is not None else []
+    notes = [*start.notes, *trainer.resume(start.path, start.facts)] if start else []
+    prepare_output(config, world)
     hosts = ", ".join(f"{count} on {host}" for host, count in process_group.hosts(world).items())
     with stop_requests() as stop:
         reporter = Reporter(config, world, trainer.step)
@@ -91,7 +124,7 @@ def _train(config: Config, world: World, versions: dict[str, str]) -> bool:
                 **engine.describe(),
                 "data": data.description,
                 "output": config.output,
-                "start": f"step {trainer.step}, from {source or 'scratch'}",
+                "start": f"step {trainer.step}, from {start.path if start else 'scratch'}",
             }
         )
         if world.is_main:
@@ -143,13 +176,11 @@ def used_versions(config: Config) -> dict[str, str]:
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
-    """The checkpoint to start from, or None to start from scratch.
+    """The newest checkpoint in the output, or None to start from scratch.
 
     Raises:
         ConfigError: The output holds a run and `resume` does not say what to do with it.
     """
-    if config.resume not in ("", "auto"):
-        return Path(config.resume)
     newest = checkpoints.newest()
     if newest is not None and not config.resume:
         raise ConfigError(

@@ -16,8 +16,8 @@ from conda_dist.launch.cluster.signals import StopRequest
 from conda_dist.launch.data.batches import Tokens, micro_batches, row_range
 from conda_dist.launch.data.preparation import Data
 from conda_dist.launch.job import options
-from conda_dist.launch.job.checkpoint import CheckpointError, Checkpoints
-from conda_dist.launch.job.config import Config
+from conda_dist.launch.job.checkpoint import Checkpoints
+from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.engine import Engine, StepResult
 from conda_dist.launch.job.finite import NonFiniteError
 from conda_dist.launch.job.metrics import Meter
@@ -62,30 +62,18 @@ class Trainer:
         self.step = 0
         """Steps taken."""
 
-    def resume(self, path: Path) -> list[str]:
-        """Takes over a checkpoint, after making sure that it belongs to this config and data.
+    def resume(self, path: Path, facts: dict[str, Any]) -> list[str]:
+        """Takes over a checkpoint whose facts `require_same` has accepted.
 
         Returns:
-            Notes for the log: settings that have changed since, which the run follows from here
-            on, and checkpoints of later steps, which it leaves.
+            Notes for the log: checkpoints of later steps, which the run leaves.
 
         Raises:
-            CheckpointError: On every rank: it is damaged, or of another model, data or optimizer.
+            ConfigError: On every rank: it is of other data.
+            CheckpointError: On every rank: it is damaged.
         """
-        facts = self._checkpoints.read_facts(path)
-        # A key that the checkpoint does not know came later; it did then what it does by default.
-        saved = _jsonable(options.to_values(Config())) | facts["config"]
-        current = _jsonable(options.to_values(self._config))
-        changed = {
-            name: f"{name} ({saved.get(name)} there, {value} here)"
-            for name, value in current.items()
-            if saved.get(name) != value and name not in _INCIDENTAL
-        }
-        vital = [text for name, text in changed.items() if name.startswith(_IDENTITY)]
-        if vital:
-            raise CheckpointError(f"{path} was made with another {', '.join(vital)}")
         if facts["fingerprint"] != self._data.fingerprint:
-            raise CheckpointError(
+            raise ConfigError(
                 f"{path} was trained on other data: the text or the tokenizer has changed since"
             )
         try:
@@ -96,9 +84,8 @@ class Trainer:
             self._data.batches.load_state_dict(facts["data"])
         self.step = self._saved_at = facts["step"]
         self._meter.train_s, self._val_loss = facts["train_s"], facts["val_loss"]
-        notes = [f"changed since the checkpoint: {text}" for text in changed.values()]
         abandoned = self._checkpoints.abandon_after(self.step)
-        return notes + [f"set aside, being of a later step: {folder}" for folder in abandoned]
+        return [f"set aside, being of a later step: {folder}" for folder in abandoned]
 
     def train(self, reporter: Reporter, stop: StopRequest) -> bool:
         """Trains to the last step; returns False if asked to stop before.
@@ -219,6 +206,29 @@ class Trainer:
         path = self._checkpoints.save(self.step, facts, self._engine.save)
         self._saved_at = self.step
         reporter.note(f"saved {path}")
+
+
+def require_same(path: Path, facts: dict[str, Any], config: Config) -> list[str]:
+    """Makes sure that a checkpoint is of this configuration.
+
+    Returns:
+        Notes for the log: settings that have changed since, which the run follows from here on.
+
+    Raises:
+        ConfigError: It is of another model, optimizer or order of the data.
+    """
+    # A key that the checkpoint does not know came later; it did then what it does by default.
+    saved = _jsonable(options.to_values(Config())) | facts["config"]
+    current = _jsonable(options.to_values(config))
+    changed = {
+        name: f"{name} ({value} there, {current.get(name, 'unknown')} here)"
+        for name, value in saved.items()
+        if value != current.get(name) and name not in _INCIDENTAL
+    }
+    vital = [text for name, text in changed.items() if name.startswith(_IDENTITY)]
+    if vital:
+        raise ConfigError(f"{path} was made with another {', '.join(vital)}")
+    return [f"changed since the checkpoint: {text}" for text in changed.values()]
 
 
 def _jsonable(values: dict[str, Any]) -> Any:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from conda_dist.launch.cluster import launcher
-from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.files import EXIT_CONFIG
 
 
@@ -70,6 +71,21 @@ def check_output(output: str | Path) -> None:
         raise ConfigError(f"output {str(output)!r} cannot be a folder: {reason}") from None
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"output {output}: {there} cannot be written: give another --output")
+
+
+def check_input(config: Config) -> None:
+    """Refuses names of files that are not there.
+
+    Raises:
+        ConfigError: The key, and what was not found.
+    """
+    for path in config.data.path:
+        found = Path(path).expanduser()
+        if not found.exists() and not glob.glob(str(found), recursive=True):
+            raise ConfigError(f"data.path {path!r} names no file")
+    file = config.tokenizer.path
+    if file and not Path(file).expanduser().is_file():
+        raise ConfigError(f"tokenizer.path {file!r} names no file")
 
 
 def check_picture(option: str, path: Path) -> None:
