@@ -145,7 +145,7 @@ def test_a_checkpoint_of_another_version_is_refused(config: Path, run: Path) -> 
         ({"fingerprint": None}, "was written by another version of this job"),
         ({"config": {**saved["facts"]["config"], "model.depth": 3}}, "model.depth (3 there, unkno"),
     ):
-        facts = {key: value for key, value in {**saved["facts"], **change}.items() if value}
+        facts = {k: v for k, v in {**saved["facts"], **change}.items() if v is not None}
         record = {"facts": facts, "files": saved["files"]}
         file.write_text(json.dumps({**record, "sha256": record_hash(record)}))
         (result,) = train(1, config, "--output", run, "--resume")
