@@ -1,4 +1,4 @@
-"""Layer: launch. The pretraining job: `python -m conda_dist.launch.pretrain CONFIG [--key value]`.
+"""The pretraining job: `python -m conda_dist.launch.pretrain CONFIG [--key value]`.
 
 Runs as one process or, started by torchrun, mpirun or DeepSpeed's launcher, as many. Exit codes: 0
 the run is complete; 1 it failed; 2 the configuration is wrong; 75 it was asked to stop (Ctrl-C,
@@ -9,40 +9,15 @@ first two signals, the third if `--signals-to-handle` has it, kills what has not
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-
-from . import options, runtime
-from .batches import row_range
-from .checkpoint import Checkpoints
-from .config import Config, ConfigError
-from .data import open_data
-from .engine import Engine, Fsdp2Engine
-from .lock import locked
-from .report import Reporter
-from .runtime import JobError, World
-from .signals import end_with_launcher, stop_requests
-from .trainer import Trainer
-from .watchdog import Watchdog
-
-EXIT_FAILED, EXIT_CONFIG = 1, 2
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: not finished, worth starting again."""
-
-STOP_NOTE = "CONDA_DIST_STOP_NOTE"
-"""Variable that names a file to make when the job has stopped as asked, for scripts such as
-`slurm.sh`: launchers exit with codes of their own."""
-
-RESOLVED_CONFIG, CHECKPOINTS = "config.toml", "checkpoints"
+from conda_dist.launch.cluster import launcher
+from conda_dist.launch.cluster.signals import end_with_launcher
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.job.files import EXIT_CONFIG
+from conda_dist.launch.tools.command_line import check_input, check_output, refuse
 
 _USAGE = """usage: python -m conda_dist.launch.pretrain CONFIG [--section.key value ...]
        torchrun --standalone --nproc-per-node=N -m conda_dist.launch.pretrain CONFIG ...
@@ -54,6 +29,7 @@ Pretrains a causal language model. CONFIG is a TOML file such as configs/llama_t
 --output DIR           folder of everything the run writes
 --engine NAME          fsdp2, or deepspeed with --deepspeed.stage 0 to 3
 --resume [CHECKPOINT]  continue from the newest checkpoint in the output (or from that one)
+--check                only say whether the configuration is right
 """
 
 
@@ -65,156 +41,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(given):
         print(_USAGE + "\n" + options.help_text())
         return 0
+    checking = "--check" in given
+    given = [word for word in given if word != "--check"]
     try:
         path = given.pop(0) if given and not given[0].startswith("--") else None
         config = options.load(path, given)
+        check_output(config.output)
+        check_input(config)
     except ConfigError as error:
         # Once on every host: the file may be missing on one alone.
-        if (rank := runtime.launched_rank()) == 0 or runtime.is_first_of_host():
-            print(f"[rank {rank}] error: {error}" if rank else f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    try:
-        end_with_launcher()
-        world = runtime.join(config.training.timeout_s)
-        code = 0 if run(config, world) else EXIT_STOPPED
-    except (ConfigError, JobError) as error:
-        print(f"[rank {runtime.launched_rank()}] error: {error}", file=sys.stderr, flush=True)
-        code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
-    # Both kinds of error are raised on every rank, so all of them come here. After any other
-    # exception a rank must not wait for the rest: it ends, and its launcher ends the job.
-    runtime.leave()
-    return code
+        said = launcher.launched_rank() == 0 or launcher.is_first_of_host()
+        return refuse(error) if said else EXIT_CONFIG
+    if checking:
+        return 0
+    end_with_launcher()
+    # It imports torch, which takes seconds: what is wrong is said, and a dead launcher is noticed,
+    # before that.
+    from conda_dist.launch.job import run
 
-
-def run(config: Config, world: World) -> bool:
-    """Trains to the end; returns False if the job was asked to stop before.
-
-    Raises:
-        ConfigError: The configuration does not fit this job.
-        JobError: On every rank: ranks differ, a checkpoint cannot be used, a loss is not finite,
-            or something failed on one of them.
-    """
-    versions = used_versions(config)
-    runtime.require_agreement(world, options.to_values(config) | versions)
-    if not versions.get("deepspeed", "not used"):
-        raise ConfigError(
-            "engine deepspeed: DeepSpeed is not installed; pip install 'conda-dist[deepspeed]', "
-            "or give --engine fsdp2"
-        )
-    row_range(config.training.global_batch_size, world.rank, world.size)
-    with locked(Path(config.output), world):
-        return _train(config, world, versions)
-
-
-def _train(config: Config, world: World, versions: dict[str, str]) -> bool:
-    """The rest of `run`, with the output folder to itself."""
-    checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
-    source = find_checkpoint(config, checkpoints)
-    prepare_output(config, world)
-    data = open_data(config, world)
-    engine = build_engine(config, data.vocab_size, world)
-    runtime.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
-    watchdog = Watchdog(world, config.training.stall_timeout_s, EXIT_FAILED)
-    trainer = Trainer(config, world, engine, data, checkpoints, watchdog)
-    notes = trainer.resume(source) if source is not None else []
-    hosts = ", ".join(f"{count} on {host}" for host, count in runtime.hosts(world).items())
-    with stop_requests() as stop:
-        reporter = Reporter(config, world, trainer.step)
-        reporter.facts(
-            {
-                "ranks": f"{world.size} ({hosts}), {world.device.type}, {dist.get_backend()}",
-                "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-                **engine.describe(),
-                "data": data.description,
-                "output": config.output,
-                "start": f"step {trainer.step}, from {source or 'scratch'}",
-            }
-        )
-        if world.is_main:
-            engine.print_report()
-        for note in notes:
-            reporter.note(note)
-        with reporter.live(), watchdog.watching():
-            complete = trainer.train(reporter, stop)
-        if complete:
-            reporter.complete(trainer.summary())
-        else:
-            reporter.note(f"stopped after step {trainer.step}; continue with --resume")
-            if world.is_main and (file := os.environ.get(STOP_NOTE)):
-                with suppress(OSError):  # the checkpoint is saved
-                    Path(file).touch()
-    return complete
-
-
-def build_engine(config: Config, vocab_size: int, world: World) -> Engine:
-    """The engine the config names, in its state at step 0.
-
-    Raises:
-        ConfigError: The configuration does not fit this job.
-        JobError: On every rank: something it needs cannot be read.
-    """
-    if config.engine == "fsdp2":
-        return Fsdp2Engine(config, vocab_size, world)
-    # DeepSpeed looks for these when it is imported and when its engine is made.
-    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    from .deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(config, vocab_size, world)
-
-
-def used_versions(config: Config) -> dict[str, str]:
-    """Versions of what the job runs on, in which its ranks must agree; "" if not installed."""
-    packages = ["conda-dist", "transformers", "tokenizers"]
-    if config.engine == "deepspeed":
-        packages.append("deepspeed")
-    found = {"Python": platform.python_version(), "torch": torch.__version__}
-    found["numpy"] = np.__version__
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = ""
-    return found
-
-
-def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
-    """The checkpoint to start from, or None to start from scratch.
-
-    Raises:
-        ConfigError: The output holds a run and `resume` does not say what to do with it.
-    """
-    if config.resume not in ("", "auto"):
-        return Path(config.resume)
-    newest = checkpoints.newest()
-    if newest is not None and not config.resume:
-        raise ConfigError(
-            f"{config.output} holds a run already ({newest.name}): continue it with --resume, "
-            "or give another --output"
-        )
-    return newest
-
-
-def prepare_output(config: Config, world: World) -> None:
-    """Writes the resolved config, and makes sure that every rank sees the same folder.
-
-    Raises:
-        JobError: On every rank: the folder cannot be written, or is not shared between hosts.
-    """
-    resolved = Path(config.output) / RESOLVED_CONFIG
-
-    def write() -> None:
-        resolved.parent.mkdir(parents=True, exist_ok=True)
-        resolved.write_text(options.to_toml(config))
-
-    runtime.from_main(world, "preparing the output folder", write)
-    with runtime.together(world, "looking into the output folder"):
-        if not resolved.exists():
-            raise FileNotFoundError(
-                f"rank 0 wrote {resolved.absolute()}, which this rank does not see: set output to "
-                "a folder on a file system that all hosts mount"
-            )
+    return run.start(config)
 
 
 if __name__ == "__main__":
-    runtime.end(main())
+    launcher.end(main())

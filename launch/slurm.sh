@@ -44,7 +44,7 @@ stopping= limit=
 export CONDA_DIST_STOP_NOTE=$root/.stopped-$SLURM_JOB_ID
 rm -f "$CONDA_DIST_STOP_NOTE"
 srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
-    python -P launch/noted.py --nnodes="$nodes" --nproc-per-node="$ranks" \
+    python -P launch/cluster/torchrun_stop_file.py --nnodes="$nodes" --nproc-per-node="$ranks" \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=100 \
     -m conda_dist.launch.pretrain "$@" --resume &

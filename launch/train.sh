@@ -12,6 +12,8 @@ if [[ ${1-} == *.toml ]]; then
     config=$1
     shift
 fi
+# torchrun would report what is wrong at length, and with a code of its own.
+python -m conda_dist.launch.pretrain "$config" "$@" --check
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # A stopped job may take its time to save; Slurm's warning signal (SIGUSR1) stops it too.
 exec torchrun --standalone --nproc-per-node="${NPROC:-2}" --shutdown-timeout=300 \

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import launch_jobs
-from conda_dist.launch.checkpoint import complete_checkpoints, step_of
+from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
 from faults import STEPS, STRUCK, Outcome, Scene, recover, with_fault
 from launch_jobs import metrics, succeed
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from conda_dist.launch.checkpoint import complete_checkpoints, step_of
+from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
 from faults import Outcome, Scene, farthest
 from launch_jobs import curve, metrics, succeed
 from nodes import Node, Relay, nodes

@@ -22,7 +22,7 @@ from typing import Any
 import injected
 import launch_jobs
 import ranks
-from conda_dist.launch.checkpoint import complete_checkpoints, step_of
+from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
 from launch_jobs import Result, metrics, succeed
 from processes import (
     DEADLINE,

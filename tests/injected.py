@@ -20,9 +20,10 @@ from torch.linalg import LinAlgError
 from torch.nn.modules.module import register_module_forward_hook
 
 import launch_jobs
-from conda_dist.launch import pretrain, runtime
-from conda_dist.launch.batches import StreamBatches, TokenBatches
-from conda_dist.launch.config import ConfigError
+from conda_dist.launch import pretrain
+from conda_dist.launch.cluster import launcher
+from conda_dist.launch.data.batches import StreamBatches, TokenBatches
+from conda_dist.launch.job.config import ConfigError
 from launch_jobs import Result
 
 SLOW_S = 0.6
@@ -152,4 +153,4 @@ def job(fault: str, rank: int, step: int, *arguments: str) -> Result:
 
 if __name__ == "__main__":
     with injected(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):
-        runtime.end(pretrain.main(sys.argv[4:]))
+        launcher.end(pretrain.main(sys.argv[4:]))

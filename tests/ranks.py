@@ -33,7 +33,7 @@ _context.set_forkserver_preload(
         "torch.distributed.checkpoint.state_dict",
         "torch.distributed.tensor.parallel",
         "transformers.models.llama.modeling_llama",
-        "conda_dist.launch.pretrain",
+        "conda_dist.launch.job.run",
     ]
 )
 

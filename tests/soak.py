@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import launch_jobs
-from conda_dist.launch.checkpoint import complete_checkpoints
-from conda_dist.launch.pretrain import EXIT_STOPPED
+from conda_dist.launch.job.checkpoint import complete_checkpoints
+from conda_dist.launch.job.files import EXIT_STOPPED
 from processes import ENVIRONMENT, rank_environments
 
 Process: TypeAlias = subprocess.Popen[bytes]

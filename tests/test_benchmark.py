@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import ranks
-from conda_dist.launch import benchmark, footprint
+from conda_dist.launch import benchmark
+from conda_dist.launch.tools import benchmark_process, footprint
 
 
 def test_every_contender_steps_in_every_round() -> None:
-    sizes = benchmark.shapes(16, 24, 1)
+    sizes = benchmark_process.shapes(16, 24, 1)
     assert sizes == [(16, 16)] * 4 + [(24, 16)] * 2 + [(16, 24)]
-    steps = benchmark.contenders(sizes)
+    steps = benchmark_process.contenders(sizes)
     assert next(iter(steps)) == "pytorch_optimizer.Conda"
     params = [
         group["params"]
@@ -22,7 +23,7 @@ def test_every_contender_steps_in_every_round() -> None:
         for group in s.__self__.param_groups
     ]
     before = [[param.detach().clone() for param in some] for some in params]
-    taken = benchmark.measure(steps, 3)
+    taken = benchmark_process.measure(steps, 3)
     assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys(steps, 3)
     assert len(params) == 8
     for some, were in zip(params, before, strict=True):
@@ -43,8 +44,8 @@ def test_prints_its_table_and_draws_it(capsys: pytest.CaptureFixture[str], tmp_p
 def test_the_bytes_of_state_are_those_of_the_tensors() -> None:
     """A moment each of a 64 x 64 matrix for Muon, two for AdamW, and a basis for Conda."""
     sizes = [(64, 64)] * 3
-    steps = benchmark.contenders(sizes)
-    found = benchmark.facts(steps, sizes, "svd")
+    steps = benchmark_process.contenders(sizes)
+    found = benchmark_process.facts(steps, sizes, "svd")
     matrices = {name: fact.state / (3 * 64 * 64 * 4) for name, fact in found.items()}
     assert matrices["torch.optim.Muon"] == 1
     counters = 0.01  # of steps
@@ -79,17 +80,17 @@ def test_a_stall_is_what_refreshes_add(monkeypatch: pytest.MonkeyPatch) -> None:
     def step() -> None:
         nonlocal calls, now
         calls += 1
-        now += 0.032 if calls % benchmark.STALL_GAP == 0 else 0.002
+        now += 0.032 if calls % benchmark_process.STALL_GAP == 0 else 0.002
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    assert benchmark.stall(step) == pytest.approx(0.03)
+    assert benchmark_process.stall(step) == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gap", "0"], "0 is not positive"),
-        (["--width", "-3"], "-3 is not positive"),
+        (["--gap", "0"], "'0' is not a whole number of 1 or more"),
+        (["--width", "-3"], "'-3' is not a whole number"),
         (["--gap", "5", "--ranks", "2"], "--gap is for one process"),
         (["--picture", "times.doc"], "--picture times.doc: name a file that ends in .png"),
     ],
@@ -101,9 +102,9 @@ def test_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], wor
 
 
 def test_refreshes_are_in_the_mean() -> None:
-    sizes = benchmark.shapes(16, 24, 1)
-    steps = benchmark.contenders(sizes, 3, "orthogonal_iteration")
-    benchmark.measure({"conda_dist": steps["conda_dist"]}, 2, 3)
+    sizes = benchmark_process.shapes(16, 24, 1)
+    steps = benchmark_process.contenders(sizes, 3, "orthogonal_iteration")
+    benchmark_process.measure({"conda_dist": steps["conda_dist"]}, 2, 3)
     optimizer = steps["conda_dist"].__self__  # type: ignore[attr-defined]
     taken = {int(state["basis_step"]) for state in optimizer.state.values()}
     assert taken == {6}  # of 8 steps, two of them at the start

@@ -24,10 +24,12 @@ from torch.distributed.checkpoint.metadata import (
 import launch_jobs
 import models
 import ranks
-from conda_dist.launch import options, pretrain, runtime
-from conda_dist.launch.checkpoint import Checkpoints
-from conda_dist.launch.data import open_data
-from conda_dist.launch.runtime import JobError
+from conda_dist.launch.cluster import process_group
+from conda_dist.launch.cluster.process_group import JobError
+from conda_dist.launch.data.preparation import open_data
+from conda_dist.launch.job import options
+from conda_dist.launch.job.checkpoint import Checkpoints
+from conda_dist.launch.job.run import build_engine
 from fuzz import examples
 from launch_jobs import succeed, train
 from models import FSDP2, PLAIN, Layout
@@ -219,9 +221,9 @@ def _damage(content: bytes, other: bytes, draw: random.Random) -> bytes:
 
 def _damages(config: Path, run: Path, seeds: list[int]) -> list[tuple[str, str]]:
     """What loading each damaged copy of a checkpoint says; half of them have new hashes."""
-    world = runtime.join(60)
+    world = process_group.join(60)
     settings = options.load(config, ["--output", str(run), "--training.steps", "3"])
-    engine = pretrain.build_engine(settings, open_data(settings, world).vocab_size, world)
+    engine = build_engine(settings, open_data(settings, world).vocab_size, world)
     checkpoints = Checkpoints(run / "checkpoints", 1, world)
     good = newest(run)
     path = run.parent / "damaged" / "step-00000009"
@@ -240,7 +242,7 @@ def _damages(config: Path, run: Path, seeds: list[int]) -> list[tuple[str, str]]
             else:
                 (path / name).write_bytes(spoilt)
 
-        runtime.from_main(world, "damaging", damage)
+        process_group.from_main(world, "damaging", damage)
         try:
             checkpoints.read_facts(path)
             engine.load(path, 3)

@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conda_dist.integrations.deepspeed import arguments
-from conda_dist.launch import benchmark, compare, options, plan, pretrain
-from conda_dist.launch.config import Config, ConfigError
+from conda_dist.launch import benchmark, compare, plan, pretrain
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.files import EXIT_CONFIG
+from conda_dist.launch.tools import benchmark_process
 from conda_dist.optimizer import ARGUMENTS
 from fuzz import examples
 
@@ -67,7 +70,7 @@ def _toml(value: Any) -> str:
 def _sound(config: Config) -> None:
     """What was understood is a config, and its own file says the same."""
     assert isinstance(config, Config)
-    again = options.build(options._flatten(tomllib.loads(options.to_toml(config))))
+    again = options.build(options.flatten(tomllib.loads(options.to_toml(config))))
     assert options.to_values(again) | {"resume": ""} == options.to_values(config) | {"resume": ""}
 
 
@@ -263,8 +266,8 @@ def test_any_command_line_of_the_benchmark(pairs: list[tuple[str, str]]) -> None
         raise _RanError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "contenders", ran)
-        patch.setattr(benchmark.benchmark_ranks, "measure", ran)
+        patch.setattr(benchmark_process, "contenders", ran)
+        patch.setattr(benchmark_process.benchmark_ranks, "measure", ran)
         code, said = _command(benchmark.main, [f"--{n}={text}" for n, text in pairs])
     assert code in (0, 2)
     assert code == 0 or "error:" in said
@@ -299,35 +302,86 @@ def test_any_params_of_a_deepspeed_json(given_params: dict[str, Any]) -> None:
                 assert taken.defaults[name] == expected
 
 
-# The processes themselves
+# What every command refuses: one line that says what and where, code 2, nothing written
 
-
-REFUSED: list[tuple[Callable[[Sequence[str]], Any], list[str]]] = [
-    (pretrain.main, ["--training.steps", "9" * 5000]),
-    (pretrain.main, ["folder"]),
-    (pretrain.main, ["binary.toml"]),
-    (plan.main, ["--model", "binary.toml", "--mesh", "dp_shard=2"]),
-    (compare.main, ["binary.toml", "--output", "out"]),
+RUN = ("tiny.toml", "--output", "out")
+PLAN = ("--model", "tiny.toml", "--mesh", "dp_shard=2")
+REFUSED: list[tuple[Callable[[Sequence[str]], Any], tuple[str, ...], str]] = [
+    (pretrain.main, (*RUN, "--training.steps", "9" * 5000), "training.steps"),
+    (pretrain.main, (*RUN, "--training.steps", "a\nb"), "training.steps"),
+    (pretrain.main, (*RUN, "--training.stps", "1"), "training.stps"),
+    (pretrain.main, (*RUN, "extra"), "'extra'"),
+    (pretrain.main, ("folder", "--output", "out"), "folder"),
+    (pretrain.main, ("binary.toml", "--output", "out"), "binary.toml"),
+    (pretrain.main, ("old.toml", "--output", "out"), "old.toml: unknown key 'optimizer.conda.old'"),
+    (pretrain.main, ("tiny.toml", "--output", "binary.toml"), "binary.toml is a file"),
+    (pretrain.main, ("tiny.toml", "--output", "binary.toml/a/b"), "binary.toml is a file"),
+    (pretrain.main, ("tiny.toml", "--output", "a" * 300), "output"),
+    (pretrain.main, (*RUN, "--data.path", "absent/*.txt"), "data.path 'absent/*.txt'"),
+    (pretrain.main, (*RUN, "--tokenizer.path", "folder"), "tokenizer.path 'folder'"),
+    (compare.main, ("binary.toml", "--output", "out"), "binary.toml"),
+    (compare.main, ("old.toml", "--output", "out"), "old.toml: unknown key"),
+    (compare.main, ("tiny.toml", "--output", "binary.toml"), "binary.toml is a file"),
+    (compare.main, (*RUN, "--nproc", "0"), "--nproc"),
+    (compare.main, (*RUN, "--nproc", "two"), "--nproc"),
+    (compare.main, (*RUN, "--training.stps", "1"), "training.stps"),
+    (compare.main, (*RUN, "--lr", "conda=-1"), "optimizer.conda.lr"),
+    (compare.main, ("tiny.toml", "--output", "other", "--optimizers", "conda"), "training.steps"),
+    (compare.main, ("tiny.toml", "--output", "torn", "--optimizers", "conda"), "config.toml is no"),
+    (plan.main, ("--model", "binary.toml", "--mesh", "dp_shard=2"), "binary.toml"),
+    (plan.main, ("--model", "old.toml", "--mesh", "dp_shard=2"), "old.toml: unknown key"),
+    (plan.main, (*PLAN, "--tokens-per-rank", "many"), "--tokens-per-rank"),
+    (plan.main, (*PLAN, "--hardware", "abacus"), "--hardware"),
+    (plan.main, (*PLAN, "--training.stps", "1"), "training.stps"),
+    (plan.main, ("--scaling", "folder"), "--scaling folder"),
+    (plan.main, ("--scaling", "binary.toml/x.png"), "--scaling binary.toml/x.png"),
+    (benchmark.main, ("--widht", "1"), "--widht"),
+    (benchmark.main, ("--width", "1.5"), "--width"),
+    (benchmark.main, ("--picture", "absent/x.png"), "there is no folder absent"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("main", "words"),
+    ("main", "words", "said"),
     REFUSED,
-    ids=lambda each: " ".join(each)[:40] if isinstance(each, list) else each.__module__,
+    ids=lambda each: " ".join(each)[:60] if isinstance(each, tuple) else None,
 )
-def test_what_is_said_is_an_error(
+def test_what_is_wrong_is_said_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     main: Callable[[Sequence[str]], Any],
-    words: list[str],
+    words: tuple[str, ...],
+    said: str,
 ) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "tiny.toml").write_text("[training]\nsteps = 5\n")
+    (tmp_path / "old.toml").write_text("[optimizer.conda]\nold = 5\n")
+    for name, content in (("other", "[training]\nsteps = 6\n"), ("torn", "[training\n")):
+        run = tmp_path / name / "conda-lr0.01"
+        run.mkdir(parents=True)
+        (run / "config.toml").write_text(content)
     monkeypatch.chdir(tmp_path)
-    code, said = _command(main, words)
-    assert code == pretrain.EXIT_CONFIG
-    assert said.startswith("error: ")
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
+    code, err = _command(main, [*words])
+    assert code == EXIT_CONFIG
+    assert err.startswith("error: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "module", ["conda_dist", *(f"conda_dist.launch.{n}" for n in ("pretrain", "compare", "plan"))]
+)
+def test_what_takes_seconds_to_import_comes_later(module: str) -> None:
+    slow = "{'torch', 'transformers', 'deepspeed', 'matplotlib', 'datasets', 'numpy'}"
+    program = f"import sys, {module}; print(sys.modules.keys() & {slow})"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert said.stdout.strip() == b"set()"
+
+
+# The processes themselves
 
 
 def test_what_a_process_says_is_an_error_and_no_traceback(tmp_path: Path) -> None:
@@ -335,6 +389,6 @@ def test_what_a_process_says_is_an_error_and_no_traceback(tmp_path: Path) -> Non
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
     )
-    assert ended.returncode == pretrain.EXIT_CONFIG, ended.stderr
+    assert ended.returncode == EXIT_CONFIG, ended.stderr
     assert ended.stderr.startswith("error: ")
     assert "Traceback" not in ended.stderr

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launch_jobs
-from conda_dist.launch import options
+from conda_dist.launch.job import options
 from fuzz import examples
 
 SMALL: Mapping[str, st.SearchStrategy[Any]] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import launch_jobs
-from conda_dist.launch.checkpoint import complete_checkpoints, record_hash, step_of
+from conda_dist.launch.job.checkpoint import complete_checkpoints, record_hash, step_of
 from fault_files import Damage, delete, flip, truncate
 from launch_jobs import metrics, succeed, train
 
@@ -42,6 +42,12 @@ def test_the_newest_are_kept(finished: Path) -> None:
     found = complete_checkpoints(finished / "checkpoints")
     assert [step_of(path) for path in found] == [6, 7, 8]
     assert sorted(os.listdir(finished / "checkpoints")) == [path.name for path in found]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.mark.parametrize(
@@ -123,16 +129,37 @@ def test_a_checkpoint_runs_no_code(config: Path, run: Path, tmp_path: Path) -> N
 def test_a_checkpoint_of_another_run_is_refused(
     config: Path, run: Path, arguments: tuple[object, ...], words: str
 ) -> None:
+    before = contents(run)
     for result in train(2, config, "--output", run, "--resume", *arguments):
-        assert result.code == 1
+        assert result.code == 2
         assert words in result.err
-    assert len(metrics(run)) == 8  # nothing was lost by trying
+        assert result.err.count("\n") == 1
+    assert contents(run) == before
+
+
+def test_a_checkpoint_of_another_version_is_refused(config: Path, run: Path) -> None:
+    """One that lacks what this version needs, and one of a model that had a key more."""
+    file, before = newest(run) / "trainer.json", contents(run)
+    saved = json.loads(file.read_text())
+    for change, words in (
+        ({"fingerprint": None}, "was written by another version of this job"),
+        ({"config": {**saved["facts"]["config"], "model.depth": 3}}, "model.depth (3 there, unkno"),
+    ):
+        facts = {k: v for k, v in {**saved["facts"], **change}.items() if v is not None}
+        record = {"facts": facts, "files": saved["files"]}
+        file.write_text(json.dumps({**record, "sha256": record_hash(record)}))
+        (result,) = train(1, config, "--output", run, "--resume")
+        assert result.code == 2
+        assert words in result.err
+        file.write_text(json.dumps(saved))
+    assert contents(run).keys() == before.keys()
 
 
 def test_what_is_not_a_checkpoint_is_refused(config: Path, tmp_path: Path) -> None:
-    for result in train(2, config, "--output", tmp_path / "out", "--resume", tmp_path):
-        assert result.code == 1
+    for result in train(2, config, "--output", tmp_path / "out" / "in", "--resume", tmp_path):
+        assert result.code == 2
         assert "Checkpoints are folders such as" in result.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_write_cut_short_is_ignored_and_cleared(config: Path, run: Path) -> None:

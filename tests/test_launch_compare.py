@@ -7,12 +7,20 @@ from pathlib import Path
 import pytest
 
 import launch_jobs
-from conda_dist.launch import compare, comparison, options
-from conda_dist.launch.comparison import Outcome, Point, tabulate
-from conda_dist.launch.config import ConfigError
-from conda_dist.launch.curves import Curve, Distance, farthest
-
-OPTIMIZERS = ["conda", "adamw", "muon"]
+from conda_dist.launch import compare
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.tools import comparison, sweeps
+from conda_dist.launch.tools.comparison import (
+    Curve,
+    Distance,
+    Outcome,
+    Pair,
+    Point,
+    farthest,
+    tabulate,
+)
+from conda_dist.launch.tools.sweeps import ENGINES, OPTIMIZERS, Trial
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +28,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch_jobs.write_config(tmp_path_factory.mktemp("compare"))
 
 
-def plan(config: Path, rates: list[str], overrides: list[str]) -> list[compare.Trial]:
-    return compare.plan(str(config), Path("out"), OPTIMIZERS, rates, overrides)
+def plan(config: Path, rates: list[str], overrides: list[str]) -> list[Trial]:
+    return sweeps.optimizer_trials(str(config), Path("out"), OPTIMIZERS, rates, overrides)
 
 
 def test_a_sweep_is_one_run_per_rate(config: Path) -> None:
@@ -56,7 +64,7 @@ def test_refusals(config: Path, rates: list[str], overrides: list[str], words: s
     with pytest.raises(ConfigError, match=words):
         plan(config, rates, overrides)
     with pytest.raises(ConfigError, match="unknown optimizer 'sgd'"):
-        compare.plan(str(config), Path("out"), ["sgd"], [], [])
+        sweeps.optimizer_trials(str(config), Path("out"), ["sgd"], [], [])
 
 
 def outcome(name: str, lr: float, losses: list[float], seconds: float) -> Outcome:
@@ -125,13 +133,15 @@ def test_a_comparison_runs_draws_and_continues(
 
     # The folders of another configuration are not taken for this one's.
     assert compare.main([*arguments[:-1], "14"]) == 2
-    assert "holds a run of another configuration" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "conda-lr0.01 holds a run of another configuration" in said
+    assert "training.steps" in said
 
 
 def test_engines_run_the_same_job(config: Path) -> None:
     overrides = ["--optimizer.name", "adamw", "--deepspeed.config", "zero.json"]
-    trials = compare.plan_engines(str(config), Path("out"), list(compare.ENGINES), overrides)
-    assert [trial.name for trial in trials] == list(compare.ENGINES)
+    trials = sweeps.engine_trials(str(config), Path("out"), list(ENGINES), overrides)
+    assert [trial.name for trial in trials] == list(ENGINES)
     assert ["--deepspeed.config=zero.json" in trial.arguments for trial in trials] == [
         trial.name.startswith("zero") for trial in trials
     ]
@@ -153,7 +163,7 @@ def test_refusals_of_engines(
     config: Path, engines: list[str], overrides: list[str], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        compare.plan_engines(str(config), Path("out"), engines, overrides)
+        sweeps.engine_trials(str(config), Path("out"), engines, overrides)
 
 
 def test_the_farthest_pair_of_curves_is_found() -> None:
@@ -188,3 +198,66 @@ def test_engines_are_compared(
         assert pair["distance"] < 1e-4
     assert (tmp_path / "engines.md").read_text() in capfd.readouterr().out
     assert (tmp_path / "engines.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Refresh methods and intervals
+
+
+def test_a_run_for_every_method_interval_and_seed(config: Path) -> None:
+    wanted = ["svd=5", "orthogonal_iteration=1,5,5"]
+    trials = sweeps.refresh_trials(str(config), Path("out"), wanted, ["0", "3"], [])
+    assert [trial.folder.name for trial in trials] == [
+        f"{pair}-seed{seed}"
+        for pair in ("svd-gap5", "orthogonal_iteration-gap1", "orthogonal_iteration-gap5")
+        for seed in (0, 3)
+    ]
+    assert {trial.config.optimizer.name for trial in trials} == {"conda"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--refreshes", "qr=5"), "'qr' is none of the methods svd, orthogonal_iteration"),
+        (("--refreshes", "svd"), "METHOD=GAP,GAP is wanted"),
+        (("--refreshes", "svd=5", "--seeds", "one"), "training.seed"),
+        (("--refreshes", "svd=0"), "update_proj_gap"),
+        (("--refreshes", "svd=5", "--training.seed", "1"), "compare sets it itself"),
+        (("--refreshes", "svd=5", "--optimizer.update_proj_gap", "1"), "sets it itself"),
+        (("--refreshes", "svd=5", "--engines", "fsdp2"), "leave the others out"),
+        (("--seeds", "1"), "--seeds is for --refreshes"),
+    ],
+)
+def test_refusals_of_refreshes(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    assert compare.main([str(config), "--output", str(tmp_path / "out"), *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_of_refreshes_has_the_lowest_loss_first(tmp_path: Path) -> None:
+    pairs = [Pair("svd", 5, (3.5, 3.25), 0.02), Pair("eigh64", 1, (3.25, 3.25), 0.04)]
+    lines = comparison.write_refreshes(pairs, tmp_path).splitlines()
+    assert lines[2] == "| eigh64 | 1 | 3.250, 3.250 | 3.250 | 40.0 |"
+    assert lines[3] == "| svd | 5 | 3.500, 3.250 | 3.375 | 20.0 |"
+
+
+def test_refreshes_are_compared(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(config), "--output", str(tmp_path), "--training.steps", "4"]
+    arguments += ["--refreshes", "orthogonal_iteration=1,2"]
+    assert compare.main(arguments) == 0
+    found = json.loads((tmp_path / "intervals.json").read_text())
+    for gap, pair in zip((1, 2), found, strict=True):
+        lines = launch_jobs.metrics(tmp_path / f"orthogonal_iteration-gap{gap}-seed0")
+        assert pair["gap"] == gap
+        assert pair["val_losses"] == [lines[-1]["val_loss"]]
+    assert (tmp_path / "intervals.png").read_bytes().startswith(b"\x89PNG")
+    capfd.readouterr()
+    assert compare.main(arguments) == 0
+    assert capfd.readouterr().out.count("complete already") == 2

@@ -20,11 +20,12 @@ from tokenizers import Tokenizer
 import injected
 import launch_jobs
 import ranks
-from conda_dist.launch import cache, data, options, sources
-from conda_dist.launch import tokenizer as bpe
-from conda_dist.launch.batches import StreamBatches, TokenBatches, micro_batches, row_range
-from conda_dist.launch.config import Config, ConfigError, DataConfig
-from conda_dist.launch.runtime import World
+from conda_dist.launch.cluster.process_group import World
+from conda_dist.launch.data import cache, preparation, sources
+from conda_dist.launch.data import tokenizer as bpe
+from conda_dist.launch.data.batches import StreamBatches, TokenBatches, micro_batches, row_range
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import Config, ConfigError, DataConfig
 from launch_jobs import LIBRARY, train
 
 DOCUMENTS = [file.read_text() for file in sorted((LIBRARY / "email").glob("*.py"))] + [""]
@@ -199,7 +200,7 @@ def test_the_split_is_by_content() -> None:
 
 def test_tokens_are_the_documents(tmp_path: Path, alone: World) -> None:
     config = load(tmp_path, "--data.path", LIBRARY / "email" / "*.py")
-    opened = data.open_data(config, alone)
+    opened = preparation.open_data(config, alone)
     (entry,) = (tmp_path / "cache").glob("tokens-*")
     tokenizer = bpe.read(entry / "tokenizer.json")
     for name, validation in (("train", False), ("val", True)):
@@ -220,24 +221,24 @@ def test_the_cache_is_built_once_and_renewed_when_the_text_changes(
     file = tmp_path / "text.txt"
     file.write_text("\n\n".join(DOCUMENTS))
     config = load(tmp_path, "--data.path", file, "--data.text_separator", "\n\n")
-    first = data.open_data(config, alone)
+    first = preparation.open_data(config, alone)
     entries = {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "cache").iterdir()}
     assert sorted(entry.name.split("-")[0] for entry in entries) == ["tokenizer", "tokens"]
-    assert data.open_data(config, alone).fingerprint == first.fingerprint
+    assert preparation.open_data(config, alone).fingerprint == first.fingerprint
     now = {entry: entry.stat().st_mtime_ns for entry in (tmp_path / "cache").iterdir()}
     assert now == entries
     file.write_text("\n\n".join(reversed(DOCUMENTS)))
-    assert data.open_data(config, alone).fingerprint != first.fingerprint
+    assert preparation.open_data(config, alone).fingerprint != first.fingerprint
 
 
 def test_a_damaged_cache_entry_is_rebuilt(tmp_path: Path, alone: World) -> None:
     config = load(tmp_path, "--data.path", LIBRARY / "email")
-    first = data.open_data(config, alone)
+    first = preparation.open_data(config, alone)
     rows = first.batches.rows(3, 0, 8)
     (entry,) = (tmp_path / "cache").glob("tokens-*")
     (entry / "train.bin").unlink()
     (entry / "train.bin").write_bytes(b"cut short")
-    again = data.open_data(config, alone)
+    again = preparation.open_data(config, alone)
     assert again.fingerprint == first.fingerprint
     assert np.array_equal(again.batches.rows(3, 0, 8), rows)
     assert not list((tmp_path / "cache").glob(".*"))
@@ -283,20 +284,20 @@ def test_a_pretrained_tokenizer(tmp_path: Path, alone: World) -> None:
     file = tmp_path / "bpe.json"
     bpe.train(DOCUMENTS, settings).save(str(file))
     arguments = ("--data.path", LIBRARY / "json", "--tokenizer.path", file)
-    assert data.open_data(load(tmp_path, *arguments), alone).vocab_size == 400
+    assert preparation.open_data(load(tmp_path, *arguments), alone).vocab_size == 400
     assert not list((tmp_path / "cache").glob("tokenizer-*"))
     with pytest.raises(RuntimeError, match=r"no token '</s>'.*tokenizer\.end_of_text"):
-        data.open_data(load(tmp_path, *arguments, "--tokenizer.end_of_text", "</s>"), alone)
+        preparation.open_data(load(tmp_path, *arguments, "--tokenizer.end_of_text", "</s>"), alone)
     file.write_text("{}")
     with pytest.raises(RuntimeError, match=r"bpe\.json is not a tokenizers JSON file"):
-        data.open_data(load(tmp_path, *arguments), alone)
+        preparation.open_data(load(tmp_path, *arguments), alone)
 
 
 def test_too_little_text_is_refused(tmp_path: Path, alone: World) -> None:
     file = tmp_path / "short.txt"
     file.write_text("a single document")
     with pytest.raises(RuntimeError, match=r"raise data\.val_fraction"):
-        data.open_data(load(tmp_path, "--data.path", file), alone)
+        preparation.open_data(load(tmp_path, "--data.path", file), alone)
 
 
 # Streams.
@@ -349,7 +350,9 @@ def test_a_stream_holds_its_validation_documents_out(
     hub: Path, tmp_path: Path, alone: World, split: str
 ) -> None:
     arguments = ["--data.hf", hub, "--data.hf_val_split", split, "--data.shuffle_block", 16]
-    opened = data.open_data(load(tmp_path, *arguments, "--training.sequence_length", 256), alone)
+    opened = preparation.open_data(
+        load(tmp_path, *arguments, "--training.sequence_length", 256), alone
+    )
     (entry,) = (tmp_path / "cache").glob("stream-*")
     tokenizer = bpe.read(entry / "tokenizer.json")
     windows = [opened.batches.rows(step, 0, 8) for step in range(20)]

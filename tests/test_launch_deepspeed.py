@@ -16,11 +16,12 @@ import launch_jobs
 import models
 import ranks
 import zero
-from conda_dist.launch import options, runtime
-from conda_dist.launch.checkpoint import complete_checkpoints
-from conda_dist.launch.config import ConfigError
-from conda_dist.launch.finite import NonFiniteError
-from conda_dist.launch.runtime import JobError
+from conda_dist.launch.cluster import process_group
+from conda_dist.launch.cluster.process_group import JobError
+from conda_dist.launch.job import options
+from conda_dist.launch.job.checkpoint import complete_checkpoints
+from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.job.finite import NonFiniteError
 from launch_jobs import Result, curve, metrics
 from test_deepspeed_universal import convert
 from test_launch_checkpoint import Payload, forge, newest
@@ -153,12 +154,12 @@ def test_a_user_s_json_is_merged(config: Path, fsdp2: Path, tmp_path: Path) -> N
 def build(config: str, output: str, stage: int, dtype: str) -> tuple[Any, Any]:
     """An engine, and a micro-batch for this rank."""
     zero.settle()
-    from conda_dist.launch.deepspeed_engine import DeepSpeedEngine
+    from conda_dist.launch.job.deepspeed_engine import DeepSpeedEngine
 
     given = ["--output", output, "--training.compute_dtype", dtype, "--optimizer.update_proj_gap=2"]
     loaded = options.load(config, [*given, "--engine=deepspeed", f"--deepspeed.stage={stage}"])
     rows = torch.arange(4 * 33).reshape(4, 33).numpy() + dist.get_rank()
-    return DeepSpeedEngine(loaded, 400, runtime.join(60.0)), rows
+    return DeepSpeedEngine(loaded, 400, process_group.join(60.0)), rows
 
 
 def _spoil(block: Any, args: Any, output: torch.Tensor) -> None:
@@ -238,7 +239,7 @@ def test_a_universal_checkpoint_is_refused(config: Path, whole: list[Path], tmp_
     ranks.run(1, convert, str(saved), "deepspeed")
     given = ("--output", tmp_path / "on", "--resume", saved / "universal")
     for result in train(2, config, 2, *given):
-        assert result.code == 1
+        assert result.code == 2
         assert "It is a universal checkpoint" in result.err
 
 
@@ -274,7 +275,7 @@ def test_a_checkpoint_of_another_engine_or_stage_is_refused(
     config: Path, fsdp2: Path, whole: list[Path]
 ) -> None:
     for result in train(2, config, 2, "--output", fsdp2, "--resume"):
-        assert result.code == 1
+        assert result.code == 2
         assert "engine (fsdp2 there, deepspeed here)" in result.err
     for result in train(2, config, 1, "--output", whole[2], "--resume"):
         assert result.code == 1

@@ -16,9 +16,9 @@ import fault_links
 import faults
 import launch_jobs
 import ranks
-from conda_dist.launch import watchdog
-from conda_dist.launch.rendezvous import agree
-from conda_dist.launch.watchdog import Report, find_stalled
+from conda_dist.launch.cluster.rendezvous import agree
+from conda_dist.launch.job import watchdog
+from conda_dist.launch.job.watchdog import Report, find_stalled
 from faults import INTERVAL, STALL_S, STRUCK, Outcome, Scene
 from launch_jobs import metrics
 

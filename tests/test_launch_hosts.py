@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import launch_jobs
-from conda_dist.launch.checkpoint import complete_checkpoints, step_of
+from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
 from launch_jobs import curve, metrics, succeed
 from launchers import JOB, MPIS, deepspeed_over, openmpi
 from nodes import Node, agent, nodes

@@ -11,11 +11,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import ranks
-from conda_dist.launch import options, runtime, schedule
-from conda_dist.launch.config import Config, ScheduleConfig
-from conda_dist.launch.model import build_model
-from conda_dist.launch.muon import ShardedMuon
-from conda_dist.launch.optimizers import build_optimizers, describe
+from conda_dist.launch.cluster import process_group
+from conda_dist.launch.job import options, schedule
+from conda_dist.launch.job.config import Config, ScheduleConfig
+from conda_dist.launch.job.model import build_model
+from conda_dist.launch.job.muon import ShardedMuon
+from conda_dist.launch.job.optimizers import build_optimizers, describe
 
 SMALL = ["--model.hidden_size", "24", "--model.num_attention_heads", "2"]
 SMALL += ["--model.intermediate_size", "40", "--model.num_hidden_layers", "2"]
@@ -30,7 +31,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def initial(config: Config) -> dict[str, torch.Tensor]:
-    model = build_model(config.model, config.training, 50, runtime.join(60))
+    model = build_model(config.model, config.training, 50, process_group.join(60))
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     return {name: full(p).detach().clone() for name, p in model.named_parameters()}
 
@@ -66,7 +67,7 @@ def test_initial_weights_follow_the_library_s_rules() -> None:
 
 
 def logits(config: Config, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    model = build_model(config.model, config.training, 50, runtime.join(60))
+    model = build_model(config.model, config.training, 50, process_group.join(60))
     output = model(input_ids=tokens).logits.detach()
     return output, {name: full(p).detach().clone() for name, p in model.named_parameters()}
 
@@ -163,7 +164,7 @@ def test_muon_refuses_other_placements() -> None:
 
 
 def split(config: Config) -> list[tuple[str, set[str]]]:
-    model = build_model(config.model, config.training, 50, runtime.join(60))
+    model = build_model(config.model, config.training, 50, process_group.join(60))
     names = {parameter: name for name, parameter in model.named_parameters()}
     optimizers = build_optimizers(model, config.optimizer)
     held = [
@@ -199,7 +200,7 @@ def test_settings_reach_the_optimizers() -> None:
 
 
 def group_settings(config: Config) -> list[dict[str, Any]]:
-    model = build_model(config.model, config.training, 50, runtime.join(60))
+    model = build_model(config.model, config.training, 50, process_group.join(60))
     (optimizer,) = build_optimizers(model, config.optimizer)
     return [
         {key: value for key, value in group.items() if key != "params"}

@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conda_dist.launch import mpi, options, pretrain
-from conda_dist.launch.config import Config, ConfigError
+from conda_dist.launch import pretrain
+from conda_dist.launch.cluster import mpi
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.files import EXIT_CONFIG
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -178,7 +181,7 @@ def test_any_config_survives_its_own_toml(data: st.DataObject) -> None:
     import tomllib
 
     text = options.to_toml(config)
-    assert options.build(options._flatten(tomllib.loads(text))) == config
+    assert options.build(options.flatten(tomllib.loads(text))) == config
 
 
 _WORDS = st.text(max_size=12) | st.sampled_from([f"--{name}" for name in options.SCHEMA])
@@ -242,7 +245,7 @@ def test_a_config_that_one_host_lacks_is_said_there(
 ) -> None:
     for name, value in (("RANK", "2"), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
-    assert pretrain.main(["/no/such/file.toml"]) == pretrain.EXIT_CONFIG
+    assert pretrain.main(["/no/such/file.toml"]) == EXIT_CONFIG
     err = capsys.readouterr().err
     assert err.startswith(said)
     assert ("/no/such/file.toml" in err) is bool(said)

@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ranks
 from conda_dist import Conda
-from conda_dist.launch import forecast, plan
-from conda_dist.launch.config import CondaConfig
-from conda_dist.launch.forecast import Mesh
-from conda_dist.launch.hardware import HARDWARE
+from conda_dist.launch import plan
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import CondaConfig
+from conda_dist.launch.tools import forecast, planned
+from conda_dist.launch.tools.hardware import HARDWARE, Mesh
+from conda_dist.launch.tools.planned import Planned
 from conda_dist.layout import Layout, Split, Topology
 from conda_dist.options import DTYPES
 from conda_dist.plan.compute_groups import deal_owners
@@ -128,8 +130,8 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[Counts, Counts]:
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m.sizes)))
 def test_bytes_and_operations_are_those_of_real_runs(mesh: Mesh) -> None:
     for settings in SETTINGS:
-        for counted, planned in ranks.run(mesh.ranks, _count, mesh, settings):
-            assert counted == planned
+        for counted, expected in ranks.run(mesh.ranks, _count, mesh, settings):
+            assert counted == expected
 
 
 @pytest.mark.parametrize(
@@ -195,8 +197,8 @@ def test_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_sizes_of_known_models() -> None:
     for name, billions in (("7b", 6.7), ("70b", 70.6), ("405b", 405.9)):
-        config = plan.options.load(str(CONFIGS / f"llama_{name}.toml"), [])
-        planned = plan.Planned(config, Mesh(dp_shard=8), 8192)
+        config = options.load(str(CONFIGS / f"llama_{name}.toml"), [])
+        planned = Planned(config, Mesh(dp_shard=8), 8192)
         assert round(planned.parameters / 1e9, 1) == billions
 
 
@@ -204,8 +206,8 @@ def test_the_sizes_of_known_models() -> None:
 def test_a_step_sends_what_muon_sends(name: str, ranks_: int, tp: int) -> None:
     """Past the budget a gradient goes to its group and an update comes back: 2mn/p, in bfloat16."""
     given = ["--optimizer.conda.basis_budget", "0", "--optimizer.conda.basis_dtype", "bfloat16"]
-    config = plan.options.load(str(CONFIGS / f"llama_{name}.toml"), given)
-    planned = plan.Planned(config, Mesh(dp_shard=ranks_, tp=tp), 8192)
+    config = options.load(str(CONFIGS / f"llama_{name}.toml"), given)
+    planned = Planned(config, Mesh(dp_shard=ranks_, tp=tp), 8192)
     muon = planned.rivals()["Muon, gathered to owners"]
     assert sum(planned.conda.step.values()) < 1.1 * sum(muon.step.values())
     assert planned.conda.flops < 1.1 * _mean_flops(planned.projected) / (ranks_ * tp)
@@ -217,8 +219,8 @@ def _mean_flops(shapes: dict[str, tuple[int, ...]]) -> float:
 
 @pytest.mark.parametrize("name", ["7b", "70b"])
 def test_rows_add_up_to_the_total(name: str) -> None:
-    config = plan.options.load(str(CONFIGS / f"llama_{name}.toml"), [])
-    found = plan.Planned(config, Mesh(dp_shard=64), 8192).conda
+    config = options.load(str(CONFIGS / f"llama_{name}.toml"), [])
+    found = Planned(config, Mesh(dp_shard=64), 8192).conda
     assert sum(kind.step for kind in found.kinds) == sum(found.step.values())
     assert sum(kind.refresh for kind in found.kinds) == sum(found.refresh.values())
     assert sum(kind.flops for kind in found.kinds) == pytest.approx(found.flops)
@@ -249,10 +251,10 @@ def test_what_waits_for_a_refresh(refresh: str) -> None:
 
 
 def test_more_ranks_take_less_time_each() -> None:
-    config = plan.options.load(str(CONFIGS / "llama_7b.toml"), [])
+    config = options.load(str(CONFIGS / "llama_7b.toml"), [])
     times, states = [], []
     for count in (8, 64, 512):
-        planned = plan.Planned(config, Mesh(dp_shard=count), 8192)
+        planned = Planned(config, Mesh(dp_shard=count), 8192)
         times.append(planned.seconds(planned.conda, HARDWARE["h100-ib400"]).step)
         states.append(planned.conda.state)
     assert times == sorted(times, reverse=True)
@@ -260,7 +262,7 @@ def test_more_ranks_take_less_time_each() -> None:
 
 
 def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "RANKS", [1, 8])
-    monkeypatch.setattr(plan, "SCALES", ("llama_60m",))
+    monkeypatch.setattr(planned, "RANKS", [1, 8])
+    monkeypatch.setattr(planned, "SCALES", ("llama_60m",))
     assert plan.main(["--scaling", str(tmp_path / "plan.png")]) == 0
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")

@@ -15,11 +15,11 @@ import torch.distributed as dist
 
 import launch_jobs
 import ranks
-from conda_dist.launch.checkpoint import complete_checkpoints, step_of
-from conda_dist.launch.console import Display
-from conda_dist.launch.lock import LOCK, locked
-from conda_dist.launch.pretrain import EXIT_STOPPED, STOP_NOTE
-from conda_dist.launch.runtime import World
+from conda_dist.launch.cluster.lock import LOCK, locked
+from conda_dist.launch.cluster.process_group import World
+from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
+from conda_dist.launch.job.console import Display
+from conda_dist.launch.job.files import EXIT_STOPPED, STOP_NOTE
 from launch_jobs import metrics
 from processes import (
     DEADLINE,

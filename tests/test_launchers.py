@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import launch_jobs
-from conda_dist.launch import mpi
+from conda_dist.launch.cluster import mpi
 from launch_jobs import curve, metrics
 from launchers import JOB, MODULE, MPIS, deepspeed, mpich, torchrun
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import ranks
 from conda_dist import Conda
-from conda_dist.launch.footprint import count_exactly, peak_bytes
+from conda_dist.launch.tools.footprint import count_exactly, peak_bytes
 
 MIB = 2**20
 BUCKET = 6 * MIB

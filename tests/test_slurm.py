@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import launch_jobs
-from conda_dist.launch.checkpoint import complete_checkpoints, step_of
+from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
 from launch_jobs import curve, metrics, succeed
 from processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
 
@@ -142,7 +142,7 @@ def test_a_preemption_that_signals_the_ranks_alone(tmp_path: Path, slurm: dict[s
 
 def _torchruns(session: int) -> dict[int, bool]:
     """By process id, whether they have a handler for SIGTERM."""
-    command = ["pgrep", "-f", "^python -P launch/noted.py", "-s", str(session)]
+    command = ["pgrep", "-f", "^python -P launch/cluster/torchrun_stop_file.py", "-s", str(session)]
     found = subprocess.run(command, capture_output=True, text=True).stdout.split()
     states = {int(pid): Path(f"/proc/{pid}/status").read_text() for pid in found}
     return {

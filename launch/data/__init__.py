@@ -1,0 +1,1 @@
+"""From text to the rows of each step."""

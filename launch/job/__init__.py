@@ -1,0 +1,1 @@
+"""One pretraining run: its configuration, model, engines, loop, checkpoints and metrics."""

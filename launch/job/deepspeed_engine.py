@@ -1,0 +1,231 @@
+"""Layer: launch. The job's other engine: the same steps by DeepSpeed, ZeRO stages 0 to 3.
+
+Importing this module imports DeepSpeed; `pretrain.py` does so only for a job that asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import nn
+from transformers import PreTrainedModel
+
+from conda_dist.integrations.deepspeed import Conda  # which makes the JSON's type known, too
+from conda_dist.launch.cluster.process_group import JobError, World, from_main, together
+from conda_dist.launch.data.batches import Tokens
+from conda_dist.launch.job import schedule
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.deepspeed_settings import build_settings
+from conda_dist.launch.job.engine import StepResult, add_up, clock, loss_sum
+from conda_dist.launch.job.finite import Origin, finite
+from conda_dist.launch.job.model import compute_dtype, initialised_model, parameter_count
+from conda_dist.report import print_table
+
+_TAG, _LAYOUT = "deepspeed", "deepspeed.json"
+
+
+class DeepSpeedEngine:
+    """A model under ZeRO and the optimizer that DeepSpeed makes of its JSON.
+
+    In bfloat16 the master weights begin with the initial weights rounded to bfloat16, which is
+    what DeepSpeed is given; in float32 they begin as under FSDP2.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, world: World) -> None:
+        """Builds everything in its state at step 0.
+
+        Raises:
+            ConfigError: DeepSpeed, or Conda under it, does not take the settings.
+        """
+        self._config, self._world = config, world
+        settings = build_settings(config, world)
+        deepspeed.utils.logger.setLevel("WARNING")
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        model = _build_model(config, vocab_size, settings)
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=list(model.parameters()),
+                config=settings,
+                dist_init_required=False,
+            )
+        except (ValueError, TypeError, AssertionError, NotImplementedError) as error:
+            file = config.deepspeed.config
+            source = f"the settings in {file}, or the job's" if file else "the job's settings"
+            raise ConfigError(f"DeepSpeed does not take {source}: {error}") from error
+        self._origin = Origin(self._engine.module.get_input_embeddings(), world.device)
+        self._files = _Files()
+        self._engine.checkpoint_engine = self._files
+        self._rates = [float(group["lr"]) for group in self._groups]
+        self._step, self._report = 0, False
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
+        return groups
+
+    def describe(self) -> dict[str, str]:
+        """See Engine."""
+        dtype = str(compute_dtype(self._config.training, self._world.device))
+        count = parameter_count(self._engine.module)
+        return {
+            "engine": f"DeepSpeed {deepspeed.__version__}, ZeRO stage "
+            f"{self._config.deepspeed.stage}",
+            "model": f"{self._config.model.architecture}, {count:,} parameters, "
+            f"{dtype.removeprefix('torch.')} compute",
+            "optimizer": type(self._engine.basic_optimizer).__name__,
+        }
+
+    def print_report(self) -> None:
+        """See Engine. Conda learns in the first step where ZeRO keeps what, and says it then."""
+        self._report = isinstance(self._engine.basic_optimizer, Conda)
+
+    def forward_backward(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
+        """See Engine."""
+        engine, device = self._engine, self._world.device
+        total = torch.zeros((), device=device)
+        self._origin.begin()
+        for index, rows in enumerate(micro_batches):
+            engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss = loss_sum(engine, rows, device) / tokens
+            # DeepSpeed averages over the ranks; the sum is what is wanted, since each rank's loss
+            # is its share of the global mean.
+            engine.backward(loss * self._world.size, scale_wrt_gas=False)
+            total += loss.detach()
+        self._origin.loss(total)
+        return finite("the loss", add_up(total))
+
+    def step(self) -> StepResult:
+        """See Engine."""
+        training, peak = self._config.training, self._config.optimizer.chosen.lr
+        factor = schedule.factor(self._config.schedule, peak, training.steps, self._step)
+        for group, rate in zip(self._groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        name = "the gradient's norm"
+        started = clock(self._world.device)
+        norm = None
+        if self._engine.optimizer is self._engine.basic_optimizer:
+            # Stage 0 in float32: nothing stands between the engine and the optimizer that would
+            # know the norm, or hold back a step.
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            norm = finite(name, float(torch.nn.utils.get_total_norm(gradients)))
+        self._engine.step()
+        if norm is None:
+            # Infinite if the step was held back.
+            norm = finite(name, float(self._engine.get_global_grad_norm()))
+        if self._report:
+            self._report = False
+            print_table(self._engine.basic_optimizer.report())
+        self._step += 1
+        lr = float(self._groups[0]["lr"])
+        return StepResult(norm, lr, clock(self._world.device) - started)
+
+    def origin(self) -> str:
+        """See Engine."""
+        return self._origin.describe(self._world, self._engine.module)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
+        """See Engine."""
+        self._engine.eval()
+        total = torch.zeros((), device=self._world.device, dtype=torch.float64)
+        for rows in micro_batches:
+            total += loss_sum(self._engine, rows, self._world.device)
+        self._engine.train()
+        return add_up(total) / tokens
+
+    def save(self, folder: Path) -> None:
+        """See Engine. The files are DeepSpeed's own, in a folder of theirs."""
+        layout = self._layout()
+        from_main(
+            self._world,
+            f"writing {folder / _LAYOUT}",
+            lambda: (folder / _LAYOUT).write_text(json.dumps(layout)),
+        )
+        self._files.error = None
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        with together(self._world, f"saving to {folder}"):
+            if self._files.error is not None:
+                raise self._files.error
+
+    def load(self, folder: Path, step: int) -> None:
+        """See Engine; on as many ranks and at the same stage only."""
+        saved = from_main(
+            self._world,
+            "reading what the checkpoint was made by",
+            lambda: json.loads((folder / _LAYOUT).read_text()),
+        )
+        here = self._layout()
+        differing = [f"{key} {saved.get(key)} there, {here[key]} here" for key in here]
+        if saved != here:
+            raise JobError(
+                f"ZeRO's files hold what single ranks have: {', '.join(differing)}. Start "
+                f"{saved.get('ranks')} ranks with --deepspeed.stage {saved.get('stage')} "
+                f"--training.compute_dtype {saved.get('dtype')}. On others this job cannot go on; "
+                "what DeepSpeed's ds_to_universal makes of them, a script of your own can load"
+            )
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self._groups]
+        # It may raise on one rank alone: no JobError, whose ranks wait for each other at the end.
+        found, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if found is None:
+            raise RuntimeError(f"DeepSpeed found nothing to load in {folder}")
+        # Hyperparameters are the config's, not the checkpoint's.
+        for group, own in zip(self._groups, settings, strict=True):
+            group.update(own)
+        if hasattr(self._engine.optimizer, "clip_grad"):
+            self._engine.optimizer.clip_grad = self._config.optimizer.chosen.grad_clip
+        self._step = step
+
+    def _layout(self) -> dict[str, Any]:
+        """What two jobs must have in common to read each other's files."""
+        dtype = compute_dtype(self._config.training, self._world.device)
+        return {
+            "ranks": self._world.size,
+            "stage": self._config.deepspeed.stage,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+
+_HELD = [fragment_address, LossScaler, ZeroStageEnum]
+"""Classes in ZeRO's files besides tensors, and such as tensors are made of."""
+
+
+class _Files(TorchCheckpointEngine):  # type: ignore[misc]
+    """DeepSpeed's files, except that reading one runs no code, and how a failure to write ends.
+
+    DeepSpeed reads them without weights_only. A failure is kept until all ranks are through:
+    raised where it happens it would leave the others waiting in DeepSpeed's barriers.
+    """
+
+    error: Exception | None = None
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Reads one file; raises pickle.UnpicklingError if it names what no such file needs."""
+        with torch.serialization.safe_globals(_HELD):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Writes one file."""
+        try:
+            super().save(state_dict, path)
+        except Exception as caught:
+            self.error = caught
+
+
+def _build_model(config: Config, vocab_size: int, settings: dict[str, Any]) -> PreTrainedModel:
+    """The model with the initial weights it has under FSDP2; at stage 3 already in shards."""
+
+    def shard(module: nn.Module) -> None:
+        if config.deepspeed.stage == 3:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+
+    return initialised_model(config.model, config.training, vocab_size, shard)

@@ -1,0 +1,219 @@
+"""Layer: launch. The part of the job that computes: model, optimizer and schedule under FSDP2.
+
+The loop in `trainer.py` knows an engine by the methods below only; DeepSpeed's, in
+`deepspeed_engine.py`, stands beside this class, not inside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+
+from conda_dist import Conda
+from conda_dist.launch.cluster.process_group import World, synchronise
+from conda_dist.launch.data.batches import Tokens
+from conda_dist.launch.job import optimizers, schedule
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.finite import Origin, finite
+from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
+from conda_dist.launch.job.tensors import load_tensors, save_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Norm of the global gradient before clipping."""
+    lr: float
+    """Learning rate of this step (the first group's)."""
+    optimizer_s: float
+    """Seconds this rank spent clipping and updating."""
+
+
+class Engine(Protocol):
+    """What the loop asks of an engine; every method is called on every rank."""
+
+    def describe(self) -> dict[str, str]:
+        """Names and values that say what runs."""
+
+    def print_report(self) -> None:
+        """Prints what the optimizer does with each parameter, where it can say; on one rank."""
+
+    def forward_backward(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
+        """Adds up the gradients of the mean loss over the global batch, and returns that loss.
+
+        Args:
+            micro_batches: This rank's rows, (b, sequence_length + 1) each and possibly none; as
+                many as on every other rank.
+            tokens: Predicted tokens in the global batch, over all ranks.
+
+        Raises:
+            NonFiniteError: On every rank.
+        """
+
+    def step(self) -> StepResult:
+        """Clips, updates the weights, advances the schedule and clears the gradients.
+
+        Raises:
+            NonFiniteError: On every rank, before anything is updated.
+        """
+
+    def origin(self) -> str:
+        """Where the last step got a number that is not finite from, in words."""
+
+    def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
+        """Mean loss per token over rows spread across the ranks; arguments as above."""
+
+    def save(self, folder: Path) -> None:
+        """Writes weights and optimizer state into an existing folder.
+
+        Raises:
+            JobError: On every rank, if it failed on any.
+        """
+
+    def load(self, folder: Path, step: int) -> None:
+        """Takes over what `save` wrote after `step` steps, on whatever number of ranks.
+
+        Raises:
+            JobError: On every rank, if it failed on any.
+        """
+
+
+class Fsdp2Engine:
+    """A model sharded with FSDP2 and the torch optimizers that train it."""
+
+    def __init__(self, config: Config, vocab_size: int, world: World) -> None:
+        """Builds everything in its state at step 0.
+
+        Raises:
+            ConfigError: The optimizer does not take the settings.
+        """
+        self._config, self._world = config, world
+        self.model = build_model(config.model, config.training, vocab_size, world)
+        self._origin = Origin(self.model.get_input_embeddings(), world.device)
+        try:
+            self.optimizers = optimizers.build_optimizers(self.model, config.optimizer)
+        except ValueError as error:
+            raise ConfigError(f"optimizer.{config.optimizer.name}: {error}") from error
+        self._schedulers = schedule.build_schedulers(
+            self.optimizers, config.schedule, config.optimizer.chosen.lr, config.training.steps
+        )
+
+    def describe(self) -> dict[str, str]:
+        """See Engine."""
+        dtype = str(compute_dtype(self._config.training, self._world.device))
+        return {
+            "model": f"{self._config.model.architecture}, {parameter_count(self.model):,} "
+            f"parameters, {dtype.removeprefix('torch.')} compute",
+            "optimizer": optimizers.describe(self.optimizers),
+        }
+
+    def print_report(self) -> None:
+        """See Engine."""
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Conda):
+                optimizer.report()
+
+    def forward_backward(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
+        """See Engine."""
+        model = cast(FSDPModule, self.model)
+        total = torch.zeros((), device=self._world.device)
+        self._origin.begin()
+        for index, rows in enumerate(micro_batches):
+            # Unless memory is short, gradients are reduced once per step, and the weights stay
+            # unsharded from one micro-batch to the next.
+            last = index == len(micro_batches) - 1
+            model.set_requires_gradient_sync(last or self._config.training.lean_accumulation)
+            model.set_reshard_after_backward(last or self._config.training.lean_accumulation)
+            loss = loss_sum(self.model, rows, self._world.device) / tokens
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        self._origin.loss(total)
+        return finite("the loss", add_up(total))
+
+    def step(self) -> StepResult:
+        """See Engine."""
+        settings = self._config.optimizer.chosen
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        grad_norm = finite("the gradient's norm", float(norm))
+        started = clock(self._world.device)
+        if settings.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.model.parameters(), settings.grad_clip, torch.tensor(grad_norm)
+            )
+        lr = float(self.optimizers[0].param_groups[0]["lr"])
+        for optimizer, scheduler in zip(self.optimizers, self._schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+        return StepResult(grad_norm, lr, clock(self._world.device) - started)
+
+    def origin(self) -> str:
+        """See Engine."""
+        return self._origin.describe(self._world, self.model)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
+        """See Engine."""
+        self.model.eval()
+        total = torch.zeros((), device=self._world.device, dtype=torch.float64)
+        for rows in micro_batches:
+            total += loss_sum(self.model, rows, self._world.device)
+        self.model.train()
+        return add_up(total) / tokens
+
+    def save(self, folder: Path) -> None:
+        """See Engine. Hyperparameters are not saved: they are the config's."""
+        model, optimizer = get_state_dict(self.model, self.optimizers)
+        save_tensors(folder, {"model": model, "optimizer": optimizer["state"]}, self._world)
+
+    def load(self, folder: Path, step: int) -> None:
+        """See Engine."""
+        model, optimizer = get_state_dict(self.model, self.optimizers)
+        load_tensors(folder, {"model": model, "optimizer": optimizer["state"]}, self._world)
+        set_state_dict(
+            self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer
+        )
+        for scheduler in self._schedulers:
+            schedule.fast_forward(scheduler, step)
+
+
+def loss_sum(model: nn.Module, rows: Tokens, device: torch.device) -> Tensor:
+    """Summed cross-entropy of (b, sequence_length + 1) tokens, in float32."""
+    empty = len(rows) == 0
+    tokens = torch.from_numpy(rows).to(device)
+    if empty:
+        # Sharded models communicate in every forward pass, so a rank without rows runs one as
+        # well; its sum is multiplied by zero.
+        tokens = torch.zeros((1, rows.shape[1]), dtype=torch.int64, device=device)
+    logits = model(input_ids=tokens[:, :-1]).logits
+    loss = functional.cross_entropy(
+        logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+    )
+    return loss * 0.0 if empty else loss
+
+
+def add_up(total: Tensor) -> float:
+    """The sum of all ranks' numbers."""
+    dist.all_reduce(total)
+    return float(total)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done its work."""
+    synchronise(device)
+    return time.perf_counter()

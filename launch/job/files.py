@@ -1,0 +1,17 @@
+"""What a run writes into its output folder, and how its processes end."""
+
+CONFIG = "config.toml"
+"""The resolved configuration."""
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+LOSS_PICTURE = "loss.png"
+SUMMARY = "summary.json"
+"""Written when a run is complete: its last step, validation loss and seconds of training."""
+
+EXIT_FAILED, EXIT_CONFIG = 1, 2
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: not finished, worth starting again."""
+
+STOP_NOTE = "CONDA_DIST_STOP_NOTE"
+"""Variable that names a file to make when the job has stopped as asked, for scripts such as
+`slurm.sh`: launchers exit with codes of their own."""

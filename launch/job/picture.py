@@ -1,0 +1,50 @@
+"""Layer: launch. Loss curves as PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conda_dist.launch.job.files import LOSS_PICTURE, METRICS
+from conda_dist.launch.job.metrics import read_metrics
+
+
+def draw_loss(folder: Path, title: str) -> Path:
+    """Draws the training and validation loss of a run's metrics.jsonl into its loss.png."""
+    import numpy as np
+
+    lines = read_metrics(folder / METRICS)
+    figure, (axis,) = new_figure(1)
+    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    axis.plot(steps, losses, color="#a9c1d9", linewidth=0.7, label="training")
+    width = max(5, len(losses) // 40)
+    if len(losses) > 2 * width:
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        middle = steps[width // 2 : width // 2 + len(smooth)]
+        axis.plot(middle, smooth, color="#1f5a94", label=f"training, mean over {width}")
+    measured = [(line["step"], line["val_loss"]) for line in lines if line["val_loss"] is not None]
+    if measured:
+        x, y = zip(*measured, strict=True)
+        label = f"validation, {y[-1]:.3f} at the end"
+        axis.plot(x, y, color="#c8501e", marker="o", markersize=3, label=label)
+    axis.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axis.legend(frameon=False)
+    path = folder / LOSS_PICTURE
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def new_figure(panels: int) -> tuple[Any, Sequence[Any]]:
+    """A figure with `panels` axes side by side, in the style of all our pictures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5 * panels, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, panels, 1 + index) for index in range(panels)]
+    for axis in axes:
+        axis.grid(color="#e3e3e3", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes

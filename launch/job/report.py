@@ -1,0 +1,105 @@
+"""Layer: launch. Everything rank 0 tells the outside, so that the loop need not ask who it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from conda_dist.launch.cluster.process_group import World, together
+from conda_dist.launch.job.config import Config
+from conda_dist.launch.job.console import Display
+from conda_dist.launch.job.files import SUMMARY
+from conda_dist.launch.job.metrics import MetricsWriter, Record
+from conda_dist.launch.job.picture import draw_loss
+
+
+class Reporter:
+    """Console, metrics.jsonl, TensorBoard and pictures on rank 0; silent on every other rank."""
+
+    def __init__(self, config: Config, world: World, step: int) -> None:
+        """Opens the files to continue after `step` steps.
+
+        Raises:
+            JobError: On every rank: they cannot be written.
+        """
+        self._config, self._world, self._output = config, world, Path(config.output)
+        self._writer: MetricsWriter | None = None
+        self._display: Display | None = None
+        self._error: OSError | None = None
+        with together(world, f"opening the metrics in {config.output}"):
+            if world.is_main:
+                (self._output / SUMMARY).unlink(missing_ok=True)
+                board, steps = config.metrics.tensorboard, config.training.steps
+                self._writer = MetricsWriter(self._output, step=step, tensorboard=board)
+                self._display = Display(steps, step, config.metrics.console_interval)
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write what it was given to record."""
+        return self._error is not None
+
+    def require_written(self) -> None:
+        """Raises if a record could not be written; to be called on every rank.
+
+        Raises:
+            JobError: On every rank.
+        """
+        with together(self._world, f"writing the metrics in {self._output}"):
+            if self._error is not None:
+                raise self._error
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Shows the progress bar while the block runs, and closes the files after it."""
+        if self._display is None or self._writer is None:
+            yield
+            return
+        try:
+            with self._display:
+                yield
+        finally:
+            try:
+                self._writer.close()
+            except OSError as error:  # of which `failed` has told, or TensorBoard's
+                self.note(f"the last metrics could not be written: {error}")
+
+    def facts(self, rows: Mapping[str, str]) -> None:
+        """Prints names and values, a line each."""
+        width = max(map(len, rows))
+        for name, value in rows.items():
+            self.note(f"{name:<{width}}  {value}")
+
+    def note(self, message: str) -> None:
+        """Prints a line."""
+        if self._display is not None:
+            self._display.note(message)
+
+    def record(self, record: Record) -> None:
+        """Writes and shows a record.
+
+        A disk that is full is no reason to leave the other ranks in the midst of a step: see
+        `failed`.
+        """
+        if self._writer is not None and self._display is not None:
+            try:
+                self._writer.write(record)
+            except OSError as error:
+                self._error = error
+            self._display.update(record)
+
+    def complete(self, summary: Mapping[str, Any]) -> None:
+        """Draws the curves and marks the run as complete.
+
+        Raises:
+            JobError: On every rank: they cannot be written.
+        """
+        doing = f"writing the curves and {SUMMARY} in {self._output}"
+        with together(self._world, doing, patient=True):
+            if self._display is not None:
+                title = f"{self._config.model.architecture}, {self._config.optimizer.name}"
+                picture = draw_loss(self._output, title)
+                (self._output / SUMMARY).write_text(json.dumps(dict(summary)) + "\n")
+                self.note(f"curves in {picture}")

@@ -1,0 +1,236 @@
+"""Layer: launch. The loop: batches in, engine steps, validation, checkpoints, a clean stop."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from conda_dist.launch.cluster import process_group
+from conda_dist.launch.cluster.process_group import JobError, World
+from conda_dist.launch.cluster.signals import StopRequest
+from conda_dist.launch.data.batches import Tokens, micro_batches, row_range
+from conda_dist.launch.data.preparation import Data
+from conda_dist.launch.job import options
+from conda_dist.launch.job.checkpoint import Checkpoints
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.engine import Engine, StepResult
+from conda_dist.launch.job.finite import NonFiniteError
+from conda_dist.launch.job.metrics import Meter
+from conda_dist.launch.job.report import Reporter
+from conda_dist.launch.job.watchdog import Watchdog
+
+# A checkpoint's tensors or data position would mean something else under other values of these.
+_IDENTITY = (
+    "engine",
+    "model.",
+    "optimizer.name",
+    "data.shuffle_block",
+    "training.seed",
+    "training.sequence_length",
+    "training.global_batch_size",
+)
+# These say where and how a job is started, not what it computes.
+_INCIDENTAL = ("output", "resume", "data.cache")
+
+
+class Trainer:
+    """One run: where it stands, and how it goes on from there."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        engine: Engine,
+        data: Data,
+        checkpoints: Checkpoints,
+        watchdog: Watchdog,
+    ) -> None:
+        """Starts at step 0; `resume` moves to where a checkpoint stood."""
+        self._config, self._world = config, world
+        self._engine, self._data, self._checkpoints = engine, data, checkpoints
+        self._watchdog = watchdog
+        training = config.training
+        self._tokens = training.global_batch_size * training.sequence_length
+        self._meter = Meter(self._tokens, train_s=0.0)
+        self._val_loss: float | None = None
+        self._saved_at = 0
+        self.step = 0
+        """Steps taken."""
+
+    def resume(self, path: Path, facts: dict[str, Any]) -> list[str]:
+        """Takes over a checkpoint whose facts `require_same` has accepted.
+
+        Returns:
+            Notes for the log: checkpoints of later steps, which the run leaves.
+
+        Raises:
+            ConfigError: On every rank: it is of other data.
+            CheckpointError: On every rank: it is damaged.
+        """
+        if facts["fingerprint"] != self._data.fingerprint:
+            raise ConfigError(
+                f"{path} was trained on other data: the text or the tokenizer has changed since"
+            )
+        try:
+            self._engine.load(path, facts["step"])
+        except JobError as error:
+            raise self._checkpoints.unusable(path, str(error)) from error
+        with process_group.together(self._world, "finding the data's place", patient=True):
+            self._data.batches.load_state_dict(facts["data"])
+        self.step = self._saved_at = facts["step"]
+        self._meter.train_s, self._val_loss = facts["train_s"], facts["val_loss"]
+        abandoned = self._checkpoints.abandon_after(self.step)
+        return [f"set aside, being of a later step: {folder}" for folder in abandoned]
+
+    def train(self, reporter: Reporter, stop: StopRequest) -> bool:
+        """Trains to the last step; returns False if asked to stop before.
+
+        Raises:
+            NonFiniteError: On every rank: the loss or the gradient is not finite.
+            JobError: On every rank: a checkpoint, or the metrics, could not be saved, or data not
+                be read.
+        """
+        training, saving = self._config.training, self._config.checkpoint.interval
+        reporting = self._config.metrics.interval
+        while self.step < training.steps:
+            started, position = time.perf_counter(), self._data.batches.state_dict()
+            asked, lost = bool(stop), reporter.failed
+            # One that was asked to stop has little time: it does not wait for data that it leaves.
+            rows, error = self._read() if not asked and not lost else (None, None)
+            self._watchdog.mark(self.step, "between steps")
+            stopping, failed, unread = process_group.any_rank(
+                self._world, asked, lost, error is not None
+            )
+            if stopping or failed or unread:
+                self._save(reporter, position)
+                reporter.require_written()
+                if unread and not stopping:  # a host that goes away may lose its network first
+                    what = f"reading the data of step {self.step + 1}"
+                    with process_group.together(self._world, what):
+                        if error is not None:
+                            raise error
+                return False
+            assert rows is not None
+            loss, result = self._train_step(rows)
+            self._meter.add(time.perf_counter() - started, result.optimizer_s)
+            val_loss = None
+            if self.step % training.val_interval == 0 or self.step == training.steps:
+                val_loss = self._val_loss = self._validate()
+            self._watchdog.mark(self.step, "writing metrics")
+            if self.step % reporting == 0 or val_loss is not None:
+                reporter.record(
+                    self._meter.record(
+                        self.step,
+                        loss=loss,
+                        lr=result.lr,
+                        grad_norm=result.grad_norm,
+                        val_loss=val_loss,
+                    )
+                )
+            if saving and self.step % saving == 0:
+                self._save(reporter)
+        self._save(reporter)
+        reporter.require_written()
+        return True
+
+    def summary(self) -> dict[str, Any]:
+        """Where the run stands: step, last validation loss, seconds of training."""
+        return {"step": self.step, "val_loss": self._val_loss, "train_s": self._meter.train_s}
+
+    def _read(self) -> tuple[Tokens | None, Exception | None]:
+        """This rank's rows of the next global batch, or what kept it from reading them."""
+        training, world = self._config.training, self._world
+        share = row_range(training.global_batch_size, world.rank, world.size)
+        self._watchdog.mark(self.step + 1, "reading data")
+        try:
+            return self._data.batches.rows(self.step, *share), None
+        except Exception as error:  # the other ranks are waiting: tell them first
+            return None, error
+
+    def _train_step(self, rows: Tokens) -> tuple[float, StepResult]:
+        """One step on this rank's rows; returns its loss and the optimizer's report."""
+        training, world = self._config.training, self._world
+        # Random numbers (dropout's) depend on the step and the rank alone: no generator state to
+        # save, and a resume draws what the uninterrupted run would have drawn.
+        seed = np.random.SeedSequence([training.seed, self.step, world.rank])
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        most = -(-training.global_batch_size // world.size)
+        parts = micro_batches(rows, most, training.micro_batch_size)
+        try:
+            self._watchdog.mark(self.step + 1, "forward and backward")
+            loss = self._engine.forward_backward(parts, self._tokens)
+            self._watchdog.mark(self.step + 1, "optimizer step")
+            result = self._engine.step()
+        except NonFiniteError as error:
+            newest = self._checkpoints.newest()
+            kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+            raise NonFiniteError(
+                f"step {self.step + 1}: {error} ({self._engine.origin()}). Nothing was updated; "
+                f"{kept}. A lower "
+                "optimizer.lr or an optimizer.grad_clip may help"
+            ) from None
+        self.step += 1
+        return loss, result
+
+    def _validate(self) -> float:
+        """Mean loss per token over the validation set, spread over the ranks."""
+        self._watchdog.mark(self.step, "validation")
+        rows, world, training = self._data.validation, self._world, self._config.training
+        first, last = (rank * len(rows) // world.size for rank in (world.rank, world.rank + 1))
+        most = -(-len(rows) // world.size)
+        parts = micro_batches(rows[first:last], most, training.micro_batch_size)
+        return self._engine.evaluate(parts, len(rows) * training.sequence_length)
+
+    def _save(self, reporter: Reporter, position: dict[str, Any] | None = None) -> None:
+        """Saves the whole state, once per step.
+
+        Args:
+            reporter: Says so.
+            position: Where the data stood after the last step, if more has been read since.
+        """
+        if self._saved_at == self.step:
+            return
+        self._watchdog.mark(self.step, "saving a checkpoint")
+        facts = {
+            **self.summary(),
+            "data": self._data.batches.state_dict() if position is None else position,
+            "fingerprint": self._data.fingerprint,
+            "config": options.to_values(self._config),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        }
+        path = self._checkpoints.save(self.step, facts, self._engine.save)
+        self._saved_at = self.step
+        reporter.note(f"saved {path}")
+
+
+def require_same(path: Path, facts: dict[str, Any], config: Config) -> list[str]:
+    """Makes sure that a checkpoint is of this configuration.
+
+    Returns:
+        Notes for the log: settings that have changed since, which the run follows from here on.
+
+    Raises:
+        ConfigError: It is of another model, optimizer or order of the data.
+    """
+    # A key that the checkpoint does not know came later; it did then what it does by default.
+    saved = _jsonable(options.to_values(Config())) | facts["config"]
+    current = _jsonable(options.to_values(config))
+    changed = {
+        name: f"{name} ({value} there, {current.get(name, 'unknown')} here)"
+        for name, value in saved.items()
+        if value != current.get(name) and name not in _INCIDENTAL
+    }
+    vital = [text for name, text in changed.items() if name.startswith(_IDENTITY)]
+    if vital:
+        raise ConfigError(f"{path} was made with another {', '.join(vital)}")
+    return [f"changed since the checkpoint: {text}" for text in changed.values()]
+
+
+def _jsonable(values: dict[str, Any]) -> Any:
+    """The values as they come back from a JSON file (tuples become lists)."""
+    return json.loads(json.dumps(values))

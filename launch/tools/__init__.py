@@ -1,0 +1,1 @@
+"""What `compare`, `benchmark` and `plan` are made of."""

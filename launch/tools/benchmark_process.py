@@ -1,0 +1,250 @@
+"""Steps of optimizers in one process: what `benchmark` measures, tabulates and draws."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.optim import Optimizer
+
+from conda_dist import Conda
+from conda_dist.launch.job.picture import new_figure
+from conda_dist.launch.tools import benchmark_ranks
+from conda_dist.launch.tools.footprint import count_exactly, peak_bytes, state_bytes
+
+NEVER = 10**9  # steps between refreshes: none but the first
+STALL_GAP = 8  # the same, where the time is measured that they add
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is measured of a step besides its time."""
+
+    state: int
+    """Bytes of the optimizer's state."""
+    peak: int | None
+    """Bytes by which the process grows in a step; None where the system does not say."""
+    stall_s: float | None
+    """Seconds that a refresh adds to the steps around it; None: there are no refreshes."""
+
+
+def shapes(width: int, mlp: int, layers: int) -> list[tuple[int, int]]:
+    """The projections of LLaMA blocks, (m, n): q, k, v, o; gate, up; down."""
+    return [*[(width, width)] * 4, *[(mlp, width)] * 2, (width, mlp)] * layers
+
+
+def _parameters(sizes: Sequence[tuple[int, int]]) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(size) * 0.02) for size in sizes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params
+
+
+def _two_products(sizes: Sequence[tuple[int, int]]) -> Callable[[], None]:
+    grads = [torch.randn(size) for size in sizes]
+    bases = [torch.linalg.qr(torch.randn(min(s), min(s)))[0] for s in sizes]
+
+    def step() -> None:
+        for grad, basis in zip(grads, bases, strict=True):
+            if grad.shape[0] >= grad.shape[1]:
+                (grad @ basis) @ basis.mT
+            else:
+                basis @ (basis.mT @ grad)
+
+    return step
+
+
+def builders(
+    sizes: Sequence[tuple[int, int]], gap: int = NEVER, method: str = "svd"
+) -> dict[str, Callable[[], Step]]:
+    """For each optimizer, by name, what makes its step, with parameters of its own.
+
+    Args:
+        sizes: shapes of the matrices.
+        gap: steps between refreshes of the bases.
+        method: Conda's ``refresh_method``.
+    """
+
+    def conda(**options: Any) -> Callable[[], Step]:
+        def build() -> Step:
+            group = {"params": _parameters(sizes), "algorithm": "conda"}
+            return Conda([group], update_proj_gap=gap, refresh_method=method, **options).step
+
+        return build
+
+    half = {"matmul_dtype": torch.bfloat16}
+    ours = {
+        "conda_dist": conda(),
+        "conda_dist, compiled": conda(compile=True),
+        "conda_dist, bfloat16": conda(**half),
+        "conda_dist, bfloat16, compiled": conda(compile=True, **half),
+        "conda_dist, async": conda(refresh="async", refresh_delay=max(1, min(gap // 2, 20))),
+    }
+    others: dict[str, Callable[[], Step]] = {
+        "two products": lambda: _two_products(sizes),
+        "torch.optim.AdamW": lambda: torch.optim.AdamW(_parameters(sizes), foreach=True).step,
+        "torch.optim.Muon": lambda: torch.optim.Muon(_parameters(sizes)).step,
+    }
+    try:
+        from pytorch_optimizer import SOAP
+        from pytorch_optimizer import Conda as Other
+    except ModuleNotFoundError:
+        print("pip install pytorch_optimizer to compare with its Conda and SOAP")
+        return {**ours, **others}
+    group = {"update_proj_gap": gap, "scale": 0.25}
+    return {
+        "pytorch_optimizer.Conda": lambda: Other([{"params": _parameters(sizes), **group}]).step,
+        **ours,
+        **others,
+        "pytorch_optimizer.SOAP": lambda: SOAP(_parameters(sizes), precondition_frequency=gap).step,
+    }
+
+
+def contenders(
+    sizes: Sequence[tuple[int, int]], gap: int = NEVER, method: str = "svd"
+) -> dict[str, Step]:
+    """A step of each optimizer, which has begun; see `builders`."""
+    steps = {name: build() for name, build in builders(sizes, gap, method).items()}
+    if gap == NEVER:
+        del steps["conda_dist, async"]  # the same as in sync
+    for step in steps.values():
+        for _ in range(2):  # the first takes the bases
+            step()
+    return steps
+
+
+def facts(
+    steps: dict[str, Step], sizes: Sequence[tuple[int, int]], method: str
+) -> dict[str, Facts]:
+    """What each step holds, and what refreshes add to it, whatever the gap of ``steps``.
+
+    Args:
+        steps: those of `contenders`, timed already.
+        sizes: shapes of the matrices.
+        method: Conda's ``refresh_method``.
+    """
+    made = builders(sizes, STALL_GAP, method)
+    stalls = {name: stall(made[name]()) for name in made if "onda" in name or "SOAP" in name}
+    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+        peaks = fresh.submit(_peaks, sizes, method).result()
+    found = {}
+    for name, step in steps.items():
+        owner = getattr(step, "__self__", None)
+        state = state_bytes(owner) if isinstance(owner, Optimizer) else 0
+        found[name] = Facts(state, peaks.get(name), stalls.get(name))
+    if "conda_dist, async" not in found:
+        found["conda_dist, async"] = Facts(0, None, stalls["conda_dist, async"])
+    return found
+
+
+def _peaks(sizes: Sequence[tuple[int, int]], method: str) -> dict[str, int | None]:
+    """Bytes by which a process grows in steps between refreshes; for a process of its own."""
+    count_exactly()
+    torch.set_num_threads(1)
+    return {name: peak_bytes(step) for name, step in contenders(sizes, NEVER, method).items()}
+
+
+def stall(step: Step, refreshes: int = 2) -> float:
+    """Seconds that a refresh every STALL_GAP steps adds to the steps around it."""
+    for _ in range(STALL_GAP):  # the first takes the bases
+        step()
+    taken = []
+    for _ in range(refreshes * STALL_GAP):
+        start = time.perf_counter()
+        step()
+        taken.append(time.perf_counter() - start)
+    return (sum(taken) - len(taken) * statistics.median(taken)) / refreshes
+
+
+def measure(
+    steps: dict[str, Callable[[], Any]], rounds: int, each: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each step in every round, in turns; the mean of ``each`` in a row."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds):
+        names = list(steps) if i % 2 else list(steps)[::-1]
+        for name in names:
+            start = time.perf_counter()
+            for _ in range(each):
+                steps[name]()
+            taken[name].append((time.perf_counter() - start) / each)
+    return taken
+
+
+def _table(taken: dict[str, list[float]], found: dict[str, Facts], title: str) -> Table:
+    first = next(iter(taken))
+    table = Table(title=title)
+    for heading in (
+        "step of", "median ms", "quartiles ms", "times the first",
+        "state MiB", "peak MiB", "a refresh ms",
+    ):  # fmt: skip
+        justify: Literal["left", "right"] = "left" if heading == "step of" else "right"
+        table.add_column(heading, justify=justify, no_wrap=True)
+    for name, about in found.items():
+        times = ["", "", ""]
+        if seconds := taken.get(name):
+            low, median, high = (1e3 * s for s in statistics.quantiles(seconds, n=4))
+            ratio = statistics.median(a / b for a, b in zip(seconds, taken[first], strict=True))
+            times = [f"{median:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.3f}"]
+        state = f"{about.state / 2**20:.1f}" if about.state else ""
+        peak = "" if about.peak is None else f"{about.peak / 2**20:.1f}"
+        stalled = "" if about.stall_s is None else f"{1e3 * about.stall_s:.1f}"
+        table.add_row(name, *times, state, peak, stalled)
+    return table
+
+
+def draw(taken: dict[str, list[float]], title: str, unit: str, file: Path) -> None:
+    """Draws medians as bars, and the quartiles around them.
+
+    Args:
+        taken: seconds of every round, by name.
+        title: of the picture.
+        unit: what the axis says.
+        file: where to; its ending says in which format.
+    """
+    figure, (axis,) = new_figure(1)
+    for place, (name, seconds) in enumerate(reversed(taken.items())):
+        low, median, high = (1e3 * s for s in statistics.quantiles(seconds, n=4))
+        colour = "#1f5a94" if name.startswith("conda_dist") or "FSDP" in name else "#a9c1d9"
+        axis.barh(name, median, color=colour, xerr=[[median - low], [high - median]])
+        axis.text(high, place, f" {median:.3g}", va="center")
+    axis.set(xlabel=unit, title=title)
+    axis.margins(x=0.1)
+    figure.savefig(file, dpi=150)
+
+
+def run(given: argparse.Namespace) -> None:
+    """Does what the command line says, and prints the table."""
+    torch.set_num_threads(1)
+    sizes = shapes(given.width, given.mlp, given.layers)
+    rounds = max(given.rounds, 2)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    what = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}"
+    if given.ranks > 1:
+        taken, held = benchmark_ranks.measure(sizes, given.ranks, rounds)
+        title = f"{what}, {given.ranks} ranks: CPU time of all together"
+        console.print(benchmark_ranks.table(taken, held, given.ranks, title))
+        unit = "ms of CPU time in a step, all ranks together"
+    else:
+        steps = contenders(sizes, given.gap or NEVER, given.refresh_method)
+        taken = measure(steps, rounds, given.gap or 1)
+        title, unit = f"{what}, one thread", "ms a step"
+        if given.gap:
+            title += f", one step in {given.gap} with a refresh ({given.refresh_method})"
+        console.print(_table(taken, facts(steps, sizes, given.refresh_method), title))
+    if given.picture:
+        draw(taken, title, unit, given.picture)

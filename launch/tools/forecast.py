@@ -1,0 +1,368 @@
+"""Layer: launch. What optimizers would cost a model on a mesh that need not exist.
+
+Layouts, owners and bytes are those of the optimizer's own plans; seconds follow from them and the
+stated rates of the hardware, with nothing overlapped: upper bounds of the time, given the rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from conda_dist import param_groups
+from conda_dist.launch.job.config import CondaConfig
+from conda_dist.launch.tools.hardware import Hardware, Mesh
+from conda_dist.layout import Coordinate, Layout, Split, Topology
+from conda_dist.options import DTYPES, Options
+from conda_dist.plan.compute_groups import Request, choose, deal_owners
+from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refresh_flops, svd_flops
+from conda_dist.plan.schedule import fill_tasks
+from conda_dist.plan.weight_plan import WeightPlan, plan_weight
+
+ROW_WISE = (".o_proj.", ".down_proj.", ".attn.c_proj.", ".mlp.c_proj.")
+"""Weights whose columns tensor parallelism splits; it splits the rows of the others."""
+PASSES = 11
+"""Times an element of 4 bytes is read or written in a step, beside the two products."""
+
+
+@dataclass(slots=True)
+class Kind:
+    """Weights that are alike: those of one name in all layers.
+
+    Attributes:
+        name: Their name, with * for the layer.
+        plan: The plan of one of them.
+        count: How many there are.
+        state: Bytes of state that all of them cost the rank that was asked.
+        step: Bytes it sends for them in a step without a refresh.
+        refresh: Bytes it sends more for a refresh.
+        flops: Operations of its matrix products in a step.
+    """
+
+    name: str
+    plan: WeightPlan
+    count: int = 0
+    state: int = 0
+    step: int = 0
+    refresh: int = 0
+    flops: float = 0.0
+
+
+@dataclass(slots=True)
+class Forecast:
+    """What an optimizer costs the busiest rank.
+
+    Attributes:
+        state: Bytes of optimizer state.
+        step: Bytes it sends in a step without a refresh, by mesh dimension.
+        refresh: Bytes it sends more for a refresh.
+        flops: Operations of its matrix products in a step.
+        waited: Operations for whose results it waits beyond its own: of a task's busiest group.
+        decompose: Operations of the decompositions in a refresh that training waits for, one after
+            another: the busiest owner's of each task.
+        busiest: Those of the owner that has most of them, which nothing holds up in the background.
+        rotate: Operations of taking what it has to new bases.
+        elements: Elements it updates in a step.
+        collectives: Collectives of a step.
+        bf16: Whether its products are in bfloat16.
+        svd: Whether its decompositions run at the SVD's rate, else at that of float32 products.
+        kinds: Its projected weights.
+    """
+
+    state: int = 0
+    step: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    refresh: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    flops: float = 0.0
+    waited: float = 0.0
+    decompose: float = 0.0
+    busiest: float = 0.0
+    rotate: float = 0.0
+    elements: int = 0
+    collectives: int = 0
+    bf16: bool = False
+    svd: bool = True
+    kinds: list[Kind] = field(default_factory=list)
+
+
+def layout(name: str, shape: tuple[int, ...], mesh: Mesh) -> Layout:
+    """Where torchtitan's FSDP2 over tensor parallelism puts a parameter's elements."""
+    tp: Split | None = None
+    if mesh.tp > 1 and len(shape) == 2:
+        tp = Split(1) if any(part in f".{name}" for part in ROW_WISE) else Split(0)
+    cut_again = tp is not None and tp.dim == 0
+    shard = Split(0, mesh.tp if cut_again else 1)
+    return Layout(shape, mesh.sizes, (None, shard, tp))
+
+
+def named_shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of a model's parameters by name: on the conda path, and on AdamW's."""
+    paths: dict[str, dict[str, tuple[int, ...]]] = {"conda": {}, "adamw": {}}
+    for group in param_groups(model):
+        for name, param in group["params"]:
+            paths[group["algorithm"]][name] = tuple(param.shape)
+    return paths["conda"], paths["adamw"]
+
+
+def forecast_conda(
+    projected: Mapping[str, tuple[int, ...]],
+    others: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    settings: CondaConfig,
+    at: Coordinate | None = None,
+) -> Forecast:
+    """Conda on shards.
+
+    Args:
+        projected: Shapes of the projected weights by name.
+        others: Shapes of those that AdamW updates.
+        mesh: The ranks.
+        settings: Conda's own options.
+        at: The rank to look at, by its coordinate; the busiest if none is given.
+    """
+    topology = Topology(mesh.sizes, tuple(range(mesh.ranks)))
+    basis_size = DTYPES[settings.basis_dtype or "float32"].itemsize
+    requests = [
+        Request(name, topology, layout(name, shape, mesh), basis_size)
+        for name, shape in projected.items()
+    ]
+    choices = choose(requests, settings.basis_budget)
+    plans = deal_owners(
+        [
+            plan_weight(request.name, topology, request.storage, group=choice.group)
+            for request, choice in zip(requests, choices, strict=True)
+        ]
+    )
+    product = DTYPES[settings.matmul_dtype or settings.basis_dtype or "float32"].itemsize
+    first = DTYPES[settings.state_dtype or "float32"].itemsize
+    second = (
+        DTYPES[settings.second_moment_dtype].itemsize if settings.second_moment_dtype else first
+    )
+    sizes = Sizes(travel=min(4, product), moment=first, second=second, basis=basis_size)
+    return _sum_up(plans, others, mesh, settings, sizes, at)
+
+
+def _sum_up(
+    plans: Sequence[WeightPlan],
+    others: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    settings: CondaConfig,
+    sizes: Sizes,
+    at: Coordinate | None,
+) -> Forecast:
+    load: dict[Coordinate, float] = defaultdict(float)
+    multiplied: dict[Coordinate, float] = defaultdict(float)
+    for plan in plans:
+        m, n = plan.storage.shape
+        load[plan.owners[0]] += refresh_flops(m, n, settings.refresh_method)
+        for coordinate, flops in _grouped(plan).items():
+            multiplied[coordinate] += flops
+    busiest = at or max(load.keys() | multiplied, key=lambda c: (multiplied[c], load[c], c))
+    found = Forecast(
+        busiest=max(load.values()),
+        bf16=(settings.matmul_dtype or settings.basis_dtype) == "bfloat16",
+        svd=settings.refresh_method == "svd",
+    )
+    known: dict[object, Costs] = {}
+    for plan in plans:
+        numel = plan.compute.numel(busiest)
+        computes = bool(plan.basis.numel(busiest))
+        # What a rank sends depends on the owner only by where their coordinates agree, and of a
+        # weight that others compute not on who they are.
+        agree = tuple(a == b for a, b in zip(plan.owners[0], busiest, strict=True))
+        key = (plan.storage, plan.compute if computes else None, agree)
+        if key not in known:
+            known[key] = costs(plan, busiest, sizes, settings.refresh == "async")
+        cost = known[key]
+        found.state += cost.state
+        _add(found.step, cost.step)
+        _add(found.refresh, cost.refresh)
+        r = min(plan.storage.shape)
+        flops = 2 * 2.0 * numel * r
+        found.flops += flops
+        found.rotate += (2 * 2.0 * numel * r + 2.0 * r**3) * computes
+        found.elements += plan.storage.numel(busiest) if plan.group is None else numel
+        _count(found.kinds, plan, cost, flops)
+    _together(found, plans, settings, sizes, busiest)
+    _add_adamw(found, others, mesh, busiest, sizes)
+    return found
+
+
+def _grouped(plan: WeightPlan) -> dict[Coordinate, float]:
+    """Operations of the products of a weight that a group computes, by coordinate."""
+    if plan.group is None:
+        return {}
+    r = min(plan.storage.shape)
+    return {c: 2 * 2.0 * plan.compute.numel(c) * r for c in plan.computing()}
+
+
+def _together(
+    found: Forecast,
+    plans: Sequence[WeightPlan],
+    settings: CondaConfig,
+    sizes: Sizes,
+    at: Coordinate,
+) -> None:
+    """Adds what weights that step together cost: collectives, and the waiting for each other."""
+    limits = Options(bucket_bytes=settings.bucket_bytes, refresh_bytes=settings.refresh_bytes)
+    sending = [i for i, plan in enumerate(plans) if plan.communicates]
+    for task in fill_tasks(plans, sending, limits.bucket_limit, refreshing=False):
+        found.collectives += collectives([plans[i] for i in task], at, sizes)
+        load: dict[Coordinate, float] = defaultdict(float)
+        for i in task:
+            for coordinate, flops in _grouped(plans[i]).items():
+                load[coordinate] += flops
+        found.waited += max(load.values(), default=0.0) - load[at]
+    for task in fill_tasks(plans, range(len(plans)), limits.refresh_limit, refreshing=True):
+        load = defaultdict(float)
+        for i in task:
+            m, n = plans[i].storage.shape
+            load[plans[i].owners[0]] += refresh_flops(m, n, settings.refresh_method)
+        found.decompose += max(load.values())
+
+
+def _count(kinds: list[Kind], plan: WeightPlan, cost: Costs, flops: float) -> None:
+    name = ".".join("*" if part.isdigit() else part for part in plan.name.split("."))
+    alike = (kind for kind in kinds if kind.name == name and kind.plan.basis == plan.basis)
+    if (kind := next(alike, None)) is None:
+        kinds.append(kind := Kind(name, plan))
+    kind.count += 1
+    kind.state += cost.state
+    kind.step += sum(cost.step.values())
+    kind.refresh += sum(cost.refresh.values())
+    kind.flops += flops
+
+
+def _add(to: dict[int, int], sent: Sent) -> None:
+    for mesh_dim, count in sent.items():
+        to[mesh_dim] += count
+
+
+def _add_adamw(
+    found: Forecast,
+    shapes: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    at: Coordinate = (0, 0, 0),
+    sizes: Sizes = Sizes(),  # noqa: B008 (frozen)
+) -> None:
+    for name, shape in shapes.items():
+        numel = layout(name, shape, mesh).numel(at)
+        found.state += (sizes.moment + sizes.second) * numel + 4
+        found.elements += numel
+
+
+def forecast_adamw(
+    projected: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> Forecast:
+    """AdamW on shards: nothing is sent beyond what FSDP2 sends in any case."""
+    found = Forecast()
+    _add_adamw(found, {**projected, **others}, mesh)
+    return found
+
+
+def forecast_muon(
+    projected: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> Forecast:
+    """Muon that gathers each momentum to one owner, five steps of Newton-Schulz, and back.
+
+    In bfloat16 both ways; owners share the matrices of a tensor-parallel group's data ranks.
+    """
+    found = Forecast(bf16=True)
+    p = mesh.dp_shard * mesh.tp
+    axis = 2 if mesh.dp_shard == 1 else 1
+    load = [0.0] * p
+    for name, shape in sorted(projected.items(), key=lambda item: -math.prod(item[1])):
+        numel = layout(name, shape, mesh).numel((0, 0, 0))
+        m, n = max(shape), min(shape)
+        load[load.index(min(load))] += 5 * (4.0 * m * n**2 + 2.0 * n**3)
+        found.state += 4 * numel
+        found.step[axis] += 2 * 2 * math.prod(shape) * (p - 1) // p**2
+        found.elements += numel
+    found.flops, found.collectives = max(load), 2 * (p > 1)
+    _add_adamw(found, others, mesh)
+    return found
+
+
+def forecast_replicated(
+    projected: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> Forecast:
+    """Conda as released: every rank has all states and takes every step (DDP)."""
+    found = Forecast()
+    for shape in projected.values():
+        m, n = shape
+        numel, r = math.prod(shape), min(shape)
+        found.state += 4 * (2 * numel + r * r)
+        found.flops += 3 * 2.0 * numel * r
+        found.decompose += svd_flops(m, n)
+        found.busiest = found.decompose
+        found.elements += numel
+    _add_adamw(found, others, Mesh())
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Time of the busiest rank.
+
+    Attributes:
+        step: Of a step without a refresh.
+        decompose: Of the decompositions in a refresh, where training waits for them.
+        busiest: Of those of the busiest owner.
+        exchange: Of what a refresh moves and rotates, beside them.
+        training: Of forward and backward passes of a step.
+    """
+
+    step: float
+    decompose: float
+    busiest: float
+    exchange: float
+    training: float
+
+    def stall(self, delay: int) -> float:
+        """Seconds a refresh holds training up; ``delay`` steps go on meanwhile, 0 if none do."""
+        hidden = delay * (self.training + self.step)
+        return self.exchange + (max(0.0, self.busiest - hidden) if delay else self.decompose)
+
+
+def seconds(
+    found: Forecast,
+    mesh: Mesh,
+    hardware: Hardware,
+    *,
+    parameters: int,
+    tokens: int,
+) -> Seconds:
+    """Time that a forecast takes.
+
+    Args:
+        found: The forecast.
+        mesh: Its ranks.
+        hardware: What they are.
+        parameters: Elements of the whole model.
+        tokens: Tokens of a step on each data-parallel rank.
+    """
+    rate = (hardware.bf16_flops if found.bf16 else hardware.fp32_flops) * hardware.reached
+    fp32 = hardware.fp32_flops * hardware.reached
+
+    def moved(sent: Mapping[int, int]) -> float:
+        return sum(
+            count
+            / (hardware.near if mesh.is_near(axis, hardware) else hardware.far)
+            / hardware.reached
+            for axis, count in sent.items()
+        )
+
+    step = (
+        (found.flops + found.waited) / rate
+        + found.elements * 4.0 * PASSES / (hardware.memory * hardware.reached)
+        + moved(found.step)
+        + found.collectives * hardware.latency
+    )
+    exchange = moved(found.refresh) + found.rotate / fp32
+    training = 6.0 * parameters * tokens / mesh.tp / (hardware.bf16_flops * hardware.training)
+    decomposing = hardware.svd_flops if found.svd else fp32
+    waited, busiest = found.decompose / decomposing, found.busiest / decomposing
+    return Seconds(step, waited, busiest, exchange, training)

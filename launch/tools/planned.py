@@ -1,0 +1,184 @@
+"""A model's shapes with what optimizers cost them: the tables and the picture of `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.model import empty_model, parameter_count
+from conda_dist.launch.job.picture import new_figure
+from conda_dist.launch.tools import forecast
+from conda_dist.launch.tools.forecast import Forecast, Seconds
+from conda_dist.launch.tools.hardware import AXES, Hardware, Mesh
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SCALES = ("llama_7b", "llama_70b", "llama_405b")
+RANKS = [2**k for k in range(13)]
+GIB = 2**30
+
+
+class Planned:
+    """A model's shapes with what optimizers cost them on a mesh.
+
+    Args:
+        config: The pretraining job's config, of which model and Conda's keys are read.
+        mesh: The ranks.
+        tokens: Tokens of a step on each data-parallel rank.
+
+    Raises:
+        ConfigError: Tensor parallelism is asked for another architecture than LLaMA's.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, tokens: int) -> None:
+        if mesh.tp > 1 and config.model.architecture != "llama":
+            raise ConfigError("tensor parallelism is planned for LLaMA only; leave tp out")
+        self.mesh, self._tokens = mesh, tokens
+        self._settings = config.optimizer.conda
+        model = empty_model(config.model, config.training, config.tokenizer.vocab_size)
+        self.projected, self.others = forecast.named_shapes(model)
+        self.parameters = parameter_count(model)
+        self.conda = forecast.forecast_conda(self.projected, self.others, mesh, self._settings)
+
+    def rivals(self) -> dict[str, Forecast]:
+        """What other ways would cost."""
+        shapes = self.projected, self.others, self.mesh
+        return {
+            "AdamW, sharded": forecast.forecast_adamw(*shapes),
+            "Muon, gathered to owners": forecast.forecast_muon(*shapes),
+            "Conda, replicated (as released)": forecast.forecast_replicated(*shapes),
+        }
+
+    def seconds(self, found: Forecast, hardware: Hardware) -> Seconds:
+        """Time that a forecast takes, with this job's products."""
+        return forecast.seconds(
+            found,
+            self.mesh,
+            hardware,
+            parameters=self.parameters,
+            tokens=self._tokens,
+        )
+
+    def per_step(self, found: Forecast, hardware: Hardware) -> float:
+        """Mean seconds of a step, its share of a refresh included."""
+        time, settings = self.seconds(found, hardware), self._settings
+        hidden = self._delay if found is self.conda and settings.refresh == "async" else 0
+        return time.step + time.stall(hidden) / settings.update_proj_gap
+
+    @property
+    def _delay(self) -> int:
+        return min(self._settings.refresh_delay, self._settings.update_proj_gap)
+
+    def show(self, hardware: Hardware, name: str) -> None:
+        """Prints the tables."""
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=150)
+        console.print(self._weights())
+        console.print(self._totals(hardware, name))
+        time, gap = self.seconds(self.conda, hardware), self._settings.update_proj_gap
+        every = f"every {gap} steps"
+        stalls = {
+            "sync": time.stall(0),
+            "async": time.stall(self._delay),
+        }
+        for refresh, stall in stalls.items():
+            share = stall / gap / (time.training + time.step)
+            after = f", bases taken {self._settings.refresh_delay} steps later" * (
+                refresh == "async"
+            )
+            console.print(
+                f"a refresh {every}, {refresh}{after}: {_time(stall)} nothing goes on, "
+                f"{share:.2%} of the training time"
+            )
+        console.print(
+            f"the busiest owner decomposes for {_time(time.busiest)}, in waves that wait for each "
+            f"other {_time(time.decompose)}; exchanges and rotations take {_time(time.exchange)}; "
+            f"forward and backward {_time(time.training)} a step"
+        )
+
+    def _weights(self) -> Table:
+        rate = self._settings
+        table = Table(
+            title=f"Conda on {self.mesh.ranks} ranks "
+            f"({', '.join(f'{a} {n}' for a, n in zip(AXES, self.mesh.sizes, strict=True))}), "
+            f"{self.parameters / 1e9:.1f} B parameters, {rate.refresh_method}"
+        )
+        for heading in ("weight", "shape", "stored -> computed", "basis"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("state MiB", "sent a step MiB", "more a refresh MiB", "GFLOP a step"):
+            table.add_column(heading, justify="right")
+        for kind in self.conda.kinds:
+            plan = kind.plan
+            moved = "" if plan.compute == plan.storage else f" -> {plan.compute}"
+            table.add_row(
+                f"{kind.count} x {kind.name}",
+                "x".join(map(str, plan.storage.shape)),
+                f"{plan.storage}{moved}",
+                str(plan.basis),
+                f"{kind.state / 2**20:.1f}",
+                f"{kind.step / 2**20:.1f}",
+                f"{kind.refresh / 2**20:.1f}",
+                f"{kind.flops / 1e9:.1f}",
+            )
+        return table
+
+    def _totals(self, hardware: Hardware, name: str) -> Table:
+        table = Table(title=f"the busiest rank, seconds on {name}, {self._tokens} tokens a rank")
+        table.add_column("optimizer")
+        for heading in (
+            "state GiB", "sent a step GiB", "more a refresh GiB", "TFLOP a step",
+            "step", "of the training step", "mean with refreshes",
+        ):  # fmt: skip
+            table.add_column(heading, justify="right")
+        for title, found in {"Conda, sharded": self.conda, **self.rivals()}.items():
+            time = self.seconds(found, hardware)
+            table.add_row(
+                title,
+                f"{found.state / GIB:.2f}" + "!" * (found.state > hardware.capacity),
+                f"{sum(found.step.values()) / GIB:.3f}",
+                f"{sum(found.refresh.values()) / GIB:.3f}",
+                f"{found.flops / 1e12:.2f}",
+                _time(time.step),
+                f"{time.step / (time.training + time.step):.1%}",
+                _time(self.per_step(found, hardware)),
+            )
+        if any(found.state > hardware.capacity for found in (self.conda, *self.rivals().values())):
+            table.caption = "! more than the device's memory"
+        return table
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def draw_scaling(path: Path, hardware: Hardware, tokens: int, keys: Sequence[str]) -> None:
+    """Draws seconds and state against the number of ranks, FSDP2 alone, for three sizes of LLaMA.
+
+    Raises:
+        ConfigError: A key is none of the job's.
+    """
+    figure, axes = new_figure(2 * len(SCALES))
+    for i, name in enumerate(SCALES):
+        config = options.load(str(CONFIGS / f"{name}.toml"), keys)
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for ranks in RANKS:
+            planned = Planned(config, Mesh(dp_shard=ranks), tokens)
+            for title, found in {"Conda, sharded": planned.conda, **planned.rivals()}.items():
+                point = planned.per_step(found, hardware), found.state / GIB
+                curves.setdefault(title, []).append(point)
+        for title, points in curves.items():
+            times, states = zip(*points, strict=True)
+            axes[2 * i].plot(RANKS, times, marker="o", markersize=3, label=title)
+            axes[2 * i + 1].plot(RANKS, states, marker="o", markersize=3, label=title)
+        axes[2 * i].set(title=name, ylabel="optimizer's seconds a step, refreshes included")
+        axes[2 * i + 1].set(title=name, ylabel="optimizer's state of a rank, GiB")
+        axes[2 * i + 1].axhline(hardware.capacity / GIB, color="#999999", linestyle=":")
+    for axis in axes:
+        axis.set(xlabel="ranks", xscale="log", yscale="log")
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
