@@ -2,10 +2,12 @@
 
 Layers, each importing only those before it: ``maths``, ``layout``, ``compute_layout`` (pure),
 ``transfer``, ``plan`` (who sends and computes what), ``exchange`` (collectives), ``storage``,
-``runtime`` (the step), ``optimizer``. ``reference`` is the oracle.
+``rules`` (the arithmetic), ``runtime`` (the step), ``matrix_optimizer``, ``optimizer`` and
+``muon``. ``reference`` is the oracle.
 """
 
+from conda_dist.muon import Muon
 from conda_dist.optimizer import Conda
 from conda_dist.routing import param_groups
 
-__all__ = ["Conda", "param_groups"]
+__all__ = ["Conda", "Muon", "param_groups"]

@@ -2,6 +2,6 @@
 
 `pretrain` is the job, `compare` runs several of them. Within, each file imports only from those
 named before it: `config`, `options`; `runtime`; `cache`, `sources`, `tokenizer`, `batches`, `data`;
-`model`, `muon`, `optimizers`, `schedule`, `tensors`, `engine`; `checkpoint`; `metrics`, `picture`,
+`model`, `optimizers`, `schedule`, `tensors`, `engine`; `checkpoint`; `metrics`, `picture`,
 `console`, `report`; `signals`, `trainer`, `pretrain`; `comparison`, `compare`.
 """

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from conda_dist import Conda
+from conda_dist.matrix_optimizer import MatrixOptimizer
 
 from . import optimizers, schedule
 from .batches import Tokens
@@ -124,7 +124,7 @@ class Fsdp2Engine:
     def print_report(self) -> None:
         """See Engine."""
         for optimizer in self.optimizers:
-            if isinstance(optimizer, Conda):
+            if isinstance(optimizer, MatrixOptimizer):
                 optimizer.report()
 
     def forward_backward(self, micro_batches: Sequence[Tokens], tokens: int) -> float:

@@ -151,11 +151,9 @@ class CondaPath:
         """What the gradients of a task become, one after another; they are used up."""
         updates: list[Tensor | None] = []
         for i in task.weights:
-            weight, basis, grad = self.weights[i], bases.pop(0), grads.pop(0)
+            weight = self.weights[i]
             reused = scratch if weight.plan.in_place else None
-            projected = weight.project(grad, basis, reused)
-            del grad
-            updates.append(weight.advance(basis, projected, scratch=reused))
+            updates.append(weight.advance(bases.pop(0), grads.pop(0), scratch=reused))
         return updates
 
     def _refreshing(
@@ -166,7 +164,7 @@ class CondaPath:
         projected = []
         for weight, basis in zip(weights, bases, strict=True):
             projected.append(weight.project(grads.pop(0), basis))
-            if basis.numel():
+            if weight.computes:
                 weight.average(weight.moments[0], projected[-1])
         counts = refresh(task, weights, bases, projected, self._background, begun)
         return [
@@ -200,7 +198,7 @@ class CondaPath:
     def _backward(self, task: Task, updates: list[Tensor | None]) -> Exchange:
         """Starts updates to the storage layout."""
         weights = [self.weights[i] for i in task.weights]
-        dtypes = [weight.travel_dtype for weight in weights]
+        dtypes = [weight.back_dtype for weight in weights]
         for i in task.loading:
             moments = weights[i].unload_moments()
             updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]

@@ -36,7 +36,7 @@ def allocate(
 ) -> dict[str, Any]:
     """The state the engine sees of one of its tensors, allocated if it is not there."""
     if not states.get(tensor):
-        dtype = moment_dtype(tensor, options)
+        dtype = moment_dtype(tensor.dtype, options)
         states[tensor] = {
             "step": torch.zeros((), dtype=torch.float32, device="cpu"),
             "exp_avg": torch.zeros_like(tensor, dtype=dtype, requires_grad=False),
