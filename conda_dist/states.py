@@ -14,8 +14,8 @@ CODES = "exp_avg_sq_codes"
 ADAMW = frozenset({"step", "exp_avg", "exp_avg_sq", CODES})
 """Names of the states of a parameter on the adamw path."""
 
-OF_RULES = frozenset({"basis", "basis_step", "snapshot", "snapshot_step", "momentum_buffer"})
-"""Names of the states that rules keep beside those: a new rule adds its own."""
+OF_RULES = set[str]()
+"""Names of the states that rules keep beside those; see :class:`conda_dist.rules.Rule`."""
 
 PART = re.compile(r"(?<!step)_\d+$")
 
@@ -27,7 +27,7 @@ def base_name(key: Any) -> str:
 
 def is_own(key: Any) -> bool:
     """Whether a state of this name is this optimizer's, not one that a wrapper keeps."""
-    return base_name(key) in ADAMW | OF_RULES
+    return (name := base_name(key)) in ADAMW or name in OF_RULES
 
 
 def has_own(state: Iterable[Any]) -> bool:

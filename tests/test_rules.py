@@ -20,6 +20,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import models
 import ranks
 from conda_dist import Conda, Muon, param_groups
+from conda_dist.matrix_optimizer import MatrixOptimizer
+from conda_dist.options import Options
+from conda_dist.rules.muon import MuonRule
+from conda_dist.rules.rule import Part, State
 from traffic import recorded
 
 S0, S1, S2, ALL = Shard(0), Shard(1), Shard(2), Replicate()
@@ -449,3 +453,70 @@ def test_reported_bytes_are_counted_ones(layout: Layout, shapes: Any) -> None:
     for counted in answers:
         assert all(reported == there for reported, there in counted), counted
     assert sum(counted[1][0] for counted in answers)
+
+
+# Room for other rules
+
+
+class VectorRule(MuonRule):
+    """As NorMuon and NAMO need it: a vector of rows, one of columns and a number beside Muon's."""
+
+    name, title = "vectors", "Vectors"
+    state_names = frozenset({"momentum_buffer", "of_rows", "of_columns", "of_all"})
+
+    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
+        shapes = {"of_rows": (m,), "of_columns": (n,), "of_all": (1,)}
+        vectors = {name: State(shape, torch.float32) for name, shape in shapes.items()}
+        return super().states(m, n, dtype) | vectors
+
+    def update(self, part: Part) -> Tensor:
+        squares = part.grad.square()
+        for name, dims in (("of_rows", -1), ("of_columns", -2), ("of_all", (-2, -1))):
+            state = part.states[name]
+            state.lerp_(squares.mean(dims).view(state.shape), 0.1)
+        update = super().update(part).float()
+        rows, columns = part.states["of_rows"][..., None], part.states["of_columns"][..., None, :]
+        return update * (rows * columns / part.states["of_all"][..., None]).rsqrt() / 10 / part.step
+
+
+def _vectors(
+    shapes: Mapping[str, tuple[int, ...]], layout: Layout | None, splits: Any, folder: str, how: str
+) -> dict[str, Tensor]:
+    """Trains with that rule, and saves or loads half way."""
+    params = _parameters(shapes, layout)
+    defaults = Muon([("w", nn.Parameter(torch.ones(2, 2)))]).defaults
+    named = {"params": list(params.items()), "algorithm": "vectors", "splits": splits}
+    settings = {k: v for k, v in {**defaults, **SETTINGS}.items() if k != "rule"}
+    optimizer = MatrixOptimizer([named], settings, VectorRule(), Options(), None)
+    model = nn.ParameterDict(params)
+    if how == "save":
+        _train(params, optimizer, range(2))
+        models.save(folder, model, optimizer)
+    else:
+        models.load(folder, model, optimizer)
+    for param in params.values():
+        state = optimizer.state_dict()["state"][0]
+        assert {"of_rows", "of_columns", "of_all"} <= {key.rstrip("_01") for key in state}
+        assert param.shape
+    _train(params, optimizer, range(2, STEPS))
+    return models.snapshot(model, optimizer, models.whole)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "splits", "layouts"),
+    [
+        (MATRICES, None, [((3,), [S0]), ((2,), [S1]), ((2, 2), [_strided(0, 2), S0])]),
+        (EXPERTS, None, [((3,), [S1]), ((2, 2), [S0, S2]), ((2, 2), [S1, S2])]),
+        (FUSED, (2, 2), [((3,), [S0]), ((2, 2), [ALL, S1])]),
+    ],
+    ids=["matrices", "batches", "parts"],
+)
+def test_states_of_other_shapes(tmp_path: Path, shapes: Any, splits: Any, layouts: Any) -> None:
+    """On every layout as on one process, saved on some ranks and resumed on others."""
+    (alone,) = ranks.run(1, _vectors, shapes, ((1,), [ALL]), splits, str(tmp_path / "0"), "save")
+    for i, layout in enumerate(layouts):
+        world = torch.Size(layout[0]).numel()
+        folder = str(tmp_path / f"{i + 1}")
+        for how, at in (("save", folder), ("load", str(tmp_path / f"{i}"))):
+            for ended in ranks.run(world, _vectors, shapes, layout, splits, at, how):
+                assert not models.unequal(ended, alone)

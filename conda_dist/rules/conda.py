@@ -26,6 +26,7 @@ class CondaRule(Rule):
 
     name, title = "conda", "Conda"
     refreshes = True
+    state_names = frozenset({"basis", "basis_step", "snapshot", "snapshot_step"})
     hyperparameters = ("scale", "update_proj_gap", "correct_bias")
     factor = "scale"
 

@@ -50,6 +50,7 @@ class MuonRule(Rule):
 
     name, title = "muon", "Muon"
     whole = True
+    state_names = frozenset({"momentum_buffer"})
     hyperparameters = (
         *("momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"),
         "adamw_eps",

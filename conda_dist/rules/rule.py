@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from conda_dist.states import OF_RULES
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -83,12 +85,18 @@ class Rule(ABC):
     """Whether it needs a whole matrix on one rank; else it computes slices apart."""
     refreshes: ClassVar[bool] = False
     """Whether it has a basis that refreshes replace: a state "basis" and a count "basis_step"."""
+    state_names: ClassVar[frozenset[str]] = frozenset()
+    """Names of its states and counts that adamw has not, by which they are known."""
     counts: tuple[str, ...] = ()
     """Counts that it keeps of each matrix, beside the engine's own "step"."""
     hyperparameters: ClassVar[tuple[str, ...]] = ()
     """Keys of a group that it reads, beside those that all rules share."""
     factor: ClassVar[str | None] = None
     """The hyperparameter that multiplies ``lr``, for reports, if there is one."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        OF_RULES.update(cls.state_names)
 
     @abstractmethod
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:

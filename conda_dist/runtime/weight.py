@@ -80,7 +80,7 @@ class Weight:
         """What each of the rule's states is called in the parameter's state."""
         self.names = {key: name for name, key in self.keys.items()}
         self._cut = [n for n, spec in self.specs.items() if spec.cut and not spec.optional]
-        self._copied = [n for n, spec in self.specs.items() if not spec.cut]
+        self._copied = [n for n, spec in self.specs.items() if not spec.cut and n != "basis"]
         self.computes = bool(plan.whole_basis.numel(mesh.coordinate))
         """Whether this rank computes any of it."""
         self._none = storage.local(param).new_empty(0)
@@ -269,7 +269,7 @@ class Weight:
     @property
     def kept(self) -> tuple[Tensor, ...]:
         """This rank's elements of the moments, where they are kept."""
-        return tuple(self._views_of(name)[0] for name in self._cut)
+        return tuple([self._views_of(name)[0] for name in self._cut])
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -353,9 +353,10 @@ class Weight:
             self._own("step").add_(1)
             return None if in_place else grad.to(self.back_dtype)
         states = dict(zip(self._cut, self.moments, strict=True))
+        if self.rule.refreshes:
+            states["basis"] = basis
         for name in self._copied:
-            here = name == "basis"
-            states[name] = basis if here else storage.local(self.state[self.keys[name]])
+            states[name] = storage.local(self.state[self.keys[name]])
         param = self.rows(storage.local(self.param)) if in_place else None
         step, rule, group, shape = self.step + 1, self.rule, self.group, self.shape
         part = Part(self.name, grad, states, group, step, shape, param, scratch, averaged)
