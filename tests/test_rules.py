@@ -464,6 +464,9 @@ class VectorRule(MuonRule):
     name, title = "vectors", "Vectors"
     state_names = frozenset({"momentum_buffer", "of_rows", "of_columns", "of_all"})
 
+    def __init__(self, by_column: bool) -> None:
+        self.by_column = by_column
+
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
         shapes = {"of_rows": (m,), "of_columns": (n,), "of_all": (1,)}
         vectors = {name: State(shape, torch.float32) for name, shape in shapes.items()}
@@ -475,19 +478,41 @@ class VectorRule(MuonRule):
             state = part.states[name]
             state.lerp_(squares.mean(dims).view(state.shape), 0.1)
         update = super().update(part).float()
+        # A decay that depends on the gradient, as NAMO's does.
+        part.beside = part.states["of_columns" if self.by_column else "of_all"][..., None, :] + 0
         rows, columns = part.states["of_rows"][..., None], part.states["of_columns"][..., None, :]
         return update * (rows * columns / part.states["of_all"][..., None]).rsqrt() / 10 / part.step
 
+    def beside(self, m: int, n: int) -> tuple[int, int]:
+        return (1, n) if self.by_column else (1, 1)
+
+    def apply(
+        self,
+        param: Tensor,
+        update: Tensor,
+        group: Any,
+        step: int,
+        shape: tuple[int, int],
+        beside: Tensor | None = None,
+    ) -> None:
+        assert beside is not None
+        param.mul_(1 - group["lr"] * beside).sub_(update, alpha=group["lr"])
+
 
 def _vectors(
-    shapes: Mapping[str, tuple[int, ...]], layout: Layout | None, splits: Any, folder: str, how: str
+    shapes: Mapping[str, tuple[int, ...]],
+    layout: Layout | None,
+    splits: Any,
+    by_column: bool,
+    folder: str,
+    how: str,
 ) -> dict[str, Tensor]:
     """Trains with that rule, and saves or loads half way."""
     params = _parameters(shapes, layout)
     defaults = Muon([("w", nn.Parameter(torch.ones(2, 2)))]).defaults
     named = {"params": list(params.items()), "algorithm": "vectors", "splits": splits}
     settings = {k: v for k, v in {**defaults, **SETTINGS}.items() if k != "rule"}
-    optimizer = MatrixOptimizer([named], settings, VectorRule(), Options(), None)
+    optimizer = MatrixOptimizer([named], settings, VectorRule(by_column), Options(), None)
     model = nn.ParameterDict(params)
     if how == "save":
         _train(params, optimizer, range(2))
@@ -513,10 +538,13 @@ def _vectors(
 )
 def test_states_of_other_shapes(tmp_path: Path, shapes: Any, splits: Any, layouts: Any) -> None:
     """On every layout as on one process, saved on some ranks and resumed on others."""
-    (alone,) = ranks.run(1, _vectors, shapes, ((1,), [ALL]), splits, str(tmp_path / "0"), "save")
-    for i, layout in enumerate(layouts):
-        world = torch.Size(layout[0]).numel()
-        folder = str(tmp_path / f"{i + 1}")
-        for how, at in (("save", folder), ("load", str(tmp_path / f"{i}"))):
-            for ended in ranks.run(world, _vectors, shapes, layout, splits, at, how):
-                assert not models.unequal(ended, alone)
+    for by_column in (True, False):
+        folders = [str(tmp_path / f"{by_column} {i}") for i in range(len(layouts) + 1)]
+        at = ((1,), [ALL])
+        (alone,) = ranks.run(1, _vectors, shapes, at, splits, by_column, folders[0], "save")
+        for i, layout in enumerate(layouts):
+            world = torch.Size(layout[0]).numel()
+            for how, folder in (("save", folders[i + 1]), ("load", folders[i])):
+                args = shapes, layout, splits, by_column, folder, how
+                for ended in ranks.run(world, _vectors, *args):
+                    assert not models.unequal(ended, alone)

@@ -9,6 +9,9 @@ from conda_dist.plan.schedule import plan_async_refresh, plan_task
 from conda_dist.plan.weight_plan import WeightPlan, copy_to_saved, moments_to_saved
 from conda_dist.transfer import Hop, plan_hops
 
+BESIDE = 4
+"""Bytes of an element of what goes back beside an update."""
+
 Sent = Mapping[int, int]
 """Bytes that a rank sends along each mesh dimension."""
 
@@ -57,10 +60,10 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     plans, count = [plan], len(plan.owners)
     task = plan_task(plans, (0,), [range(count) if sizes.basis else ()], coordinate)
     # Moments of a flat weight travel with its gradient.
-    two = list(sizes.cut[:2])
+    two = list(sizes.cut[:2]) if plan.loads_moments else []
     steady: list[Exchanged] = [
         (task.forward, [sizes.travel, sizes.basis, *two]),
-        (task.backward, [sizes.back, *two]),
+        (task.backward, [sizes.back, *two, BESIDE]),
     ]
     moved = [(r.hops, [sizes.rotation] * count) for r in task.rotations]
     gather = task.gather
@@ -95,7 +98,7 @@ def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Size
     task = plan_task(list(alike.values()), tuple(range(count)), [()] * count, coordinate)
     exchanged: list[Exchanged] = [
         (task.forward, [sizes.travel] * count + [sizes.basis] * count),
-        (task.backward, [sizes.back] * count),
+        (task.backward, [sizes.back] * count + [BESIDE] * count),
     ]
     return sum(
         len({itemsizes[transfer.item] for transfer in hop.transfers})

@@ -29,6 +29,7 @@ class WeightPlan:
             as the other states are of which all that compute a matrix have a copy.
         part: which block of rows of a stored weight this is; None for a weight of its own.
         group: the ranks that compute it, where those are not all that store it.
+        beside: the shape, for one matrix, of what goes back beside the update; None for nothing.
         separate: whether its moments are tensors of their own in compute layout, which checkpoints
             convert; else they are DTensors like the parameter, or flat as its partition is.
         owners: for each matrix of the batch the coordinate that decomposes its momentum.
@@ -44,6 +45,7 @@ class WeightPlan:
     part: int | None = None
     group: Group | None = None
     separate: bool = False
+    beside: tuple[int, int] | None = None
     owners: tuple[Coordinate, ...] = ()
     turns: tuple[int, ...] = ()
 
@@ -172,6 +174,7 @@ def plan_weight(
     group: Group | None = None,
     shard_basis: bool = False,
     part: int | None = None,
+    beside: tuple[int, int] | None = None,
 ) -> WeightPlan:
     """The plan of a weight (..., m, n) before owners are dealt.
 
@@ -184,6 +187,7 @@ def plan_weight(
         shard_basis: of a weight in flat partitions, whether those that compute it share the basis
             instead of having a copy each; it is then gathered for each step.
         part: which block of rows of a stored weight this is, if it is one.
+        beside: see :class:`WeightPlan`.
     """
     if isinstance(storage, Flat):
         compute, moves = flat_to_compute(storage)
@@ -208,7 +212,9 @@ def plan_weight(
         basis = flat_basis(compute, shard_basis)
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
     separate = group is not None
-    return WeightPlan(name, topology, storage, compute, exchanged, basis, part, group, separate)
+    return WeightPlan(
+        name, topology, storage, compute, exchanged, basis, part, group, separate, beside
+    )
 
 
 def copied_basis_bytes(plan: WeightPlan, itemsize: int) -> list[int]:
@@ -285,6 +291,35 @@ def copy_from_saved(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]
         Leg(Move(leg.move.mesh_dim, leg.move.target, leg.move.source))
         for leg in reversed(copy_to_saved(plan, shape))
     )
+
+
+def beside_update(plan: WeightPlan) -> tuple[Leg, ...]:
+    """Route of what goes back beside the update, (..., 1, n) or (..., 1, 1), where that goes."""
+    if plan.beside is None:
+        return ()
+    legs = []
+    for move in reverse(plan.moves):
+        source, target = _of_one_row(plan, move.source), _of_one_row(plan, move.target)
+        if source != target:
+            held = source.placements[move.mesh_dim]
+            sender = held.among[0] if isinstance(held, Copies) else None
+            legs.append(Leg(Move(move.mesh_dim, source, target), sender=sender))
+    return tuple(legs)
+
+
+def _of_one_row(plan: WeightPlan, layout: Layout) -> Layout:
+    """Where what goes beside an update is, if every rank has what belongs to its columns."""
+    assert plan.beside is not None
+    batch_dims = len(layout.shape) - 2
+    kept = (batch_dims + 1,) if plan.beside[1] == layout.shape[-1] else ()
+
+    def place(placement: Placement) -> Placement:
+        if not isinstance(placement, Split) or placement.dim in (*range(batch_dims), *kept):
+            return placement
+        return None if placement.among is None else Copies(placement.among)
+
+    shape = (*layout.shape[:-2], *plan.beside)
+    return Layout(shape, layout.mesh, tuple(map(place, layout.placements)))
 
 
 def moments_to_saved(plan: WeightPlan) -> tuple[Leg, ...]:

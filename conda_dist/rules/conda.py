@@ -119,6 +119,7 @@ class CondaRule(Rule):
         group: Mapping[str, Any],
         step: int,
         shape: tuple[int, int],
+        beside: Tensor | None = None,
     ) -> None:
         """See Rule."""
         maths.apply_(param, update, step, hyper_of(group))

@@ -7,6 +7,7 @@ one before on their way back.
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from conda_dist.exchange import Exchange
@@ -202,14 +203,18 @@ class CondaPath:
         for i in task.loading:
             moments = weights[i].unload_moments()
             updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]
+        beside = [weight.take_beside() for weight in weights if weight.plan.beside is not None]
+        updates, dtypes = [*updates, *beside], [*dtypes, *(torch.float32 for _ in beside)]
         device = weights[0].param.device
         return Exchange(weights[0].mesh, task.backward, updates, dtypes, device)
 
     def _apply(self, task: Task, returning: Exchange) -> None:
         tensors = returning.wait()
+        beside = iter(tensors[len(task.weights) + 2 * len(task.loading) :])
         for i, update in zip(task.weights, tensors, strict=False):
+            here = None if self._plans[i].beside is None else next(beside)
             if update is not None:
-                self.weights[i].apply(update)
+                self.weights[i].apply(update, here)
         arrived = iter(tensors[len(task.weights) :])
         for i, first, second in zip(task.loading, arrived, arrived, strict=False):
             assert first is not None
