@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from conda_dist.routing import ADAMW, CONDA, check_matrix, check_splits, route
 
+SHARED = ("lr", "betas", "eps", "weight_decay", "adamw_scale", "splits")
+"""Hyperparameters of all rules; their own are beside them, see :class:`conda_dist.rules.Rule`."""
+
 HYPERPARAMETERS = (
     "lr",
     "betas",

@@ -14,7 +14,7 @@ from conda_dist.ambience import refuse_capture, without_autocast
 from conda_dist.checkpoint import Loaded, fill_state, match_state
 from conda_dist.exchange import Mesh, SharedGroup
 from conda_dist.foreign_state import keep
-from conda_dist.groups import check_hyperparameters, read_group
+from conda_dist.groups import SHARED, check_hyperparameters, read_group
 from conda_dist.names import Names, check_paths, each
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice
@@ -67,7 +67,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._made = False
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
-        self._hyperparameters = tuple(name for name in defaults if name != "algorithm")
         super().__init__(params, {**defaults, "rule": rule.name})
         self._made = True
         refuse_flat(each(self.param_groups), rule.title)
@@ -89,8 +88,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._made:
             self._names.warn(self.param_groups, stacklevel=2)
 
+    def _hyperparameters(self) -> tuple[str, ...]:
+        """Keys of its groups, without the parameters and who steps them."""
+        return (*SHARED, *self._rule.hyperparameters)
+
     def _read_group(self, group: dict[str, Any], where: str) -> dict[str, Any]:
-        read = read_group(group, where, self._rule.name, self._hyperparameters)
+        read = read_group(group, where, self._rule.name, self._hyperparameters())
         self._rule.check(read, where)
         return read
 
@@ -292,7 +295,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Checks a state dict; with all ranks that will exchange its elements, if any will."""
         error, loaded = None, None
         try:
-            names = self._hyperparameters
+            names = self._hyperparameters()
             loaded = match_state(self.param_groups, incoming, self._rule, names)
         except Exception as caught:
             error = caught
@@ -325,7 +328,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps; plans are made anew."""
         self._names.follow(self.param_groups)
-        taken = ("_rule", "_options", "_shared", "_names", "_made", "_choices", "_hyperparameters")
+        taken = ("_rule", "_options", "_shared", "_names", "_made", "_choices")
         kept = {name: self.__dict__[name] for name in taken}
         return {**super().__getstate__(), **kept}
 

@@ -60,8 +60,8 @@ class Row(TypedDict):
 
 def _reason(name: str, shape: tuple[int, ...], path: str) -> str:
     found = route_by_name(name, torch.empty(shape, device="meta"))
-    taken = "adamw" if found.algorithm == "adamw" else path
-    return found.reason if taken == path else "chosen by its group"
+    by_name = (found.algorithm == "adamw") == (path == "adamw")
+    return found.reason if by_name else "chosen by its group"
 
 
 def _rate(group: Mapping[str, Any], scale: str | None) -> float:

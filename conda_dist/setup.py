@@ -23,8 +23,7 @@ from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice, Request, choose, deal_owners
 from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.replaced import refuse_strangers
-from conda_dist.routing import ADAMW, check_kernel, check_matrix, check_splits
-from conda_dist.rules.conda import CondaRule
+from conda_dist.routing import ADAMW, CONDA, check_kernel, check_matrix, check_splits
 from conda_dist.rules.rule import Rule
 from conda_dist.runtime.weight import Weight
 from conda_dist.states import (
@@ -56,7 +55,7 @@ class Setup:
     plains: list[Plain]
     meshes: list[Mesh]
     signature: object
-    rule: str = CondaRule.name
+    rule: str = CONDA
     agreed: bool = False
     started: list[bool] = field(default_factory=list)
 
@@ -259,13 +258,13 @@ def set_up(
         dtypes = {"exp_avg": moment_dtype(param.dtype, options)}
         dtypes[second_key(options)] = second_dtype(param.dtype, options)
         if path != ADAMW:
-            check_matrix(name, param, path)  # it may have been replaced
             kept = rule.states(1, 1, param.dtype)
             dtypes = {key: spec.dtype for key, spec in kept.items() if spec.cut}
             _check_parts(name, held, group["splits"], [k for k in kept if k not in dtypes])
         _check_form(name, param, held, dtypes)
         layout = storage.find_layout(name, param, mesh)
         if path != ADAMW:
+            check_matrix(name, param, path)  # it may have been replaced
             sites += _sites(name, param, mesh, group, layout)
         else:
             plains.append(Plain(name, param, mesh, layout, group, state, options))
@@ -354,7 +353,7 @@ def plan_sites(
     state: MutableMapping[Tensor, dict[str, Any]],
     options: Options,
     choices: MutableMapping[tuple[Tensor, int | None], Choice],
-    rule: Rule | None = None,
+    rule: Rule,
 ) -> list[Weight]:
     """Plans the weights that a rule steps together: who computes and who decomposes what.
 
@@ -364,9 +363,8 @@ def plan_sites(
         options: its options.
         choices: by parameter and part what was chosen for those that have state; the others' are
             added.
-        rule: what steps them; Conda's if none is given.
+        rule: what steps them.
     """
-    rule = CondaRule(options) if rule is None else rule
     requests = [
         Request(
             site.name,

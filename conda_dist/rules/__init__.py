@@ -5,6 +5,6 @@ of itself, and knows none of them. A rule computes with the tensors that it is g
 mesh, rank or collective.
 """
 
-from conda_dist.rules.rule import Part, Rule, State
+from conda_dist.rules.rule import Part, RefreshedRule, Rule, State
 
-__all__ = ["Part", "Rule", "State"]
+__all__ = ["Part", "RefreshedRule", "Rule", "State"]

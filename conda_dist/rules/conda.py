@@ -11,11 +11,11 @@ from conda_dist.decomposition import Outcome
 from conda_dist.hyperparameters import hyper_of
 from conda_dist.maths import Hyper
 from conda_dist.options import Options
-from conda_dist.rules.rule import Buffers, Part, Rule, State
+from conda_dist.rules.rule import Buffers, Part, RefreshedRule, State
 from conda_dist.states import basis_dtype, moment_dtype, second_dtype, second_key
 
 
-class CondaRule(Rule):
+class CondaRule(RefreshedRule):
     """Conda's arithmetic on slices along the dimension that the projection leaves alone.
 
     States: ``exp_avg``, projected, and ``exp_avg_sq`` (m, n), and ``basis`` (r, r).
@@ -25,7 +25,6 @@ class CondaRule(Rule):
     """
 
     name, title = "conda", "Conda"
-    refreshes = True
     state_names = frozenset({"basis", "basis_step", "snapshot", "snapshot_step"})
     hyperparameters = ("scale", "update_proj_gap", "correct_bias")
     factor = "scale"
@@ -61,24 +60,21 @@ class CondaRule(Rule):
     def project(
         self, grad: Tensor, basis: Tensor, right: bool, buffers: Buffers | None = None
     ) -> Tensor:
-        """The projected gradient, in the memory of ``buffers`` where given."""
+        """See RefreshedRule."""
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if buffers is None else buffers.take(0, grad, dtype)
         return maths.project(grad, basis, right, self.options.matmul_dtype, out)
 
-    def average(self, moment: Tensor, projected: Tensor, beta1: float, step: int) -> None:
-        """Updates a first moment with the projected gradient; ``step`` counts this step, too."""
-        rounding = maths.rounding_of(moment, step - 1, self.options.stochastic_rounding)
-        maths.average_(moment, projected, beta1, rounding, self.options.compile)
+    def average(
+        self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
+    ) -> None:
+        """See RefreshedRule."""
+        rounding = maths.rounding_of(momentum, step - 1, self.options.stochastic_rounding)
+        beta1 = float(group["betas"][0])
+        maths.average_(momentum, projected, beta1, rounding, self.options.compile)
 
     def refresh(self, momentum: Tensor, right: bool, first: bool) -> tuple[Outcome, Tensor | None]:
-        """The rotation P (r, r) to the singular vectors of a whole projected momentum (m, n).
-
-        Args:
-            momentum: the momentum.
-            right: whether the basis is multiplied from the right.
-            first: whether the matrix has no basis yet.
-        """
+        """See RefreshedRule. The rotation leads to the momentum's singular vectors."""
         method = "svd" if first else self.options.refresh_method
         return decomposition.decompose(momentum, right, method)
 
@@ -107,7 +103,7 @@ class CondaRule(Rule):
                 return maths.average_and_normalise_(projected, first, second, hyper, out)
             moments = {"exp_avg": first, self.second_key: second}
             maths.check_alike(part.name, {"gradient": projected, **moments})
-            self.average(first, projected, hyper.beta1, part.step)
+            self.average(first, projected, part.group, part.step)
         rounding = maths.rounding_of(second, part.step, self.options.stochastic_rounding)
         compile = self.options.compile
         return maths.normalise_(projected, first, second, hyper, rounding, compile)

@@ -52,7 +52,7 @@ class MuonRule(Rule):
     whole = True
     state_names = frozenset({"momentum_buffer"})
     hyperparameters = (
-        *("momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"),
+        *("momentum", "nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn"),
         "adamw_eps",
     )
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from conda_dist.decomposition import Outcome
 from conda_dist.states import OF_RULES
 
 
@@ -86,7 +87,7 @@ class Rule(ABC):
     whole: ClassVar[bool] = False
     """Whether it needs a whole matrix on one rank; else it computes slices apart."""
     refreshes: ClassVar[bool] = False
-    """Whether it has a basis that refreshes replace: a state "basis" and a count "basis_step"."""
+    """Whether it is a :class:`RefreshedRule`."""
     state_names: ClassVar[frozenset[str]] = frozenset()
     """Names of its states and counts that adamw has not, by which they are known."""
     counts: tuple[str, ...] = ()
@@ -156,3 +157,39 @@ class Rule(ABC):
     def describe(self, group: Mapping[str, Any]) -> str:
         """Its name, with what ranks must agree on for their exchanges to be the same."""
         return self.name
+
+
+class RefreshedRule(Rule):
+    """A rule that steps in a basis (r, r) of each matrix, which refreshes replace.
+
+    Its states have "basis", and first the momentum, projected, that a refresh decomposes; its
+    counts have "basis_step", and where refreshes are asynchronous "snapshot_step", beside an
+    optional state "snapshot" like the momentum.
+    """
+
+    refreshes = True
+
+    @abstractmethod
+    def project(
+        self, grad: Tensor, basis: Tensor, right: bool, buffers: Buffers | None = None
+    ) -> Tensor:
+        """The projected gradient, in the memory of ``buffers`` where given."""
+
+    @abstractmethod
+    def average(
+        self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
+    ) -> None:
+        """Updates the momentum with the projected gradient, before a refresh.
+
+        :meth:`update` then gets a part that is ``averaged``.
+        """
+
+    @abstractmethod
+    def refresh(self, momentum: Tensor, right: bool, first: bool) -> tuple[Outcome, Tensor | None]:
+        """What came of decomposing a whole projected momentum, and the rotation to a new basis.
+
+        Args:
+            momentum: the momentum (m, n).
+            right: whether the basis is multiplied from the right.
+            first: whether the matrix has no basis yet.
+        """

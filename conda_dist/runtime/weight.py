@@ -15,8 +15,7 @@ from conda_dist.layout import Layout
 from conda_dist.maths import matrices
 from conda_dist.options import Options
 from conda_dist.plan.weight_plan import WeightPlan
-from conda_dist.rules.conda import CondaRule
-from conda_dist.rules.rule import Part, Rule, State
+from conda_dist.rules.rule import Part, RefreshedRule, Rule, State
 from conda_dist.runtime.scratch import Scratch
 
 NO_BASIS = -1.0
@@ -62,11 +61,11 @@ class Weight:
         group: dict[str, Any],
         states: MutableMapping[Tensor, dict[str, Any]],
         options: Options,
-        rule: Rule | None = None,
+        rule: Rule,
     ) -> None:
         self.param, self.plan, self.mesh = param, plan, mesh
         self.group, self.states, self.options = group, states, options
-        self.rule = CondaRule(options) if rule is None else rule
+        self.rule = rule
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
         self._loaded: tuple[Tensor, ...] | None = None
         self._beside: Tensor | None = None
@@ -292,9 +291,9 @@ class Weight:
             kept.copy_(moment)
 
     @property
-    def _refreshed(self) -> CondaRule:
+    def _refreshed(self) -> RefreshedRule:
         """The rule, which has a basis."""
-        assert isinstance(self.rule, CondaRule)
+        assert isinstance(self.rule, RefreshedRule)
         return self.rule
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
@@ -303,11 +302,10 @@ class Weight:
 
     def average(self, moment: Tensor, projected: Tensor) -> None:
         """Updates a first moment, or some of it, with the projected gradient there."""
-        beta1 = float(self.group["betas"][0])
-        self._refreshed.average(moment, projected, beta1, self.step + 1)
+        self._refreshed.average(moment, projected, self.group, self.step + 1)
 
     def decompose(self, momentum: Tensor, first: bool) -> tuple[Outcome, Tensor | None]:
-        """The rotation to a new basis, of a whole momentum; see :meth:`CondaRule.refresh`."""
+        """The rotation to a new basis, of a whole momentum; see :class:`RefreshedRule`."""
         return self._refreshed.refresh(momentum, self.plan.right, first)
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
