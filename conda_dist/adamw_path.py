@@ -48,7 +48,7 @@ class Plain:
         """Where the elements of each state are."""
         return {"exp_avg": self.layout, self.second_key: self.layout}
 
-    first_key = "exp_avg"
+    counts = ()
 
     @property
     def second_key(self) -> str:
@@ -68,7 +68,7 @@ class Plain:
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name, layout in self.state_layouts().items():
             of = second_dtype if name == self.second_key else moment_dtype
-            elements = torch.zeros_like(local, dtype=of(self.param, self.options))
+            elements = torch.zeros_like(local, dtype=of(self.param.dtype, self.options))
             state[name] = storage.like(self.param, layout, elements)
 
 

@@ -13,26 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from conda_dist import maths, storage
 from conda_dist.adamw_path import Plain
-from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
+from conda_dist.groups import check_hyperparameters
 from conda_dist.kinds import as_matrix
 from conda_dist.layout import Layout
 from conda_dist.names import is_place, name_of, path_of
-from conda_dist.routing import ADAMW, CONDA, clean_name
+from conda_dist.routing import ADAMW, clean_name
+from conda_dist.rules.rule import Rule
 from conda_dist.runtime.saved_state import from_saved
 from conda_dist.runtime.weight import NO_BASIS, Weight
 from conda_dist.setup import Setup
-from conda_dist.states import CODES, basis_key, has_own, is_basis, is_own
+from conda_dist.states import CODES, has_own, is_of_rule, is_own
 
 OPTIONAL = ("param_names", "kernels")
 """Keys that only some groups have; those of this optimizer count, not the checkpoint's."""
 
 PENDING = ("snapshot", "snapshot_step")
-"""States that only an asynchronous refresh has. State dicts without them are loaded, too; torch's
-distributed loader asks for them unless its planner has ``allow_partial_load``."""
+"""States that only an asynchronous refresh has. State dicts without them are loaded, too, and those
+with them where nothing is asynchronous; torch's distributed loader asks for them unless its planner
+has ``allow_partial_load``."""
 
 
 @dataclass(slots=True)
@@ -56,7 +58,12 @@ class Loaded:
     merged: list[int] = field(default_factory=list)
 
 
-def match_state(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]) -> Loaded:
+def match_state(
+    groups: Sequence[Mapping[str, Any]],
+    incoming: Mapping[str, Any],
+    rule: Rule,
+    hyperparameters: Sequence[str],
+) -> Loaded:
     """Finds the saved state of each parameter, and refuses what this optimizer did not save.
 
     By name where both sides have names, else by position, as torch does.
@@ -64,13 +71,15 @@ def match_state(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]
     Args:
         groups: the optimizer's parameter groups.
         incoming: a state dict as of ``Optimizer.state_dict``.
+        rule: the optimizer's rule.
+        hyperparameters: keys that its groups have.
 
     Raises:
         TypeError: something in the state dict is of another type than this optimizer saves.
         ValueError: it was written by another optimizer, for other parameters, or misses something.
     """
     _check_form(incoming)
-    _check_groups(groups, incoming)
+    _check_groups(groups, incoming, rule, hyperparameters)
     saved_groups, saved_state = incoming["param_groups"], incoming["state"]
     sources = _sources(groups, saved_groups)
     loaded = Loaded({}, {}, [], {})
@@ -81,18 +90,19 @@ def match_state(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]
             own, other = _divide(saved_state.get(saved_id, {}))
             if own:
                 path = path_of(name, param, group)
-                splits = group["splits"] if path == CONDA else None
-                _check_path(name, path, splits, saved_group, own)
+                splits = group["splits"] if path != ADAMW else None
+                _check_path(name, path, rule, splits, saved_group, own)
                 shape = tuple(param.shape)
                 matrix = _matrix(name, shape, path, group, saved_group)
-                _check_state(name, shape, matrix, path, splits, own)
+                needed = _state_shapes(shape, matrix, None if path == ADAMW else rule, splits)
+                _check_state(name, shape, needed, own)
                 loaded.states[param] = own
             elif param.requires_grad:
                 loaded.missing.append(name)
             if other:
                 loaded.others[param] = other
     _check_missing(loaded, saved_state)
-    named = [_regrouped(groups, g, saved_groups, sources) for g in range(len(groups))]
+    named = [_regrouped(groups, g, saved_groups, sources, rule) for g in range(len(groups))]
     loaded.merged = [g for g, saved in enumerate(saved_groups) if _is_merged(saved)]
     ids = {saved_id for saved_id, _ in sources.values()}
     apart = {k: v for k, v in saved_state.items() if k not in ids and not _is_state(v)}
@@ -163,24 +173,37 @@ def _lists(value: Any, kind: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
 
 
-def _check_groups(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]) -> None:
+def _check_groups(
+    groups: Sequence[Mapping[str, Any]],
+    incoming: Mapping[str, Any],
+    rule: Rule,
+    hyperparameters: Sequence[str],
+) -> None:
     """Refuses what is not a state dict of this optimizer with these groups."""
     saved_groups = incoming["param_groups"]
     if not any("algorithm" in saved for saved in saved_groups):
         states = [state for state in incoming["state"].values() if isinstance(state, Mapping)]
         keys = sorted({str(key) for state in states for key in state})
         raise ValueError(
-            "the checkpoint was not written by Conda: its parameter groups name no algorithm, and "
-            f"its states have {', '.join(keys) or 'nothing'}. Load a checkpoint of this optimizer, "
-            "or start with fresh optimizer state."
+            f"the checkpoint was not written by {rule.title}: its parameter groups name no "
+            f"algorithm, and its states have {', '.join(keys) or 'nothing'}. Load a checkpoint of "
+            "this optimizer, or start with fresh optimizer state."
+        )
+    written = {str(saved.get("rule", rule.name)) for saved in saved_groups} - {rule.name}
+    if written:
+        raise ValueError(
+            f"the checkpoint was written by rule {', '.join(map(repr, sorted(written)))}, and this "
+            f"optimizer's is {rule.name!r}: the states of one mean nothing to the other. Load it "
+            "into an optimizer of that rule, or start with fresh optimizer state."
         )
     for g, saved in enumerate(saved_groups):
         if "algorithm" not in saved:
             continue  # torch.distributed.checkpoint found no group there: see _regrouped
         where = f"the checkpoint's parameter group {g}: "
-        if missing := [key for key in HYPERPARAMETERS if key != "splits" and key not in saved]:
+        if missing := [key for key in hyperparameters if key != "splits" and key not in saved]:
             raise ValueError(f"{where}it has no {', '.join(missing)}: it is damaged.")
         check_hyperparameters(saved, where, scheduled=True)
+        rule.check(saved, where)
         if not isinstance(saved.get("splits"), list | tuple | None):
             raise TypeError(f"{where}splits must be rows of parts, got {saved['splits']!r}")
 
@@ -190,6 +213,7 @@ def _regrouped(
     g: int,
     saved_groups: Sequence[Mapping[str, Any]],
     sources: Mapping[Tensor, tuple[Any, Mapping[str, Any]]],
+    rule: Rule,
 ) -> dict[str, Any]:
     """The saved group for one of the optimizer's groups, made of those that its parameters had.
 
@@ -210,7 +234,7 @@ def _regrouped(
     whole = {i: saved for i, saved in enumerate(saved_groups) if "algorithm" in saved}
     found = {i: saved for i, saved in whole.items() if id(saved) in sought} or whole
     for key in dict.fromkeys(key for saved in found.values() for key in saved if key not in own):
-        path = {"scale": CONDA, "update_proj_gap": CONDA, "adamw_scale": ADAMW}.get(key)
+        path = _path_using(key, rule)
         using = {i: s for i, s in found.items() if not path or s["algorithm"] in (None, path)}
         (first, saved), *others = (using or found).items()
         made[key] = saved.get(key)
@@ -236,6 +260,13 @@ def _described(g: int, saved: Mapping[str, Any]) -> str:
     """A saved group in words, by its first parameter."""
     first = (saved.get("param_names") or saved["params"] or ["nothing"])[0]
     return f"group {g} (of {first}, ...)"
+
+
+def _path_using(key: str, rule: Rule) -> str | None:
+    """The only path on which a hyperparameter has an effect; None if it has one on both."""
+    if key.startswith("adamw_"):
+        return ADAMW
+    return rule.name if key in rule.hyperparameters and key != "correct_bias" else None
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -299,19 +330,20 @@ def _sources(
 def _check_path(
     name: str,
     path: str,
+    rule: Rule,
     splits: Sequence[int] | None,
     saved_group: Mapping[str, Any],
     saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is of another path, or of other parts."""
-    saved_path = CONDA if any(map(is_basis, saved)) else ADAMW
+    saved_path = rule.name if is_of_rule(saved) else ADAMW
     if saved_path != path:
         raise ValueError(
             f"{name}: in the checkpoint it is on the {saved_path} path, here on the {path} path, "
             "and the moments of the two live in different coordinates. Put it into a group with "
             f'algorithm="{saved_path}", or start with fresh optimizer state.'
         )
-    saved_splits = saved_group.get("splits") if path == CONDA else None
+    saved_splits = saved_group.get("splits") if path != ADAMW else None
     if (saved_splits and tuple(saved_splits)) != (splits and tuple(splits)):
         raise ValueError(
             f"{name}: the checkpoint was written with splits={saved_splits}, this optimizer has "
@@ -331,7 +363,7 @@ def _matrix(
     Raises:
         ValueError: a kernel was seen otherwise.
     """
-    if path != CONDA or len(shape) < 3:
+    if path == ADAMW or len(shape) < 3:
         return shape
     ours, theirs = (bool(g.get("kernels")) for g in (group, saved_group))
     if ours != theirs:
@@ -345,16 +377,13 @@ def _matrix(
 def _check_state(
     name: str,
     shape: tuple[int, ...],
-    matrix: tuple[int, ...],
-    path: str,
-    splits: Sequence[int] | None,
+    needed: dict[str, tuple[int, ...]],
     saved: Mapping[str, Any],
 ) -> None:
     """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
-    needed = _state_shapes(matrix, path, splits) | {"exp_avg": shape, "exp_avg_sq": shape}
     if CODES in saved:
         needed[CODES] = needed.pop("exp_avg_sq")
-    if any(key in saved for key in PENDING):
+    if "basis_step" in needed and any(key in saved for key in PENDING):
         needed |= {"snapshot": shape, "snapshot_step": needed["basis_step"]}
     if not needed.keys() <= saved.keys():
         raise ValueError(
@@ -394,18 +423,33 @@ COUNTS = (torch.int32, torch.int64)
 
 
 def _state_shapes(
-    shape: tuple[int, ...], path: str, splits: Sequence[int] | None
+    shape: tuple[int, ...],
+    matrix: tuple[int, ...],
+    rule: Rule | None,
+    splits: Sequence[int] | None,
 ) -> dict[str, tuple[int, ...]]:
-    """Global shape of each state of a parameter."""
+    """Global shape of each state of a parameter.
+
+    Args:
+        shape: the parameter's.
+        matrix: that in which the rule sees it.
+        rule: None on the adamw path.
+        splits: rows of its parts.
+    """
+    if rule is None:
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
     parts = () if splits is None else (len(splits),)
-    shapes: dict[str, tuple[int, ...]] = {"step": parts, "exp_avg": shape, "exp_avg_sq": shape}
-    if path == CONDA:
-        repeats = 1 if splits is None else shape[-2] // sum(splits)
-        for part, rows in enumerate(splits or shape[-2:-1]):
-            r = min(rows * repeats, shape[-1])
-            shapes[basis_key(None if splits is None else part)] = (*shape[:-2], r, r)
-        shapes["basis_step"] = (*parts, *shape[:-2])
-    return shapes
+    shapes: dict[str, tuple[int, ...]] = {"step": parts}
+    repeats = 1 if splits is None else matrix[-2] // sum(splits)
+    for part, rows in enumerate(splits or matrix[-2:-1]):
+        end = "" if splits is None else f"_{part}"
+        for name, state in rule.states(rows * repeats, matrix[-1], torch.float32).items():
+            if not state.optional:
+                key = "exp_avg_sq" if name == CODES else name
+                copied = {f"{key}{end}": (*matrix[:-2], *state.shape)}
+                shapes |= {key: shape} if state.cut else copied
+    counts = [name for name in rule.counts if name not in PENDING]
+    return shapes | dict.fromkeys(counts, (*parts, *matrix[:-2]))
 
 
 def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
@@ -429,10 +473,9 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
                 maths.store_(storage.local(state[key]), values, None)
             elif name in source or name not in PENDING:
                 storage.local(state[key]).copy_(_read(member, key, layout, source[name]))
-        for key in state.keys() & {"step", "basis_step"}:  # small, and whole on every rank
-            state[key].copy_(torch.as_tensor(source[key]))
-        if "snapshot_step" in state:  # without one a refresh that was pending is due again
-            state["snapshot_step"].copy_(torch.as_tensor(source.get("snapshot_step", NO_BASIS)))
+        for key in ("step", *member.counts):  # small, and whole on every rank
+            # Without a "snapshot_step" a refresh that was pending is due again.
+            state[key].copy_(torch.as_tensor(source.get(key, NO_BASIS)))
 
 
 def _read(member: Weight | Plain, key: str, layout: Layout, value: Tensor) -> Tensor:
@@ -451,38 +494,3 @@ def _read(member: Weight | Plain, key: str, layout: Layout, value: Tensor) -> Te
     elements = torch.empty_like(storage.local(target), dtype=value.dtype)
     storage.copy_blocks(elements, layout, member.mesh.coordinate, value)
     return elements
-
-
-def keep(value: Any, param: Tensor, here: Any) -> Any:
-    """A copy of what a wrapper keeps in a parameter's state, as this optimizer is to keep it.
-
-    Dtypes and types stay. Tensors go to the parameter's device, as with torch's loader, but single
-    numbers (counts) stay where they are. A tensor whose like is here already is laid out alike.
-
-    Args:
-        value: what was saved.
-        param: the parameter.
-        here: what the optimizer has in its place, if anything.
-    """
-    if isinstance(value, Mapping):
-        known = here if isinstance(here, Mapping) else {}
-        return {key: keep(item, param, known.get(key)) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(keep(item, param, None) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach()
-    if isinstance(here, DTensor) and value.shape == here.shape:
-        return _laid_out(value, here)
-    if not isinstance(value, DTensor) and value.ndim:
-        value = value.to(param.device)
-    return value.clone()
-
-
-def _laid_out(value: Tensor, here: DTensor) -> Tensor:
-    """A copy of a tensor, a DTensor of any layout or a whole one, laid out like another."""
-    if isinstance(value, DTensor) and value.device_mesh == here.device_mesh:
-        return value.redistribute(placements=here.placements).clone()
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
-    whole = whole.to(storage.local(here).device)
-    return distribute_tensor(whole, here.device_mesh, here.placements, src_data_rank=None).clone()

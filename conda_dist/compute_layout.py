@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from conda_dist.layout import Layout, Split, dim_runs, overlaps
+from conda_dist.layout import Copies, Layout, Placement, Split, dim_runs, overlaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,15 @@ class Group:
     """The ranks that compute a weight, where those are not all that store it.
 
     Attributes:
-        mesh_dim: the mesh dimension along which only some ranks do. Along the others, all do.
+        mesh_dim: the mesh dimension along which only some ranks do.
         among: their indices along it, ``(first, count)``.
+        single: for a rule that needs whole matrices the other mesh dimensions that split them, each
+            with the one index along it that computes. Along all others, all do.
     """
 
     mesh_dim: int
     among: tuple[int, int]
+    single: tuple[tuple[int, int], ...] = ()
 
 
 @lru_cache(maxsize=4096)
@@ -55,7 +58,8 @@ def to_compute(storage: Layout, group: Group | None = None) -> tuple[Move, ...]:
     dimension; stages over a mesh dimension of one rank only rename the placement.
 
     A group's ranks share the rows or columns along its mesh dimension, or, of a batch, the
-    matrices; the other ranks hold nothing.
+    matrices; the other ranks hold nothing. Along its ``single`` mesh dimensions the splits, of
+    either dimension, are gathered by one index each.
 
     On meshes of several dimensions a few shapes that divide unevenly cannot be cut that way
     (``torch.chunk`` of a part is not a part of ``torch.chunk``); those are gathered and sliced.
@@ -68,8 +72,16 @@ def to_compute(storage: Layout, group: Group | None = None) -> tuple[Move, ...]:
     dims = list(reversed(storage.splitting(mixed)))
     if group is not None and group.mesh_dim not in dims:
         dims.append(group.mesh_dim)
+    single = {} if group is None else dict(group.single)
+    if group is not None and single:
+        # Placements apply from left to right: undone from right to left, stages stay in groups.
+        dims = sorted((group.mesh_dim, *single), reverse=True)
+        if len(storage.shape) == 2:
+            single[group.mesh_dim] = group.among[0]
     for mesh_dim in dims:
-        if group is not None and mesh_dim == group.mesh_dim:
+        if mesh_dim in single:
+            target = layout.move(mesh_dim, Copies((single[mesh_dim], 1)))
+        elif group is not None and mesh_dim == group.mesh_dim:
             target = _to_group(layout, group, dealt)
         else:
             later = [d for d in layout.splitting(kept) if d > mesh_dim]
@@ -104,10 +116,13 @@ def _through_whole(storage: Layout, group: Group | None) -> tuple[Move, ...]:
     kept = kept_dim(storage.shape)
     gather = to_whole(storage, (len(storage.shape) - 2, len(storage.shape) - 1))
     layout, slices = gather[-1].target, []
+    single = {} if group is None else dict(group.single)
     for move in reversed(gather):
         inside = group is not None and move.mesh_dim == group.mesh_dim
         dim = 0 if inside and len(storage.shape) > 2 else kept
-        part = Split(dim, among=group.among if group and inside else None)
+        part: Placement = Split(dim, among=group.among if group and inside else None)
+        if move.mesh_dim in single:
+            part = Copies((single[move.mesh_dim], 1))
         slices.append(Move(move.mesh_dim, layout, layout.move(move.mesh_dim, part)))
         layout = slices[-1].target
     return gather + tuple(slices)
@@ -133,7 +148,7 @@ def _dim_stays(move: Move, dim: int) -> bool:
     if mesh_dim not in cutting:
         return True
     placement = target.placements[mesh_dim]
-    count = placement.among[1] if placement is not None and placement.among else 1
+    count = placement.among[1] if isinstance(placement, Split) and placement.among else 1
     even = source.split_shape[dim] % math.prod(source.mesh[d] for d in cutting) == 0
     if even and source.mesh[mesh_dim] % count == 0:
         return True

@@ -321,7 +321,7 @@ def agree(
         mesh: the ranks whose plans must be the same.
         lines: the plan of this rank, a line for each parameter.
         error: what went wrong in making it, or None.
-        what: what Conda cannot do if a rank has an error.
+        what: what the optimizer cannot do if a rank has an error.
         explain: says how lines differ, of the joined lines by global rank; None if they are plans.
 
     Raises:
@@ -336,7 +336,7 @@ def agree(
     if failed:
         said = all_texts(mesh, f"{type(error).__name__}: {error}" if error else "")
         why = "; ".join(f"rank {rank}: {text}" for rank, text in said.items() if text)
-        raise RuntimeError(f"Conda {what}: {why}") from error
+        raise RuntimeError(f"the optimizer {what}: {why}") from error
     if any(high != -low for high, low in zip(extremes[:4], extremes[4:], strict=True)):
         raise RuntimeError((explain or difference)(all_texts(mesh, "\n".join(lines))))
 
@@ -349,8 +349,8 @@ def difference(texts: Mapping[int, str]) -> str:
         for ours, theirs in pairs:
             if ours != theirs:
                 return (
-                    f"Conda's plan differs between ranks: rank {first} has {ours}; rank {rank} "
-                    f"has {theirs}. Give all ranks the same parameters, in the same order, with "
-                    "the same names, placements and options."
+                    f"the optimizer's plan differs between ranks: rank {first} has {ours}; rank "
+                    f"{rank} has {theirs}. Give all ranks the same parameters, in the same order, "
+                    "with the same names, placements and options."
                 )
-    return "Conda's plan differs between ranks"
+    return "the optimizer's plan differs between ranks"

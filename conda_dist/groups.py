@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conda_dist.routing import ADAMW, ALGORITHMS, CONDA, check_matrix, check_splits, route
+from conda_dist.routing import ADAMW, CONDA, check_matrix, check_splits, route
+
+SHARED = ("lr", "betas", "eps", "weight_decay", "adamw_scale", "splits")
+"""Hyperparameters of all rules; their own are beside them, see :class:`conda_dist.rules.Rule`."""
 
 HYPERPARAMETERS = (
     "lr",
@@ -22,7 +25,6 @@ HYPERPARAMETERS = (
     "correct_bias",
     "splits",
 )
-RESERVED = ("params", "param_names", "algorithm", *HYPERPARAMETERS)
 DROPPED = ("foreach", "fused")  # how AdamW computes; frameworks add them to any group
 UNSUPPORTED = ("maximize", "capturable", "differentiable", "amsgrad")
 
@@ -48,7 +50,7 @@ def check_hyperparameters(
     for name in ("lr", "eps", "weight_decay", "scale", "adamw_scale"):
         if name in values:
             least = -LARGEST if scheduled and name == "lr" else 0.0
-            _check_number(name, values[name], where, least=least)
+            check_number(name, values[name], where, least=least)
     lr, decay = values.get("lr", 0.0), values.get("weight_decay", 0.0)
     for name in ("scale", "adamw_scale"):
         scale = values.get(name, 0.0)
@@ -61,7 +63,7 @@ def check_hyperparameters(
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise TypeError(f"{where}betas must be a pair of numbers, got {betas!r}")
         for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
-            _check_number(name, beta, where, below=1.0)
+            check_number(name, beta, where, below=1.0)
     if "update_proj_gap" in values:
         gap = values["update_proj_gap"]
         if not isinstance(gap, int) or isinstance(gap, bool):
@@ -75,10 +77,10 @@ def check_hyperparameters(
             f"{where}proj_type={values['proj_type']!r} is not supported: of the released code's "
             'types only "std" (the smaller side is projected) can update every shape of weight.'
         )
-    algorithm = values.get("algorithm")
-    if algorithm is not None and not _is_one_of(algorithm, ALGORITHMS):
+    algorithm, known = values.get("algorithm"), (values.get("rule", CONDA), ADAMW)
+    if algorithm is not None and not _is_one_of(algorithm, known):
         raise ValueError(
-            f"{where}algorithm must be one of {', '.join(ALGORITHMS)}, or None for each parameter "
+            f"{where}algorithm must be one of {', '.join(known)}, or None for each parameter "
             f"to take the path that its name and shape say; got {algorithm!r}"
         )
 
@@ -87,9 +89,15 @@ def _is_one_of(value: Any, known: Sequence[str]) -> bool:
     return isinstance(value, str) and value in known  # an array would be compared item by item
 
 
-def _check_number(
+def check_number(
     name: str, value: Any, where: str, below: float = math.inf, least: float = 0.0
 ) -> None:
+    """Refuses what is no number, or out of its range; a learning rate may be a tensor.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of its range.
+    """
     if name == "lr" and isinstance(value, Tensor):
         plain = value.layout is torch.strided and not value.is_meta
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or not plain:
@@ -105,13 +113,20 @@ def _check_number(
         raise ValueError(f"{where}{name} must be {bound}{limit}, got {value}")
 
 
-def read_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
+def read_group(
+    group: Mapping[str, Any],
+    where: str,
+    rule: str = CONDA,
+    hyperparameters: Sequence[str] = HYPERPARAMETERS,
+) -> dict[str, Any]:
     """Checks a group, and makes of it one for torch.
 
     Args:
         group: a group dict as torch's optimizers take it: ``params`` a tensor or an iterable of
             tensors or (name, tensor) pairs, ``param_names`` perhaps beside it.
         where: what to call the group in errors.
+        rule: the name of the rule's path.
+        hyperparameters: keys that the optimizer reads.
 
     Returns:
         A new dict, with the parameters in their order, named if they have names.
@@ -124,13 +139,16 @@ def read_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise TypeError(f"{where}a group must be a dict, got {type(group).__name__}")
     taken = ("params", "param_names", "proj_type", *DROPPED)
     options = {key: value for key, value in group.items() if key not in taken}
-    check_hyperparameters(group, where)
-    for key in options.keys() - set(RESERVED) - set(UNSUPPORTED):
-        if near := difflib.get_close_matches(key, RESERVED, 1, 0.8):
+    if (given := options.setdefault("rule", rule)) != rule:
+        raise ValueError(f"{where}the group is for rule {given!r}, this optimizer's is {rule!r}")
+    check_hyperparameters({**options, "proj_type": group.get("proj_type", "std")}, where)
+    reserved = ("params", "param_names", "algorithm", "rule", *hyperparameters)
+    for key in options.keys() - set(reserved) - set(UNSUPPORTED):
+        if near := difflib.get_close_matches(key, reserved, 1, 0.8):
             raise ValueError(f"{where}unknown option {key!r}; did you mean {near[0]!r}?")
     for key in UNSUPPORTED:
         if options.pop(key, None):
-            raise ValueError(f"{where}option {key!r} is not supported by Conda; leave it out.")
+            raise ValueError(f"{where}option {key!r} is not supported; leave it out.")
     named = _named(group, where)
     seen: dict[Tensor, str | None] = {}
     for name, param in named:
@@ -151,15 +169,14 @@ def read_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
     kernels = options.get("kernels", False)
     if not isinstance(kernels, bool):
         raise TypeError(f"{where}kernels must be a bool, got {kernels!r}")
-    if kernels and algorithm != CONDA:
+    if kernels and algorithm in (None, ADAMW):
         raise ValueError(
-            f'{where}kernels=True needs algorithm="conda"; param_groups(model, kernels=True) makes '
-            "such groups"
+            f'{where}kernels=True needs algorithm="{rule}"; param_groups(model, kernels=True) '
+            "makes such groups"
         )
     for name, param in named:
-        path = algorithm or route(name, param).algorithm
-        if path == CONDA:
-            check_matrix(where + (name or "parameter"), param)
+        if (algorithm or route(name, param).algorithm) != ADAMW:
+            check_matrix(where + (name or "parameter"), param, rule)
             if splits is not None:
                 check_splits(where + (name or "parameter"), param, splits, kernels)
     if splits is not None and algorithm == ADAMW:
@@ -205,11 +222,11 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise ValueError(f"{name}: can't optimize a non-leaf Tensor; detach() it first.")
     if not param.dtype.is_floating_point or param.dtype.itemsize < 2:
         raise ValueError(
-            f"{name}: Conda optimizes real floating point parameters, got {param.dtype}"
+            f"{name}: only real floating point parameters can be optimized, got {param.dtype}"
             + ("; use torch.view_as_real." if param.dtype.is_complex else ".")
         )
     if param.layout is not torch.strided:
-        raise ValueError(f"{name}: Conda optimizes dense parameters, got {param.layout}.")
+        raise ValueError(f"{name}: only dense parameters can be optimized, got {param.layout}.")
     if any(n > 1 and not step for n, step in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(
             f"{name}: some of its elements are one in memory, as expand() makes them, and could "

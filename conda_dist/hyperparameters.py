@@ -1,5 +1,6 @@
 """The hyperparameters of a group as the arithmetic takes them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -7,12 +8,13 @@ from torch import Tensor
 from conda_dist.maths import Hyper
 
 
-def hyper_of(group: dict[str, Any], scale: str = "scale") -> Hyper:
+def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
     """The hyperparameters a group has at this moment, as numbers that torch's kernels know.
 
     Args:
         group: the group.
-        scale: the key of the factor on the update: "scale", or "adamw_scale" on the adamw path.
+        scale: the key of the factor on the update: "scale", or "adamw_scale" on the adamw path,
+            where a group that has ``adamw_eps`` has another use for ``eps``.
     """
     beta1, beta2 = group["betas"]
     lr = group["lr"]
@@ -22,8 +24,8 @@ def hyper_of(group: dict[str, Any], scale: str = "scale") -> Hyper:
         lr.reshape(()) if on_device else float(lr),
         float(beta1),
         float(beta2),
-        float(group["eps"]),
+        float(group.get("adamw_eps", group["eps"])),
         float(group["weight_decay"]),
         float(group[scale]),
-        group["correct_bias"],
+        group.get("correct_bias", True),
     )

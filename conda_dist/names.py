@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conda_dist.exchange import world
 from conda_dist.replaced import flat_error
-from conda_dist.routing import CONDA, Route, clean_name, doubt, nothing_to_project, route
+from conda_dist.routing import ADAMW, CONDA, Route, clean_name, doubt, nothing_to_project, route
 
 TAG = "_conda_name"
 """The attribute of a parameter that says what which optimizer calls it."""
@@ -46,7 +46,10 @@ def route_by_name(name: str, param: Tensor) -> Route:
 
 def path_of(name: str, param: Tensor, group: Mapping[str, Any]) -> str:
     """The path that a parameter takes: its group's algorithm, or what its name and shape say."""
-    return group["algorithm"] or route_by_name(name, param).algorithm
+    if group["algorithm"]:
+        return str(group["algorithm"])
+    found = route_by_name(name, param).algorithm
+    return ADAMW if found == ADAMW else str(group.get("rule", CONDA))
 
 
 def each(
@@ -65,14 +68,15 @@ def check_paths(groups: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
     and the others would wait for the one that raises.
 
     Raises:
-        ValueError: no trainable parameter takes the conda path, without a group that says so.
+        ValueError: no trainable parameter takes the rule's path, without a group that says so.
     """
     if all(group["algorithm"] is not None for group in groups) or any(
-        param.requires_grad and path_of(name, param, group) == CONDA
+        param.requires_grad and path_of(name, param, group) != ADAMW
         for name, param, group in each(groups)
     ):
         return
-    said = nothing_to_project([(name, param) for name, param, _ in each(groups)])
+    named = [(name, param) for name, param, _ in each(groups)]
+    said = nothing_to_project(named, path=groups[0].get("rule", CONDA))
     if world() == 1:
         raise ValueError(said)
     warnings.warn(f"On this rank {said}", stacklevel=stacklevel + 1)
@@ -133,10 +137,10 @@ class Names:
             name = name_of(groups, g, i)
             if is_place(name):
                 self._remember(param, "")
-            if path_of(name, param, group) == CONDA:
+            if path_of(name, param, group) != ADAMW:
                 self._matrices.add(name)
 
-    def check(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def check(self, groups: Sequence[Mapping[str, Any]], title: str) -> None:
         """Refuses what has taken the place of matrices, and is none.
 
         One flat parameter may be there for one of them or, as DeepSpeed puts it into a group, for
@@ -152,7 +156,7 @@ class Names:
             same = is_place(name) and known
             replaced = name in self._matrices and param.ndim < 2 and not same
             if replaced or (none_left and not known):
-                raise flat_error(name, param)
+                raise flat_error(name, param, title)
 
     def warn(self, groups: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
         """Warns once if names are missing that would decide a path, or do not tell which."""
@@ -163,7 +167,7 @@ class Names:
             for name, param, group in each(groups)
             if is_place(name)
             and group["algorithm"] is None
-            and path_of(name, param, group) == CONDA
+            and path_of(name, param, group) != ADAMW
         ]
         some = any(group.get("param_names") for group in groups)
         # One matrix alone needs no name; one among parameters that have names was forgotten.
@@ -176,8 +180,8 @@ class Names:
         self._warned = True
         listed = ", ".join(alike[:3]) + (", ..." if len(alike) > 3 else "")
         warnings.warn(
-            f"Conda got parameters without names ({listed}), so it cannot tell embeddings, output "
-            "head and routers from the projections it is meant for and will treat them alike. "
+            f"The optimizer got parameters without names ({listed}), so it cannot tell embeddings, "
+            "output head and routers from the projections it is meant for, and treats them alike. "
             "Names decide: pass model.named_parameters(), (name, parameter) pairs as the params "
             "of each group, or conda_dist.param_groups(model).",
             stacklevel=stacklevel + 1,

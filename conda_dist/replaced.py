@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from conda_dist.states import has_own
+
 FSDP = (
     "shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the shapes of "
     "its parameters, and make the optimizer from the sharded model"
@@ -31,34 +33,48 @@ Named = Iterable[tuple[str, Tensor, Mapping[str, Any]]]
 """Parameters with their names and their groups, as :func:`conda_dist.names.each` gives them."""
 
 
-def refuse_flat(named: Named) -> None:
+def _ways(title: str) -> str:
+    """What to do under DeepSpeed; ``title``: the optimizer's class."""
+    if title == "Conda":
+        return f"either {DEEPSPEED}."
+    return (
+        f"{title} is not supported, and Conda alone is: use conda_dist.integrations.deepspeed.Conda"
+        ", or FSDP2."
+    )
+
+
+def refuse_flat(named: Named, title: str = "Conda") -> None:
     """Refuses flat parameters that say of themselves that they hold the elements of others.
+
+    Args:
+        named: the parameters in the groups.
+        title: the optimizer's class.
 
     Raises:
         ValueError: there is such a parameter.
     """
     pairs = [(name, param) for name, param, _ in named]
-    _refuse_fsdp1(pairs)
+    _refuse_fsdp1(pairs, title)
     for name, param in pairs:
         shape = tuple(getattr(param, "ds_shape", param.shape))
         if hasattr(param, "ds_id") and shape != tuple(param.shape):
             raise ValueError(
                 f"{name}: ZeRO stage 3 has partitioned it, which is of shape {shape}, and "
-                "conda_dist.Conda cannot step on the flat partitions of ZeRO. Either "
-                f"{DEEPSPEED}."
+                f"conda_dist.{title} cannot step on the flat partitions of ZeRO. Under DeepSpeed, "
+                f"{_ways(title)}"
             )
 
 
-def flat_error(name: str, param: Tensor) -> ValueError:
+def flat_error(name: str, param: Tensor, title: str) -> ValueError:
     """The error of a flat parameter that has taken the place of matrices."""
     return ValueError(
         f"{name}: there is a flat parameter of shape {tuple(param.shape)} where the optimizer "
-        "was given a matrix. Conda projects matrices, and not parts of them in one dimension. "
-        f"Under DeepSpeed, either {DEEPSPEED}. Otherwise, {FSDP}."
+        f"was given a matrix. {title} steps matrices, and not parts of them in one dimension. "
+        f"Under DeepSpeed, {_ways(title)} Otherwise, {FSDP}."
     )
 
 
-def _refuse_fsdp1(pairs: Sequence[tuple[str, Tensor]]) -> None:
+def _refuse_fsdp1(pairs: Sequence[tuple[str, Tensor]], title: str) -> None:
     """Refuses what FullyShardedDataParallel makes of parameters."""
     marked = [(n, p) for n, p in pairs if getattr(p, "_fsdp_flattened", False)]
     flat = [(n, p) for n, p in pairs if getattr(p, "_is_flat_param", False)]
@@ -71,7 +87,7 @@ def _refuse_fsdp1(pairs: Sequence[tuple[str, Tensor]]) -> None:
         name, param = flat[0]
         raise ValueError(
             f"{name}: it is a flat parameter of FullyShardedDataParallel (FSDP1), of shape "
-            f"{tuple(param.shape)}, and may hold parts of matrices, which Conda cannot project; "
+            f"{tuple(param.shape)}, and may hold parts of matrices, which {title} cannot step; "
             f"with or without use_orig_params. Instead, {FSDP}."
         )
 
@@ -92,7 +108,7 @@ def refuse_lost_state(named: Named, state: Mapping[Any, Any]) -> None:
     lost = [key for key in state if isinstance(key, Tensor) and id(key) not in held]
     if not lost:
         return
-    fresh = [(n, p) for n, p in pairs if p.requires_grad and "exp_avg" not in state.get(p, {})]
+    fresh = [(n, p) for n, p in pairs if p.requires_grad and not has_own(state.get(p, {}))]
     shapes = {tuple(param.shape) for param in lost}
     sharded = any(isinstance(p, DTensor) and tuple(p.shape) in shapes for _, p in fresh)
     if fresh and (sharded or len(fresh) == sum(p.requires_grad for _, p in pairs)):

@@ -14,9 +14,10 @@ from rich.table import Table
 from conda_dist.adamw_path import Plain
 from conda_dist.names import route_by_name
 from conda_dist.plan.costs import Sizes, costs, save_costs
+from conda_dist.rules.rule import State
 from conda_dist.runtime.weight import Weight
 from conda_dist.setup import Setup
-from conda_dist.states import basis_dtype, moment_dtype, second_dtype
+from conda_dist.states import moment_dtype, second_dtype
 
 
 class Row(TypedDict):
@@ -25,15 +26,15 @@ class Row(TypedDict):
     Attributes:
         name: its fully qualified name, or where it stands in the groups.
         shape: global shape.
-        path: "conda" or "adamw".
+        path: the rule's, "conda" or "muon", or "adamw".
         rate: what multiplies its normalised update now: ``lr * scale`` of its group on the conda
-            path, ``lr * adamw_scale`` on the adamw path.
+            path, ``lr`` on another rule's, ``lr * adamw_scale`` on the adamw path.
         reason: the rule that sends parameters of this name and shape there by default.
         layout: where its elements are, in DTensor's words.
         compute: where its moments are and its step is computed.
         basis: where its basis is kept; "" without one.
         group: global ranks that compute its step, where those are not all that hold it; else [].
-        owners: global ranks that decompose its momentum, one for each matrix of a batch.
+        owners: global ranks that decompose its momentum, one for each matrix of a batch; else [].
         state_bytes: bytes of optimizer state on this rank.
         step_bytes: bytes this rank sends in a step without a refresh.
         refresh_bytes: bytes this rank sends in a step with one; of an asynchronous one in a step,
@@ -59,22 +60,23 @@ class Row(TypedDict):
 
 def _reason(name: str, shape: tuple[int, ...], path: str) -> str:
     found = route_by_name(name, torch.empty(shape, device="meta"))
-    return found.reason if found.algorithm == path else "chosen by its group"
+    by_name = (found.algorithm == "adamw") == (path == "adamw")
+    return found.reason if by_name else "chosen by its group"
 
 
-def _rate(group: Mapping[str, Any], scale: str) -> float:
-    return float(group["lr"]) * float(group[scale])
+def _rate(group: Mapping[str, Any], scale: str | None) -> float:
+    return float(group["lr"]) * (1.0 if scale is None else float(group[scale]))
 
 
 def rows(setup: Setup) -> list[Row]:
     """The report of every trainable parameter or part; needs no communication."""
-    conda = [_conda_row(weight) for weight in setup.weights]
-    return conda + [_adamw_row(plain) for plain in setup.plains]
+    matrices = [_matrix_row(weight) for weight in setup.weights]
+    return matrices + [_adamw_row(plain) for plain in setup.plains]
 
 
 def _adamw_row(plain: Plain) -> Row:
     numel = plain.layout.numel(plain.mesh.coordinate)
-    first, second = (of(plain.param, plain.options) for of in (moment_dtype, second_dtype))
+    first, second = (of(plain.param.dtype, plain.options) for of in (moment_dtype, second_dtype))
     return Row(
         name=plain.name,
         shape=plain.layout.shape,
@@ -93,35 +95,49 @@ def _adamw_row(plain: Plain) -> Row:
     )
 
 
-def _conda_row(weight: Weight) -> Row:
-    plan = weight.plan
-    basis = basis_dtype(weight.param, weight.options)
-    product = weight.options.matmul_dtype or basis
-    sizes = Sizes(
-        weight.param.element_size(),
-        min(weight.param.element_size(), product.itemsize),
-        moment_dtype(weight.param, weight.options).itemsize,
-        second_dtype(weight.param, weight.options).itemsize,
-        basis.itemsize,
-        torch.promote_types(basis, torch.float32).itemsize,
+def sizes_of(
+    states: Mapping[str, State], travel: torch.dtype, back: torch.dtype, counts: int
+) -> Sizes:
+    """Bytes of what a rule keeps and sends of a weight.
+
+    Args:
+        states: what it keeps.
+        travel: in what the gradient travels.
+        back: in what the update travels.
+        counts: how many counts it keeps of each matrix.
+    """
+    basis = states.get("basis")
+    return Sizes(
+        travel.itemsize,
+        back.itemsize,
+        tuple(state.dtype.itemsize for state in states.values() if state.cut),
+        tuple((s.shape, s.dtype.itemsize) for s in states.values() if not s.cut),
+        counts,
+        0 if basis is None else basis.dtype.itemsize,
+        0 if basis is None else torch.promote_types(basis.dtype, torch.float32).itemsize,
     )
-    costing = costs(plan, weight.mesh.coordinate, sizes, weight.is_async)
+
+
+def _matrix_row(weight: Weight) -> Row:
+    plan, rule, here = weight.plan, weight.rule, weight.mesh.coordinate
+    sizes = sizes_of(weight.specs, weight.travel_dtype, weight.back_dtype, len(rule.counts))
+    costing = costs(plan, here, sizes, weight.is_async)
     step = sum(costing.step.values())
     return Row(
         name=plan.name,
         shape=plan.storage.shape,
-        path="conda",
-        rate=_rate(weight.group, "scale"),
-        reason=_reason(plan.name, plan.storage.split_shape, "conda"),
+        path=rule.name,
+        rate=_rate(weight.group, rule.factor),
+        reason=_reason(plan.name, plan.storage.split_shape, rule.name),
         layout=str(plan.storage),
         compute=str(plan.compute),
-        basis=str(plan.basis),
+        basis=str(plan.basis) if rule.refreshes else "",
         group=[plan.topology.rank_at(c) for c in plan.computing()] if plan.group else [],
-        owners=[plan.topology.rank_at(owner) for owner in plan.owners],
+        owners=[plan.topology.rank_at(c) for c in plan.owners] if rule.refreshes else [],
         state_bytes=costing.state,
         step_bytes=step,
         refresh_bytes=step + sum(costing.refresh.values()),
-        save_bytes=sum(save_costs(plan, weight.mesh.coordinate, sizes, weight.is_async).values()),
+        save_bytes=sum(save_costs(plan, here, sizes).values()),
     )
 
 
@@ -148,7 +164,9 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
             console = Console(width=220)
     # What a narrow terminal can do without is left out, rather than folded beyond recognition.
     wide = console.width >= 130
-    grid = Table(title="Conda: what each parameter gets on this rank", box=SIMPLE, show_footer=True)
+    rule = next((row["path"] for row in table if row["path"] != "adamw"), "conda").capitalize()
+    title = f"{rule}: what each parameter gets on this rank"
+    grid = Table(title=title, box=SIMPLE, show_footer=True)
     grid.add_column(
         "parameter", f"{len(table)} in all", overflow="fold", min_width=44 if wide else 24
     )

@@ -16,7 +16,6 @@ from conda_dist.kinds import BATCH, KERNEL, MATRIX, Kind, as_matrix, doubtful, k
 from conda_dist.kinds import clean_name as clean_name
 
 CONDA, ADAMW = "conda", "adamw"
-ALGORITHMS = (CONDA, ADAMW)
 VECTOR = "a vector in two dimensions"
 
 
@@ -69,10 +68,11 @@ def param_groups(
     adamw: Sequence[str] = (),
     kernels: bool = False,
     splits: Mapping[str, int | Sequence[int]] | None = None,
+    rule: str = CONDA,
     conda_options: Mapping[str, Any] | None = None,
     adamw_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`conda_dist.Conda` from a module, by name, type and shape.
+    """Parameter groups for :class:`conda_dist.Conda`, or another rule, by name, type and shape.
 
     Matrices go to conda, but those whose name or module says that they are embeddings, the output
     head or routers; norms, biases, learned tokens, state-space parameters and kernels go to adamw.
@@ -96,7 +96,9 @@ def param_groups(
             down it, and what they stand for is a part together: ``(512, 128, 128)`` for four query
             heads, a key and a value head, again and again. Each part is a matrix of its own, with
             its own basis; the parameter stays whole. The first pattern that matches counts.
-        conda_options: hyperparameters of the conda group, such as ``{"weight_decay": 0.1}``.
+        rule: the path of the matrices: "conda", or "muon" for :class:`conda_dist.Muon`. What is
+            said here of the conda path holds for it, too.
+        conda_options: hyperparameters of the matrices' group, such as ``{"weight_decay": 0.1}``.
         adamw_options: hyperparameters of the adamw group, such as ``{"lr": 1e-3}``.
 
     Returns:
@@ -122,14 +124,14 @@ def param_groups(
             f"names look like {', '.join(repr(clean_name(name)) for name, _ in named[:3])}"
         )
     if not any(param.requires_grad for _, param in division.conda):
-        raise ValueError(nothing_to_project(named))
+        raise ValueError(nothing_to_project(named, path=rule))
     ways, unmatched = split(division, splits or {})
     if unmatched:
         raise ValueError(
             f"splits pattern {unmatched[0]!r} matches no parameter on the conda path of "
             f"{type(model).__name__}"
         )
-    groups = [{"params": named, **way.keys(), **options[CONDA]} for way, named in ways.items()]
+    groups = [{"params": named, **way.keys(rule), **options[CONDA]} for way, named in ways.items()]
     rest = {"params": division.adamw, "algorithm": ADAMW, "splits": None, **options[ADAMW]}
     return [group for group in (*groups, rest) if group["params"]]
 
@@ -159,10 +161,10 @@ class Way:
     splits: tuple[int, ...] | None
     kernels: bool
 
-    def keys(self) -> dict[str, Any]:
+    def keys(self, rule: str = CONDA) -> dict[str, Any]:
         """The keys of a group of such weights."""
         seen = {"kernels": True} if self.kernels else {}
-        return {"algorithm": CONDA, "splits": self.splits, **seen}
+        return {"algorithm": rule, "splits": self.splits, **seen}
 
 
 def split(
@@ -320,16 +322,16 @@ def check_kernel(name: str, param: Tensor) -> None:
         )
 
 
-def check_matrix(name: str, param: Tensor) -> None:
-    """Refuses what cannot be projected.
+def check_matrix(name: str, param: Tensor, path: str = CONDA) -> None:
+    """Refuses what is no matrix for a path that takes matrices.
 
     Raises:
         ValueError: fewer than two dimensions, or no elements.
     """
     if param.ndim < 2 or param.numel() == 0:
         raise ValueError(
-            f"{name}: a parameter of shape {tuple(param.shape)} cannot take the conda path, which "
-            'projects matrices; put it in a group with algorithm="adamw".'
+            f"{name}: a parameter of shape {tuple(param.shape)} cannot take the {path} path, which "
+            'takes matrices; put it in a group with algorithm="adamw".'
         )
 
 
@@ -383,23 +385,25 @@ def doubt(named: Sequence[tuple[str, Tensor]]) -> str | None:
     )
 
 
-HOW = (
-    'Name weights with param_groups(model, conda=["pattern"]) or give their group algorithm="conda"'
-)
-
-
 TAKE_KERNELS = " param_groups(model, kernels=True) sees convolution kernels as matrices."
 
 
-def nothing_to_project(named: Sequence[tuple[str, Tensor]], how: str = HOW) -> str:
-    """The error for a model none of whose matrices would reach the conda path; ``how`` to mend."""
+def nothing_to_project(
+    named: Sequence[tuple[str, Tensor]], how: str | None = None, path: str = CONDA
+) -> str:
+    """The error for a model none of whose matrices would reach a rule's path; ``how`` to mend."""
+    of_rule = "" if path == CONDA else f", rule={path!r}"
+    how = how or (
+        f'Name weights with param_groups(model, conda=["pattern"]{of_rule}) or give their group '
+        f'algorithm="{path}"'
+    )
     listed = [
         f"{clean_name(name)} {tuple(param.shape)}"
         f"{'' if param.requires_grad else ', frozen'}: {route(name, param).reason}"
         for name, param in named[:8]
     ]
     return (
-        "no trainable matrix would reach the conda path, so this would be AdamW under another "
+        f"no trainable matrix would reach the {path} path, so this would be AdamW under another "
         f"name. Found {len(named)} parameters: {'; '.join(listed)}"
         f"{'; ...' if len(named) > 8 else ''}. {how}."
         f"{TAKE_KERNELS if any(route(*pair).reason == KERNEL for pair in named) else ''}"

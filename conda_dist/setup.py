@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequen
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,14 +23,15 @@ from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice, Request, choose, deal_owners
 from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.replaced import refuse_strangers
-from conda_dist.routing import CONDA, check_kernel, check_matrix, check_splits
+from conda_dist.routing import ADAMW, CONDA, check_kernel, check_matrix, check_splits
+from conda_dist.rules.rule import Rule
 from conda_dist.runtime.agreement import Comparison, explain
 from conda_dist.runtime.weight import Weight
 from conda_dist.states import (
-    basis_dtype,
-    basis_key,
+    CODES,
+    base_name,
     has_own,
-    is_basis,
+    is_of_rule,
     moment_dtype,
     second_dtype,
     second_key,
@@ -41,10 +43,11 @@ class Setup:
     """An optimizer's parameters, resolved.
 
     Attributes:
-        weights: those on the conda path, mesh after mesh, in the order of the parameters.
+        weights: those that the rule steps, mesh after mesh, in the order of the parameters.
         plains: those on the adamw path.
         meshes: the meshes they are on, in the order in which all ranks use them.
         signature: of the parameters all this was made for.
+        rule: the rule's name.
         agreed: whether the ranks have found their plans to be the same.
         started: for each mesh whether a step of its parameters has counted.
         comparisons: for each mesh when its ranks compare which gradients they have had.
@@ -56,6 +59,7 @@ class Setup:
     plains: list[Plain]
     meshes: list[Mesh]
     signature: object
+    rule: str = CONDA
     agreed: bool = False
     started: list[bool] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
@@ -101,20 +105,17 @@ class Setup:
             ValueError: one is not where the plan has it.
         """
         for member in (m for m in self.members if has_own(m.state)):
-            needed = (
-                "step",
-                member.first_key,
-                *(("basis_step",) if isinstance(member, Weight) else ()),
-            )
-            if missing := [key for key in needed if key not in member.state]:
-                raise ValueError(
-                    f"{member.name}: its state has no {', '.join(missing)}; drop the rest, too "
-                    "(del optimizer.state[param]), or load a checkpoint."
-                )
-            if member.second_key not in member.state:
+            needed = ("step", *member.counts, *member.state_layouts())
+            missing = [key for key in needed if key not in member.state]
+            if missing and all(base_name(key) in ("exp_avg_sq", CODES) for key in missing):
                 raise ValueError(
                     f"{member.name}: its state was made with another second_moment_dtype; drop it "
                     "(del optimizer.state[param]), or load its state dict, which converts it."
+                )
+            if missing:
+                raise ValueError(
+                    f"{member.name}: its state has no {', '.join(missing)}; drop the rest, too "
+                    "(del optimizer.state[param]), or load a checkpoint."
                 )
             for key, layout in member.state_layouts().items():
                 held = tuple(storage.local(member.state[key]).shape)
@@ -209,7 +210,7 @@ class Setup:
     def lines(self, mesh: Mesh) -> list[str]:
         """The plan of one mesh as text, for the ranks to compare."""
         said = [
-            f"{w.plan} every {w.group['update_proj_gap']} steps, {w.param.dtype}"
+            f"{w.plan} {w.rule.describe(w.group)}, {w.param.dtype}"
             for w in self.weights
             if w.mesh == mesh
         ]
@@ -218,7 +219,7 @@ class Setup:
             for p in self.plains
             if p.mesh == mesh
         ]
-        return [*said, *{str(member.options) for member in self.members[:1]}]
+        return [*said, *{f"{self.rule}, {member.options}" for member in self.members[:1]}]
 
 
 def _explain(texts: Mapping[int, str]) -> str:
@@ -274,6 +275,7 @@ def set_up(
     options: Options,
     meshes: Mapping[Tensor, Mesh],
     choices: MutableMapping[tuple[Tensor, int | None], Choice],
+    rule: Rule,
 ) -> Setup:
     """Plans parameters.
 
@@ -283,6 +285,7 @@ def set_up(
         options: its options.
         meshes: from :func:`find_meshes`: the parameters to plan.
         choices: see :func:`plan_sites`.
+        rule: what steps the matrices.
 
     Raises:
         ValueError: a parameter's layout is none that can be planned, or not that of its state.
@@ -298,32 +301,47 @@ def set_up(
         group, name = places[param]
         held = state.get(param, {})
         check_parameter(name, param)  # it may have been replaced, and so may its data
-        _check_form(name, param, held, options)
         path = path_of(name, param, group)
-        if has_own(held) and any(map(is_basis, held)) != (path == CONDA):
+        if has_own(held) and is_of_rule(held) != (path != ADAMW):
             raise ValueError(
                 f"{name}: its state was made on the other path than the {path} path, which it "
                 f"takes by {_chosen_by(group)}; drop the state first: del optimizer.state[param]."
             )
+        dtypes = {"exp_avg": moment_dtype(param.dtype, options)}
+        dtypes[second_key(options)] = second_dtype(param.dtype, options)
+        if path != ADAMW:
+            kept = rule.states(1, 1, param.dtype)
+            dtypes = {key: spec.dtype for key, spec in kept.items() if spec.cut}
+            _check_parts(name, held, group["splits"], [k for k in kept if k not in dtypes])
+        _check_form(name, param, held, dtypes)
         layout = storage.find_layout(name, param, mesh)
-        if path == CONDA:
-            check_matrix(name, param)  # it may have been replaced
-            _check_bases(name, held, group["splits"])
+        if path != ADAMW:
+            check_matrix(name, param, path)  # it may have been replaced
             sites += _sites(name, param, mesh, group, layout)
         else:
             plains.append(Plain(name, param, mesh, layout, group, state, options))
-    weights = plan_sites(sites, state, options, choices)
-    setup = Setup(weights, plains, list(dict.fromkeys(meshes.values())), signature(groups))
+    weights = plan_sites(sites, state, options, choices, rule)
+    order = list(dict.fromkeys(meshes.values()))
+    setup = Setup(weights, plains, order, signature(groups), rule.name)
     setup.check_state()
     return setup
 
 
-def _check_form(name: str, param: Tensor, state: Mapping[str, Any], options: Options) -> None:
-    """Refuses a parameter whose data has changed so much that its state is of another one."""
-    for key in ("exp_avg", second_key(options)):
+def _check_form(
+    name: str, param: Tensor, state: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Refuses a parameter whose data has changed so much that its state is of another one.
+
+    Args:
+        name: its name.
+        param: the parameter.
+        state: its state.
+        dtypes: what dtypes the states must have that are of its shape.
+    """
+    for key, dtype in dtypes.items():
         if key not in state or f"{key}_0" in state:
             continue  # parts that have moments of their own are checked against their plans
-        held, needed = state[key], moment_dtype if key == "exp_avg" else second_dtype
+        held = state[key]
         separate = isinstance(param, DTensor) and not isinstance(held, DTensor)
         if held.shape != param.shape and not separate:
             raise ValueError(
@@ -332,7 +350,7 @@ def _check_form(name: str, param: Tensor, state: Mapping[str, Any], options: Opt
                 "made. Drop the state (del optimizer.state[param]), so that the parameter starts "
                 "afresh, or put moments of the new shape in its place."
             )
-        if held.dtype != (dtype := needed(param, options)):
+        if held.dtype != dtype:
             raise ValueError(
                 f"{name}: the parameter is {param.dtype} and needs {dtype} for its {key}, which "
                 f"is {held.dtype}: the dtype of one of them was changed after the state was made. "
@@ -348,10 +366,20 @@ def _chosen_by(group: Mapping[str, Any]) -> str:
     return f"its group's algorithm, {group['algorithm']!r}"
 
 
-def _check_bases(name: str, state: Mapping[str, Any], splits: Sequence[int] | None) -> None:
-    """Refuses a state whose bases are those of other parts."""
-    held = {key for key in state if is_basis(key) and key != "basis_step"}
-    needed = {"basis"} if splits is None else {basis_key(part) for part in range(len(splits))}
+def _check_parts(
+    name: str, state: Mapping[str, Any], splits: Sequence[int] | None, copied: Sequence[str]
+) -> None:
+    """Refuses a state that is of other parts; ``copied``: names of those each part has of its own.
+
+    Raises:
+        ValueError: it is.
+    """
+    ends = [""] if splits is None else [f"_{part}" for part in range(len(splits))]
+    held = {key for key in state if base_name(key) in copied}
+    needed = {key + end for key in copied for end in ends}
+    counted, parts = state.get("step"), () if splits is None else (len(splits),)
+    if not needed and isinstance(counted, Tensor) and tuple(counted.shape) != parts:
+        held = {f"a step of shape {tuple(counted.shape)}"}
     if held and held != needed:
         raise ValueError(
             f"{name}: its state has {', '.join(sorted(held))}, but its group's splits are "
@@ -377,8 +405,9 @@ def plan_sites(
     state: MutableMapping[Tensor, dict[str, Any]],
     options: Options,
     choices: MutableMapping[tuple[Tensor, int | None], Choice],
+    rule: Rule,
 ) -> list[Weight]:
-    """Plans the weights of the conda path together: who computes and who decomposes what.
+    """Plans the weights that a rule steps together: who computes and who decomposes what.
 
     Args:
         sites: the weights, or parts of them.
@@ -386,13 +415,15 @@ def plan_sites(
         options: its options.
         choices: by parameter and part what was chosen for those that have state; the others' are
             added.
+        rule: what steps them.
     """
     requests = [
         Request(
             site.name,
             site.mesh.topology,
             site.layout,
-            basis_dtype(site.param, options).itemsize,
+            _copied_itemsize(rule, site.param.dtype),
+            rule.whole,
             known=choices.get((site.param, site.part)) if state.get(site.param) else None,
         )
         for site in sites
@@ -408,6 +439,7 @@ def plan_sites(
                 group=choice.group,
                 shard_basis=choice.shard_basis,
                 part=site.part,
+                beside=rule.beside(site.layout.shape[-2], site.layout.shape[-1]),
             )
         )
     # Kernels, and the parts of a weight, have views of its moments, if all parts are in place.
@@ -420,9 +452,15 @@ def plan_sites(
         replace(plan, separate=site.param in apart) for site, plan in zip(sites, plans, strict=True)
     ]
     return [
-        Weight(site.param, plan, site.mesh, site.group, state, options)
+        Weight(site.param, plan, site.mesh, site.group, state, options, rule)
         for site, plan in zip(sites, deal_owners(plans), strict=True)
     ]
+
+
+def _copied_itemsize(rule: Rule, dtype: torch.dtype) -> int:
+    """Bytes of an element of the basis, or what stands for one in the budget; 0 without any."""
+    kept = rule.states(1, 1, dtype).get("basis")
+    return 0 if kept is None else kept.dtype.itemsize
 
 
 def _sites(

@@ -5,22 +5,29 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from conda_dist.options import Options
 
 CODES = "exp_avg_sq_codes"
 """The state that is a second moment in 8 bits; see :func:`conda_dist.maths.decode`."""
 
-OWN = re.compile(
-    r"step|(exp_avg|exp_avg_sq|exp_avg_sq_codes|basis|snapshot)(_\d+)?|basis_step|snapshot_step"
-)
-"""Names of the states that this optimizer makes. A wrapper may keep others beside them."""
+ADAMW = frozenset({"step", "exp_avg", "exp_avg_sq", CODES})
+"""Names of the states of a parameter on the adamw path."""
+
+OF_RULES = set[str]()
+"""Names of the states that rules keep beside those; see :class:`conda_dist.rules.Rule`."""
+
+PART = re.compile(r"(?<!step)_\d+$")
+
+
+def base_name(key: Any) -> str:
+    """The name of a state without the number of the part of a weight that it is of."""
+    return PART.sub("", key) if isinstance(key, str) else ""
 
 
 def is_own(key: Any) -> bool:
     """Whether a state of this name is this optimizer's, not one that a wrapper keeps."""
-    return isinstance(key, str) and OWN.fullmatch(key) is not None
+    return (name := base_name(key)) in ADAMW or name in OF_RULES
 
 
 def has_own(state: Iterable[Any]) -> bool:
@@ -28,19 +35,19 @@ def has_own(state: Iterable[Any]) -> bool:
     return any(map(is_own, state))
 
 
-def is_basis(key: Any) -> bool:
-    """Whether a state of this name is a basis, or counts for bases: adamw has none of them."""
-    return is_own(key) and key.startswith("basis")
+def is_of_rule(state: Iterable[Any]) -> bool:
+    """Whether a parameter's states are those of a rule: adamw has not all of them."""
+    return not OF_RULES.isdisjoint(map(base_name, state))
 
 
-def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
+def moment_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
     """Dtype of a parameter's moments: ``state_dtype``, else its own but at least float32."""
-    return options.state_dtype or torch.promote_types(param.dtype, torch.float32)
+    return options.state_dtype or torch.promote_types(dtype, torch.float32)
 
 
-def second_dtype(param: Tensor, options: Options) -> torch.dtype:
+def second_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
     """Dtype of a parameter's second moment: ``second_moment_dtype``, else that of both."""
-    return options.second_moment_dtype or moment_dtype(param, options)
+    return options.second_moment_dtype or moment_dtype(dtype, options)
 
 
 def second_key(options: Options) -> str:
@@ -48,11 +55,6 @@ def second_key(options: Options) -> str:
     return CODES if options.second_moment_dtype == torch.uint8 else "exp_avg_sq"
 
 
-def basis_dtype(param: Tensor, options: Options) -> torch.dtype:
+def basis_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
     """Dtype of a weight's basis: ``basis_dtype``, else its moments' but at least float32."""
-    return options.basis_dtype or torch.promote_types(moment_dtype(param, options), torch.float32)
-
-
-def basis_key(part: int | None) -> str:
-    """Name of the state that is a weight's basis, or that of one of its parts."""
-    return "basis" if part is None else f"basis_{part}"
+    return options.basis_dtype or torch.promote_types(moment_dtype(dtype, options), torch.float32)

@@ -40,8 +40,8 @@ def find_layout(name: str, tensor: Tensor, mesh: Mesh) -> Layout:
     if is_traceable_wrapper_subclass(local(tensor)):
         raise ValueError(
             f"{name}: its elements are a {type(local(tensor)).__name__}, whose arithmetic is not "
-            "that of the numbers it stands for; Conda updates plain floating-point tensors. Leave "
-            "the conversion (such as float8 all-gather) of this parameter out."
+            "that of the numbers it stands for; only plain floating-point tensors can be updated. "
+            "Leave the conversion (such as float8 all-gather) of this parameter out."
         )
     if not isinstance(tensor, DTensor):
         return Layout(shape, mesh.topology.sizes, (None,) * len(mesh.topology.sizes))
@@ -189,8 +189,8 @@ def check_gradient(name: str, param: Tensor) -> None:
         return
     if grad.layout is not torch.strided:
         raise RuntimeError(
-            f"{name}: Conda needs dense gradients, got {grad.layout}; build the embedding with "
-            "sparse=False."
+            f"{name}: the optimizer needs dense gradients, got {grad.layout}; build the "
+            "embedding with sparse=False."
         )
     if not grad.dtype.is_floating_point:
         raise RuntimeError(f"{name}: its gradient has to be of real numbers, got {grad.dtype}.")

@@ -206,8 +206,9 @@ def attempt(action: Any, *args: Any) -> str:
     try:
         action(*args)
     except (Exception, CheckpointException) as error:  # torch's derives from BaseException
-        said = [f"{type(error).__name__}: {error}"]
-        while error := error.__cause__ or error.__context__:
-            said.append(f"{type(error).__name__}: {error}")
+        said: dict[str, None] = {}  # an error may be the cause of its own context
+        while error is not None and (text := f"{type(error).__name__}: {error}") not in said:
+            said[text] = None
+            error = error.__cause__ or error.__context__
         return "\n".join(said)
     return "nothing was raised"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import models
 import ranks
 import zero
-from conda_dist import Conda, decomposition, param_groups
+from conda_dist import Conda, Muon, decomposition, param_groups
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -309,6 +309,28 @@ def test_a_plain_conda_under_zero_is_told_the_two_ways_that_work() -> None:
                 assert '"optimizer": {"type": "Conda"}' in said
                 assert "conda_dist.integrations.deepspeed.Conda(model.named_parameters()" in said
                 assert "adamw" not in said
+
+
+def _muon(stage: int) -> list[str]:
+    """Another rule's optimizer, made by the script, and by what it gives."""
+    said = []
+    for callable_ in (False, True):
+        model = models.Tiny()
+        optimizer = Muon(param_groups(model, rule="muon"))
+        given: Any = (lambda _, o=optimizer: o) if callable_ else optimizer
+        config = zero.config(stage)
+        del config["optimizer"]
+        said.append(
+            models.attempt(lambda m=model, c=config, g=given: zero.build(c, m, optimizer=g))
+        )
+    return said
+
+
+def test_other_rules_are_refused_by_name() -> None:
+    for stage in (1, 3):
+        for answers in ranks.run(2, _muon, stage):
+            for said in answers:
+                assert f"Muon is not supported under ZeRO, at stage {stage}" in said
 
 
 def _replaced() -> list[str]:

@@ -21,6 +21,7 @@ from conda_dist.options import Options
 from conda_dist.plan.compute_groups import deal_owners
 from conda_dist.plan.schedule import plan_task
 from conda_dist.plan.weight_plan import plan_weight
+from conda_dist.rules.conda import CondaRule
 from conda_dist.runtime.step import CondaPath
 from conda_dist.runtime.weight import Weight
 from conda_dist.transfer import plan_hops, redistribution
@@ -178,7 +179,7 @@ def _flat_run(kind: str, options: Options) -> dict[str, Tensor]:
     weights = []
     for (name, flat), plan in zip(flats.items(), plans, strict=True):
         states[pieces[name]] = {}
-        weights.append(Weight(pieces[name], plan, mesh, GROUP, states, options))
+        weights.append(Weight(pieces[name], plan, mesh, GROUP, states, options, CondaRule(options)))
         weights[-1].init_state()
         assert states[pieces[name]]["exp_avg"].shape == flat.local_shape((rank,))
     path = CondaPath(weights, options)

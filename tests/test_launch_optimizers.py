@@ -6,16 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import ranks
+from conda_dist import Muon
 from conda_dist.launch.cluster import process_group
 from conda_dist.launch.job import options, schedule
 from conda_dist.launch.job.config import Config, ScheduleConfig
 from conda_dist.launch.job.model import build_model
-from conda_dist.launch.job.muon import ShardedMuon
 from conda_dist.launch.job.optimizers import build_optimizers, describe
 
 SMALL = ["--model.hidden_size", "24", "--model.num_attention_heads", "2"]
@@ -113,78 +112,34 @@ def test_the_floor_may_be_a_rate() -> None:
     assert schedule.factor(config, 6e-3, 1000, 9) == pytest.approx(0.5)
 
 
-# Muon.
-
-SHAPES = [(24, 24), (40, 16), (16, 40), (7, 5), (2, 9)]
-
-
-def muon_steps(placements: tuple[Any, ...], shape: tuple[int, ...]) -> float:
-    """Largest difference to torch.optim.Muon on whole matrices after four steps."""
-    mesh = init_device_mesh("cpu", shape)
-    generator = torch.Generator().manual_seed(0)
-    start = [torch.randn(size, generator=generator) for size in SHAPES]
-    whole = [torch.nn.Parameter(tensor.clone()) for tensor in start]
-    shards = [torch.nn.Parameter(distribute_tensor(t.clone(), mesh, placements)) for t in start]
-    settings: dict[str, Any] = {"lr": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    plain, sharded = torch.optim.Muon(whole, **settings), ShardedMuon(shards, **settings)
-    for _ in range(4):
-        for a, b in zip(whole, shards, strict=True):
-            a.grad = torch.randn(a.shape, generator=generator)
-            b.grad = distribute_tensor(a.grad, mesh, placements)
-        plain.step()
-        sharded.step()
-    moved = [(a - b).abs().max().item() for a, b in zip(whole, start, strict=True)]
-    assert min(moved) > 0.01
-    return max((full(b) - a).abs().max().item() for a, b in zip(whole, shards, strict=True))
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_sharded_muon_is_torch_s_muon(world: int) -> None:
-    assert ranks.run(world, muon_steps, (Shard(0),), (world,)) == [0.0] * world
-
-
-def test_sharded_muon_on_replicas() -> None:
-    assert ranks.run(4, muon_steps, (Replicate(), Shard(0)), (2, 2)) == [0.0] * 4
-
-
-def refusal() -> str:
-    try:
-        muon_steps((Shard(1),), (2,))
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_muon_refuses_other_placements() -> None:
-    for message in ranks.run(2, refusal):
-        assert "Muon needs placements (Shard(dim=0),), found (Shard(dim=1),)" in message
-
-
 # Which parameters go where.
 
 
-def split(config: Config) -> list[tuple[str, set[str]]]:
+def paths(config: Config) -> tuple[list[str], dict[str, tuple[str, float]]]:
+    """The optimizers' classes, and the path and rate of every parameter."""
     model = build_model(config.model, config.training, 50, process_group.join(60))
-    names = {parameter: name for name, parameter in model.named_parameters()}
     optimizers = build_optimizers(model, config.optimizer)
-    held = [
-        (type(optimizer).__name__, {names[p] for g in optimizer.param_groups for p in g["params"]})
-        for optimizer in optimizers
-    ]
-    assert sum(len(group) for _, group in held) == len(names)
-    assert describe(optimizers).startswith(f"{held[0][0]}, {len(held[0][1])} tensors")
-    return held
+    (optimizer,) = optimizers
+    assert isinstance(optimizer, Muon)
+    rows = optimizer.report(show=False)
+    assert {row["name"] for row in rows} == {name for name, _ in model.named_parameters()}
+    assert describe(optimizers).startswith(f"Muon, {len(rows)} tensors")
+    return [type(o).__name__ for o in optimizers], {r["name"]: (r["path"], r["rate"]) for r in rows}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(architecture: str) -> None:
+@pytest.mark.parametrize("rest", ["--optimizer.adamw_scale=10", "--optimizer.adamw_lr=1e-2"])
+def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(architecture: str, rest: str) -> None:
     chosen = [*SMALL, "--model.architecture", architecture, "--optimizer.name", "muon"]
-    ((muon, matrices), (adamw, others)), *_ = ranks.run(1, split, options.load(None, chosen))
-    assert (muon, adamw) == ("ShardedMuon", "AdamW")
+    config = options.load(None, [*chosen, "--optimizer.lr=1e-3", rest])
+    (_, found), *_ = ranks.run(1, paths, config)
+    matrices = {name for name, (path, _) in found.items() if path == "muon"}
     assert all(".layers." in name or ".h." in name for name in matrices)
     assert len(matrices) == {"llama": 2 * 7, "gpt2": 2 * 4}[architecture]
-    assert not matrices & others
+    others = found.keys() - matrices
     assert not [name for name in others if "proj.weight" in name or "c_attn.weight" in name]
+    assert {rate for name, (_, rate) in found.items() if name in matrices} == {1e-3}
+    assert all(found[name] == ("adamw", pytest.approx(1e-2)) for name in others)
 
 
 def test_settings_reach_the_optimizers() -> None:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import ranks
-from conda_dist import Conda
+from conda_dist import Conda, Muon
 from conda_dist.launch import plan
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import CondaConfig
@@ -81,22 +81,8 @@ def _added(into: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], **_: A
 IN_PLACE = {torch.ops.aten.addmm_: _added, torch.ops.aten.baddbmm_: _added}
 
 
-def _count(mesh: Mesh, settings: CondaConfig) -> tuple[Counts, Counts]:
-    """Bytes this rank keeps, sends in a step and in one with a refresh, counted and planned.
-
-    And the collectives of a step, and the operations of its products.
-    """
-    groups: list[dict[str, Any]] = []
-    ranks_here = init_device_mesh("cpu", mesh.sizes)
-    for algorithm, shapes in (("conda", PROJECTED), ("adamw", OTHERS)):
-        for name, shape in shapes.items():
-            where = forecast.layout(name, shape, mesh)
-            torch.manual_seed(len(groups))
-            places = list(placements(where))
-            param = nn.Parameter(_place(torch.randn(shape), ranks_here, places))
-            param.grad = _place(torch.randn(shape), ranks_here, places)
-            groups.append({"params": [(name, param)], "algorithm": algorithm})
-    optimizer = Conda(
+def _conda(groups: list[dict[str, Any]], settings: CondaConfig) -> Conda:
+    return Conda(
         groups,
         update_proj_gap=settings.update_proj_gap,
         basis_budget=settings.basis_budget,
@@ -106,6 +92,27 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[Counts, Counts]:
         second_moment_dtype=DTYPES.get(settings.second_moment_dtype),
         refresh_method=settings.refresh_method,
     )
+
+
+def _count(mesh: Mesh, settings: CondaConfig | None) -> tuple[Counts, Counts]:
+    """Bytes this rank keeps, sends in a step and in one with a refresh, counted and planned.
+
+    Of Conda, or of Muon where there are no settings.
+
+    And the collectives of a step, and the operations of its products.
+    """
+    groups: list[dict[str, Any]] = []
+    ranks_here = init_device_mesh("cpu", mesh.sizes)
+    rule = "muon" if settings is None else "conda"
+    for algorithm, shapes in ((rule, PROJECTED), ("adamw", OTHERS)):
+        for name, shape in shapes.items():
+            where = forecast.layout(name, shape, mesh)
+            torch.manual_seed(len(groups))
+            places = list(placements(where))
+            param = nn.Parameter(_place(torch.randn(shape), ranks_here, places))
+            param.grad = _place(torch.randn(shape), ranks_here, places)
+            groups.append({"params": [(name, param)], "algorithm": algorithm})
+    optimizer = Muon(groups) if settings is None else _conda(groups, settings)
     sent, counts, flops = [], [], []
     for _ in range(3):
         counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
@@ -120,7 +127,10 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[Counts, Counts]:
         for value in state.values()
     )
     coordinate = next(iter(optimizer.state)).device_mesh.get_coordinate()
-    found = forecast.forecast_conda(PROJECTED, OTHERS, mesh, settings, tuple(coordinate))
+    if settings is None:
+        found = forecast.forecast_muon(PROJECTED, OTHERS, mesh, tuple(coordinate))
+    else:
+        found = forecast.forecast_conda(PROJECTED, OTHERS, mesh, settings, tuple(coordinate))
     step = sum(found.step.values())
     both = step + sum(found.refresh.values())
     planned = (found.state, step, both, found.collectives, found.flops)
@@ -129,7 +139,7 @@ def _count(mesh: Mesh, settings: CondaConfig) -> tuple[Counts, Counts]:
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m.sizes)))
 def test_bytes_and_operations_are_those_of_real_runs(mesh: Mesh) -> None:
-    for settings in SETTINGS:
+    for settings in (*SETTINGS, None):
         for counted, expected in ranks.run(mesh.ranks, _count, mesh, settings):
             assert counted == expected
 

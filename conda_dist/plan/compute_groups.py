@@ -3,6 +3,7 @@
 Pure functions of layouts, costs and the budget: the same on every rank.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -70,16 +71,18 @@ def choose(requests: Sequence[Request], budget: int | None) -> list[Choice]:
         request.known or Choice(shard_basis=beyond and isinstance(request.storage, Flat))
         for request, beyond in zip(requests, over, strict=True)
     ]
-    grouped: dict[tuple[Topology, int], list[int]] = defaultdict(list)
+    grouped: dict[tuple[Topology, tuple[int, ...]], list[int]] = defaultdict(list)
     for index, (request, beyond) in enumerate(zip(requests, over, strict=True)):
-        mesh_dim = _grouping_dim(request.storage)
-        if mesh_dim is None:
+        mesh_dims = _grouping_dims(request.storage)
+        if not mesh_dims:
             continue
+        mesh_dims = mesh_dims if request.whole else mesh_dims[:1]
         has_group = request.known is not None and request.known.group is not None
         if has_group or (beyond and request.known is None):
-            grouped[request.topology, mesh_dim].append(index)
-    for (_, mesh_dim), members in grouped.items():
-        for index, group in _deal_groups(requests, choices, members, mesh_dim).items():
+            grouped[request.topology, mesh_dims].append(index)
+    for (_, mesh_dims), members in grouped.items():
+        deal = _deal_groups if len(mesh_dims) == 1 else _deal_single
+        for index, group in deal(requests, choices, members, mesh_dims).items():
             choices[index] = Choice(group)
     return choices
 
@@ -106,15 +109,16 @@ def _over_budget(requests: Sequence[Request], budget: int | None) -> list[bool]:
     return over
 
 
-def _grouping_dim(storage: Layout) -> int | None:
-    """The mesh dimension along which a group's ranks are chosen: the largest that splits matrices.
+def _grouping_dims(storage: Layout) -> tuple[int, ...]:
+    """The mesh dimensions that split matrices, the largest first.
 
-    Along the others that do, all ranks take part, so that what moves crosses this one alone, or
-    those that a step without groups crosses, too. None where ranks hold whole matrices, and for
-    flat weights.
+    Along the first a group's ranks are chosen. Along the others all ranks take part, so that what
+    moves crosses this one alone, or those that a step without groups crosses, too; but for rules
+    that need whole matrices, of which one rank along each computes. Empty where ranks hold whole
+    matrices, and for flat weights.
     """
     if isinstance(storage, Flat):
-        return None
+        return ()
     batch_dims = len(storage.shape) - 2
     splitting = [
         mesh_dim
@@ -123,7 +127,7 @@ def _grouping_dim(storage: Layout) -> int | None:
         and placement.dim >= batch_dims
         and storage.mesh[mesh_dim] > 1
     ]
-    return max(splitting, key=lambda d: (storage.mesh[d], -d), default=None)
+    return tuple(sorted(splitting, key=lambda d: (-storage.mesh[d], d)))
 
 
 def group_size(matrices: int, ranks: int) -> int:
@@ -143,24 +147,21 @@ def _deal_groups(
     requests: Sequence[Request],
     choices: Sequence[Choice],
     members: Sequence[int],
-    mesh_dim: int,
+    mesh_dims: tuple[int, ...],
 ) -> dict[int, Group]:
     """Deals weights of one mesh to groups along one mesh dimension: the costliest first."""
+    (mesh_dim,) = mesh_dims
     ranks = requests[members[0]].topology.sizes[mesh_dim]
     single = [i for i in members if len(requests[i].storage.shape) == 2]
     size = group_size(len(single), ranks)
     loads = [0.0] * ranks
     dealt: dict[int, Group] = {}
 
-    def cost(index: int) -> float:
-        *batch, m, n = requests[index].storage.shape
-        return float(math.prod(batch) * m * n * min(m, n))
-
     def take(index: int, among: tuple[int, int]) -> None:
         dealt[index] = Group(mesh_dim, among)
         first, count = among
         for place in range(first, first + count):
-            loads[place] += cost(index) / count
+            loads[place] += _cost(requests[index]) / count
 
     new = []
     for index in members:
@@ -169,7 +170,7 @@ def _deal_groups(
             new.append(index)
         else:
             take(index, group.among)
-    for index in sorted(new, key=lambda i: (-cost(i), requests[i].name, i)):
+    for index in sorted(new, key=lambda i: (-_cost(requests[i]), requests[i].name, i)):
         storage = requests[index].storage
         if len(storage.shape) > 2:  # whole matrices of the batch, dealt over the ranks
             count = min(ranks, len(storage.matrices((0,) * len(storage.mesh))))
@@ -178,6 +179,52 @@ def _deal_groups(
         starts = range(0, ranks - count + 1, count)
         first = min(starts, key=lambda start: max(loads[start : start + count]))
         take(index, (first, count))
+    return dealt
+
+
+def _cost(request: Request) -> float:
+    *batch, m, n = request.storage.shape
+    return float(math.prod(batch) * m * n * min(m, n))
+
+
+def _deal_single(
+    requests: Sequence[Request],
+    choices: Sequence[Choice],
+    members: Sequence[int],
+    mesh_dims: tuple[int, ...],
+) -> dict[int, Group]:
+    """Deals whole matrices, which several mesh dimensions split, to one rank along each.
+
+    Those of a batch are dealt over the ranks of the first of these dimensions, at one index along
+    each other.
+    """
+    first, *others = mesh_dims
+    sizes = requests[members[0]].topology.sizes
+    loads = dict.fromkeys(itertools.product(*(range(sizes[d]) for d in mesh_dims)), 0.0)
+    dealt: dict[int, Group] = {}
+
+    def places(at: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
+        return [(at[0] + i, *at[1:]) for i in range(count)]
+
+    def add(index: int, at: tuple[int, ...], count: int) -> None:
+        dealt[index] = Group(first, (at[0], count), tuple(zip(others, at[1:], strict=True)))
+        for place in places(at, count):
+            loads[place] += _cost(requests[index]) / count
+
+    for index in members:
+        if (known := choices[index].group) is not None:
+            add(index, (known.among[0], *(i for _, i in known.single)), known.among[1])
+    new = [index for index in members if index not in dealt]
+    for index in sorted(new, key=lambda i: (-_cost(requests[i]), requests[i].name, i)):
+        storage, count = requests[index].storage, 1
+        if len(storage.shape) > 2:
+            count = min(sizes[first], len(storage.matrices((0,) * len(storage.mesh))))
+        starts = (at for at in loads if at[0] % count == 0 and at[0] + count <= sizes[first])
+        if count == 1:
+            add(index, min(starts, key=loads.__getitem__), 1)
+            continue
+        most = {at: max(loads[place] for place in places(at, count)) for at in starts}
+        add(index, min(most, key=most.__getitem__), count)
     return dealt
 
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from conda_dist.layout import Coordinate
 from conda_dist.plan.schedule import plan_async_refresh, plan_task
-from conda_dist.plan.weight_plan import WeightPlan, basis_to_saved, moments_to_saved
+from conda_dist.plan.weight_plan import WeightPlan, copy_to_saved, moments_to_saved
 from conda_dist.transfer import Hop, plan_hops
+
+BESIDE = 4
+"""Bytes of an element of what goes back beside an update."""
 
 Sent = Mapping[int, int]
 """Bytes that a rank sends along each mesh dimension."""
@@ -15,22 +18,25 @@ Sent = Mapping[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of an element.
+    """Bytes of what a rule keeps and sends of a weight.
 
     Attributes:
-        param: of the parameter.
-        travel: of its gradient and its update on their way.
-        moment: of the first moment.
-        second: of the second moment.
-        basis: of the basis.
-        rotation: of what a refresh sends back.
+        travel: bytes of an element of the gradient on its way to where the update is computed.
+        back: bytes of an element of the update on its way back.
+        cut: bytes of an element of each state whose elements are where the weight's are.
+        copied: of each state of which all that compute a matrix have a copy its shape for one
+            matrix, and the bytes of an element.
+        counts: how many counts it keeps of each matrix.
+        basis: bytes of an element of the basis, 0 without one.
+        rotation: bytes of an element of what a refresh sends back.
     """
 
-    param: int = 4
     travel: int = 4
-    moment: int = 4
-    second: int = 4
-    basis: int = 4
+    back: int = 4
+    cut: tuple[int, ...] = (4, 4)
+    copied: tuple[tuple[tuple[int, ...], int], ...] = ()
+    counts: int = 0
+    basis: int = 0
     rotation: int = 4
 
 
@@ -52,34 +58,32 @@ class Costs:
 def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Costs:
     """What a weight costs the rank at a coordinate, all matrices of its batch refreshed at once."""
     plans, count = [plan], len(plan.owners)
-    task = plan_task(plans, (0,), [range(count)], coordinate)
+    task = plan_task(plans, (0,), [range(count) if sizes.basis else ()], coordinate)
     # Moments of a flat weight travel with its gradient, and with others' gradients their flags.
-    two = [sizes.moment, sizes.second] if task.loading else []
+    two = list(sizes.cut[:2]) if task.loading else []
     flags = [sizes.travel] * len(task.flags)
     steady: list[Exchanged] = [
         (task.forward, [sizes.travel, sizes.basis, *two, *flags]),
-        (task.backward, [sizes.travel, *two]),
+        (task.backward, [sizes.back, *two, BESIDE]),
     ]
     moved = [(r.hops, [sizes.rotation] * count) for r in task.rotations]
     gather = task.gather
-    kept, counts = sizes.moment + sizes.second, 4 + 4 * count
-    if is_async:
+    if is_async and sizes.basis:
         gather = plan_async_refresh(plans, (0,), [range(count)], coordinate).gather
-        kept, counts = kept + sizes.moment, 4 + 8 * count
-    moved.append((gather, [sizes.moment] * count))
-    numel, basis = plan.moments.numel(coordinate), plan.basis.numel(coordinate)
-    state = numel * kept + basis * sizes.basis + counts
+    moved.append((gather, [sizes.cut[0]] * count))
+    state = plan.moments.numel(coordinate) * sum(sizes.cut) + 4 + 4 * count * sizes.counts
+    state += sum(plan.copies(shape).numel(coordinate) * size for shape, size in sizes.copied)
     step, refresh = _sent(coordinate, *steady), _sent(coordinate, *moved)
     return Costs(state, step, refresh)
 
 
-def save_costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Sent:
+def save_costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes) -> Sent:
     """Bytes that the rank at a coordinate sends of a weight's state for ``state_dict()``."""
     if not plan.separate:
         return {}
-    firsts = 2 if is_async else 1
-    routes = [moments_to_saved(plan)] * (1 + firsts) + [basis_to_saved(plan)]
-    itemsizes = [sizes.moment] * firsts + [sizes.second, sizes.basis]
+    routes = [moments_to_saved(plan)] * len(sizes.cut)
+    routes += [copy_to_saved(plan, shape) for shape, _ in sizes.copied]
+    itemsizes = [*sizes.cut, *(size for _, size in sizes.copied)]
     return _sent(coordinate, (plan_hops(routes, coordinate), itemsizes))
 
 
@@ -98,7 +102,7 @@ def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Size
             task.forward,
             [sizes.travel] * count + [sizes.basis] * count + [sizes.travel] * len(task.flags),
         ),
-        (task.backward, [sizes.travel] * count),
+        (task.backward, [sizes.back] * count + [BESIDE] * count),
     ]
     return sum(
         len({itemsizes[transfer.item] for transfer in hop.transfers})

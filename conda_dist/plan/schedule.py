@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from conda_dist.compute_layout import Move, reverse
 from conda_dist.flat import Flat, Held
 from conda_dist.layout import Coordinate, Copies, Layout, Placement, Split, Topology
-from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims
+from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims, beside_update
 from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
 
 ITEMSIZE = 4
@@ -101,7 +101,7 @@ class Task:
             ``matrices``, of which those in the background stay where they are.
         rotations: how the rotations travel, in parts.
         backward: exchanges after the update. Items: the updates, compute to storage layout; the
-            moments of ``loading``.
+            moments of ``loading``; what goes beside the updates, of those that have it.
         flags: which weights' flags travel with their gradients.
     """
 
@@ -280,6 +280,7 @@ def plan_task(
     loading = tuple(i for i, plan in enumerate(chosen) if plan.loads_moments)
     there = [grads[i] for i in loading for _ in range(2)]
     back = [updates[i] for i in loading for _ in range(2)]
+    back += [beside_update(plan) for plan in chosen if plan.beside is not None]
     flags = _plan_flags(chosen, [dtypes[i] for i in weights] if dtypes else [None] * len(weights))
     flagged = [f.route(chosen[0].storage.mesh) for f in flags]
     matrices = tuple(plan_matrices(plans, weights, due, coordinate, in_background))

@@ -25,9 +25,11 @@ class WeightPlan:
         storage: where its elements, and its gradient's, are.
         compute: where gradient, moments and update are during the step: whole rows or columns.
         moves: stages from storage to there; empty where they agree on every rank.
-        basis: where the elements of its basis, shape (..., r, r), are kept.
+        basis: where the elements of its basis, shape (..., r, r), are kept, if its rule has one;
+            as the other states are of which all that compute a matrix have a copy.
         part: which block of rows of a stored weight this is; None for a weight of its own.
         group: the ranks that compute it, where those are not all that store it.
+        beside: the shape, for one matrix, of what goes back beside the update; None for nothing.
         separate: whether its moments are tensors of their own in compute layout, which checkpoints
             convert; else they are DTensors like the parameter, or flat as its partition is.
         owners: for each matrix of the batch the coordinate that decomposes its momentum.
@@ -43,6 +45,7 @@ class WeightPlan:
     part: int | None = None
     group: Group | None = None
     separate: bool = False
+    beside: tuple[int, int] | None = None
     owners: tuple[Coordinate, ...] = ()
     turns: tuple[int, ...] = ()
 
@@ -57,6 +60,14 @@ class WeightPlan:
         if isinstance(self.storage, Flat) or (viewed and not self.separate):
             return self.storage
         return self.compute
+
+    def copies(self, shape: tuple[int, ...]) -> Layout:
+        """Where a state is kept of which all that compute any of a matrix have a copy.
+
+        Args:
+            shape: its shape for one matrix.
+        """
+        return replace(self.basis, shape=(*self.storage.shape[:-2], *shape))
 
     @property
     def seen_as_matrix(self) -> bool:
@@ -163,6 +174,7 @@ def plan_weight(
     group: Group | None = None,
     shard_basis: bool = False,
     part: int | None = None,
+    beside: tuple[int, int] | None = None,
 ) -> WeightPlan:
     """The plan of a weight (..., m, n) before owners are dealt.
 
@@ -175,6 +187,7 @@ def plan_weight(
         shard_basis: of a weight in flat partitions, whether those that compute it share the basis
             instead of having a copy each; it is then gathered for each step.
         part: which block of rows of a stored weight this is, if it is one.
+        beside: see :class:`WeightPlan`.
     """
     if isinstance(storage, Flat):
         compute, moves = flat_to_compute(storage)
@@ -199,7 +212,9 @@ def plan_weight(
         basis = flat_basis(compute, shard_basis)
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
     separate = group is not None
-    return WeightPlan(name, topology, storage, compute, exchanged, basis, part, group, separate)
+    return WeightPlan(
+        name, topology, storage, compute, exchanged, basis, part, group, separate, beside
+    )
 
 
 def copied_basis_bytes(plan: WeightPlan, itemsize: int) -> list[int]:
@@ -234,28 +249,33 @@ def basis_to_first(plan: WeightPlan) -> tuple[Leg, ...]:
     return gather_to(basis, tuple(range(len(basis.shape))), first, ())
 
 
-def saved_basis(plan: WeightPlan) -> Layout:
-    """Where the elements of a separate weight's basis are in a checkpoint.
+def saved_copy(plan: WeightPlan, shape: tuple[int, ...]) -> Layout:
+    """Where the elements of a copied state of a separate weight are in a checkpoint.
 
-    Its rows are split over the ranks that split the weight, its batch as it is in the step.
+    Its first dimension is split over the ranks that split the weight, its batch as in the step.
+
+    Args:
+        plan: the weight's plan.
+        shape: the state's shape for one matrix, such as a basis's (r, r).
     """
-    dim = len(plan.basis.shape) - 2
+    copies = plan.copies(shape)
+    dim = len(copies.shape) - len(shape)
 
     def place(basis: Placement, stored: Placement) -> Placement:
         if isinstance(basis, Split):
             return replace(basis, among=None)
         return None if basis is None and stored is None else Split(dim)
 
-    pairs = zip(plan.basis.placements, plan.storage.placements, strict=True)
+    pairs = zip(copies.placements, plan.storage.placements, strict=True)
     saved = tuple(place(basis, stored) for basis, stored in pairs)
-    return Layout(plan.basis.shape, plan.basis.mesh, saved)
+    return Layout(copies.shape, copies.mesh, saved)
 
 
-def basis_to_saved(plan: WeightPlan) -> tuple[Leg, ...]:
-    """Route of a separate weight's basis to its layout in a checkpoint."""
-    layout, target, legs = plan.basis, saved_basis(plan), []
+def copy_to_saved(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]:
+    """Route of a copied state of a separate weight to its layout in a checkpoint."""
+    layout, target, legs = plan.copies(shape), saved_copy(plan, shape), []
     for mesh_dim, (placement, wanted) in enumerate(
-        zip(plan.basis.placements, target.placements, strict=True)
+        zip(layout.placements, target.placements, strict=True)
     ):
         if placement != wanted:
             move = Move(mesh_dim, layout, layout.move(mesh_dim, wanted))
@@ -265,12 +285,41 @@ def basis_to_saved(plan: WeightPlan) -> tuple[Leg, ...]:
     return tuple(legs)
 
 
-def basis_from_saved(plan: WeightPlan) -> tuple[Leg, ...]:
-    """The way back of :func:`basis_to_saved`."""
+def copy_from_saved(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]:
+    """The way back of :func:`copy_to_saved`."""
     return tuple(
         Leg(Move(leg.move.mesh_dim, leg.move.target, leg.move.source))
-        for leg in reversed(basis_to_saved(plan))
+        for leg in reversed(copy_to_saved(plan, shape))
     )
+
+
+def beside_update(plan: WeightPlan) -> tuple[Leg, ...]:
+    """Route of what goes back beside the update, (..., 1, n) or (..., 1, 1), where that goes."""
+    if plan.beside is None:
+        return ()
+    legs = []
+    for move in reverse(plan.moves):
+        source, target = _of_one_row(plan, move.source), _of_one_row(plan, move.target)
+        if source != target:
+            held = source.placements[move.mesh_dim]
+            sender = held.among[0] if isinstance(held, Copies) else None
+            legs.append(Leg(Move(move.mesh_dim, source, target), sender=sender))
+    return tuple(legs)
+
+
+def _of_one_row(plan: WeightPlan, layout: Layout) -> Layout:
+    """Where what goes beside an update is, if every rank has what belongs to its columns."""
+    assert plan.beside is not None
+    batch_dims = len(layout.shape) - 2
+    kept = (batch_dims + 1,) if plan.beside[1] == layout.shape[-1] else ()
+
+    def place(placement: Placement) -> Placement:
+        if not isinstance(placement, Split) or placement.dim in (*range(batch_dims), *kept):
+            return placement
+        return None if placement.among is None else Copies(placement.among)
+
+    shape = (*layout.shape[:-2], *plan.beside)
+    return Layout(shape, layout.mesh, tuple(map(place, layout.placements)))
 
 
 def moments_to_saved(plan: WeightPlan) -> tuple[Leg, ...]:

@@ -206,7 +206,7 @@ class Comparison:
         self._fresh = False
 
     def _gaps_now(self) -> list[int]:
-        return [int(group["update_proj_gap"]) for group in self._groups]
+        return [int(group.get("update_proj_gap", 0)) for group in self._groups]
 
     def settle(self) -> None:
         """After a step: finds the next one for which to compare, if this one did."""

@@ -36,11 +36,7 @@ def start_in_background(
     whole = _gather(plan.matrices, plan.gather, weights, [weight.snapshot for weight in weights])
     for matrix, momentum in zip(plan.matrices, whole, strict=True):
         weight = weights[matrix.position]
-        find = partial(
-            decomposition.decompose,
-            right=weight.plan.right,
-            method=weight.options.refresh_method,
-        )
+        find = partial(weight.decompose, first=False)
         background.start((weight, matrix.index), momentum if matrix.mine else None, find)
 
 
@@ -195,8 +191,7 @@ def _decompose_mine(
                 outcome, rotation = background.take((weight, matrix.index))
             elif matrix.mine:
                 assert momentum is not None
-                method = "svd" if first else weight.options.refresh_method
-                outcome, rotation = decomposition.decompose(momentum, weight.plan.right, method)
+                outcome, rotation = weight.decompose(momentum, first)
             if rotation is not None:
                 basis = _basis(bases, matrix)
                 rotation = rotation.to(rotation_dtype(basis))

@@ -1,8 +1,9 @@
 """The state of separate weights as checkpoints have it, which know no compute groups.
 
 Every state becomes a DTensor on the parameter's own mesh: moments are placed as the parameter is,
-bases are split by rows. So a checkpoint that was written under any grouping, on any number of
-ranks, loads under any other. Both ways are for all ranks of a mesh to go together.
+bases and other copied states are split by rows. So a checkpoint that was written under any
+grouping, on any number of ranks, loads under any other. Both ways are for all ranks of a mesh to go
+together.
 """
 
 from collections import defaultdict
@@ -16,10 +17,10 @@ from torch.distributed.tensor import DTensor
 from conda_dist import storage
 from conda_dist.exchange import Exchange, Mesh, agree
 from conda_dist.plan.weight_plan import (
-    basis_from_saved,
-    basis_to_saved,
+    copy_from_saved,
+    copy_to_saved,
     moments_to_saved,
-    saved_basis,
+    saved_copy,
 )
 from conda_dist.runtime.weight import Weight
 from conda_dist.transfer import plan_hops, redistribution
@@ -36,17 +37,18 @@ def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
         plan, layouts = weight.plan, weight.state_layouts()
         states = saved.setdefault(weight.param, {})
         tensors = [storage.local(weight.state[key]) for key in layouts]
+        specs = [weight.specs[weight.names[key]] for key in layouts]
         routes = [
-            basis_to_saved(plan) if key == weight.basis_key else moments_to_saved(plan)
-            for key in layouts
+            moments_to_saved(plan) if spec.cut else copy_to_saved(plan, spec.shape)
+            for spec in specs
         ]
         hops = plan_hops(routes, weight.mesh.coordinate)
         dtypes = [tensor.dtype for tensor in tensors]
-        arrived = Exchange(weight.mesh, hops, tensors, dtypes, weight.basis.device).wait()
-        for key, elements in zip(layouts, arrived, strict=True):
+        arrived = Exchange(weight.mesh, hops, tensors, dtypes, tensors[0].device).wait()
+        for key, spec, elements in zip(layouts, specs, arrived, strict=True):
             assert elements is not None
-            if key == weight.basis_key:
-                layout = saved_basis(weight.plan)
+            if not spec.cut:
+                layout = saved_copy(plan, spec.shape)
                 # What nothing moved is the state itself, which the next step changes.
                 kept = elements.clone() if elements is weight.state[key] else elements
                 states[key] = storage.like(weight.param, layout, kept)
@@ -74,24 +76,25 @@ def from_saved(weight: Weight, key: str, value: Tensor) -> Tensor:
             ranks of the mesh must have, or the whole as a plain tensor.
     """
     plan, coordinate = weight.plan, weight.mesh.coordinate
-    device, is_basis = weight.basis.device, key == weight.basis_key
+    device, spec = storage.local(weight.param).device, weight.specs[weight.names[key]]
     if isinstance(value, DTensor) and value.device_mesh == getattr(
         weight.param, "device_mesh", None
     ):
-        wanted = storage.placements(saved_basis(plan) if is_basis else plan.storage.whole)
+        saved = plan.storage.whole if spec.cut else saved_copy(plan, spec.shape)
+        wanted = storage.placements(saved)
         if value.placements != wanted:
             value = value.redistribute(placements=wanted)
         local = value.to_local().to(device)
-        legs = basis_from_saved(plan) if is_basis else redistribution(plan.moves)
-        local = local if is_basis else weight.rows(local)
+        legs = redistribution(plan.moves) if spec.cut else copy_from_saved(plan, spec.shape)
+        local = weight.rows(local) if spec.cut else local
         hops = plan_hops([legs], coordinate)
         arrived = Exchange(weight.mesh, hops, [local], [local.dtype], device).wait()[0]
         assert arrived is not None
         return arrived
     whole = value.full_tensor() if isinstance(value, DTensor) else value
-    if not is_basis and plan.seen_as_matrix:
+    if spec.cut and plan.seen_as_matrix:
         whole = whole.flatten(1)
-    if not is_basis and plan.storage.window is not None:
+    if spec.cut and plan.storage.window is not None:
         runs = plan.storage.window[0]
         whole = torch.cat([whole[..., run.start : run.stop, :] for run in runs], -2)
     layout = weight.state_layouts()[key]

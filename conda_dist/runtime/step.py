@@ -175,14 +175,13 @@ class CondaPath:
         """
         updates: list[Tensor | None] = []
         for i in task.weights:
-            weight, basis, grad = self.weights[i], bases.pop(0), grads.pop(0)
+            weight = self.weights[i]
             if i in missing:
-                updates.append(weight.nothing(grad))
+                updates.append(weight.nothing(grads.pop(0)))
+                bases.pop(0)
                 continue
             reused = scratch if weight.plan.in_place else None
-            projected = weight.project(grad, basis, reused)
-            del grad
-            updates.append(weight.advance(basis, projected, scratch=reused))
+            updates.append(weight.advance(bases.pop(0), grads.pop(0), scratch=reused))
         return updates
 
     def _refreshing(
@@ -193,7 +192,7 @@ class CondaPath:
         projected = []
         for weight, basis in zip(weights, bases, strict=True):
             projected.append(weight.project(grads.pop(0), basis))
-            if basis.numel():
+            if weight.computes:
                 weight.average(weight.moments[0], projected[-1])
         counts = refresh(task, weights, bases, projected, self._background, begun)
         return [
@@ -246,18 +245,22 @@ class CondaPath:
     def _backward(self, task: Task, updates: list[Tensor | None]) -> Exchange:
         """Starts updates to the storage layout."""
         weights = [self.weights[i] for i in task.weights]
-        dtypes = [weight.travel_dtype for weight in weights]
+        dtypes = [weight.back_dtype for weight in weights]
         for i in task.loading:
             moments = weights[i].unload_moments()
             updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]
+        beside = [weight.take_beside() for weight in weights if weight.plan.beside is not None]
+        updates, dtypes = [*updates, *beside], [*dtypes, *(torch.float32 for _ in beside)]
         device = weights[0].param.device
         return Exchange(weights[0].mesh, task.backward, updates, dtypes, device)
 
     def _apply(self, task: Task, returning: Exchange, missing: Container[int]) -> None:
         tensors = returning.wait()
+        beside = iter(tensors[len(task.weights) + 2 * len(task.loading) :])
         for i, update in zip(task.weights, tensors, strict=False):
+            here = None if self._plans[i].beside is None else next(beside)
             if update is not None and i not in missing:
-                self.weights[i].apply(update)
+                self.weights[i].apply(update, here)
         arrived = iter(tensors[len(task.weights) :])
         for i, first, second in zip(task.loading, arrived, arrived, strict=False):
             assert first is not None

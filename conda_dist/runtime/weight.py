@@ -1,4 +1,4 @@
-"""One weight on the conda path at run time: its plan, its tensors and its part of a step."""
+"""One weight that a rule steps at run time: its plan, its tensors and its part of a step."""
 
 import math
 from collections.abc import MutableMapping
@@ -11,19 +11,12 @@ from conda_dist import maths, storage
 from conda_dist.decomposition import CAUSES, Outcome
 from conda_dist.exchange import Mesh
 from conda_dist.flat import Flat
-from conda_dist.hyperparameters import hyper_of
 from conda_dist.layout import Layout
 from conda_dist.maths import matrices
 from conda_dist.options import Options
 from conda_dist.plan.weight_plan import WeightPlan
+from conda_dist.rules.rule import Part, RefreshedRule, Rule, State
 from conda_dist.runtime.scratch import Scratch
-from conda_dist.states import (
-    basis_dtype,
-    basis_key,
-    moment_dtype,
-    second_dtype,
-    second_key,
-)
 
 NO_BASIS = -1.0
 """The ``basis_step`` of a matrix that still has the identity for a basis, and the
@@ -44,11 +37,11 @@ def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 class Weight:
-    """A weight (..., m, n) on the conda path, or some rows of one.
+    """A weight (..., m, n) that a rule steps, or some rows of one.
 
-    Parts of a weight share its parameter and its state: ``step`` and ``basis_step`` have an entry
-    for each part, and each part has a basis of its own. Where all parts are in place, they have
-    views of one moment of all rows, else each has moments of its own (``plan.separate``).
+    Parts of a weight share its parameter and its state: counts have an entry for each part, and
+    each part has copied states (a basis) of its own. Where all parts are in place, they have views
+    of one moment of all rows, else each has moments of its own (``plan.separate``).
 
     Args:
         param: the parameter; of one in flat partitions this rank's range of elements, (elements,).
@@ -57,6 +50,7 @@ class Weight:
         group: the parameter group it is in, read at every step.
         states: ``optimizer.state``.
         options: the optimizer's options.
+        rule: what it is stepped by.
     """
 
     def __init__(
@@ -67,19 +61,29 @@ class Weight:
         group: dict[str, Any],
         states: MutableMapping[Tensor, dict[str, Any]],
         options: Options,
+        rule: Rule,
     ) -> None:
         self.param, self.plan, self.mesh = param, plan, mesh
         self.group, self.states, self.options = group, states, options
+        self.rule = rule
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
-        self._loaded: tuple[Tensor, Tensor] | None = None
-        product = options.matmul_dtype or basis_dtype(param, options)
-        # Gradient and update travel so: they are rounded to the products' dtype anyway.
-        self.travel_dtype = min(param.dtype, product, key=lambda dtype: dtype.itemsize)
-        self.basis_key = basis_key(plan.part)
-        own = f"_{plan.part}" if plan.separate and plan.part is not None else ""
-        self.first_key = f"exp_avg{own}"
-        self.second_key = f"{second_key(options)}{own}"
-        self.snapshot_key = f"snapshot{own}"
+        self._loaded: tuple[Tensor, ...] | None = None
+        self._beside: Tensor | None = None
+        m, n = self.shape = plan.storage.shape[-2], plan.storage.shape[-1]
+        self.specs: dict[str, State] = self.rule.states(m, n, param.dtype)
+        self.travel_dtype, self.back_dtype = self.rule.travel(param.dtype)
+        of_part = "" if plan.part is None else f"_{plan.part}"
+        self.keys = {
+            name: f"{name}{of_part if plan.separate or not spec.cut else ''}"
+            for name, spec in self.specs.items()
+        }
+        """What each of the rule's states is called in the parameter's state."""
+        self.names = {key: name for name, key in self.keys.items()}
+        self._cut = [n for n, spec in self.specs.items() if spec.cut and not spec.optional]
+        self._copied = [n for n, spec in self.specs.items() if not spec.cut and n != "basis"]
+        self.computes = bool(plan.whole_basis.numel(mesh.coordinate))
+        """Whether this rank computes any of it."""
+        self._none = storage.local(param).new_empty(0)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -93,54 +97,53 @@ class Weight:
 
     def state_layouts(self) -> dict[str, Layout]:
         """Where the elements of each state are; the first part in place speaks for the moments."""
-        layouts = {self.basis_key: self.plan.basis}
-        if not self.plan.part or self.plan.separate:
-            moments = self.plan.moments.whole if not self.plan.separate else self.plan.moments
-            snapshot = (self.snapshot_key,) if self.is_async else ()
-            names = (self.first_key, self.second_key, *snapshot)
-            layouts = {**dict.fromkeys(names, moments), **layouts}
-        return layouts
+        whole = self.plan.moments if self.plan.separate else self.plan.moments.whole
+        shared = bool(self.plan.part) and not self.plan.separate
+        return {
+            self.keys[name]: whole if spec.cut else self.plan.copies(spec.shape)
+            for name, spec in self.specs.items()
+            if not (spec.cut and shared)
+        }
 
     def saved_key(self, key: str) -> str:
         """What a state is called in checkpoints, where parts share the moments of all rows."""
-        names = {self.first_key: "exp_avg", self.second_key: second_key(self.options)}
-        return {**names, self.snapshot_key: "snapshot"}.get(key, key)
+        name = self.names[key]
+        return name if self.specs[name].cut else key
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """States that are counts, beside "step"; the first part speaks for all."""
+        return () if self.plan.part else self.rule.counts
 
     @property
     def is_async(self) -> bool:
         """Whether its refreshes, after the first, are decomposed in the background."""
-        return self.options.refresh == "async"
+        return self.rule.refreshes and self.options.refresh == "async"
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves alone what is there."""
-        if self.basis_key in self.state:
+        layouts = self.state_layouts()
+        if "step" in self.state and layouts.keys() <= self.state.keys():
             return
         state = self.states[self.param]
         device = storage.local(self.param).device
         parts = () if self.plan.part is None else (len(self.group["splits"]),)
         if not self.plan.part:
             state.setdefault("step", torch.zeros(parts, dtype=torch.float32, device="cpu"))
-        for name, layout in self.state_layouts().items():
-            if name in state:  # moments in flat partitions are whoever's made the partition
+        for key, layout in layouts.items():
+            if key in state:  # moments in flat partitions are whoever's made the partition
                 continue
+            spec = self.specs[self.names[key]]
             shape = layout.local_shape(self.mesh.coordinate)
-            elements = torch.zeros(shape, dtype=self.state_dtype(name), device=device)
-            if name == self.basis_key:
+            elements = torch.zeros(shape, dtype=spec.dtype, device=device)
+            if spec.identity:
                 self._set_identity(elements)
-            state[name] = self._wrap(layout, elements)
+            state[key] = self._wrap(layout, elements)
             # torchtitan loads only the states whose names it finds in optimizer.state.
-            state.setdefault(self.saved_key(name), elements.new_empty(0))
-        if not self.plan.part:
-            taken = (*parts, *self.plan.storage.shape[:-2])
-            for name in ("basis_step", *(("snapshot_step",) if self.is_async else ())):
-                state[name] = torch.full(taken, NO_BASIS, dtype=torch.float32, device="cpu")
-
-    def state_dtype(self, name: str) -> torch.dtype:
-        """Dtype of a state of that name."""
-        if name == self.basis_key:
-            return basis_dtype(self.param, self.options)
-        of = second_dtype if name == self.second_key else moment_dtype
-        return of(self.param, self.options)
+            state.setdefault(self.saved_key(key), elements.new_empty(0))
+        taken = (*parts, *self.plan.storage.shape[:-2])
+        for name in self.counts:
+            state[name] = torch.full(taken, NO_BASIS, dtype=torch.float32, device="cpu")
 
     def _wrap(self, layout: Layout, elements: Tensor) -> Tensor:
         """This rank's elements of a state as they are kept."""
@@ -174,6 +177,8 @@ class Weight:
 
         Of one that is refreshed asynchronously only the first basis.
         """
+        if not self.rule.refreshes:
+            return ()
         taken = self._counts("basis_step").tolist()
         if self.is_async:
             return tuple(i for i, when in enumerate(taken) if when == NO_BASIS)
@@ -192,8 +197,10 @@ class Weight:
         taken = self._counts("snapshot_step").tolist()
         return tuple(i for i, when in enumerate(taken) if NO_BASIS != when <= before)
 
-    def wait(self) -> int:
+    def wait(self) -> float:
         """Steps that it takes before one in which other ranks are needed for a refresh."""
+        if not self.rule.refreshes:
+            return math.inf
         step, gap = self.step, int(self.group["update_proj_gap"])
         last, taken = self._last(step), self._counts("basis_step").tolist()
         if NO_BASIS in taken:
@@ -217,7 +224,7 @@ class Weight:
         taken = self._counts("basis_step").tolist()
         which = tuple(i for i, when in enumerate(taken) if NO_BASIS < when < last)
         if which:
-            pairs = (self._views_of(key) for key in (self.snapshot_key, self.first_key))
+            pairs = (self._views_of(name) for name in ("snapshot", self._cut[0]))
             for snapshot, moment in zip(*pairs, strict=True):
                 snapshot.copy_(moment)
             self._counts("snapshot_step")[list(which)] = float(now)
@@ -226,12 +233,12 @@ class Weight:
     @property
     def snapshot(self) -> Tensor:
         """This rank's elements of the first moment, in compute layout, when it was copied."""
-        views = self._views_of(self.snapshot_key)
+        views = self._views_of("snapshot")
         return views[0] if len(views) == 1 else torch.cat(views, -2)
 
-    def _views_of(self, key: str) -> list[Tensor]:
+    def _views_of(self, name: str) -> list[Tensor]:
         """This part's rows of a moment, piece by piece."""
-        elements = storage.local(self.state[key])
+        elements = storage.local(self.state[self.keys[name]])
         return [elements] if self.plan.separate else self.views(elements)
 
     def views(self, elements: Tensor) -> list[Tensor]:
@@ -265,52 +272,57 @@ class Weight:
 
     @property
     def basis(self) -> Tensor:
-        """This rank's elements of the basis."""
-        return storage.local(self.state[self.basis_key])
+        """This rank's elements of the basis; none without one."""
+        if not self.rule.refreshes:
+            return self._none
+        return storage.local(self.state[self.keys["basis"]])
 
     @property
     def first_dtype(self) -> torch.dtype:
         """Dtype of the first moment."""
-        return storage.local(self.state[self.first_key]).dtype
+        return self.specs[self._cut[0]].dtype
 
     @property
-    def kept(self) -> tuple[Tensor, Tensor]:
-        """This rank's elements of the two moments, where they are kept."""
-        first, second = (self._views_of(key) for key in (self.first_key, self.second_key))
-        return first[0], second[0]
+    def kept(self) -> tuple[Tensor, ...]:
+        """This rank's elements of the moments, where they are kept."""
+        return tuple([self._views_of(name)[0] for name in self._cut])
 
     @property
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """This rank's elements of the two moments in compute layout."""
+    def moments(self) -> tuple[Tensor, ...]:
+        """This rank's elements of the moments in compute layout."""
         return self._loaded or self.kept
 
-    def load_moments(self, first: Tensor, second: Tensor) -> None:
+    def load_moments(self, *moments: Tensor) -> None:
         """Takes copies of the moments in compute layout to work on."""
-        self._loaded = first, second
+        self._loaded = moments
 
-    def unload_moments(self) -> tuple[Tensor, Tensor]:
+    def unload_moments(self) -> tuple[Tensor, ...]:
         """Lets go of them, for their way back."""
         moments, self._loaded = self.moments, None
         return moments
 
-    def store_moments(self, first: Tensor, second: Tensor) -> None:
+    def store_moments(self, *moments: Tensor) -> None:
         """Copies the moments back to where they are kept."""
-        for kept, moment in zip(self.kept, (first, second), strict=True):
+        for kept, moment in zip(self.kept, moments, strict=True):
             kept.copy_(moment)
 
-    def project(self, grad: Tensor, basis: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """Projects the gradient, in compute layout; into memory of ``scratch`` where given."""
-        if not basis.numel():  # there is nothing of it here
-            return grad
-        dtype = torch.promote_types(basis.dtype, torch.float32)
-        out = None if scratch is None else scratch.take(0, grad, dtype)
-        return maths.project(grad, basis, self.plan.right, self.options.matmul_dtype, out)
+    @property
+    def _refreshed(self) -> RefreshedRule:
+        """The rule, which has a basis."""
+        assert isinstance(self.rule, RefreshedRule)
+        return self.rule
+
+    def project(self, grad: Tensor, basis: Tensor) -> Tensor:
+        """Projects the gradient, in compute layout, before a refresh."""
+        return self._refreshed.project(grad, basis, self.plan.right) if self.computes else grad
 
     def average(self, moment: Tensor, projected: Tensor) -> None:
         """Updates a first moment, or some of it, with the projected gradient there."""
-        beta1 = float(self.group["betas"][0])
-        rounding = maths.rounding_of(moment, self.step, self.options.stochastic_rounding)
-        maths.average_(moment, projected, beta1, rounding, self.options.compile)
+        self._refreshed.average(moment, projected, self.group, self.step + 1)
+
+    def decompose(self, momentum: Tensor, first: bool) -> tuple[Outcome, Tensor | None]:
+        """The rotation to a new basis, of a whole momentum; see :class:`RefreshedRule`."""
+        return self._refreshed.refresh(momentum, self.plan.right, first)
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
         """Takes the first moment and the projected gradient to a new basis, and keeps the basis.
@@ -320,7 +332,7 @@ class Weight:
             projected: the projected gradient, in compute layout, replaced in place.
             rotations: P (r, r) by place in this rank's batch.
         """
-        for place, rotation in rotations.items() if basis.numel() else ():
+        for place, rotation in rotations.items() if self.computes else ():
             for tensor in (self.moments[0], projected):
                 maths.rotate_(matrices(tensor)[place], rotation, self.plan.right)
             maths.rotate_(matrices(basis)[place], rotation, right=True)
@@ -334,83 +346,65 @@ class Weight:
     def advance(
         self,
         basis: Tensor,
-        projected: Tensor,
+        grad: Tensor,
         *,
         averaged: bool = False,
         scratch: Scratch | None = None,
     ) -> Tensor | None:
-        """Updates the moments, counts the step and brings the update back.
+        """Has the rule update the states, and counts the step.
 
         Args:
-            basis: the whole basis of this rank's matrices.
-            projected: the projected gradient, in compute layout; may be overwritten.
+            basis: the whole basis of this rank's matrices, if the rule has one.
+            grad: the gradient in compute layout, projected if ``averaged``; may be overwritten.
             averaged: whether the first moment was updated before, as it is for a refresh.
-            scratch: memory to work in, beside its slot 0.
+            scratch: memory to work in.
 
         Returns:
             The update in compute layout, in the dtype it travels in, or None if it was applied,
             which it is wherever storage and compute layout agree.
         """
-        hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.matmul_dtype
-        if not basis.numel():
+        in_place = self.plan.in_place
+        if not self.computes:
             self._own("step").add_(1)
-            return None if self.plan.in_place else projected.to(self.travel_dtype)
-        if averaged:
-            y = self.normalise(projected)
-        else:
-            y = self.average_and_normalise(projected, scratch)
-        param = storage.local(self.param)
-        multiplied = {y.dtype, basis.dtype, dtype or param.dtype}
-        if not self.plan.in_place or multiplied != {param.dtype}:
-            # Rounded to the parameter's dtype in every layout, so that all compute the same.
-            update = maths.project_back(y, basis, right, dtype).to(self.travel_dtype)
-            if not self.plan.in_place:
-                return update
-            maths.apply_(self.rows(param), update, self.step, hyper)
-        elif isinstance(hyper.lr, Tensor):
-            update = maths.project_back(y, basis, right)
-            maths.apply_(self.rows(param), update, self.step, hyper)
-        else:
-            maths.project_back_and_apply_(self.rows(param), y, basis, right, self.step, hyper)
+            return None if in_place else grad.to(self.back_dtype)
+        states = dict(zip(self._cut, self.moments, strict=True))
+        if self.rule.refreshes:
+            states["basis"] = basis
+        for name in self._copied:
+            states[name] = storage.local(self.state[self.keys[name]])
+        param = self.rows(storage.local(self.param)) if in_place else None
+        step, rule, group, shape = self.step + 1, self.rule, self.group, self.shape
+        part = Part(self.name, grad, states, group, step, shape, param, scratch, averaged)
+        del grad  # the rule may let go of it
+        update = rule.update(part)
+        self._beside = part.beside
+        self._own("step").add_(1)
+        if update is None:
+            return None
+        # Rounded in every layout, so that all compute the same.
+        update = update.to(self.back_dtype)
+        if param is None:
+            return update
+        rule.apply(param, update, group, step, shape, self.take_beside())
         return None
 
-    def average_and_normalise(self, projected: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """Updates both moments, counts the step and returns proj(M) / (sqrt(v) + eps).
-
-        Args:
-            projected: the projected gradient; may be overwritten.
-            scratch: as of :meth:`advance`.
-        """
-        first, second = self.moments
-        if self.options.compile or not maths.can_fuse(projected, first, second):
-            moments = {"exp_avg": first, self.second_key: second}
-            maths.check_alike(self.name, {"gradient": projected, **moments})
-            self.average(first, projected)
-            return self.normalise(projected)
-        self._own("step").add_(1)
-        out = None if scratch is None else scratch.take(1, projected, projected.dtype)
-        return maths.average_and_normalise_(projected, first, second, hyper_of(self.group), out)
-
-    def normalise(self, projected: Tensor) -> Tensor:
-        """Updates the second moment, counts the step and returns proj(M) / (sqrt(v) + eps)."""
-        self._own("step").add_(1)
-        first, second = self.moments
-        rounding = maths.rounding_of(second, self.step, self.options.stochastic_rounding)
-        hyper, compile = hyper_of(self.group), self.options.compile
-        return maths.normalise_(projected, first, second, hyper, rounding, compile)
+    def take_beside(self) -> Tensor | None:
+        """What goes beside the update that was computed last, once."""
+        beside, self._beside = self._beside, None
+        return beside
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""
-        dtype = self.travel_dtype
+        dtype = self.back_dtype
         return None if self.plan.in_place else projected.new_zeros(projected.shape, dtype=dtype)
 
-    def apply(self, update: Tensor) -> None:
+    def apply(self, update: Tensor, beside: Tensor | None = None) -> None:
         """Adds an update in storage layout to the parameter; the step is already counted."""
         if not self.step:
             return
-        hyper, views = hyper_of(self.group), self.views(storage.local(self.param))
+        step, views = self.step, self.views(storage.local(self.param))
         for view, part in zip(views, _pieces(update, views), strict=True):
-            maths.apply_(view, part, self.step, hyper)
+            self.rule.apply(view, part, self.group, step, self.shape, beside)
 
     def taken(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis, or ``NO_BASIS``."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conda_dist.integrations.deepspeed.arguments import PATTERNS, SPLITS, describe
 from conda_dist.kinds import Kind, kinds
+from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.optimizer import ARGUMENTS
 from conda_dist.optimizer import Conda as PlainConda
 from conda_dist.replaced import DEEPSPEED
@@ -189,7 +190,8 @@ def refuse_client(engine: Any, optimizer: Any) -> None:
     """Refuses a script's optimizer that is not what somebody who asked for Conda would think.
 
     Raises:
-        ValueError: a :class:`conda_dist.Conda` under ZeRO, which flattens the parameters; what
+        ValueError: a :class:`conda_dist.Conda` under ZeRO, which flattens the parameters, or
+            another rule's optimizer; what
             Accelerate has made of a Conda; or anything else than the Conda of the JSON.
     """
     if (name := str(engine._config.optimizer_name)).lower() == "conda":
@@ -197,11 +199,18 @@ def refuse_client(engine: Any, optimizer: Any) -> None:
             f'the DeepSpeed JSON\'s optimizer (type "{name}") is read by nobody, since the script '
             f"gives deepspeed.initialize one ({type(optimizer).__name__}). Take one of the two out."
         )
-    plain = isinstance(optimizer, PlainConda) and engine.zero_optimization()
+    zero = engine.zero_optimization()
+    plain = isinstance(optimizer, PlainConda) and zero
     # GaLore's groups have an interval, too, but also a rank; Adam's own have neither.
     replaced = type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS and any(
         "update_proj_gap" in group and "rank" not in group for group in optimizer.param_groups
     )
+    if isinstance(optimizer, MatrixOptimizer) and zero and not plain:
+        raise ValueError(
+            f"{type(optimizer).__name__} is not supported under ZeRO, at stage "
+            f"{engine.zero_optimization_stage()}: of conda_dist's optimizers Conda alone steps the "
+            "flat partitions that it makes of parameters. Use that, or FSDP2."
+        )
     if plain:
         raise ValueError(
             "conda_dist.Conda cannot step the flat partitions that ZeRO makes of parameters, at "

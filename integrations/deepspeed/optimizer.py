@@ -359,7 +359,7 @@ class Conda(torch.optim.Optimizer):
         for group, saved in zip(self._groups, groups, strict=True):
             checkpoint.restore(group, saved)
         for tensor, state in self.state.items():
-            dtype = moment_dtype(tensor, self._arguments.options)
+            dtype = moment_dtype(tensor.dtype, self._arguments.options)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = state[key].to(dtype) if wanted else state[key].zero_()
             # One tensor may count for all that the engine steps.

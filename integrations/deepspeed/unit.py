@@ -21,6 +21,7 @@ from conda_dist.integrations.deepspeed.partitions import Piece
 from conda_dist.options import Options
 from conda_dist.plan.weight_plan import basis_to_first, copied_basis_bytes
 from conda_dist.routing import CONDA
+from conda_dist.rules.conda import CondaRule
 from conda_dist.runtime.step import CondaPath
 from conda_dist.runtime.weight import Weight
 from conda_dist.setup import Setup, Site, plan_sites
@@ -36,7 +37,7 @@ def allocate(
 ) -> dict[str, Any]:
     """The state the engine sees of one of its tensors, allocated if it is not there."""
     if not states.get(tensor):
-        dtype = moment_dtype(tensor, options)
+        dtype = moment_dtype(tensor.dtype, options)
         states[tensor] = {
             "step": torch.zeros((), dtype=torch.float32, device="cpu"),
             "exp_avg": torch.zeros_like(tensor, dtype=dtype, requires_grad=False),
@@ -75,7 +76,7 @@ class Unit:
             for p, view in zip(pieces, self._views, strict=True)
             if p.member.algorithm == CONDA
         ]
-        self.weights = plan_sites(sites, self._states, options, {})
+        self.weights = plan_sites(sites, self._states, options, {}, CondaRule(options))
         self._path = CondaPath(self.weights, options)
         self._conda = [i for i, piece in enumerate(pieces) if piece.member.algorithm == CONDA]
         self._adamw = [i for i, piece in enumerate(pieces) if piece.member.algorithm != CONDA]

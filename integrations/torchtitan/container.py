@@ -84,6 +84,11 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         self._config = config
+        if config.name not in ("stock", "conda"):
+            raise ValueError(
+                f"--optimizer.name {config.name} is not supported under torchtitan: of "
+                "conda_dist's optimizers Conda alone is"
+            )
         if config.name == "conda":
             if config.implementation == "fused_opt_states_bf16":
                 raise ValueError(

@@ -179,7 +179,7 @@ class AdamWConfig:
 
 @dataclass(frozen=True, slots=True)
 class MuonConfig:
-    """torch.optim.Muon's keys for the blocks' matrices, AdamW's for everything else."""
+    """conda_dist.Muon's keys: of the blocks' matrices, and of AdamW for everything else."""
 
     lr: Annotated[float, Key("peak learning rate of the matrices", gt=0, le=_LARGE)] = 1e-3
     momentum: Annotated[float, Key("decay of the momentum", ge=0, lt=1)] = 0.95
@@ -188,11 +188,15 @@ class MuonConfig:
     ] = 0.0
     ns_steps: Annotated[int, Key("Newton-Schulz iterations", ge=1, lt=100)] = 5
     adjust_lr: Annotated[
-        Literal["original", "match_rms_adamw"], Key("how the rate follows a matrix's shape")
+        Literal["original", "match_rms_adamw", "spectral_unclamped"],
+        Key("how the rate follows a matrix's shape"),
     ] = "match_rms_adamw"
     adamw_scale: Annotated[
         float, Key("multiplies the update of the AdamW part", gt=0, le=_LARGE)
     ] = 1.0
+    adamw_lr: Annotated[
+        float | None, Key("peak rate of the AdamW part, instead of lr * adamw_scale", gt=0)
+    ] = None
     adamw_betas: Annotated[tuple[float, float], Key("betas of the AdamW part", ge=0, lt=1)] = (
         0.9,
         0.95,
@@ -345,12 +349,17 @@ def _conflicts(config: Config) -> list[tuple[bool, str]]:
     """Pairs of (is it wrong, what to say), for rules that span several keys."""
     model, data, schedule = config.model, config.data, config.schedule
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    peak = config.optimizer.chosen.lr
+    peak, muon = config.optimizer.chosen.lr, config.optimizer.muon
     return [
         (not config.output.strip(), "output is empty: name the folder that the run writes into"),
         (
             bool(data.path) and bool(data.hf),
             "data.path and data.hf are both set: the text comes from one of them",
+        ),
+        (
+            muon.adamw_lr is not None and muon.adamw_scale != 1.0,
+            "optimizer.muon.adamw_lr and optimizer.muon.adamw_scale are both set: the AdamW part's "
+            "rate comes from one of them",
         ),
         (
             model.hidden_size % heads != 0,

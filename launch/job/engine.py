@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from conda_dist import Conda
 from conda_dist.launch.cluster.process_group import World, synchronise
 from conda_dist.launch.data.batches import Tokens
 from conda_dist.launch.job import optimizers, schedule
@@ -28,6 +27,7 @@ from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.finite import Origin, finite
 from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
 from conda_dist.launch.job.tensors import load_tensors, save_tensors
+from conda_dist.matrix_optimizer import MatrixOptimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Fsdp2Engine:
     def print_report(self) -> None:
         """See Engine."""
         for optimizer in self.optimizers:
-            if isinstance(optimizer, Conda):
+            if isinstance(optimizer, MatrixOptimizer):
                 optimizer.report()
 
     def forward_backward(self, micro_batches: Sequence[Tokens], tokens: int) -> float:

@@ -8,15 +8,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from conda_dist import Conda, param_groups
+from conda_dist import Conda, Muon, param_groups
 from conda_dist.launch.job.config import AdamWConfig, CondaConfig, MuonConfig, OptimizerConfig
-from conda_dist.launch.job.muon import ShardedMuon
 from conda_dist.optimizer import ARGUMENTS
 from conda_dist.options import DTYPES, OF_DTYPES
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
-    """The optimizer of that name; two of them for Muon, which does matrices only.
+    """The optimizer of that name.
 
     Args:
         model: The sharded model.
@@ -35,7 +34,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
                 _adamw(parameters, settings.lr, settings.betas, settings.eps, settings.weight_decay)
             ]
         case MuonConfig() as settings:
-            return _muon(model, settings)
+            return [_muon(model, settings)]
 
 
 def describe(optimizers: list[Optimizer]) -> str:
@@ -70,25 +69,18 @@ def _adamw(
     return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=True)
 
 
-def _muon(model: nn.Module, settings: MuonConfig) -> list[Optimizer]:
-    """Muon for exactly the matrices that Conda would project, AdamW for the rest."""
-    split: dict[str, list[nn.Parameter]] = {"conda": [], "adamw": []}
-    for group in param_groups(model):
-        split[group["algorithm"]] += [parameter for _, parameter in group["params"]]
-    muon = ShardedMuon(
-        split["conda"],
+def _muon(model: nn.Module, settings: MuonConfig) -> Muon:
+    scale = settings.adamw_scale
+    if settings.adamw_lr is not None:
+        scale = settings.adamw_lr / settings.lr
+    return Muon(
+        param_groups(model, rule="muon"),
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
         ns_steps=settings.ns_steps,
         adjust_lr_fn=settings.adjust_lr,
+        betas=settings.adamw_betas,
+        adamw_eps=settings.adamw_eps,
+        adamw_scale=scale,
     )
-    scale = settings.adamw_scale  # of the update alone: decay is lr * weight_decay in both
-    adamw = _adamw(
-        split["adamw"],
-        settings.lr * scale,
-        settings.adamw_betas,
-        settings.adamw_eps,
-        settings.weight_decay / scale,
-    )
-    return [muon, adamw]

@@ -9,19 +9,27 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+import torch
 from torch import nn
 
 from conda_dist import param_groups
 from conda_dist.launch.job.config import CondaConfig
+from conda_dist.launch.job.optimizers import conda_arguments
 from conda_dist.launch.tools.hardware import Hardware, Mesh
 from conda_dist.layout import Coordinate, Layout, Split, Topology
-from conda_dist.options import DTYPES, Options
+from conda_dist.options import DTYPES, OF_DTYPES, Options
 from conda_dist.plan.compute_groups import Request, choose, deal_owners
 from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refresh_flops, svd_flops
 from conda_dist.plan.schedule import fill_tasks
 from conda_dist.plan.weight_plan import WeightPlan, plan_weight
+from conda_dist.report import sizes_of
+from conda_dist.rules.conda import CondaRule
+from conda_dist.rules.muon import MuonRule
+from conda_dist.rules.rule import Rule
+from conda_dist.states import moment_dtype, second_dtype
 
 ROW_WISE = (".o_proj.", ".down_proj.", ".attn.c_proj.", ".mlp.c_proj.")
 """Weights whose columns tensor parallelism splits; it splits the rows of the others."""
@@ -123,48 +131,74 @@ def forecast_conda(
         settings: Conda's own options.
         at: The rank to look at, by its coordinate; the busiest if none is given.
     """
+    options = conda_options(settings)
+    return _sum_up(CondaRule(options), options, projected, others, mesh, at)
+
+
+def conda_options(settings: CondaConfig) -> Options:
+    """The options of a Conda with these settings."""
+    given = conda_arguments(settings)
+    options: dict[str, Any] = {f.name: given[f.name] for f in fields(Options)}
+    options |= {name: DTYPES.get(options[name]) for name in OF_DTYPES}
+    return Options(**options)
+
+
+def _plans(
+    rule: Rule, options: Options, projected: Mapping[str, tuple[int, ...]], mesh: Mesh
+) -> list[WeightPlan]:
     topology = Topology(mesh.sizes, tuple(range(mesh.ranks)))
-    basis_size = DTYPES[settings.basis_dtype or "float32"].itemsize
+    basis = rule.states(1, 1, torch.float32).get("basis")
+    size = 0 if basis is None else basis.dtype.itemsize
     requests = [
-        Request(name, topology, layout(name, shape, mesh), basis_size)
+        Request(name, topology, layout(name, shape, mesh), size, rule.whole)
         for name, shape in projected.items()
     ]
-    choices = choose(requests, settings.basis_budget)
-    plans = deal_owners(
+    choices = choose(requests, options.basis_budget)
+    return deal_owners(
         [
             plan_weight(request.name, topology, request.storage, group=choice.group)
             for request, choice in zip(requests, choices, strict=True)
         ]
     )
-    product = DTYPES[settings.matmul_dtype or settings.basis_dtype or "float32"].itemsize
-    first = DTYPES[settings.state_dtype or "float32"].itemsize
-    second = (
-        DTYPES[settings.second_moment_dtype].itemsize if settings.second_moment_dtype else first
-    )
-    sizes = Sizes(travel=min(4, product), moment=first, second=second, basis=basis_size)
-    return _sum_up(plans, others, mesh, settings, sizes, at)
+
+
+def _sizes(rule: Rule, plan: WeightPlan) -> Sizes:
+    m, n = plan.storage.shape
+    states = rule.states(m, n, torch.float32)
+    return sizes_of(states, *rule.travel(torch.float32), len(rule.counts))
+
+
+def _products(rule: Rule, plan: WeightPlan, numel: int) -> float:
+    """Operations of the products of a step, of a rank that computes some elements of a weight."""
+    r = min(plan.storage.shape)
+    if not rule.whole:
+        return 2 * 2.0 * numel * r
+    return 5 * (4.0 * numel * r + 2.0 * r**3) if numel else 0.0
 
 
 def _sum_up(
-    plans: Sequence[WeightPlan],
+    rule: Rule,
+    options: Options,
+    projected: Mapping[str, tuple[int, ...]],
     others: Mapping[str, tuple[int, ...]],
     mesh: Mesh,
-    settings: CondaConfig,
-    sizes: Sizes,
     at: Coordinate | None,
 ) -> Forecast:
+    plans = _plans(rule, options, projected, mesh)
     load: dict[Coordinate, float] = defaultdict(float)
     multiplied: dict[Coordinate, float] = defaultdict(float)
     for plan in plans:
         m, n = plan.storage.shape
-        load[plan.owners[0]] += refresh_flops(m, n, settings.refresh_method)
-        for coordinate, flops in _grouped(plan).items():
+        if rule.refreshes:
+            load[plan.owners[0]] += refresh_flops(m, n, options.refresh_method)
+        for coordinate, flops in _grouped(rule, plan).items():
             multiplied[coordinate] += flops
-    busiest = at or max(load.keys() | multiplied, key=lambda c: (multiplied[c], load[c], c))
+    asked = {*load, *multiplied, (0,) * len(mesh.sizes)}
+    busiest = at or max(asked, key=lambda c: (multiplied[c], load[c], c))
     found = Forecast(
-        busiest=max(load.values()),
-        bf16=(settings.matmul_dtype or settings.basis_dtype) == "bfloat16",
-        svd=settings.refresh_method == "svd",
+        busiest=max(load.values(), default=0.0),
+        bf16=rule.whole or torch.bfloat16 == (options.matmul_dtype or options.basis_dtype),
+        svd=options.refresh_method == "svd",
     )
     known: dict[object, Costs] = {}
     for plan in plans:
@@ -175,52 +209,49 @@ def _sum_up(
         agree = tuple(a == b for a, b in zip(plan.owners[0], busiest, strict=True))
         key = (plan.storage, plan.compute if computes else None, agree)
         if key not in known:
-            known[key] = costs(plan, busiest, sizes, settings.refresh == "async")
+            known[key] = costs(plan, busiest, _sizes(rule, plan), options.refresh == "async")
         cost = known[key]
         found.state += cost.state
         _add(found.step, cost.step)
         _add(found.refresh, cost.refresh)
-        r = min(plan.storage.shape)
-        flops = 2 * 2.0 * numel * r
+        r, flops = min(plan.storage.shape), _products(rule, plan, numel)
         found.flops += flops
-        found.rotate += (2 * 2.0 * numel * r + 2.0 * r**3) * computes
+        found.rotate += (2 * 2.0 * numel * r + 2.0 * r**3) * (computes and rule.refreshes)
         found.elements += plan.storage.numel(busiest) if plan.group is None else numel
         _count(found.kinds, plan, cost, flops)
-    _together(found, plans, settings, sizes, busiest)
-    _add_adamw(found, others, mesh, busiest, sizes)
+    _together(found, rule, plans, options, busiest)
+    moments = (moment_dtype(torch.float32, options), second_dtype(torch.float32, options))
+    _add_adamw(found, others, mesh, busiest, sum(dtype.itemsize for dtype in moments))
     return found
 
 
-def _grouped(plan: WeightPlan) -> dict[Coordinate, float]:
+def _grouped(rule: Rule, plan: WeightPlan) -> dict[Coordinate, float]:
     """Operations of the products of a weight that a group computes, by coordinate."""
     if plan.group is None:
         return {}
-    r = min(plan.storage.shape)
-    return {c: 2 * 2.0 * plan.compute.numel(c) * r for c in plan.computing()}
+    return {c: _products(rule, plan, plan.compute.numel(c)) for c in plan.computing()}
 
 
 def _together(
-    found: Forecast,
-    plans: Sequence[WeightPlan],
-    settings: CondaConfig,
-    sizes: Sizes,
-    at: Coordinate,
+    found: Forecast, rule: Rule, plans: Sequence[WeightPlan], options: Options, at: Coordinate
 ) -> None:
     """Adds what weights that step together cost: collectives, and the waiting for each other."""
-    limits = Options(bucket_bytes=settings.bucket_bytes, refresh_bytes=settings.refresh_bytes)
     sending = [i for i, plan in enumerate(plans) if plan.communicates]
-    for task in fill_tasks(plans, sending, limits.bucket_limit, refreshing=False):
+    for task in fill_tasks(plans, sending, options.bucket_limit, refreshing=False):
+        sizes = _sizes(rule, plans[task[0]])
         found.collectives += collectives([plans[i] for i in task], at, sizes)
         load: dict[Coordinate, float] = defaultdict(float)
         for i in task:
-            for coordinate, flops in _grouped(plans[i]).items():
+            for coordinate, flops in _grouped(rule, plans[i]).items():
                 load[coordinate] += flops
         found.waited += max(load.values(), default=0.0) - load[at]
-    for task in fill_tasks(plans, range(len(plans)), limits.refresh_limit, refreshing=True):
+    if not rule.refreshes:
+        return
+    for task in fill_tasks(plans, range(len(plans)), options.refresh_limit, refreshing=True):
         load = defaultdict(float)
         for i in task:
             m, n = plans[i].storage.shape
-            load[plans[i].owners[0]] += refresh_flops(m, n, settings.refresh_method)
+            load[plans[i].owners[0]] += refresh_flops(m, n, options.refresh_method)
         found.decompose += max(load.values())
 
 
@@ -246,11 +277,11 @@ def _add_adamw(
     shapes: Mapping[str, tuple[int, ...]],
     mesh: Mesh,
     at: Coordinate = (0, 0, 0),
-    sizes: Sizes = Sizes(),  # noqa: B008 (frozen)
+    moments: int = 8,
 ) -> None:
     for name, shape in shapes.items():
         numel = layout(name, shape, mesh).numel(at)
-        found.state += (sizes.moment + sizes.second) * numel + 4
+        found.state += moments * numel + 4
         found.elements += numel
 
 
@@ -264,26 +295,17 @@ def forecast_adamw(
 
 
 def forecast_muon(
-    projected: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], mesh: Mesh
+    projected: Mapping[str, tuple[int, ...]],
+    others: Mapping[str, tuple[int, ...]],
+    mesh: Mesh,
+    at: Coordinate | None = None,
 ) -> Forecast:
-    """Muon that gathers each momentum to one owner, five steps of Newton-Schulz, and back.
+    """:class:`conda_dist.Muon` on shards, five steps of Newton-Schulz; see :func:`forecast_conda`.
 
-    In bfloat16 both ways; owners share the matrices of a tensor-parallel group's data ranks.
+    Gradients go to one owner of each matrix as they are, for its momentum; updates come back in
+    bfloat16.
     """
-    found = Forecast(bf16=True)
-    p = mesh.dp_shard * mesh.tp
-    axis = 2 if mesh.dp_shard == 1 else 1
-    load = [0.0] * p
-    for name, shape in sorted(projected.items(), key=lambda item: -math.prod(item[1])):
-        numel = layout(name, shape, mesh).numel((0, 0, 0))
-        m, n = max(shape), min(shape)
-        load[load.index(min(load))] += 5 * (4.0 * m * n**2 + 2.0 * n**3)
-        found.state += 4 * numel
-        found.step[axis] += 2 * 2 * math.prod(shape) * (p - 1) // p**2
-        found.elements += numel
-    found.flops, found.collectives = max(load), 2 * (p > 1)
-    _add_adamw(found, others, mesh)
-    return found
+    return _sum_up(MuonRule(), Options(), projected, others, mesh, at)
 
 
 def forecast_replicated(
