@@ -96,7 +96,7 @@ def _adamw_row(plain: Plain) -> Row:
 def _conda_row(weight: Weight) -> Row:
     plan = weight.plan
     basis = basis_dtype(weight.param, weight.options)
-    product = weight.options.matmul_dtype or basis
+    product = weight.options.product_dtype or basis
     sizes = Sizes(
         weight.param.element_size(),
         min(weight.param.element_size(), product.itemsize),

@@ -11,11 +11,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from conda_dist import param_groups
 from conda_dist.layout import Coordinate, Layout, Split, Topology
-from conda_dist.options import DTYPES, Options
+from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Request, choose, deal_owners
 from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refresh_flops, svd_flops
 from conda_dist.plan.schedule import fill_tasks
@@ -150,7 +151,10 @@ def forecast_conda(
         at: The rank to look at, by its coordinate; the busiest if none is given.
     """
     topology = Topology(mesh.sizes, tuple(range(mesh.ranks)))
-    basis_size = DTYPES[settings.basis_dtype or "float32"].itemsize
+    names = ("matmul_dtype", "basis_dtype", "state_dtype", "second_moment_dtype")
+    chosen = Options(**{name: getattr(settings, name) for name in names})
+    basis = chosen.basis_dtype or torch.float32
+    basis_size = basis.itemsize
     requests = [
         Request(name, topology, layout(name, shape, mesh), basis_size)
         for name, shape in projected.items()
@@ -162,11 +166,9 @@ def forecast_conda(
             for request, choice in zip(requests, choices, strict=True)
         ]
     )
-    product = DTYPES[settings.matmul_dtype or settings.basis_dtype or "float32"].itemsize
-    first = DTYPES[settings.state_dtype or "float32"].itemsize
-    second = (
-        DTYPES[settings.second_moment_dtype].itemsize if settings.second_moment_dtype else first
-    )
+    product = (chosen.product_dtype or basis).itemsize
+    moments = chosen.state_dtype or torch.float32
+    first, second = moments.itemsize, (chosen.second_moment_dtype or moments).itemsize
     sizes = Sizes(travel=min(4, product), moment=first, second=second, basis=basis_size)
     return _sum_up(plans, others, mesh, settings, sizes, at)
 
@@ -201,7 +203,7 @@ def _sum_up(
         agree = tuple(a == b for a, b in zip(plan.owners[0], busiest, strict=True))
         key = (plan.storage, plan.compute if computes else None, agree)
         if key not in known:
-            known[key] = costs(plan, busiest, sizes, settings.refresh == "async")
+            known[key] = costs(plan, busiest, sizes, settings.refresh_delay > 0)
         cost = known[key]
         found.state += cost.state
         _add(found.step, cost.step)
@@ -233,16 +235,16 @@ def _together(
     at: Coordinate,
 ) -> None:
     """Adds what weights that step together cost: collectives, and the waiting for each other."""
-    limits = Options(bucket_bytes=settings.bucket_bytes, refresh_bytes=settings.refresh_bytes)
+    limit = Options(buffer_bytes=settings.buffer_bytes).task_bytes
     sending = [i for i, plan in enumerate(plans) if plan.communicates]
-    for task in fill_tasks(plans, sending, limits.bucket_limit, refreshing=False):
+    for task in fill_tasks(plans, sending, limit, refreshing=False):
         found.collectives += collectives([plans[i] for i in task], at, sizes)
         load: dict[Coordinate, float] = defaultdict(float)
         for i in task:
             for coordinate, flops in _grouped(plans[i]).items():
                 load[coordinate] += flops
         found.waited += max(load.values(), default=0.0) - load[at]
-    for task in fill_tasks(plans, range(len(plans)), limits.refresh_limit, refreshing=True):
+    for task in fill_tasks(plans, range(len(plans)), limit, refreshing=True):
         load = defaultdict(float)
         for i in task:
             m, n = plans[i].storage.shape

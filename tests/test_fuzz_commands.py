@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from conda_dist.integrations.deepspeed import arguments
 from conda_dist.launch import benchmark, compare, options, plan, pretrain
 from conda_dist.launch.config import Config, ConfigError
-from conda_dist.optimizer import ARGUMENTS
+from conda_dist.options import OPTIONS
 from fuzz import examples
 
 # Anything TOML can say
@@ -281,7 +281,7 @@ JSON = st.recursive(
     ),
     max_leaves=4,
 )
-NAMES = [*ARGUMENTS, *arguments.PATTERNS, arguments.SPLITS]
+NAMES = [*OPTIONS, *arguments.PATTERNS, arguments.SPLITS]
 
 
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=6), JSON, max_size=3))

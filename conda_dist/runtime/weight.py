@@ -29,6 +29,8 @@ NO_BASIS = -1.0
 """The ``basis_step`` of a matrix that still has the identity for a basis, and the
 ``snapshot_step`` of one that has no refresh pending."""
 
+MAX_FAILURES = 3
+"""All ranks raise when so many refreshes of one matrix have failed in a row."""
 
 CORRECTED_EVERY = 16
 """Refreshes by orthogonal iteration from one in which the basis is made orthonormal again to the
@@ -72,7 +74,7 @@ class Weight:
         self.group, self.states, self.options = group, states, options
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
         self._loaded: tuple[Tensor, Tensor] | None = None
-        product = options.matmul_dtype or basis_dtype(param, options)
+        product = options.product_dtype or basis_dtype(param, options)
         # Gradient and update travel so: they are rounded to the products' dtype anyway.
         self.travel_dtype = min(param.dtype, product, key=lambda dtype: dtype.itemsize)
         self.basis_key = basis_key(plan.part)
@@ -109,7 +111,7 @@ class Weight:
     @property
     def is_async(self) -> bool:
         """Whether its refreshes, after the first, are decomposed in the background."""
-        return self.options.refresh == "async"
+        return self.options.is_async
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves alone what is there."""
@@ -290,13 +292,13 @@ class Weight:
             return grad
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if scratch is None else scratch.take(0, grad, dtype)
-        return maths.project(grad, basis, self.plan.right, self.options.matmul_dtype, out)
+        return maths.project(grad, basis, self.plan.right, self.options.product_dtype, out)
 
     def average(self, moment: Tensor, projected: Tensor) -> None:
         """Updates a first moment, or some of it, with the projected gradient there."""
         beta1 = float(self.group["betas"][0])
         rounding = maths.rounding_of(moment, self.step, self.options.stochastic_rounding)
-        maths.average_(moment, projected, beta1, rounding, self.options.compile)
+        maths.average_(moment, projected, beta1, rounding)
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
         """Takes the first moment and the projected gradient to a new basis, and keeps the basis.
@@ -337,7 +339,7 @@ class Weight:
             The update in compute layout, in the dtype it travels in, or None if it was applied,
             which it is wherever storage and compute layout agree.
         """
-        hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.matmul_dtype
+        hyper, right, dtype = hyper_of(self.group), self.plan.right, self.options.product_dtype
         if not basis.numel():
             self._own("step").add_(1)
             return None if self.plan.in_place else projected.to(self.travel_dtype)
@@ -368,7 +370,7 @@ class Weight:
             scratch: as of :meth:`advance`.
         """
         first, second = self.moments
-        if self.options.compile or not maths.can_fuse(projected, first, second):
+        if not maths.can_fuse(projected, first, second):
             moments = {"exp_avg": first, self.second_key: second}
             maths.check_alike(self.name, {"gradient": projected, **moments})
             self.average(first, projected)
@@ -382,8 +384,7 @@ class Weight:
         self._own("step").add_(1)
         first, second = self.moments
         rounding = maths.rounding_of(second, self.step, self.options.stochastic_rounding)
-        hyper, compile = hyper_of(self.group), self.options.compile
-        return maths.normalise_(projected, first, second, hyper, rounding, compile)
+        return maths.normalise_(projected, first, second, hyper_of(self.group), rounding)
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""
@@ -437,6 +438,5 @@ class Weight:
         return (
             f"{self.plan.name}{which}: the basis could not be refreshed at step {self.step}, "
             f"because {CAUSES[outcome]}. The old basis is kept. Failure "
-            f"{self.failures[matrix]} in a row; {self.options.max_refresh_failures} "
-            "(max_refresh_failures) end the run."
+            f"{self.failures[matrix]} in a row; the run ends at {MAX_FAILURES}."
         )
