@@ -52,28 +52,14 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
         return Outcome.NOT_FINITE, None
     if not largest:
         return Outcome.ZERO, None
-    if method != "svd":
-        # Gram matrices of what is not near 1 would leave their range.
-        scaled = tall.to(gram_dtype(tall.dtype, method)) / largest
-        outcome, rotation = decompose_gram(scaled.mT @ scaled, method)
-        return outcome, None if rotation is None else rotation.to(tall.dtype)
-    return _first_finite(_right_singular_vectors, tall)
-
-
-def gram_dtype(moment: torch.dtype, method: str) -> torch.dtype:
-    """The dtype of a momentum's Gram matrix: eigenvectors need twice the bits of the moment."""
-    return torch.float64 if method == "eigh64" else torch.promote_types(moment, torch.float32)
-
-
-def decompose_gram(gram: Tensor, method: str) -> tuple[Outcome, Tensor | None]:
-    """:func:`decompose`, from the Gram matrix (r, r) of a momentum whose largest element is 1.
-
-    Args:
-        gram: of :func:`gram_dtype`; M^T M (right) or M M^T.
-        method: "eigh64" or "orthogonal_iteration".
-    """
+    if method == "svd":
+        return _first_finite(_right_singular_vectors, tall)
+    # Eigenvectors of a Gram matrix need twice the bits of the momentum.
+    dtype = torch.float64 if method == "eigh64" else tall.dtype
+    scaled = tall.to(dtype) / largest  # the squares of small or large numbers leave the range
     find = {"eigh64": _eigenvectors, "orthogonal_iteration": _iterated}[method]
-    return _first_finite(find, gram)
+    outcome, rotation = _first_finite(find, scaled.mT @ scaled)
+    return outcome, None if rotation is None else rotation.to(tall.dtype)
 
 
 def _first_finite(

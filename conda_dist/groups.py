@@ -1,35 +1,21 @@
 """Parameter groups: what the caller gives, checked; a group that the caller gave stays one."""
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from conda_dist.options import GROUP_OPTIONS, LARGEST, OPTIONS
 from conda_dist.routing import ADAMW, CONDA, check_matrix, check_splits, route
 
 SHARED = ("lr", "betas", "eps", "weight_decay", "adamw_scale", "splits")
 """Hyperparameters of all rules; their own are beside them, see :class:`conda_dist.rules.Rule`."""
 
-HYPERPARAMETERS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "scale",
-    "adamw_scale",
-    "update_proj_gap",
-    "correct_bias",
-    "splits",
-)
+HYPERPARAMETERS = (*GROUP_OPTIONS, "splits")
 DROPPED = ("foreach", "fused")  # how AdamW computes; frameworks add them to any group
 UNSUPPORTED = ("maximize", "capturable", "differentiable", "amsgrad")
-
-LARGEST = 1e30
-"""Numbers beyond it, divided by a bias, might be none to float32's kernels."""
 
 
 def check_hyperparameters(
@@ -47,10 +33,12 @@ def check_hyperparameters(
         TypeError: one is of the wrong type.
         ValueError: one is out of its range.
     """
-    for name in ("lr", "eps", "weight_decay", "scale", "adamw_scale"):
+    for name, option in GROUP_OPTIONS.items():
         if name in values:
-            least = -LARGEST if scheduled and name == "lr" else 0.0
-            check_number(name, values[name], where, least=least)
+            value = values[name]
+            if name == "lr" and isinstance(value, Tensor):
+                value = _read_rate(value, where)
+            option.check(value, where, least=-LARGEST if scheduled and name == "lr" else None)
     lr, decay = values.get("lr", 0.0), values.get("weight_decay", 0.0)
     for name in ("scale", "adamw_scale"):
         scale = values.get(name, 0.0)
@@ -58,25 +46,6 @@ def check_hyperparameters(
             raise ValueError(
                 f"{where}lr {lr}, {name} {scale} and weight_decay {decay} are too large"
             )
-    if "betas" in values:
-        betas = values["betas"]
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise TypeError(f"{where}betas must be a pair of numbers, got {betas!r}")
-        for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
-            check_number(name, beta, where, below=1.0)
-    if "update_proj_gap" in values:
-        gap = values["update_proj_gap"]
-        if not isinstance(gap, int) or isinstance(gap, bool):
-            raise TypeError(f"{where}update_proj_gap must be an int (steps), got {gap!r}")
-        if gap < 1:
-            raise ValueError(f"{where}update_proj_gap must be at least 1 step, got {gap}")
-    if not isinstance(values.get("correct_bias", True), bool):
-        raise TypeError(f"{where}correct_bias must be a bool, got {values['correct_bias']!r}")
-    if not _is_one_of(values.get("proj_type", "std"), ("std",)):
-        raise ValueError(
-            f"{where}proj_type={values['proj_type']!r} is not supported: of the released code's "
-            'types only "std" (the smaller side is projected) can update every shape of weight.'
-        )
     algorithm, known = values.get("algorithm"), (values.get("rule", CONDA), ADAMW)
     if algorithm is not None and not _is_one_of(algorithm, known):
         raise ValueError(
@@ -89,28 +58,12 @@ def _is_one_of(value: Any, known: Sequence[str]) -> bool:
     return isinstance(value, str) and value in known  # an array would be compared item by item
 
 
-def check_number(
-    name: str, value: Any, where: str, below: float = math.inf, least: float = 0.0
-) -> None:
-    """Refuses what is no number, or out of its range; a learning rate may be a tensor.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is out of its range.
-    """
-    if name == "lr" and isinstance(value, Tensor):
-        plain = value.layout is torch.strided and not value.is_meta
-        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool or not plain:
-            raise ValueError(f"{where}lr must be a number or a tensor of one real element")
-        if value.device.type != "cpu":
-            return  # reading it may wait for a GPU
-        value = value.item()
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{where}{name} must be a number, got {value!r}")
-    if not least <= value < below or value > LARGEST:  # type: ignore[operator]
-        limit = f" and below {below:g}" if below < math.inf else " and finite"
-        bound = "at least 0" if not least else "a number"
-        raise ValueError(f"{where}{name} must be {bound}{limit}, got {value}")
+def _read_rate(lr: Tensor, where: str) -> Any:
+    """The number in a learning rate that is a tensor; 0 on a GPU, where reading it may wait."""
+    plain = lr.layout is torch.strided and not lr.is_meta
+    if lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool or not plain:
+        raise ValueError(f"{where}lr must be a number or a tensor of one real element")
+    return lr.item() if lr.device.type == "cpu" else 0.0
 
 
 def read_group(
@@ -137,13 +90,22 @@ def read_group(
     """
     if not isinstance(group, Mapping):
         raise TypeError(f"{where}a group must be a dict, got {type(group).__name__}")
-    taken = ("params", "param_names", "proj_type", *DROPPED)
+    taken = ("params", "param_names", *DROPPED)
     options = {key: value for key, value in group.items() if key not in taken}
     if (given := options.setdefault("rule", rule)) != rule:
         raise ValueError(f"{where}the group is for rule {given!r}, this optimizer's is {rule!r}")
-    check_hyperparameters({**options, "proj_type": group.get("proj_type", "std")}, where)
+    check_hyperparameters(options, where)
     reserved = ("params", "param_names", "algorithm", "rule", *hyperparameters)
     for key in options.keys() - set(reserved) - set(UNSUPPORTED):
+        if key in OPTIONS and key not in GROUP_OPTIONS:
+            raise ValueError(
+                f"{where}{key} holds for the whole optimizer: give it to Conda(...), not to a group"
+            )
+        if key == "proj_type":  # the released code's groups have it
+            raise ValueError(
+                f"{where}unknown option 'proj_type': Conda always projects the smaller side of a "
+                'matrix, as the released code\'s "std" does; leave it out'
+            )
         if near := difflib.get_close_matches(key, reserved, 1, 0.8):
             raise ValueError(f"{where}unknown option {key!r}; did you mean {near[0]!r}?")
     for key in UNSUPPORTED:

@@ -9,9 +9,8 @@ Arithmetic is done in float32, or float64 if the basis is, whatever the moments'
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -232,39 +231,11 @@ def fused_adamw_(
     )
 
 
-@cache
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """An elementwise function as one kernel, for tensors of one dimension and any length.
-
-    Compiled by torch.compile when it is first called, and once more for other dtypes. Numbers,
-    which schedules may change in every step, must come as tensors.
-    """
-    return torch.compile(function, dynamic=True)
-
-
-def _numbers(*values: float) -> tuple[Tensor, ...]:
-    return tuple(torch.tensor(value, dtype=torch.float64, device="cpu") for value in values)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    # Not a view to torch, which would compile once more for every shape of what it is a view of.
-    return tensor.view(-1).data
-
-
-def _can_compile(*tensors: Tensor) -> bool:
-    """Whether tensors of one shape can be seen as of one dimension: without gaps, in one order.
-
-    Those of one element or none are not worth a kernel, for they would have one to themselves.
-    """
-    return tensors[0].numel() > 1 and all(tensor.is_contiguous() for tensor in tensors)
-
-
 def average_(
     exp_avg: Tensor,
     projected_grad: Tensor,
     beta1: float,
     rounding: float | None = None,
-    compile: bool = False,
 ) -> None:
     """Updates the projected first moment in place.
 
@@ -273,20 +244,12 @@ def average_(
         projected_grad: proj(G).
         beta1: its decay rate.
         rounding: as of :func:`store_`.
-        compile: whether in one kernel, where none is rounded in proportion.
     """
-    if compile and rounding is None and _can_compile(exp_avg, projected_grad):
-        _compiled(_average_fused_)(_flat(exp_avg), _flat(projected_grad), *_numbers(1 - beta1))
-    elif exp_avg.dtype == projected_grad.dtype:
+    if exp_avg.dtype == projected_grad.dtype:
         exp_avg.lerp_(projected_grad, 1 - beta1)
     else:  # moments of fewer bits are rounded once, not at every operation
         average = exp_avg.to(projected_grad.dtype).lerp_(projected_grad, 1 - beta1)
         store_(exp_avg, average, rounding)
-
-
-def _average_fused_(exp_avg: Tensor, projected_grad: Tensor, weight: Tensor) -> None:
-    average = exp_avg.to(projected_grad.dtype)
-    exp_avg.copy_(average + weight * (projected_grad - average))
 
 
 def normalise_(
@@ -295,7 +258,6 @@ def normalise_(
     exp_avg_sq: Tensor,
     hyper: Hyper,
     rounding: float | None = None,
-    compile: bool = False,
 ) -> Tensor:
     """Updates the second moment and returns proj(M) / (sqrt(v) + eps).
 
@@ -305,45 +267,14 @@ def normalise_(
         exp_avg_sq: second moment, updated in place.
         hyper: hyperparameters of the step.
         rounding: as of :func:`store_`.
-        compile: as of :func:`average_`.
     """
-    tensors = projected_grad, exp_avg, exp_avg_sq
-    if compile and rounding is None and _can_compile(*tensors):
-        numbers = _numbers(hyper.beta2, 1 - hyper.beta2, hyper.eps)
-        _compiled(_normalise_fused_)(*map(_flat, tensors), *numbers)
-    else:
-        _normalise_(*tensors, hyper.beta2, hyper.eps, rounding)
-    return projected_grad
-
-
-def _normalise_fused_(
-    projected_grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    beta2: Tensor,
-    weight: Tensor,
-    eps: Tensor,
-) -> None:
-    second = exp_avg_sq.to(projected_grad.dtype) * beta2
-    second = second + weight * projected_grad * projected_grad
-    exp_avg_sq.copy_(second)
-    projected_grad.copy_(exp_avg.to(second.dtype) / (second.sqrt() + eps))
-
-
-def _normalise_(
-    projected_grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    beta2: float,
-    eps: float,
-    rounding: float | None = None,
-) -> None:
     second = decode(exp_avg_sq, projected_grad.dtype)
-    second.mul_(beta2).addcmul_(projected_grad, projected_grad, value=1 - beta2)
+    second.mul_(hyper.beta2)
+    second.addcmul_(projected_grad, projected_grad, value=1 - hyper.beta2)
     if second is not exp_avg_sq:
         store_(exp_avg_sq, second, rounding)
-    denominator = torch.sqrt(second, out=projected_grad).add_(eps)
-    torch.div(exp_avg.to(denominator.dtype), denominator, out=denominator)
+    denominator = torch.sqrt(second, out=projected_grad).add_(hyper.eps)
+    return torch.div(exp_avg.to(denominator.dtype), denominator, out=denominator)
 
 
 def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:

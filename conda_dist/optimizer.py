@@ -1,6 +1,5 @@
 """Conda, the optimizer that this package is for."""
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -9,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conda_dist.groups import DROPPED, HYPERPARAMETERS, UNSUPPORTED, check_hyperparameters
+from conda_dist.groups import UNSUPPORTED, check_hyperparameters
 from conda_dist.matrix_optimizer import MatrixOptimizer
-from conda_dist.options import Options
+from conda_dist.options import GROUP_OPTIONS, Options
 from conda_dist.rules.conda import CondaRule
 
 
@@ -39,7 +38,7 @@ class Conda(MatrixOptimizer):
     State of a parameter, tensors like the parameter (DTensors on its mesh): ``step`` (0-d, on the
     CPU), ``exp_avg`` (m, n), projected on the conda path, ``exp_avg_sq`` (m, n) and there too
     ``basis`` (r, r) and ``basis_step`` (one number for each matrix of a batch, on the CPU: the
-    step its basis was taken at, -1 before the first); with ``refresh="async"`` also ``snapshot``
+    step its basis was taken at, -1 before the first); with ``refresh_delay`` also ``snapshot``
     (m, n) and ``snapshot_step`` (the first moment that a pending refresh began with, and when; -1
     if none is pending). A weight that its group's ``splits`` cut into blocks of rows (see
     :func:`conda_dist.param_groups`) has counts with one entry more for each part in front, and
@@ -56,45 +55,38 @@ class Conda(MatrixOptimizer):
             is ``lr * weight_decay`` on both paths.
         update_proj_gap: steps between two decompositions of the momentum.
         correct_bias: whether to divide out the moments' bias towards zero.
-        proj_type: "std"; the released code's other types are refused.
-        state_dtype: dtype of the moments; None for the parameter's, but at least float32.
+        refresh_method: how a basis is taken from the momentum. The first one is always taken by
+            "svd", the paper's way. "orthogonal_iteration" takes one step of subspace iteration
+            from the basis in use. It costs a fraction of the time, and is enough where
+            ``update_proj_gap`` is small, because bases then move little. "eigh64" takes the
+            eigenvectors of the momentum's Gram matrix in float64.
+        refresh_delay: 0, the paper's timing: a step that is due for a refresh waits for it. N > 0:
+            a snapshot of the momentum is decomposed in the background, and all ranks take the new
+            bases together N steps later (at most one interval later). The first refresh waits in
+            any case. The snapshot takes the memory of a third moment.
+        matmul_dtype: precision of the two products of a step; None: the dtype of the bases.
+            "bfloat16" is the fastest. "tf32" multiplies in float32, for which CUDA may round the
+            operands to TF32; a CPU computes as with "float32". Decompositions and rotations do not
+            follow this option.
+        basis_dtype: dtype of the bases; None: the dtype of the moments, but at least float32.
+            "bfloat16" halves their memory and what is sent of them. They are then orthogonal to 3
+            digits, after every refresh anew.
+        basis_budget: bytes that a rank may spend on bases of weights that all their ranks compute,
+            each with a copy of the basis; None: no limit. Weights beyond the budget go to compute
+            groups: few ranks, mostly one, gather the gradient, keep moments and basis, and send
+            the update back.
+        state_dtype: dtype of the moments; None: the dtype of the parameter, but at least float32.
             Bases are at least float32 in any case, unless ``basis_dtype`` says otherwise.
-        matmul_dtype: dtype of the two products of a step, such as ``torch.bfloat16``; None for
-            the bases'. Decompositions and rotations never use it.
-        basis_dtype: dtype of the bases; None for the moments', but at least float32.
-            ``torch.bfloat16`` halves what they take and, where they are sharded, send. They are
-            orthogonal to 3 digits then, in every refresh anew.
-        basis_budget: bytes a rank may spend on bases of weights that it computes with all ranks
-            that hold them, each of which has a copy; None for no limit. Weights beyond it are
-            dealt to compute groups: few ranks, mostly one, gather the gradient, keep moments and
-            basis, and send the update back.
-        bucket_bytes: half of what a step may hold beside state, gradients and parameters, in all
-            its buffers together; more only where one weight needs more: of those that step
-            without communication twice the largest shard, in float32.
-        refresh_bytes: half of what a refresh may hold; likewise.
-        max_refresh_failures: refreshes of one matrix that may fail in a row before all ranks
-            raise.
-        refresh_method: how a basis is taken from the momentum after the first, which is always by
-            "svd", the paper's way. "orthogonal_iteration" is one step of subspace iteration from
-            the basis in use: a fraction of the time, and enough where ``update_proj_gap`` is
-            small, for bases then move little. "eigh64" takes the eigenvectors of the momentum's
-            Gram matrix in float64.
-        refresh: "sync", the paper's timing: a step that is due for a refresh waits for it. "async"
-            decomposes a snapshot of the momentum in the background, and all ranks take the new
-            bases together ``refresh_delay`` steps later, whenever they are done before; the first
-            refresh waits. Costs the memory of a third moment.
-        refresh_delay: steps from an asynchronous refresh's snapshot to its new bases; at most one
-            interval.
-        second_moment_dtype: dtype of the second moments alone. ``torch.uint8`` keeps each element's
-            logarithm in 8 bits, in a state ``exp_avg_sq_codes`` in the place of ``exp_avg_sq``,
-            rounded up or down in proportion from step to step.
+        second_moment_dtype: dtype of the second moments alone; None: ``state_dtype``. "uint8"
+            stores the logarithm of each element in 8 bits, in a state ``exp_avg_sq_codes`` that
+            replaces ``exp_avg_sq``. Codes are rounded up or down in proportion, step by step.
         stochastic_rounding: whether bfloat16 moments are rounded like that too, not to nearest, so
-            that changes of less than their last bit add up over steps. Nothing is random: steps
-            have the golden ratio's multiples for a threshold, the same in every run.
-        compile: whether the elementwise work on the conda path's moments is done in one kernel
-            each, made by torch.compile at the first step, which needs what that needs (a C++
-            compiler on CPUs, Triton on GPUs). Moments rounded in proportion are left to torch's.
-            Without it contiguous moments of float32 or float64 have torch's fused AdamW kernel.
+            that changes smaller than their last bit add up over steps. Nothing is random: the
+            thresholds are the multiples of the golden ratio, the same in every run.
+        buffer_bytes: half of the bytes that a step may hold beside state, gradients and
+            parameters, in all its buffers together. A step holds more only where a single weight
+            needs more: of weights that step without communication twice the largest shard, in
+            float32.
         process_group: for plain parameters: ranks with equal gradients, which then share the
             decompositions out among them instead of each doing all, and cannot drift apart.
         fused: of no effect, as ``foreach``; scripts written for AdamW give them.
@@ -122,20 +114,15 @@ class Conda(MatrixOptimizer):
         adamw_scale: float = 1.0,
         update_proj_gap: int = 2000,
         correct_bias: bool = True,
-        proj_type: str = "std",
-        state_dtype: torch.dtype | None = None,
-        matmul_dtype: torch.dtype | None = None,
-        basis_dtype: torch.dtype | None = None,
-        basis_budget: int | None = 4 * 2**30,
-        bucket_bytes: int = 64 * 2**20,
-        refresh_bytes: int = 512 * 2**20,
-        max_refresh_failures: int = 3,
         refresh_method: str = "svd",
-        refresh: str = "sync",
-        refresh_delay: int = 20,
-        second_moment_dtype: torch.dtype | None = None,
+        refresh_delay: int = 0,
+        matmul_dtype: torch.dtype | str | None = None,
+        basis_dtype: torch.dtype | str | None = None,
+        basis_budget: int | None = 4 * 2**30,
+        state_dtype: torch.dtype | str | None = None,
+        second_moment_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
-        compile: bool = False,
+        buffer_bytes: int = 512 * 2**20,
         process_group: dist.ProcessGroup | None = None,
         fused: bool | None = None,
         foreach: bool | None = None,
@@ -148,16 +135,8 @@ class Conda(MatrixOptimizer):
         for name in UNSUPPORTED:
             if given[name]:
                 raise TypeError(f"option {name!r} is not supported by Conda; leave it out.")
-        fixed = {"algorithm": None, "splits": None}
-        defaults = {name: given[name] for name in HYPERPARAMETERS if name not in fixed} | fixed
-        check_hyperparameters({**defaults, "proj_type": proj_type})
+        defaults = {name: given[name] for name in GROUP_OPTIONS}
+        check_hyperparameters(defaults)
+        defaults |= {"algorithm": None, "splits": None}
         options = Options(**{field.name: given[field.name] for field in fields(Options)})
         super().__init__(params, defaults, CondaRule(options), options, process_group)
-
-
-ARGUMENTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(Conda.__init__).parameters.items()
-    if name not in ("self", "params", "process_group", *DROPPED, *UNSUPPORTED)
-}
-"""Conda's arguments that a configuration can give, with their defaults."""

@@ -309,17 +309,17 @@ def data_unread(scene: Scene) -> Outcome:
     return _ended(scene, "unread", "unread", "--checkpoint.interval", 0, words=words)
 
 
-def decomposition_raises(scene: Scene, refresh: str) -> Outcome:
+def decomposition_raises(scene: Scene, delay: int) -> Outcome:
     """A rank whose decomposition raises what no other attempt would cure."""
-    extra = ("--optimizer.refresh", refresh, "--optimizer.refresh_delay", 1)
-    own = Scene(scene.config, scene.folder / refresh, scene.fresh)
+    extra = ("--optimizer.refresh_delay", delay)
+    own = Scene(scene.config, scene.folder / f"delay{delay}", scene.fresh)
     steps = ("--training.steps", STEPS)
-    if refresh == "async":  # which is another trajectory
+    if delay:  # which is another trajectory
         succeed(2, *own.job("reference"), *steps, *extra)
     elif not own.reference.exists():
         shutil.copytree(scene.reference, own.reference)
     words = (
-        f"an SVD raises, {refresh} refreshes",
+        f"an SVD raises, refresh_delay {delay}",
         "MemoryError on rank 1",
         "ended on all ranks, naming rank, matrix and error",
     )
@@ -366,8 +366,8 @@ ALL: tuple[Callable[[Scene], Outcome], ...] = (
     nan_gradient,
     lambda scene: nan_gradient(scene, weight=True),
     data_unread,
-    lambda scene: decomposition_raises(scene, "sync"),
-    lambda scene: decomposition_raises(scene, "async"),
+    lambda scene: decomposition_raises(scene, 0),
+    lambda scene: decomposition_raises(scene, 1),
     decomposition_fails_twice,
     lambda scene: elastic(scene, 4, 2, 3),
 )

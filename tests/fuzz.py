@@ -208,7 +208,7 @@ def _groups(case: Case, pairs: Sequence[Any]) -> list[dict[str, Any]]:
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "scale": 0.25,
-    "update_proj_gap": 2000, "correct_bias": True, "refresh": "sync", "refresh_delay": 20,
+    "update_proj_gap": 2000, "correct_bias": True, "refresh_delay": 0,
     "refresh_method": "svd",
 }  # fmt: skip
 
@@ -287,7 +287,7 @@ def _conda(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Option
         if grad is None:
             continue
         beta1, beta2 = options["betas"]
-        gap, late = options["update_proj_gap"], options["refresh"] == "async"
+        gap, late = options["update_proj_gap"], options["refresh_delay"] > 0
         delay = min(options["refresh_delay"], gap)
         first = beta1 * first + (1 - beta1) * grad.double()
         if not first.isfinite().all():

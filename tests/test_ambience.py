@@ -34,7 +34,7 @@ def _trained(inside: Any, scale: float, **options: Any) -> tuple[list[Tensor], l
     "options",
     [
         {},
-        {"refresh": "async", "refresh_delay": 2},
+        {"refresh_delay": 2},
         {"refresh_method": "orthogonal_iteration"},
         {"second_moment_dtype": torch.uint8},
     ],

@@ -19,7 +19,7 @@ from conda_dist.reference import decompose, project, project_back
 from models import FSDP2, PLAIN, Layout
 from test_parallel_layouts import MATRICES, far, train
 
-ASYNC = {"refresh": "async", "refresh_delay": 2}
+ASYNC = {"refresh_delay": 2}
 LAYOUTS: list[Layout] = [("fsdp", (3,)), ("hsdp", (2, 2)), ("grid", (2, 2)), ("ddp", (2,))]
 STEPS = 13
 BETA1, BETA2, LR, SCALE, EPS = 0.9, 0.99, 1e-2, 0.25, 1e-8
@@ -54,7 +54,6 @@ def test_bases_are_taken_when_said(shape: tuple[int, ...], gap: int, delay: int)
     optimizer = Conda(
         [{"params": [param], "algorithm": "conda"}],
         update_proj_gap=gap,
-        refresh="async",
         refresh_delay=delay,
     )
     start = param.detach().clone()
@@ -78,7 +77,7 @@ def test_on_shards(options: dict[str, Any]) -> None:
     start = models.snapshot(*models.build(PLAIN))
     _, alone = _train(PLAIN, options)
     assert models.farthest(_train(PLAIN, {})[1], alone, start) > 1e-3  # the lag is seen
-    variants = [options, {**options, "basis_budget": 0, "refresh_bytes": 100}]
+    variants = [options, {**options, "basis_budget": 0, "buffer_bytes": 100}]
     for layout in LAYOUTS:
         world = torch.Size(layout[1]).numel()
         for variant in variants:
@@ -89,7 +88,7 @@ def test_on_shards(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", [((4,), [Shard(0)]), ((2, 2), [Shard(0), Shard(1)])], ids=str)
 def test_iterations_on_shards(layout: Any) -> None:
-    options = {"refresh": "async", "refresh_delay": 1, "refresh_method": "orthogonal_iteration"}
+    options = {"refresh_delay": 1, "refresh_method": "orthogonal_iteration"}
     alone = train(None, MATRICES, options)
     for ended in ranks.run(4, train, layout, MATRICES, options):
         assert far(ended, alone) < 1e-5
@@ -229,7 +228,7 @@ def slow(momentum, right, method, plain=decomposition.decompose):
     return plain(momentum, right, method)
 decomposed = []
 params = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(40)]
-optimizer = Conda([{"params": params, "algorithm": "conda"}], update_proj_gap=1, refresh="async")
+optimizer = Conda([{"params": params, "algorithm": "conda"}], update_proj_gap=1, refresh_delay=1)
 for step in range(2):
     for param in params:
         param.grad = torch.randn(4, 4)
@@ -258,7 +257,7 @@ import threading, torch
 from conda_dist import Conda, decomposition
 params = [torch.nn.Parameter(torch.randn(60, 40)) for _ in range(8)]
 optimizer = Conda(
-    [{"params": params, "algorithm": "conda"}], update_proj_gap=2, refresh="async", refresh_delay=1
+    [{"params": params, "algorithm": "conda"}], update_proj_gap=2, refresh_delay=1
 )
 def train():
     threading.main_thread().join()
@@ -274,10 +273,3 @@ threading.Thread(target=train).start()
 def test_training_in_a_thread_that_outlives_the_main_one() -> None:
     ended = subprocess.run([sys.executable, "-c", ELSEWHERE], timeout=60, capture_output=True)
     assert ended.stdout.strip() == b"6", ended.stderr
-
-
-def test_options() -> None:
-    with pytest.raises(ValueError, match="refresh must be one of sync, async; got 'later'"):
-        Conda(toys.parameters(), refresh="later")
-    with pytest.raises(ValueError, match="refresh_delay must be at least 1, got 0"):
-        Conda(toys.parameters(), refresh_delay=0)

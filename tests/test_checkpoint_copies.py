@@ -69,7 +69,7 @@ def test_hooks_of_saving() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: _pickled(pair)])
 def test_copies(copied: Any) -> None:
     """A copy of model and optimizer goes on as they do, and apart from them."""
-    model, optimizer = _trained(max_refresh_failures=7, matmul_dtype=torch.float64)
+    model, optimizer = _trained(buffer_bytes=7, matmul_dtype=torch.float64)
     twin, other = copied((model, optimizer))
     assert other._options == optimizer._options
     models.train(model, optimizer, range(SAVED, LAST))

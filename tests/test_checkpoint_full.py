@@ -110,7 +110,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float64 moments": {"state_dtype": torch.float64},
     "split bases": {"basis_budget": 0},
     "rate in a tensor": {"lr": torch.tensor(1e-2)},
-    "few bytes": {"basis_budget": 500, "bucket_bytes": 1, "refresh_bytes": 1},
+    "few bytes": {"basis_budget": 500, "buffer_bytes": 1},
 }
 
 

@@ -153,7 +153,7 @@ def test_replicas_share_the_refreshes_and_nothing_else() -> None:
 def _in_parts(layout: models.Layout) -> tuple[list[str], list[str]]:
     """What differs where rotations travel one by one, their rows passed on by all ranks."""
     ended = []
-    for beyond, options in ((4, {}), (1, {}), (1, {"bucket_bytes": 1})):
+    for beyond, options in ((4, {}), (1, {}), (1, {"buffer_bytes": 1})):
         with mock.patch.object(transfer, "SPREAD_BEYOND", beyond):
             model, optimizer = models.build(layout, basis_budget=None, **options)
             models.train(model, optimizer, range(8))
@@ -208,7 +208,7 @@ def test_groups_send_each_gradient_once_and_each_update_once() -> None:
 
 def test_buckets_bound_what_is_exchanged_at_once() -> None:
     p, limit = 2, F32 * WIDTH * MLP // 2
-    for _, steady, _ in ranks.run(p, _run, LLAMA, (p,), (Shard(0),), {"bucket_bytes": limit}):
+    for _, steady, _ in ranks.run(p, _run, LLAMA, (p,), (Shard(0),), {"buffer_bytes": limit}):
         assert len(steady) == 2 * len(WIDE)
         assert max(call.sent for call in steady) <= limit
 

@@ -34,8 +34,8 @@ VARIANTS: list[Config] = [
     (2, "fp32", {"zero": {"round_robin_gradients": True, "reduce_bucket_size": 500}}),
     (2, "fp32", {"zero": {"contiguous_gradients": False, "overlap_comm": True}}),
     *((stage, "fp32", {"gradient_accumulation_steps": 2}) for stage in (1, 3)),
-    (2, "fp32", {"params": {"basis_budget": 0, "bucket_bytes": 500}}),
-    (3, "fp32", {"params": {"basis_budget": 0, "refresh_bytes": 500}}),
+    (2, "fp32", {"params": {"basis_budget": 0, "buffer_bytes": 500}}),
+    (3, "fp32", {"params": {"basis_budget": 0, "buffer_bytes": 500}}),
 ]
 PLAIN_LINEAR: dict[str, Any] = {"zero": {"memory_efficient_linear": False}}
 """Stage 3's own linear layers round otherwise."""

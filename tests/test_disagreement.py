@@ -87,8 +87,7 @@ DIFFERENCES: dict[str, tuple[Callable[[Named], list[dict[str, Any]]], dict[str, 
     "shape": (lambda n: [_group(_of_shape(n))], {}),
     "placement": (lambda n: [_group(_of_placement(n))], {}),
     "basis placement": (lambda n: [_group(n)], {"basis_budget": 0}),
-    "buckets": (lambda n: [_group(n)], {"bucket_bytes": 1}),
-    "patience": (lambda n: [_group(n)], {"max_refresh_failures": 9}),
+    "buckets": (lambda n: [_group(n)], {"buffer_bytes": 1}),
     "state dtype": (lambda n: [_group(n)], {"state_dtype": torch.float64}),
 }
 """What the last rank does otherwise than the others."""

@@ -215,6 +215,6 @@ def test_steps_follow_one_process(world: int, alone: dict[str, Tensor]) -> None:
     start = {name: _start(name) for name in SHAPES}
     for kind in ("even", "ceil", "last", "lopsided") if world > 1 else ("even",):
         for budget in (None, 0):
-            options = Options(basis_budget=budget, bucket_bytes=256, refresh_bytes=512)
+            options = Options(basis_budget=budget, buffer_bytes=256)
             for ended in ranks.run(world, _flat_run, kind, options, timeout=60):
                 assert models.farthest(ended, alone, start) < 1e-4, (kind, budget)

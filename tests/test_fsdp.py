@@ -113,7 +113,7 @@ def _fsdp(mesh_shape: tuple[int, ...], options: dict[str, Any]) -> dict[str, Ten
         ((1,), {}),
         ((2,), {}),
         ((2,), {"columns": True}),
-        ((2,), {"basis_budget": 0, "bucket_bytes": 4000, "refresh_bytes": 4000}),
+        ((2,), {"basis_budget": 0, "buffer_bytes": 4000}),
         ((3,), {}),
         ((4,), {"basis_budget": 0}),
         ((2, 2), {}),

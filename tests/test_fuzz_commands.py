@@ -20,7 +20,7 @@ from conda_dist.launch.job import options
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.files import EXIT_CONFIG
 from conda_dist.launch.tools import benchmark_process
-from conda_dist.optimizer import ARGUMENTS
+from conda_dist.options import OPTIONS
 from fuzz import examples
 
 # Anything TOML can say
@@ -284,7 +284,7 @@ JSON = st.recursive(
     ),
     max_leaves=4,
 )
-NAMES = [*ARGUMENTS, *arguments.PATTERNS, arguments.SPLITS]
+NAMES = [*OPTIONS, *arguments.PATTERNS, arguments.SPLITS]
 
 
 @given(st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=6), JSON, max_size=3))

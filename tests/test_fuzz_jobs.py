@@ -34,7 +34,6 @@ NOT_DRAWN = (
     "tokenizer.",
     "deepspeed.",
     "metrics.tensorboard",
-    "optimizer.conda.compile",
     "training.compile",
     "training.stall_timeout_s",
 )
@@ -46,6 +45,9 @@ def _values(key: options.Declared) -> st.SearchStrategy[Any]:
     if key.name in SMALL:
         return SMALL[key.name]
     kind = key.type
+    names = next((k for k in (kind, *get_args(kind)) if get_origin(k) is Literal), None)
+    if names is not None and names is not kind:
+        return st.sampled_from((*get_args(names), "none"))
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     if kind is bool:

@@ -150,9 +150,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"state_dtype": torch.float64},
     {"basis_dtype": torch.bfloat16},
     {"basis_budget": 0},
-    {"refresh": "async"},
+    {"refresh_delay": 20},
     {"refresh_method": "eigh64"},
-    {"bucket_bytes": 1},
+    {"buffer_bytes": 1},
     {"update_proj_gap": 7},
 ]
 

@@ -38,7 +38,7 @@ LAYOUTS: list[tuple[tuple[int, ...], tuple[Placement, ...]]] = [
 OPTIONS: list[dict[str, object]] = [
     {},
     {"basis_budget": 0},
-    {"basis_budget": 0, "bucket_bytes": 1, "refresh_bytes": 1},
+    {"basis_budget": 0, "buffer_bytes": 1},
 ]
 
 

@@ -120,7 +120,7 @@ def test_uneven_ranks_clip_and_accumulate_alike(config: Path, tmp_path: Path) ->
     [
         ("--optimizer.name", "adamw"),
         ("--model.architecture", "gpt2", "--model.tie_word_embeddings", "true"),
-        ("--training.activation_checkpointing", "true", "--optimizer.compile", "true"),
+        ("--training.activation_checkpointing", "true"),
     ],
 )
 def test_variants_follow_fsdp2(config: Path, tmp_path: Path, arguments: tuple[Any, ...]) -> None:

@@ -216,9 +216,9 @@ def test_data_that_cannot_be_read(scene: Scene) -> None:
     assert outcome.said.count(said) == 2
 
 
-@pytest.mark.parametrize("refresh", ["sync", "async"])
-def test_a_decomposition_that_raises(scene: Scene, refresh: str) -> None:
-    outcome = faults.decomposition_raises(scene, refresh)
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_decomposition_that_raises(scene: Scene, delay: int) -> None:
+    outcome = faults.decomposition_raises(scene, delay)
     assert_lost(outcome, INTERVAL)
     assert len(re.findall(r"RuntimeError: .*rank 1.*MemoryError: no room", outcome.said)) == 2
 

@@ -41,6 +41,8 @@ def test_defaults_file_and_command_line_in_that_order(tmp_path: Path) -> None:
         ("training.steps", "1_000", 1000),
         ("schedule.min_lr", "1e-5", 1e-5),
         ("schedule.min_lr", "none", None),
+        ("optimizer.conda.basis_budget", "none", None),
+        ("optimizer.conda.matmul_dtype", "tf32", "tf32"),
         ("optimizer.conda.betas", "0.8,0.9", (0.8, 0.9)),
         ("optimizer.conda.betas", "[0.8, 0.9]", (0.8, 0.9)),
         ("data.path", "a.txt", ("a.txt",)),
@@ -102,6 +104,13 @@ def test_refusals_on_the_command_line(arguments: list[str], words: list[str]) ->
     [
         ("[training]\nstep = 5", ["config.toml", "Did you mean 'training.steps'"]),
         ("[trainig]\nsteps = 5", ["Did you mean 'training.steps'"]),
+        (
+            "[optimizer.conda]\nrefresh = 'async'\nbucket_bytes = 5\nlr = 1.0",
+            [
+                "'optimizer.conda.refresh'. Did you mean 'optimizer.conda.refresh_",
+                "'optimizer.conda.bucket_bytes'. Did you mean 'optimizer.conda.buffer_bytes'",
+            ],
+        ),
         ("[training]\nsteps = true", ["training.steps = True", "a whole number"]),
         ("[training]\nsteps = '5'", ["a whole number"]),
         ("[training]\ncompile = 1", ["true or false"]),
@@ -164,6 +173,8 @@ def _values(kind: Any) -> st.SearchStrategy[Any]:
     if origin is tuple:
         size = None if kinds[-1] is ... else len(kinds)
         return st.lists(_values(kinds[0]), min_size=size or 0, max_size=size or 3)
+    if type(None) in kinds:
+        return st.none() | st.just("none") | _values(kinds[0])
     if kinds and isinstance(kinds[0], str):
         return st.sampled_from(kinds)
     return st.none() | _values(kinds[0])

@@ -109,7 +109,7 @@ def test_traffic_is_what_the_report_says(name: str) -> None:
 
 def _measure_async(name: str) -> tuple[list[Call], int, int]:
     """Traffic of a step that launches refreshes and of the next, which takes the bases."""
-    optimizer = _optimizer(name, refresh="async", refresh_delay=1)
+    optimizer = _optimizer(name, refresh_delay=1)
     report = optimizer.report(show=False)
     for _ in range(2):
         optimizer.step()

@@ -35,7 +35,7 @@ def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any])
         params.append(nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)])))
         params[-1].grad = distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
     group = {"params": params, "algorithm": "conda"}
-    optimizer = Conda([group], update_proj_gap=gap, bucket_bytes=BUCKET, **options)
+    optimizer = Conda([group], update_proj_gap=gap, buffer_bytes=BUCKET, **options)
     optimizer.step()
     peak = peak_bytes(optimizer.step)
     assert peak is not None
@@ -46,11 +46,7 @@ def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any])
 @pytest.mark.parametrize("budget", [None, 0], ids=["all ranks", "groups"])
 @pytest.mark.parametrize("shape", [(1536, 192), (192, 1536), (384, 384)], ids=str)
 def test_a_step_holds_two_buckets(shape: tuple[int, int], budget: int | None, gap: int) -> None:
-    options = {
-        "basis_budget": budget,
-        "refresh_method": "orthogonal_iteration",
-        "refresh_bytes": BUCKET,
-    }
+    options = {"basis_budget": budget, "refresh_method": "orthogonal_iteration"}
     few, many = (max(ranks.run(2, _peak, shape, n, gap, options)) for n in (16, 40))
     print(few, many)
     assert few <= 2

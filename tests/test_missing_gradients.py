@@ -72,7 +72,7 @@ EXCHANGED: list[tuple[Layout, dict[str, Any], Missing]] = [
     (("fsdp", (3,)), {}, {4: (*WIDE, *TALL)}),
     (("fsdp", (3,)), GROUPS, {4: TALL}),
     (("fsdp", (2,)), {**GROUPS, **ASYNC}, {4: ("weight",)}),
-    (("fsdp", (2,)), {"bucket_bytes": 1}, {4: WIDE}),
+    (("fsdp", (2,)), {"buffer_bytes": 1}, {4: WIDE}),
     (("grid", (2, 2)), {}, {4: ("blocks.0.q.weight",)}),
 ]
 

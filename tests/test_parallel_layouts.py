@@ -82,7 +82,7 @@ def far(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs)
 
 
-@pytest.mark.parametrize("options", [{}, {"basis_budget": 0, "bucket_bytes": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"basis_budget": 0, "buffer_bytes": 1}], ids=str)
 @pytest.mark.parametrize(
     ("layout", "shapes"),
     [*((at, MATRICES) for at in DENSE), *((at, EXPERTS) for at in BATCHES)],

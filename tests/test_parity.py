@@ -317,7 +317,7 @@ def test_a_step_needs_memory_for_one_weight_at_a_time(shape: tuple[int, ...], ga
     for count in (2, 16):
         params = toys.parameters(*[shape] * count)
         # One matrix a task: what a refresh may hold is an option.
-        optimizer = _conda(*params, update_proj_gap=gap, refresh_bytes=1)
+        optimizer = _conda(*params, update_proj_gap=gap, buffer_bytes=1)
         toys.take(optimizer, params, toys.gradients(params, 2))
         peaks[count] = toys.peak(optimizer.step)
     assert peaks[2] > 0

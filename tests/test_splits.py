@@ -136,7 +136,7 @@ def _on(layout: Layout, options: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"basis_budget": 0, "bucket_bytes": 1}], ids=["", "sharded bases"]
+    "options", [{}, {"basis_budget": 0, "buffer_bytes": 1}], ids=["", "sharded bases"]
 )
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_layouts(layout: Layout, options: dict[str, Any], separate: dict[str, Tensor]) -> None:

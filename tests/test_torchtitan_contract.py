@@ -41,7 +41,10 @@ def test_wrong_option_is_refused(options: list[str], said: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ('{"state_dtype": "float16"}', "state_dtype must be one of float32, bfloat16"),
+        (
+            '{"state_dtype": "float16"}',
+            "state_dtype must be one of float64, float32, bfloat16",
+        ),
         ('{"betas": 0.9}', "betas must be a pair"),
         ('{"name": "stock"}', "Conda has no option 'name'"),
         ('{"splits": "*.w1.weight=2"}', "splits must be a list"),

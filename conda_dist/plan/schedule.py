@@ -214,8 +214,7 @@ def plan_step(
     due: Which,
     ready: Which,
     coordinates: Mapping[Topology, Coordinate],
-    task_limit: int,
-    refresh_limit: int,
+    limit: int,
     dtypes: Sequence[Hashable] = (),
 ) -> tuple[Task, ...]:
     """Plans a step.
@@ -225,19 +224,16 @@ def plan_step(
         due: for each weight that steps the matrices of its batch to be decomposed.
         ready: the matrices that take bases whose decompositions were started before.
         coordinates: of the rank for which boxes are computed, on each mesh.
-        task_limit: most bytes that a task holds on a rank.
-        refresh_limit: most bytes that one with a refresh holds.
+        limit: most bytes that a task holds on a rank.
         dtypes: for each plan what its gradient travels in; () where all travel alike.
     """
     taking = {i: (*which, *ready.get(i, ())) for i, which in due.items()}
     steady = fill_tasks(
-        plans, (i for i, which in taking.items() if not which), task_limit, refreshing=False
+        plans, (i for i, which in taking.items() if not which), limit, refreshing=False
     )
     # Those without exchanges in between: others' gradients are on their way meanwhile.
     steady.sort(key=lambda task: plans[task[0]].communicates)
-    fresh = fill_tasks(
-        plans, (i for i, which in taking.items() if which), refresh_limit, refreshing=True
-    )
+    fresh = fill_tasks(plans, (i for i, which in taking.items() if which), limit, refreshing=True)
     return tuple(
         plan_task(
             plans,
@@ -245,7 +241,7 @@ def plan_step(
             [taking[i] for i in weights],
             coordinates[plans[weights[0]].topology],
             [ready.get(i, ()) for i in weights],
-            task_limit,
+            limit,
             dtypes,
         )
         for weights in (*steady, *fresh)

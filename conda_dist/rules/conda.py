@@ -32,7 +32,7 @@ class CondaRule(RefreshedRule):
     def __init__(self, options: Options) -> None:
         self.options = options
         self.second_key = second_key(options)
-        self.is_async = options.refresh == "async"
+        self.is_async = options.is_async
         self.counts = ("basis_step", *(("snapshot_step",) if self.is_async else ()))
 
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
@@ -49,7 +49,7 @@ class CondaRule(RefreshedRule):
 
     def travel(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """See Rule. Both are rounded to the products' dtype anyway."""
-        product = self.options.matmul_dtype or basis_dtype(dtype, self.options)
+        product = self.options.product_dtype or basis_dtype(dtype, self.options)
         travel = min(dtype, product, key=lambda dtype: dtype.itemsize)
         return travel, travel
 
@@ -63,7 +63,7 @@ class CondaRule(RefreshedRule):
         """See RefreshedRule."""
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if buffers is None else buffers.take(0, grad, dtype)
-        return maths.project(grad, basis, right, self.options.matmul_dtype, out)
+        return maths.project(grad, basis, right, self.options.product_dtype, out)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
@@ -71,7 +71,7 @@ class CondaRule(RefreshedRule):
         """See RefreshedRule."""
         rounding = maths.rounding_of(momentum, step - 1, self.options.stochastic_rounding)
         beta1 = float(group["betas"][0])
-        maths.average_(momentum, projected, beta1, rounding, self.options.compile)
+        maths.average_(momentum, projected, beta1, rounding)
 
     def refresh(self, momentum: Tensor, right: bool, first: bool) -> tuple[Outcome, Tensor | None]:
         """See RefreshedRule. The rotation leads to the momentum's singular vectors."""
@@ -80,7 +80,7 @@ class CondaRule(RefreshedRule):
 
     def update(self, part: Part) -> Tensor | None:
         """See Rule."""
-        hyper, right, dtype = hyper_of(part.group), part.right, self.options.matmul_dtype
+        hyper, right, dtype = hyper_of(part.group), part.right, self.options.product_dtype
         basis, param = part.states["basis"], part.param
         y = self._normalise(part, basis, hyper)
         if param is not None and {y.dtype, basis.dtype, dtype or param.dtype} == {param.dtype}:
@@ -96,7 +96,7 @@ class CondaRule(RefreshedRule):
         projected = part.grad
         if not part.averaged:
             projected = part.grad = self.project(part.grad, basis, part.right, part.buffers)
-            if not self.options.compile and maths.can_fuse(projected, first, second):
+            if maths.can_fuse(projected, first, second):
                 buffers, out = part.buffers, None
                 if buffers is not None:
                     out = buffers.take(1, projected, projected.dtype)
@@ -105,8 +105,7 @@ class CondaRule(RefreshedRule):
             maths.check_alike(part.name, {"gradient": projected, **moments})
             self.average(first, projected, part.group, part.step)
         rounding = maths.rounding_of(second, part.step, self.options.stochastic_rounding)
-        compile = self.options.compile
-        return maths.normalise_(projected, first, second, hyper, rounding, compile)
+        return maths.normalise_(projected, first, second, hyper, rounding)
 
     def apply(
         self,

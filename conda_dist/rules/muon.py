@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist.groups import LARGEST, check_number
 from conda_dist.maths import matrices
+from conda_dist.options import LARGEST, check_number
 from conda_dist.rules.rule import Part, Rule, State
 
 ADJUSTMENTS = ("original", "match_rms_adamw", "spectral_unclamped")
@@ -101,15 +101,15 @@ class MuonRule(Rule):
 
     def check(self, values: Mapping[str, Any], where: str) -> None:
         """See Rule."""
-        check_number("momentum", values.get("momentum", 0.0), where, below=1.0)
-        check_number("adamw_eps", values.get("adamw_eps", 0.0), where)
+        check_number(f"{where}momentum", values.get("momentum", 0.0), below=1.0)
+        check_number(f"{where}adamw_eps", values.get("adamw_eps", 0.0))
         if not isinstance(nesterov := values.get("nesterov", True), bool):
             raise TypeError(f"{where}nesterov must be a bool, got {nesterov!r}")
         coefficients = values.get("ns_coefficients", (1, 1, 1))
         if not isinstance(coefficients, tuple | list) or len(coefficients) != 3:
             raise TypeError(f"{where}ns_coefficients must be three numbers, got {coefficients!r}")
         for i, number in enumerate(coefficients):
-            check_number(f"ns_coefficients[{i}]", number, where, least=-LARGEST)
+            check_number(f"{where}ns_coefficients[{i}]", number, least=-LARGEST)
         steps = values.get("ns_steps", 1)
         if not isinstance(steps, int) or isinstance(steps, bool):
             raise TypeError(f"{where}ns_steps must be an int, got {steps!r}")

@@ -52,8 +52,8 @@ class Background:
 
         Args:
             key: what it is of.
-            momentum: the whole projected momentum, or the parts of its Gram matrix, which must not
-                change before the result is taken; None where another rank decomposes it.
+            momentum: the whole projected momentum, which must not change before the result is
+                taken; None where another rank decomposes it.
             find: decomposes it.
         """
         self._started[key] = None

@@ -19,7 +19,7 @@ from conda_dist.exchange import Exchange, Mesh, all_max, all_texts
 from conda_dist.maths import matrices
 from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
 from conda_dist.runtime.background import Background
-from conda_dist.runtime.weight import NO_BASIS, Weight
+from conda_dist.runtime.weight import MAX_FAILURES, NO_BASIS, Weight
 from conda_dist.transfer import Hop
 
 
@@ -237,8 +237,7 @@ def _record(
     said = "\n".join(filter(None, complaints))
     if said and not any(weights[0].mesh.coordinate):
         warnings.warn(said, RuntimeWarning, stacklevel=2)
-    limit = weights[0].options.max_refresh_failures
-    if any(count >= limit for weight in weights for count in weight.failures.values()):
+    if any(count >= MAX_FAILURES for weight in weights for count in weight.failures.values()):
         raise RuntimeError(said)
     for matrix, outcome in zip(taking, outcomes, strict=True):
         if outcome <= Outcome.ZERO:

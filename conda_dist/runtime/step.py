@@ -5,12 +5,14 @@ one before on their way back.
 """
 
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from conda_dist import storage
+from conda_dist.ambience import tf32_products
 from conda_dist.exchange import Exchange
 from conda_dist.options import Options
 from conda_dist.plan.schedule import (
@@ -65,6 +67,7 @@ class CondaPath:
         # Their exchanges are the same whether there is a gradient or not.
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
+        self._products = tf32_products if options.tf32 else nullcontext
 
     def step(self, grads: Grads) -> None:
         """Takes one step.
@@ -94,21 +97,21 @@ class CondaPath:
             if grad is not None or self._exchanged[i]
         }
         ready: Which = {}
-        if self.options.refresh == "async":
+        if self.options.is_async:
             # Restart the refreshes that were pending in a loaded checkpoint.
             self._start({i: w.pending() for i, w in enumerate(self.weights)})
             ready = {i: which for i in there if (which := self.weights[i].ready())}
         key = tuple(due.items()), tuple(ready.items())
         tasks = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
         self._run(tasks, grads)
-        if self.options.refresh == "async":
+        if self.options.is_async:
             self._start({i: self.weights[i].start() for i in there})
 
     def plan_step(self, due: Which, ready: Which) -> tuple[Task, ...]:
         """The tasks of a step; see :func:`conda_dist.plan.schedule.plan_step`."""
-        limits = self.options.bucket_limit, self.options.refresh_limit
         dtypes = [weight.travel_dtype for weight in self.weights]
-        return plan_step(self._plans, due, ready, self._coordinates, *limits, dtypes)
+        limit = self.options.task_bytes
+        return plan_step(self._plans, due, ready, self._coordinates, limit, dtypes)
 
     def _start(self, pending: Which) -> None:
         """Has those of these matrices decomposed in the background that are not there already."""
@@ -128,7 +131,7 @@ class CondaPath:
                 [due[i] for i in weights],
                 self._coordinates[self._plans[weights[0]].topology],
             )
-            for weights in fill_tasks(self._plans, due, self.options.refresh_limit, refreshing=True)
+            for weights in fill_tasks(self._plans, due, self.options.task_bytes, refreshing=True)
         ]
 
     def _run(self, tasks: Sequence[Task], grads: Grads) -> None:
@@ -153,7 +156,8 @@ class CondaPath:
                 coming = self._forward(tasks[k + 1], grads) if k + 1 < len(tasks) else None
             else:
                 coming = self._forward(tasks[k + 1], grads) if k + 1 < len(tasks) else None
-                updates = self._updates(task, tensors, bases, scratch, missing)
+                with self._products():
+                    updates = self._updates(task, tensors, bases, scratch, missing)
             if going is not None:
                 self._apply(*going)
             going = task, self._backward(task, updates), missing
@@ -190,15 +194,18 @@ class CondaPath:
         """The updates of weights that take new bases; ``begun``: see :func:`refresh`."""
         weights = [self.weights[i] for i in task.weights]
         projected = []
-        for weight, basis in zip(weights, bases, strict=True):
-            projected.append(weight.project(grads.pop(0), basis))
-            if weight.computes:
-                weight.average(weight.moments[0], projected[-1])
+        with self._products():
+            for weight, basis in zip(weights, bases, strict=True):
+                projected.append(weight.project(grads.pop(0), basis))
+                if weight.computes:
+                    weight.average(weight.moments[0], projected[-1])
         counts = refresh(task, weights, bases, projected, self._background, begun)
-        return [
-            weight.advance(basis, grad, averaged=True) if counted else weight.nothing(grad)
-            for weight, basis, grad, counted in zip(weights, bases, projected, counts, strict=True)
-        ]
+        parts = zip(weights, bases, projected, counts, strict=True)
+        with self._products():
+            return [
+                weight.advance(basis, grad, averaged=True) if counted else weight.nothing(grad)
+                for weight, basis, grad, counted in parts
+            ]
 
     def _forward(self, task: Task, grads: Grads) -> Exchange:
         """Starts gradients to the compute layout, and split bases to every rank."""

@@ -22,11 +22,12 @@ NO_BASIS = -1.0
 """The ``basis_step`` of a matrix that still has the identity for a basis, and the
 ``snapshot_step`` of one that has no refresh pending."""
 
+MAX_FAILURES = 3
+"""All ranks raise when so many refreshes of one matrix have failed in a row."""
 
 CORRECTED_EVERY = 16
-"""Refreshes by orthogonal iteration from one in which the basis is made orthonormal again to the
-next. In between it drifts by less than 5e-6 in float32, measured for r from 16 to 1024, and the two
-products are saved in a refresh that is due every few steps."""
+"""Every so many refreshes by orthogonal iteration make the basis orthonormal again. In between it
+drifts by less than 5e-6 in float32, measured for r from 16 to 1024."""
 
 
 def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
@@ -118,7 +119,7 @@ class Weight:
     @property
     def is_async(self) -> bool:
         """Whether its refreshes, after the first, are decomposed in the background."""
-        return self.rule.refreshes and self.options.refresh == "async"
+        return self.rule.refreshes and self.options.is_async
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves alone what is there."""
@@ -445,6 +446,5 @@ class Weight:
         return (
             f"{self.plan.name}{which}: the basis could not be refreshed at step {self.step}, "
             f"because {CAUSES[outcome]}. The old basis is kept. Failure "
-            f"{self.failures[matrix]} in a row; {self.options.max_refresh_failures} "
-            "(max_refresh_failures) end the run."
+            f"{self.failures[matrix]} in a row; the run ends at {MAX_FAILURES}."
         )

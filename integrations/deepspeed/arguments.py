@@ -2,14 +2,13 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from conda_dist.groups import check_hyperparameters
-from conda_dist.optimizer import ARGUMENTS
-from conda_dist.options import DTYPES, OF_DTYPES, Options
+from conda_dist.options import GROUP_OPTIONS, OPTIONS, Options
 from conda_dist.routing import Division, clean_name, split
 
 PATTERNS = ("conda_params", "adamw_params")
@@ -86,16 +85,11 @@ def parse(given: Mapping[str, Any], where: str = "") -> Arguments:
 
 
 def _parse(given: Mapping[str, Any]) -> Arguments:
-    _refuse_keys(given, [*ARGUMENTS, *PATTERNS, SPLITS])
-    values = {**ARGUMENTS, **given}
-    names = [f.name for f in fields(Options)]
-    defaults = {
-        k: v for k, v in values.items() if k not in (*names, *PATTERNS, SPLITS, "proj_type")
-    }
-    check_hyperparameters({**defaults, "proj_type": values["proj_type"]})
-    options = {name: values[name] for name in names}
-    for name in OF_DTYPES:
-        options[name] = _dtype(name, options[name])
+    _refuse_keys(given, [*OPTIONS, *PATTERNS, SPLITS])
+    defaults = {name: given.get(name, option.default) for name, option in GROUP_OPTIONS.items()}
+    check_hyperparameters(defaults)
+    own = OPTIONS.keys() - GROUP_OPTIONS.keys()
+    options = Options(**{name: value for name, value in given.items() if name in own})
     _refuse(options)
     if isinstance(defaults["lr"], torch.Tensor):
         raise TypeError("lr must be a number: DeepSpeed's schedulers set it anew")
@@ -104,7 +98,7 @@ def _parse(given: Mapping[str, Any]) -> Arguments:
     splits = given.get(SPLITS) or {}
     if not isinstance(splits, Mapping):
         raise TypeError(f"splits must be a dict of patterns and rows, got {splits!r}")
-    return Arguments(defaults, Options(**options), conda, adamw, splits)
+    return Arguments(defaults, options, conda, adamw, splits)
 
 
 def _refuse_keys(given: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -119,11 +113,7 @@ def _refuse_keys(given: Mapping[str, Any], known: Sequence[str]) -> None:
         lost = not all(describe(key, known) for key in unknown)
         takes = f" It takes {', '.join(known)}." if lost else ""
         raise ValueError(f"Conda has no param {said}.{takes}")
-    auto = [
-        key
-        for key, value in given.items()
-        if key != "basis_placement" and (value == "auto" or value == ["auto", "auto"])
-    ]
+    auto = [key for key, value in given.items() if value == "auto" or value == ["auto", "auto"]]
     if auto:
         raise ValueError(
             f'"auto" is the value of {", ".join(auto)}, and nobody has replaced it: Hugging Face\'s'
@@ -171,27 +161,19 @@ def cut(
     return {id(weight): rows or () for rows, weights in by_rows for _, weight in weights}
 
 
-def _refuse(options: Mapping[str, Any]) -> None:
+def _refuse(options: Options) -> None:
     """Refuses what is sound elsewhere, but not on partitions that the engine steps one by one."""
-    if options["refresh"] == "async":
+    if options.refresh_delay:
         raise ValueError(
-            'refresh "async" is not supported under DeepSpeed, whose universal checkpoints would '
-            'lose what is pending; use "sync"'
+            f"refresh_delay {options.refresh_delay} is not supported under DeepSpeed, whose "
+            "universal checkpoints would lose the pending refreshes: leave it out"
         )
     for name, neutral in (("second_moment_dtype", None), ("stochastic_rounding", False)):
-        if options[name] != neutral:
+        if getattr(options, name) != neutral:
             raise ValueError(
                 f"{name} is not supported under DeepSpeed, whose partitions have both moments in "
                 "one dtype, rounded to nearest: leave it out (state_dtype sets both)"
             )
-
-
-def _dtype(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
-        return value  # Options has an opinion on it
-    if value not in DTYPES:
-        raise ValueError(f"{name} must be one of {', '.join(DTYPES)} or null; got {value!r}")
-    return DTYPES[value]
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

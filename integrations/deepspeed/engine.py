@@ -15,8 +15,8 @@ from torch import Tensor
 from conda_dist.integrations.deepspeed.arguments import PATTERNS, SPLITS, describe
 from conda_dist.kinds import Kind, kinds
 from conda_dist.matrix_optimizer import MatrixOptimizer
-from conda_dist.optimizer import ARGUMENTS
 from conda_dist.optimizer import Conda as PlainConda
+from conda_dist.options import OPTIONS
 from conda_dist.replaced import DEEPSPEED
 
 _engine: ContextVar[Any] = ContextVar("engine that configures its optimizer", default=None)
@@ -175,7 +175,7 @@ def _refuse_section(engine: Any) -> None:
             )
         return
     if section:
-        known = [*ARGUMENTS, *PATTERNS, SPLITS]
+        known = [*OPTIONS, *PATTERNS, SPLITS]
         names = ", ".join(
             f"{key!r}{' (put it into params)' if key in known else describe(key, ())}"
             for key in section

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,10 +16,22 @@ from torchtitan.models.common import FusedQKVLinear
 from torchtitan.tools.logging import logger
 
 from conda_dist.exchange import Mesh, agree, all_max
-from conda_dist.optimizer import ARGUMENTS, Conda
-from conda_dist.options import DTYPES, OF_DTYPES
+from conda_dist.optimizer import Conda
+from conda_dist.options import OPTIONS
 from conda_dist.report import as_text
 from conda_dist.routing import ADAMW, clean_name, divide, nothing_to_project, split
+
+_CondaOptions: Any = make_dataclass(
+    "_CondaOptions",
+    [
+        (name, Annotated[option.config_type, tyro.conf.arg(help=option.help)], option.default)
+        for name, option in OPTIONS.items()
+    ],
+    bases=(OptimizersContainer.Config,),
+    kw_only=True,
+    slots=True,
+)
+"""torchtitan's optimizer config, and a field for each of Conda's options."""
 
 
 class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
@@ -35,8 +47,8 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(OptimizersContainer.Config):  # type: ignore[misc]
-        """torchtitan's optimizer config with Conda's arguments beside it.
+    class Config(_CondaOptions):  # type: ignore[misc]
+        """torchtitan's optimizer config with Conda's options beside it.
 
         ``param_groups`` and ``optimizer_factory_kwargs_by_name`` are for torchtitan's own
         optimizers, and an error if they are changed for Conda. ``implementation`` makes no
@@ -46,28 +58,6 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
 
         name: Literal["stock", "conda"] = "stock"
         """"conda", or "stock" for the optimizers that the config's param_groups name."""
-
-        lr: float = 1e-2
-        betas: tuple[float, float] = (0.9, 0.99)
-        eps: float = 1e-8
-        weight_decay: float = 0.0
-        scale: float = 0.25
-        adamw_scale: float = 1.0
-        update_proj_gap: int = 2000
-        correct_bias: bool = True
-        state_dtype: Literal["float32", "bfloat16"] | None = None
-        matmul_dtype: Literal["float32", "bfloat16"] | None = None
-        basis_dtype: Literal["float32", "bfloat16"] | None = None
-        basis_budget: int | None = 4 * 2**30
-        bucket_bytes: int = 64 * 2**20
-        refresh_bytes: int = 512 * 2**20
-        max_refresh_failures: int = 3
-        refresh_method: Literal["svd", "orthogonal_iteration", "eigh64"] = "svd"
-        refresh: Literal["sync", "async"] = "sync"
-        refresh_delay: int = 20
-        second_moment_dtype: Literal["float32", "bfloat16", "uint8"] | None = None
-        stochastic_rounding: bool = False
-        compile: bool = False
 
         conda_params: list[str] = field(default_factory=list)
         """Patterns (as of fnmatch) of parameters to project whatever their names say."""
@@ -137,9 +127,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
             factory: Callable[..., torch.optim.Optimizer] = super()._resolve_optimizer_factory(name)
             return factory
         config = self._config
-        options = {name: getattr(config, name) for name in ARGUMENTS if name != "proj_type"}
-        for name in OF_DTYPES:
-            options[name] = DTYPES.get(options[name])
+        options = {name: getattr(config, name) for name in OPTIONS}
         return lambda groups: Conda(groups, **options)
 
 
@@ -254,7 +242,7 @@ def _check_unread(config: CondaOptimizersContainer.Config) -> None:
             continue
         option, value = changed[0].replace("_", "-"), ours.get(changed[0])
         own = changed[0].rpartition(".")[2]
-        instead = f"Give --optimizer.{own} (or {own!r} to the override). " * (own in ARGUMENTS)
+        instead = f"Give --optimizer.{own} (or {own!r} to the override). " * (own in OPTIONS)
         raise ValueError(
             f"--optimizer.{option} ({value!r}) is an option of torchtitan's own optimizers and "
             f"would be read by nobody with Conda. {instead}Leave it out, or leave Conda out."

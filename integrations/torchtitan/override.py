@@ -10,7 +10,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.config.override import override
 
 from conda_dist.integrations.torchtitan.container import CondaOptimizersContainer, conda_config
-from conda_dist.options import DTYPES, OF_DTYPES
+from conda_dist.options import OPTIONS
 
 
 @override(target=OptimizersContainer.Config, description="Conda (arXiv 2509.24218)")  # type: ignore[untyped-decorator]
@@ -22,7 +22,9 @@ def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
         options: fields of :class:`CondaOptimizersContainer.Config`, such as ``lr``.
 
     Raises:
-        ValueError: there is no such field, or the config's optimizer cannot be replaced.
+        TypeError: a value has the wrong type.
+        ValueError: there is no such field, a value is out of range, or the optimizer of the config
+            cannot be replaced.
     """
     known = (f.name for f in fields(CondaOptimizersContainer.Config))
     names = [name for name in known if name not in ("name", "_stock")]
@@ -35,11 +37,9 @@ def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
     for option in ("conda_params", "adamw_params", "splits"):
         if not isinstance(options.get(option, []), list):
             raise ValueError(f"{option} must be a list, got {options[option]!r}")
-    for option in OF_DTYPES:
-        if options.get(option) not in (None, *DTYPES):
-            raise ValueError(
-                f"{option} must be one of {', '.join(DTYPES)}; got {options[option]!r}"
-            )
+    for option, value in options.items():
+        if option in OPTIONS:
+            OPTIONS[option].check(value)
     return conda_config(config, _before(), name="conda", **options)
 
 

@@ -7,8 +7,10 @@ cannot drift apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, Literal
+
+from conda_dist.options import OPTIONS, Option
 
 OptimizerName = Literal["conda", "adamw", "muon"]
 
@@ -108,56 +110,26 @@ class DataConfig:
     ] = ""
 
 
-@dataclass(frozen=True, slots=True)
-class CondaConfig:
-    """Conda's own keys; the defaults are the paper's for LLaMA (arXiv 2509.24218)."""
+def _key(option: Option) -> Key:
+    """An option of Conda as a key of the job, which refuses a rate of zero and very large ones."""
+    positive = option.name in ("lr", "eps", "scale")
+    most = _LARGE if option.type is float else None
+    least = None if positive else option.least
+    return Key(option.help, ge=least, gt=0 if positive else None, le=most, lt=option.below)
 
-    lr: Annotated[float, Key("peak learning rate", gt=0, le=_LARGE)] = 1e-2
-    betas: Annotated[tuple[float, float], Key("decay of the two moments", ge=0, lt=1)] = (0.9, 0.99)
-    eps: Annotated[float, Key("added to the square root of the second moment", gt=0, le=_LARGE)] = (
-        1e-8
-    )
-    weight_decay: Annotated[float, Key("decoupled weight decay", ge=0, le=_LARGE)] = 0.0
-    scale: Annotated[float, Key("multiplies the projected update", gt=0, le=_LARGE)] = 0.25
-    adamw_scale: Annotated[
-        float, Key("multiplies the update of embeddings, head, norms", ge=0, le=_LARGE)
-    ] = 1.0
-    update_proj_gap: Annotated[int, Key("steps between refreshes of the bases", ge=1)] = 2000
-    correct_bias: Annotated[bool, Key("divide by 1 - beta^t as Adam does")] = True
-    refresh_method: Annotated[
-        Literal["svd", "orthogonal_iteration", "eigh64"], Key("how bases are refreshed")
-    ] = "svd"
-    refresh: Annotated[
-        Literal["sync", "async"], Key("whether steps wait for refreshes, or go on meanwhile")
-    ] = "sync"
-    refresh_delay: Annotated[
-        int, Key("steps from the start of an asynchronous refresh to its bases", ge=1)
-    ] = 20
-    matmul_dtype: Annotated[
-        Literal["", "bfloat16", "float32"],
-        Key("type of the projections' products (default: the bases')"),
-    ] = ""
-    basis_dtype: Annotated[
-        Literal["", "bfloat16", "float32"], Key("type of the bases (default: float32)")
-    ] = ""
-    basis_budget: Annotated[
-        int,
-        Key("bytes of a rank for bases that all ranks keep; weights beyond go to groups", ge=0),
-    ] = 4 * 2**30
-    bucket_bytes: Annotated[int, Key("half of the bytes a step may hold for a moment", ge=1)] = (
-        64 * 2**20
-    )
-    refresh_bytes: Annotated[int, Key("the same of a refresh", ge=1)] = 512 * 2**20
-    state_dtype: Annotated[
-        Literal["", "bfloat16", "float32"], Key("type of the moments (default: float32)")
-    ] = ""
-    second_moment_dtype: Annotated[
-        Literal["", "uint8", "bfloat16", "float32"], Key("the same of the second moments alone")
-    ] = ""
-    stochastic_rounding: Annotated[
-        bool, Key("round bfloat16 moments up or down in proportion, not to nearest")
-    ] = False
-    compile: Annotated[bool, Key("elementwise work in kernels made by torch.compile")] = False
+
+_CondaOptions: Any = make_dataclass(
+    "_CondaOptions",
+    [(n, Annotated[o.config_type, _key(o)], o.default) for n, o in OPTIONS.items()],
+    frozen=True,
+    slots=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CondaConfig(_CondaOptions):  # type: ignore[misc]
+    """All options of `conda_dist.options`; the defaults are the paper's (arXiv 2509.24218)."""
+
     grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0, le=1e30)] = 0.0
 
 

@@ -10,8 +10,7 @@ from torch.optim import Optimizer
 
 from conda_dist import Conda, Muon, param_groups
 from conda_dist.launch.job.config import AdamWConfig, CondaConfig, MuonConfig, OptimizerConfig
-from conda_dist.optimizer import ARGUMENTS
-from conda_dist.options import DTYPES, OF_DTYPES
+from conda_dist.options import OPTIONS
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
@@ -33,8 +32,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
             return [
                 _adamw(parameters, settings.lr, settings.betas, settings.eps, settings.weight_decay)
             ]
-        case MuonConfig() as settings:
-            return [_muon(model, settings)]
+    return [_muon(model, config.muon)]
 
 
 def describe(optimizers: list[Optimizer]) -> str:
@@ -49,14 +47,11 @@ def describe(optimizers: list[Optimizer]) -> str:
 
 def conda_arguments(settings: CondaConfig) -> dict[str, Any]:
     """Conda's arguments, but for its groups; dtypes by name."""
-    given = {name: getattr(settings, name, default) for name, default in ARGUMENTS.items()}
-    return {name: (value or None) if name in OF_DTYPES else value for name, value in given.items()}
+    return {name: getattr(settings, name) for name in OPTIONS}
 
 
 def _conda(model: nn.Module, settings: CondaConfig) -> Conda:
-    arguments = conda_arguments(settings)
-    dtypes = {name: DTYPES.get(arguments[name]) for name in OF_DTYPES}
-    return Conda(param_groups(model), **{**arguments, **dtypes})
+    return Conda(param_groups(model), **conda_arguments(settings))
 
 
 def _adamw(

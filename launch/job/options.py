@@ -13,8 +13,7 @@ import operator
 import os
 import sys
 import tomllib
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -133,11 +132,9 @@ def parse_arguments(arguments: Sequence[str]) -> Values:
 
     `optimizer.KEY`, short for a key of the chosen optimizer, is kept as it is.
     """
-    values: Values = {}
-    for name, text in split_arguments(arguments):
-        key = _optimizer_key(name) or lookup(name)
-        values[name] = _from_text(key, key.type, text)
-    return values
+    pairs = split_arguments(arguments)
+    keys = _known(name for name, _ in pairs)
+    return {name: _from_text(keys[name], keys[name].type, text) for name, text in pairs}
 
 
 def split_arguments(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -196,13 +193,26 @@ def _read_file(path: Path) -> Values:
     # Besides its own error: text that is not UTF-8, numbers of thousands of digits, deep nesting.
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{str(path)!r} is not valid TOML: {error}") from None
-    for name, value in values.items():
-        try:
-            key = _optimizer_key(name) or lookup(name)
-            check(key, value)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+    try:
+        keys = _known(values)
+        for name, value in values.items():
+            check(keys[name], value)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return values
+
+
+def _known(names: Iterable[str]) -> dict[str, Declared]:
+    """The keys of these names; raises ConfigError that lists every name that is unknown."""
+    keys, unknown = dict[str, Declared](), list[str]()
+    for name in names:
+        try:
+            keys[name] = _optimizer_key(name) or lookup(name)
+        except ConfigError as error:
+            unknown.append(str(error))
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    return keys
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Values:
@@ -231,8 +241,8 @@ def _construct(cls: type, prefix: str, values: Values) -> Any:
 def _typed(key: Declared, hint: Any, value: Any) -> Any:
     """`value` (of a TOML type) as `hint`, without guessing: 1 may be a float, True may not."""
     origin, options = get_origin(hint), get_args(hint)
-    if origin is types.UnionType:
-        return None if value is None else _typed(key, options[0], value)
+    if type(None) in options:
+        return None if value in (None, "none") else _typed(key, options[0], value)
     if origin is Literal:
         if value in options:
             return value
@@ -251,7 +261,7 @@ def _typed(key: Declared, hint: Any, value: Any) -> Any:
 def _from_text(key: Declared, hint: Any, text: str) -> Any:
     """`text` from the command line as `hint`."""
     origin, options = get_origin(hint), get_args(hint)
-    if origin is types.UnionType:
+    if type(None) in options:
         return None if text == "none" else _from_text(key, options[0], text)
     if origin is tuple:
         inner = text.strip()
@@ -272,8 +282,8 @@ def _from_text(key: Declared, hint: Any, text: str) -> Any:
 def _wanted(hint: Any) -> str:
     """A type in words, for messages and for the help."""
     origin, options = get_origin(hint), get_args(hint)
-    if origin is types.UnionType:
-        return _wanted(options[0])
+    if type(None) in options:
+        return f"{_wanted(options[0])}, or 'none'"
     if origin is Literal:
         return "one of " + ", ".join(repr(option) for option in options)
     if origin is tuple:
@@ -298,12 +308,12 @@ def to_values(config: Any, prefix: str = "") -> Values:
 def to_toml(config: Config) -> str:
     """The config as a TOML file that `load` reads back to an equal config.
 
-    Keys that are None are left out (TOML has no null), and so is `resume`, which belongs to one
-    start of a job rather than to the job.
+    `resume` is left out, which belongs to one start of a job rather than to the job. TOML has no
+    null, so None is written "none", and left out where it is the default.
     """
     lines, section = [], ""
     for name, value in sorted(to_values(config).items(), key=lambda item: item[0].count(".") > 0):
-        if value is None or name == "resume":
+        if name == "resume" or (value is None and SCHEMA[name].default is None):
             continue
         table, _, leaf = name.rpartition(".")
         if table != section:
@@ -314,6 +324,7 @@ def to_toml(config: Config) -> str:
 
 
 def _toml_value(value: Any) -> str:
+    value = "none" if value is None else value
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
     if isinstance(value, str):
@@ -331,7 +342,8 @@ def help_text() -> str:
             lines.append(f"\n  [{table}]" if table else "")
             section = table
         default = "" if key.default is None else f" = {_toml_value(key.default)}"
-        kind = _wanted(key.type) if get_origin(key.type) is Literal else ""
+        kind = _wanted(key.type)
+        kind = kind if kind.startswith("one of ") else ""
         lines.append(f"    --{key.name}{default}")
         lines.append(f"        {key.key.help}" + (f" ({kind})" if kind else ""))
     return "\n".join(lines)

@@ -87,10 +87,8 @@ def builders(
     half = {"matmul_dtype": torch.bfloat16}
     ours = {
         "conda_dist": conda(),
-        "conda_dist, compiled": conda(compile=True),
         "conda_dist, bfloat16": conda(**half),
-        "conda_dist, bfloat16, compiled": conda(compile=True, **half),
-        "conda_dist, async": conda(refresh="async", refresh_delay=max(1, min(gap // 2, 20))),
+        "conda_dist, async": conda(refresh_delay=max(1, min(gap // 2, 20))),
     }
     others: dict[str, Callable[[], Step]] = {
         "two products": lambda: _two_products(sizes),

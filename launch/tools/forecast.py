@@ -10,7 +10,6 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from conda_dist.launch.job.config import CondaConfig
 from conda_dist.launch.job.optimizers import conda_arguments
 from conda_dist.launch.tools.hardware import Hardware, Mesh
 from conda_dist.layout import Coordinate, Layout, Split, Topology
-from conda_dist.options import DTYPES, OF_DTYPES, Options
+from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Request, choose, deal_owners
 from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refresh_flops, svd_flops
 from conda_dist.plan.schedule import fill_tasks
@@ -138,9 +137,7 @@ def forecast_conda(
 def conda_options(settings: CondaConfig) -> Options:
     """The options of a Conda with these settings."""
     given = conda_arguments(settings)
-    options: dict[str, Any] = {f.name: given[f.name] for f in fields(Options)}
-    options |= {name: DTYPES.get(options[name]) for name in OF_DTYPES}
-    return Options(**options)
+    return Options(**{option.name: given[option.name] for option in fields(Options)})
 
 
 def _plans(
@@ -209,7 +206,7 @@ def _sum_up(
         agree = tuple(a == b for a, b in zip(plan.owners[0], busiest, strict=True))
         key = (plan.storage, plan.compute if computes else None, agree)
         if key not in known:
-            known[key] = costs(plan, busiest, _sizes(rule, plan), options.refresh == "async")
+            known[key] = costs(plan, busiest, _sizes(rule, plan), options.is_async)
         cost = known[key]
         found.state += cost.state
         _add(found.step, cost.step)
@@ -237,7 +234,7 @@ def _together(
 ) -> None:
     """Adds what weights that step together cost: collectives, and the waiting for each other."""
     sending = [i for i, plan in enumerate(plans) if plan.communicates]
-    for task in fill_tasks(plans, sending, options.bucket_limit, refreshing=False):
+    for task in fill_tasks(plans, sending, options.task_bytes, refreshing=False):
         sizes = _sizes(rule, plans[task[0]])
         found.collectives += collectives([plans[i] for i in task], at, sizes)
         load: dict[Coordinate, float] = defaultdict(float)
@@ -247,7 +244,7 @@ def _together(
         found.waited += max(load.values(), default=0.0) - load[at]
     if not rule.refreshes:
         return
-    for task in fill_tasks(plans, range(len(plans)), options.refresh_limit, refreshing=True):
+    for task in fill_tasks(plans, range(len(plans)), options.task_bytes, refreshing=True):
         load = defaultdict(float)
         for i in task:
             m, n = plans[i].storage.shape

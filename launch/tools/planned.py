@@ -20,6 +20,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 SCALES = ("llama_7b", "llama_70b", "llama_405b")
 RANKS = [2**k for k in range(13)]
 GIB = 2**30
+DELAY = 20
+"""Steps of a background refresh that is shown beside a job without any."""
 
 
 class Planned:
@@ -65,13 +67,14 @@ class Planned:
 
     def per_step(self, found: Forecast, hardware: Hardware) -> float:
         """Mean seconds of a step, its share of a refresh included."""
-        time, settings = self.seconds(found, hardware), self._settings
-        hidden = self._delay if found is self.conda and settings.refresh == "async" else 0
-        return time.step + time.stall(hidden) / settings.update_proj_gap
+        time, gap = self.seconds(found, hardware), int(self._settings.update_proj_gap)
+        hidden = self._delay if found is self.conda and self._settings.refresh_delay else 0
+        return time.step + time.stall(hidden) / gap
 
     @property
     def _delay(self) -> int:
-        return min(self._settings.refresh_delay, self._settings.update_proj_gap)
+        """Steps a refresh in the background takes: the job's, or what is shown beside."""
+        return min(self._settings.refresh_delay or DELAY, int(self._settings.update_proj_gap))
 
     def show(self, hardware: Hardware, name: str) -> None:
         """Prints the tables."""
@@ -88,9 +91,7 @@ class Planned:
         }
         for refresh, stall in stalls.items():
             share = stall / gap / (time.training + time.step)
-            after = f", bases taken {self._settings.refresh_delay} steps later" * (
-                refresh == "async"
-            )
+            after = f", bases taken {self._delay} steps later" * (refresh == "async")
             console.print(
                 f"a refresh {every}, {refresh}{after}: {_time(stall)} nothing goes on, "
                 f"{share:.2%} of the training time"
