@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from conda_dist.integrations.deepspeed import Conda  # which makes the JSON's type known, too
 from conda_dist.launch.cluster.process_group import JobError, World, from_main, together
-from conda_dist.launch.job import schedule
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.deepspeed_settings import build_settings
 from conda_dist.launch.job.engine import Engine, StepResult, clock
@@ -62,8 +61,8 @@ class DeepSpeedEngine(Engine):
         super().__init__(config, world, self._engine.module, self._engine)
         self._files = _Files()
         self._engine.checkpoint_engine = self._files
-        self._rates = [float(group["lr"]) for group in self._groups]
-        self._step, self._report = 0, False
+        self._peaks = [float(group["lr"]) for group in self._groups]
+        self._report = False
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -93,10 +92,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self) -> StepResult:
         """See Engine."""
-        training, peak = self._config.training, self._config.optimizer.chosen.lr
-        factor = schedule.factor(self._config.schedule, peak, training.steps, self._step)
-        for group, rate in zip(self._groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+        lr = self._set_rates(self._peaks)
         name = "the gradient's norm"
         started = clock(self._world.device)
         norm = None
@@ -113,7 +109,6 @@ class DeepSpeedEngine(Engine):
             self._report = False
             print_table(self._engine.basic_optimizer.report())
         self._step += 1
-        lr = float(self._groups[0]["lr"])
         return StepResult(norm, lr, clock(self._world.device) - started)
 
     def save(self, folder: Path) -> None:

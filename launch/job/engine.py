@@ -58,6 +58,8 @@ class Engine(ABC):
         self._config, self._world = config, world
         self._network, self._runs = network, runs
         self._origin = Origin(network.get_input_embeddings(), world.device)
+        self._step = 0
+        """Steps taken."""
 
     def describe(self) -> dict[str, str]:
         """Names and values that say what runs."""
@@ -108,6 +110,22 @@ class Engine(ABC):
             NonFiniteError: On every rank, before anything is updated.
         """
 
+    @property
+    @abstractmethod
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers."""
+
+    def _set_rates(self, peaks: Sequence[float]) -> float:
+        """Sets each group's learning rate for the step that comes; returns the first group's.
+
+        A resumed run follows its own config, not the rates stored in the checkpoint.
+        """
+        steps, peak = self._config.training.steps, self._config.optimizer.chosen.lr
+        factor = schedule.factor(self._config.schedule, peak, steps, self._step)
+        for group, rate in zip(self._groups, peaks, strict=True):
+            group["lr"] = rate * factor
+        return peaks[0] * factor
+
     def origin(self) -> str:
         """Where the last step got a number that is not finite from, in words."""
         return self._origin.describe(self._world, self._network)
@@ -154,9 +172,11 @@ class Fsdp2Engine(Engine):
             self.optimizers = optimizers.build_optimizers(self.model, config.optimizer)
         except ValueError as error:
             raise ConfigError(f"optimizer.{config.optimizer.name}: {error}") from error
-        self._schedulers = schedule.build_schedulers(
-            self.optimizers, config.schedule, config.optimizer.chosen.lr, config.training.steps
-        )
+        self._peaks = [float(group["lr"]) for group in self._groups]
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def describe(self) -> dict[str, str]:
         """See Engine."""
@@ -190,10 +210,10 @@ class Fsdp2Engine(Engine):
             torch.nn.utils.clip_grads_with_norm_(
                 self.model.parameters(), settings.grad_clip, torch.tensor(grad_norm)
             )
-        lr = float(self.optimizers[0].param_groups[0]["lr"])
-        for optimizer, scheduler in zip(self.optimizers, self._schedulers, strict=True):
+        lr = self._set_rates(self._peaks)
+        self._step += 1
+        for optimizer in self.optimizers:
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, lr, clock(self._world.device) - started)
 
@@ -209,8 +229,7 @@ class Fsdp2Engine(Engine):
         set_state_dict(
             self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer
         )
-        for scheduler in self._schedulers:
-            schedule.fast_forward(scheduler, step)
+        self._step = step
 
 
 def loss_sum(model: nn.Module, rows: Tokens, device: torch.device) -> Tensor:
