@@ -1,4 +1,4 @@
-"""Layer: launch. The job's other engine: the same steps by DeepSpeed, ZeRO stages 0 to 3.
+"""The job's other engine: the same steps by DeepSpeed, ZeRO stages 0 to 3.
 
 Importing this module imports DeepSpeed; `pretrain.py` does so only for a job that asks for it.
 """

@@ -1,4 +1,4 @@
-"""Layer: launch. The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
