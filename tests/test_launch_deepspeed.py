@@ -306,9 +306,11 @@ def test_a_user_s_json_is_checked(
     file = tmp_path / "zero.json"
     if content is not None:
         file.write_text(content)
-    for result in train(2, config, 2, "--output", tmp_path, "--deepspeed.config", file):
+    output = tmp_path / "new" / "out"
+    for result in train(2, config, 2, "--output", output, "--deepspeed.config", file):
         assert result.code == 2
         assert words in result.err
+    assert not output.parent.exists()
 
 
 @pytest.mark.parametrize(

@@ -239,6 +239,14 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         assert declared.key.help in shown
 
 
+def test_a_config_is_only_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(CONFIGS / "llama_tiny.toml"), "--output", str(tmp_path / "out"), "--check"]
+    assert pretrain.main(words) == 0
+    assert pretrain.main([*words, "--training.steps", "0"]) == EXIT_CONFIG
+    assert "training.steps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_wrong_key_ends_the_job_with_code_2() -> None:
     command = [sys.executable, "-m", "conda_dist.launch.pretrain", "--training.stps", "5"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -21,7 +21,9 @@ import ranks
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+COMMANDS_README = (ROOT / "launch" / "README.md").read_text()
+SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README + COMMANDS_README, re.DOTALL))
+SHELL = SHELL.replace("\\\n", " ")
 COMMANDS = [line.partition(" #")[0].strip() for line in SHELL.splitlines() if line.strip()]
 MODULES = sorted(set(re.findall(r"-m (conda_dist\S+)", SHELL)))
 

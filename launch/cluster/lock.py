@@ -1,4 +1,4 @@
-"""Layer: launch. One job at a time writes a folder: a lock that ends with the process."""
+"""One job at a time writes a folder: a lock that ends with the process."""
 
 from __future__ import annotations
 

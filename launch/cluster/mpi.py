@@ -1,4 +1,4 @@
-"""Layer: launch. The ranks of a job that an MPI launcher (mpirun, mpiexec) has started.
+"""The ranks of a job that an MPI launcher (mpirun, mpiexec) has started.
 
 MPI is asked who is who and finalised at once: everything after that is torch.distributed's. Were
 it left to the end of the process, one that fails would wait in MPI_Finalize for all others, which

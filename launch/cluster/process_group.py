@@ -1,4 +1,4 @@
-"""Layer: launch. The processes of one job: joining them, agreeing, failing together.
+"""The processes of one job: joining them, agreeing, failing together.
 
 A job is one process started plainly or many started by torchrun (or anything that sets RANK,
 WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, such as DeepSpeed's launcher) or by mpirun. One

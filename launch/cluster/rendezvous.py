@@ -1,4 +1,4 @@
-"""Layer: launch. A store without what an earlier start of the same job has left in it.
+"""A store without what an earlier start of the same job has left in it.
 
 torchrun keeps one store for all its restarts, and torch.distributed looks into it under the same
 names each time: a rank that is early finds the address of a rank that is dead

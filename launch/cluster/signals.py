@@ -1,4 +1,4 @@
-"""Layer: launch. Requests to stop: noted when they arrive, obeyed between two steps."""
+"""Requests to stop: noted when they arrive, obeyed between two steps."""
 
 from __future__ import annotations
 

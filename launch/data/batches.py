@@ -1,4 +1,4 @@
-"""Layer: launch. Which sequences make up step s: the same ones however many ranks there are.
+"""Which sequences make up step s: the same ones however many ranks there are.
 
 A sequence is a window of `sequence_length + 1` tokens: the model reads all but the last and
 predicts all but the first. The global batch of a step is a function of (seed, step); a rank

@@ -1,4 +1,4 @@
-"""Layer: launch. A folder of derived files, each entry made once and safe against concurrent jobs.
+"""A folder of derived files, each entry made once and safe against concurrent jobs.
 
 An entry is a directory built elsewhere and renamed into place, so a reader sees all of it or
 nothing, whatever is killed when.

@@ -1,4 +1,4 @@
-"""Layer: launch. From the config to tokens ready to train on, prepared once per host and cached."""
+"""From the config to tokens ready to train on, prepared once per host and cached."""
 
 from __future__ import annotations
 

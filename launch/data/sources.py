@@ -1,4 +1,4 @@
-"""Layer: launch. Where documents come from: the standard library, files, or a Hugging Face set.
+"""Where documents come from: the standard library, files, or a Hugging Face set.
 
 A source yields documents in a fixed order and can say what it would read without reading it, so
 that the token cache knows when it is out of date.

@@ -1,4 +1,4 @@
-"""Layer: launch. Byte-level BPE: any text is representable, and no download is needed."""
+"""Byte-level BPE: any text is representable, and no download is needed."""
 
 from __future__ import annotations
 

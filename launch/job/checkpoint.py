@@ -1,4 +1,4 @@
-"""Layer: launch. Checkpoint folders: complete or not there at all, the newest few kept.
+"""Checkpoint folders: complete or not there at all, the newest few kept.
 
 A checkpoint is a folder `step-00000300` holding what the engine wrote and `trainer.json` with the
 rest of the run's state. It is written under another name and renamed once every rank is done, so

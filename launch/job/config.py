@@ -1,4 +1,4 @@
-"""Layer: launch. What a training job can be told: one frozen dataclass per section.
+"""What a training job can be told: one frozen dataclass per section.
 
 Every key carries its own help line and bounds, so that the command line, the TOML reader, the
 help text and the validation (all in `options.py`) are derived from the declarations below and

@@ -1,4 +1,4 @@
-"""Layer: launch. What the person at the terminal sees: notes, and a live bar while training."""
+"""What the person at the terminal sees: notes, and a live bar while training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer: launch. The job's other engine: the same steps by DeepSpeed, ZeRO stages 0 to 3.
+"""The job's other engine: the same steps by DeepSpeed, ZeRO stages 0 to 3.
 
 Importing this module imports DeepSpeed; `pretrain.py` does so only for a job that asks for it.
 """
@@ -6,7 +6,6 @@ Importing this module imports DeepSpeed; `pretrain.py` does so only for a job th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,22 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conda_dist.integrations.deepspeed import Conda  # which makes the JSON's type known, too
 from conda_dist.launch.cluster.process_group import JobError, World, from_main, together
-from conda_dist.launch.data.batches import Tokens
-from conda_dist.launch.job import schedule
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.deepspeed_settings import build_settings
-from conda_dist.launch.job.engine import StepResult, add_up, clock, loss_sum
-from conda_dist.launch.job.finite import Origin, finite
-from conda_dist.launch.job.model import compute_dtype, initialised_model, parameter_count
+from conda_dist.launch.job.engine import Engine, StepResult, clock
+from conda_dist.launch.job.finite import finite
+from conda_dist.launch.job.model import compute_dtype, initialised_model
 from conda_dist.report import print_table
 
 _TAG, _LAYOUT = "deepspeed", "deepspeed.json"
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """A model under ZeRO and the optimizer that DeepSpeed makes of its JSON.
 
     In bfloat16 the master weights begin with the initial weights rounded to bfloat16, which is
@@ -46,7 +43,6 @@ class DeepSpeedEngine:
         Raises:
             ConfigError: DeepSpeed, or Conda under it, does not take the settings.
         """
-        self._config, self._world = config, world
         settings = build_settings(config, world)
         deepspeed.utils.logger.setLevel("WARNING")
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -62,11 +58,11 @@ class DeepSpeedEngine:
             file = config.deepspeed.config
             source = f"the settings in {file}, or the job's" if file else "the job's settings"
             raise ConfigError(f"DeepSpeed does not take {source}: {error}") from error
-        self._origin = Origin(self._engine.module.get_input_embeddings(), world.device)
+        super().__init__(config, world, self._engine.module, self._engine)
         self._files = _Files()
         self._engine.checkpoint_engine = self._files
-        self._rates = [float(group["lr"]) for group in self._groups]
-        self._step, self._report = 0, False
+        self._peaks = [float(group["lr"]) for group in self._groups]
+        self._report = False
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -75,13 +71,10 @@ class DeepSpeedEngine:
 
     def describe(self) -> dict[str, str]:
         """See Engine."""
-        dtype = str(compute_dtype(self._config.training, self._world.device))
-        count = parameter_count(self._engine.module)
         return {
             "engine": f"DeepSpeed {deepspeed.__version__}, ZeRO stage "
             f"{self._config.deepspeed.stage}",
-            "model": f"{self._config.model.architecture}, {count:,} parameters, "
-            f"{dtype.removeprefix('torch.')} compute",
+            **super().describe(),
             "optimizer": type(self._engine.basic_optimizer).__name__,
         }
 
@@ -89,27 +82,17 @@ class DeepSpeedEngine:
         """See Engine. Conda learns in the first step where ZeRO keeps what, and says it then."""
         self._report = isinstance(self._engine.basic_optimizer, Conda)
 
-    def forward_backward(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
-        """See Engine."""
-        engine, device = self._engine, self._world.device
-        total = torch.zeros((), device=device)
-        self._origin.begin()
-        for index, rows in enumerate(micro_batches):
-            engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = loss_sum(engine, rows, device) / tokens
-            # DeepSpeed averages over the ranks; the sum is what is wanted, since each rank's loss
-            # is its share of the global mean.
-            engine.backward(loss * self._world.size, scale_wrt_gas=False)
-            total += loss.detach()
-        self._origin.loss(total)
-        return finite("the loss", add_up(total))
+    def _prepare(self, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+
+    def _backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over the ranks; the sum is what is wanted, since each rank's loss is
+        # its share of the global mean.
+        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
     def step(self) -> StepResult:
         """See Engine."""
-        training, peak = self._config.training, self._config.optimizer.chosen.lr
-        factor = schedule.factor(self._config.schedule, peak, training.steps, self._step)
-        for group, rate in zip(self._groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+        lr = self._set_rates(self._peaks)
         name = "the gradient's norm"
         started = clock(self._world.device)
         norm = None
@@ -126,22 +109,7 @@ class DeepSpeedEngine:
             self._report = False
             print_table(self._engine.basic_optimizer.report())
         self._step += 1
-        lr = float(self._groups[0]["lr"])
         return StepResult(norm, lr, clock(self._world.device) - started)
-
-    def origin(self) -> str:
-        """See Engine."""
-        return self._origin.describe(self._world, self._engine.module)
-
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
-        """See Engine."""
-        self._engine.eval()
-        total = torch.zeros((), device=self._world.device, dtype=torch.float64)
-        for rows in micro_batches:
-            total += loss_sum(self._engine, rows, self._world.device)
-        self._engine.train()
-        return add_up(total) / tokens
 
     def save(self, folder: Path) -> None:
         """See Engine. The files are DeepSpeed's own, in a folder of theirs."""

@@ -1,4 +1,4 @@
-"""Layer: launch. DeepSpeed's JSON from the job's config, and what a user's own may add to it."""
+"""DeepSpeed's JSON from the job's config, and what a user's own may add to it."""
 
 from __future__ import annotations
 

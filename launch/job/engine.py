@@ -1,16 +1,17 @@
-"""Layer: launch. The part of the job that computes: model, optimizer and schedule under FSDP2.
+"""The part of the job that computes: what engines have in common, and FSDP2's.
 
-The loop in `trainer.py` knows an engine by the methods below only; DeepSpeed's, in
-`deepspeed_engine.py`, stands beside this class, not inside it.
+The loop in `trainer.py` knows an engine by the methods of `Engine` only. DeepSpeed's is in
+`deepspeed_engine.py`.
 """
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -42,12 +43,33 @@ class StepResult:
     """Seconds this rank spent clipping and updating."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """What the loop asks of an engine; every method is called on every rank."""
+
+    def __init__(self, config: Config, world: World, network: Any, runs: Any) -> None:
+        """Holds what the methods below need.
+
+        Args:
+            config: The job's.
+            world: The job.
+            network: The model from transformers.
+            runs: What is called for a forward pass: the model, or what is around it.
+        """
+        self._config, self._world = config, world
+        self._network, self._runs = network, runs
+        self._origin = Origin(network.get_input_embeddings(), world.device)
+        self._step = 0
+        """Steps taken."""
 
     def describe(self) -> dict[str, str]:
         """Names and values that say what runs."""
+        dtype = str(compute_dtype(self._config.training, self._world.device))
+        return {
+            "model": f"{self._config.model.architecture}, {parameter_count(self._network):,} "
+            f"parameters, {dtype.removeprefix('torch.')} compute"
+        }
 
+    @abstractmethod
     def print_report(self) -> None:
         """Prints what the optimizer does with each parameter, where it can say; on one rank."""
 
@@ -62,7 +84,25 @@ class Engine(Protocol):
         Raises:
             NonFiniteError: On every rank.
         """
+        total = torch.zeros((), device=self._world.device)
+        self._origin.begin()
+        for index, rows in enumerate(micro_batches):
+            self._prepare(last=index == len(micro_batches) - 1)
+            loss = loss_sum(self._runs, rows, self._world.device) / tokens
+            self._backward(loss)
+            total += loss.detach()
+        self._origin.loss(total)
+        return finite("the loss", add_up(total))
 
+    @abstractmethod
+    def _prepare(self, *, last: bool) -> None:
+        """Says whether the micro-batch that comes is the step's last."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor) -> None:
+        """Adds the gradients of this rank's share of the loss."""
+
+    @abstractmethod
     def step(self) -> StepResult:
         """Clips, updates the weights, advances the schedule and clears the gradients.
 
@@ -70,12 +110,37 @@ class Engine(Protocol):
             NonFiniteError: On every rank, before anything is updated.
         """
 
+    @property
+    @abstractmethod
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers."""
+
+    def _set_rates(self, peaks: Sequence[float]) -> float:
+        """Sets each group's learning rate for the step that comes; returns the first group's.
+
+        A resumed run follows its own config, not the rates stored in the checkpoint.
+        """
+        steps, peak = self._config.training.steps, self._config.optimizer.chosen.lr
+        factor = schedule.factor(self._config.schedule, peak, steps, self._step)
+        for group, rate in zip(self._groups, peaks, strict=True):
+            group["lr"] = rate * factor
+        return peaks[0] * factor
+
     def origin(self) -> str:
         """Where the last step got a number that is not finite from, in words."""
+        return self._origin.describe(self._world, self._network)
 
+    @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
         """Mean loss per token over rows spread across the ranks; arguments as above."""
+        self._runs.eval()
+        total = torch.zeros((), device=self._world.device, dtype=torch.float64)
+        for rows in micro_batches:
+            total += loss_sum(self._runs, rows, self._world.device)
+        self._runs.train()
+        return add_up(total) / tokens
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Writes weights and optimizer state into an existing folder.
 
@@ -83,6 +148,7 @@ class Engine(Protocol):
             JobError: On every rank, if it failed on any.
         """
 
+    @abstractmethod
     def load(self, folder: Path, step: int) -> None:
         """Takes over what `save` wrote after `step` steps, on whatever number of ranks.
 
@@ -91,7 +157,7 @@ class Engine(Protocol):
         """
 
 
-class Fsdp2Engine:
+class Fsdp2Engine(Engine):
     """A model sharded with FSDP2 and the torch optimizers that train it."""
 
     def __init__(self, config: Config, vocab_size: int, world: World) -> None:
@@ -100,25 +166,21 @@ class Fsdp2Engine:
         Raises:
             ConfigError: The optimizer does not take the settings.
         """
-        self._config, self._world = config, world
         self.model = build_model(config.model, config.training, vocab_size, world)
-        self._origin = Origin(self.model.get_input_embeddings(), world.device)
+        super().__init__(config, world, self.model, self.model)
         try:
             self.optimizers = optimizers.build_optimizers(self.model, config.optimizer)
         except ValueError as error:
             raise ConfigError(f"optimizer.{config.optimizer.name}: {error}") from error
-        self._schedulers = schedule.build_schedulers(
-            self.optimizers, config.schedule, config.optimizer.chosen.lr, config.training.steps
-        )
+        self._peaks = [float(group["lr"]) for group in self._groups]
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def describe(self) -> dict[str, str]:
         """See Engine."""
-        dtype = str(compute_dtype(self._config.training, self._world.device))
-        return {
-            "model": f"{self._config.model.architecture}, {parameter_count(self.model):,} "
-            f"parameters, {dtype.removeprefix('torch.')} compute",
-            "optimizer": optimizers.describe(self.optimizers),
-        }
+        return {**super().describe(), "optimizer": optimizers.describe(self.optimizers)}
 
     def print_report(self) -> None:
         """See Engine."""
@@ -126,22 +188,15 @@ class Fsdp2Engine:
             if isinstance(optimizer, MatrixOptimizer):
                 optimizer.report()
 
-    def forward_backward(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
-        """See Engine."""
-        model = cast(FSDPModule, self.model)
-        total = torch.zeros((), device=self._world.device)
-        self._origin.begin()
-        for index, rows in enumerate(micro_batches):
-            # Unless memory is short, gradients are reduced once per step, and the weights stay
-            # unsharded from one micro-batch to the next.
-            last = index == len(micro_batches) - 1
-            model.set_requires_gradient_sync(last or self._config.training.lean_accumulation)
-            model.set_reshard_after_backward(last or self._config.training.lean_accumulation)
-            loss = loss_sum(self.model, rows, self._world.device) / tokens
-            torch.autograd.backward(loss)
-            total += loss.detach()
-        self._origin.loss(total)
-        return finite("the loss", add_up(total))
+    def _prepare(self, *, last: bool) -> None:
+        # Unless memory is short, gradients are reduced once per step, and the weights stay
+        # unsharded from one micro-batch to the next.
+        model, each = cast(FSDPModule, self.model), self._config.training.lean_accumulation
+        model.set_requires_gradient_sync(last or each)
+        model.set_reshard_after_backward(last or each)
+
+    def _backward(self, loss: Tensor) -> None:
+        torch.autograd.backward(loss)
 
     def step(self) -> StepResult:
         """See Engine."""
@@ -155,26 +210,12 @@ class Fsdp2Engine:
             torch.nn.utils.clip_grads_with_norm_(
                 self.model.parameters(), settings.grad_clip, torch.tensor(grad_norm)
             )
-        lr = float(self.optimizers[0].param_groups[0]["lr"])
-        for optimizer, scheduler in zip(self.optimizers, self._schedulers, strict=True):
+        lr = self._set_rates(self._peaks)
+        self._step += 1
+        for optimizer in self.optimizers:
             optimizer.step()
-            scheduler.step()
             optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, lr, clock(self._world.device) - started)
-
-    def origin(self) -> str:
-        """See Engine."""
-        return self._origin.describe(self._world, self.model)
-
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
-        """See Engine."""
-        self.model.eval()
-        total = torch.zeros((), device=self._world.device, dtype=torch.float64)
-        for rows in micro_batches:
-            total += loss_sum(self.model, rows, self._world.device)
-        self.model.train()
-        return add_up(total) / tokens
 
     def save(self, folder: Path) -> None:
         """See Engine. Hyperparameters are not saved: they are the config's."""
@@ -188,8 +229,7 @@ class Fsdp2Engine:
         set_state_dict(
             self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer
         )
-        for scheduler in self._schedulers:
-            schedule.fast_forward(scheduler, step)
+        self._step = step
 
 
 def loss_sum(model: nn.Module, rows: Tokens, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layer: launch. Numbers that are not finite: noticed before an update, and traced to ranks."""
+"""Numbers that are not finite: noticed before an update, and traced to ranks."""
 
 from __future__ import annotations
 

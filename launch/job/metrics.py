@@ -1,4 +1,4 @@
-"""Layer: launch. The numbers of a run: measured per step, kept in metrics.jsonl and TensorBoard."""
+"""The numbers of a run: measured per step, kept in metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 

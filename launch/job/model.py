@@ -1,4 +1,4 @@
-"""Layer: launch. A Hugging Face model from the config, initialised and sharded block by block.
+"""A Hugging Face model from the config, initialised and sharded block by block.
 
 The initial weights depend on the seed and the parameter's name only, so they are the same on any
 number of ranks; and no rank ever holds more than one block (or the embeddings) unsharded, so the
@@ -103,45 +103,40 @@ def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrain
     # Importing transformers takes seconds, which a job that is refused need not wait for.
     import transformers
 
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_cache": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "sdpa",
+    }
     if config.architecture == "llama":
-        return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                num_key_value_heads=config.num_key_value_heads,
-                max_position_embeddings=length,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                rms_norm_eps=config.rms_norm_eps,
-                initializer_range=config.initializer_range,
-                tie_word_embeddings=config.tie_word_embeddings,
-                use_cache=False,
-                bos_token_id=None,
-                eos_token_id=None,
-                attn_implementation="sdpa",
-            )
+        llama = transformers.LlamaConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            max_position_embeddings=length,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rms_norm_eps=config.rms_norm_eps,
+            **common,
         )
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=vocab_size,
-            n_embd=config.hidden_size,
-            n_inner=config.intermediate_size,
-            n_layer=config.num_hidden_layers,
-            n_head=config.num_attention_heads,
-            n_positions=length,
-            resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout,
-            initializer_range=config.initializer_range,
-            tie_word_embeddings=config.tie_word_embeddings,
-            use_cache=False,
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="sdpa",
-        )
+        return transformers.LlamaForCausalLM(llama)
+    gpt2 = transformers.GPT2Config(
+        n_embd=config.hidden_size,
+        n_inner=config.intermediate_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_positions=length,
+        resid_pdrop=config.dropout,
+        embd_pdrop=config.dropout,
+        attn_pdrop=config.dropout,
+        **common,
     )
+    return transformers.GPT2LMHeadModel(gpt2)
 
 
 def _blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

@@ -1,4 +1,4 @@
-"""Layer: launch. The optimizer a config names, built for a sharded model."""
+"""The optimizer a config names, built for a sharded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer: launch. From a TOML file and the command line to a checked `Config`, and back to TOML.
+"""From a TOML file and the command line to a checked `Config`, and back to TOML.
 
 The declarations in `config.py` are flattened into `{"training.steps": Key, ...}`; both sources
 set values in that flat space, where an unknown or ill-typed key is easy to name precisely.

@@ -1,4 +1,4 @@
-"""Layer: launch. Loss curves as PNG files."""
+"""Loss curves as PNG files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer: launch. Everything rank 0 tells the outside, so that the loop need not ask who it is."""
+"""Everything rank 0 tells the outside, so that the loop need not ask who it is."""
 
 from __future__ import annotations
 

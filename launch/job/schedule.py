@@ -1,11 +1,8 @@
-"""Layer: launch. The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
 import math
-
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from conda_dist.launch.job.config import ScheduleConfig
 
@@ -31,25 +28,3 @@ def factor(config: ScheduleConfig, peak: float, steps: int, step: int) -> float:
         return 1.0 - progress
     floor = config.min_lr_ratio if config.min_lr is None else config.min_lr / peak
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def build_schedulers(
-    optimizers: list[Optimizer], config: ScheduleConfig, peak: float, steps: int
-) -> list[LambdaLR]:
-    """One scheduler per optimizer, all following the same factor."""
-    return [
-        LambdaLR(optimizer, lambda step: factor(config, peak, steps, step))
-        for optimizer in optimizers
-    ]
-
-
-def fast_forward(scheduler: LambdaLR, step: int) -> None:
-    """Puts a scheduler where it stands after `step` steps, whatever ran before.
-
-    The peak stays the one the optimizer was built with, so a resumed run follows its own config
-    and not the rates stored in the checkpoint.
-    """
-    scheduler.last_epoch = step
-    rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True)
-    for (group, base), function in zip(rates, scheduler.lr_lambdas, strict=True):
-        group["lr"] = base * function(step)

@@ -1,4 +1,4 @@
-"""Layer: launch. Tensors on disk in torch's distributed checkpoint format, read without pickle.
+"""Tensors on disk in torch's distributed checkpoint format, read without pickle.
 
 DCP stores each rank's shards and an index; any number of ranks can read them back.
 """

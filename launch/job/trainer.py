@@ -1,4 +1,4 @@
-"""Layer: launch. The loop: batches in, engine steps, validation, checkpoints, a clean stop."""
+"""The loop: batches in, engine steps, validation, checkpoints, a clean stop."""
 
 from __future__ import annotations
 

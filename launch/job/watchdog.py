@@ -1,4 +1,4 @@
-"""Layer: launch. A rank that stalls is named, and the job ends, instead of waiting in a collective.
+"""A rank that stalls is named, and the job ends, instead of waiting in a collective.
 
 A rank that makes no progress holds up all others in their next collective, which nothing can
 interrupt. So each rank says every so often, from a thread, how far its training has come. When one

@@ -1,4 +1,4 @@
-"""Layer: launch. CPU time of a step over all ranks against the same step of one process.
+"""CPU time of a step over all ranks against the same step of one process.
 
     python -m conda_dist.launch.benchmark --ranks 4
 

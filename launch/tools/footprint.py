@@ -1,4 +1,4 @@
-"""Layer: launch. What an optimizer holds: its state, and what a step needs for a moment."""
+"""What an optimizer holds: its state, and what a step needs for a moment."""
 
 from __future__ import annotations
 

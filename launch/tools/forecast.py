@@ -1,4 +1,4 @@
-"""Layer: launch. What optimizers would cost a model on a mesh that need not exist.
+"""What optimizers would cost a model on a mesh that need not exist.
 
 Layouts, owners and bytes are those of the optimizer's own plans; seconds follow from them and the
 stated rates of the hardware, with nothing overlapped: upper bounds of the time, given the rates.

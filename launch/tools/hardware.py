@@ -1,4 +1,4 @@
-"""Layer: launch. Rates of the hardware that the planner reckons with.
+"""Rates of the hardware that the planner reckons with.
 
 Peaks and links are the vendors' figures; what part of them a program reaches, and how fast a
 singular value decomposition runs, are assumptions. Nothing here was measured.
