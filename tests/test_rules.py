@@ -205,6 +205,20 @@ def test_parts_are_matrices_of_their_own(layout: Layout | None, splits: tuple[in
         assert not models.unequal(ended, expected)
 
 
+def test_kernels_are_matrices() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Conv2d(4, 6, 3)])})
+    kernel = next(param for param in model.parameters() if param.ndim == 4)
+    matrix = nn.Parameter(kernel.detach().clone().flatten(1))
+    ours = Muon(param_groups(model, kernels=True, rule="muon"), **SETTINGS)
+    theirs = torch.optim.Muon([matrix], **SETTINGS)
+    for step in range(STEPS):
+        kernel.grad = models.gradient("kernel", kernel, step)
+        matrix.grad = kernel.grad.flatten(1).clone()
+        ours.step()
+        theirs.step()
+    assert torch.equal(kernel.flatten(1), matrix)
+
+
 def _replicas() -> dict[str, Tensor]:
     return _ended(MATRICES | EXPERTS, None, process_group=dist.group.WORLD)
 
