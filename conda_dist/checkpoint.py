@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from conda_dist import maths, storage
-from conda_dist.adamw_path import Plain
-from conda_dist.kinds import as_matrix
-from conda_dist.layout import Layout
-from conda_dist.names import name_of, path_of
+from conda_dist.layer_kinds import as_matrix
+from conda_dist.layout.layout import Layout
+from conda_dist.numerics import low_precision
+from conda_dist.parameter_names import name_of, path_of
 from conda_dist.routing import ADAMW
 from conda_dist.rules.rule import Rule
+from conda_dist.rules.states import CODES, has_own, is_of_rule, is_own
+from conda_dist.runtime import dtensor
+from conda_dist.runtime.adamw import AdamWParameter
+from conda_dist.runtime.parameters import Setup
 from conda_dist.runtime.saved_state import from_saved
 from conda_dist.runtime.weight import NO_BASIS, Weight
 from conda_dist.saved_groups import check_groups, find_sources, is_merged, regroup
-from conda_dist.setup import Setup
-from conda_dist.states import CODES, has_own, is_of_rule, is_own
 
 PENDING = ("snapshot", "snapshot_step")
 """States that only an asynchronous refresh has. State dicts without them are loaded, too, and those
@@ -310,16 +311,16 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
                 # Kept in codes there and not here, or the other way round.
                 name = "exp_avg_sq" if name == CODES else CODES
                 elements = _read(member, key, layout, source[name])
-                values = maths.decode(elements, torch.float32)
-                maths.store_(storage.local(state[key]), values, None)
+                values = low_precision.decode(elements, torch.float32)
+                low_precision.store_(dtensor.local(state[key]), values, None)
             elif name in source or name not in PENDING:
-                storage.local(state[key]).copy_(_read(member, key, layout, source[name]))
+                dtensor.local(state[key]).copy_(_read(member, key, layout, source[name]))
         for key in ("step", *member.counts):  # small, and whole on every rank
             # Without a "snapshot_step" a refresh that was pending is due again.
             state[key].copy_(torch.as_tensor(source.get(key, NO_BASIS)))
 
 
-def _read(member: Weight | Plain, key: str, layout: Layout, value: Tensor) -> Tensor:
+def _read(member: Weight | AdamWParameter, key: str, layout: Layout, value: Tensor) -> Tensor:
     """This rank's elements of a saved state, a DTensor of any layout or the whole."""
     if isinstance(member, Weight) and member.plan.separate:
         return from_saved(member, key, value)
@@ -332,6 +333,6 @@ def _read(member: Weight | Plain, key: str, layout: Layout, value: Tensor) -> Te
         value = value.full_tensor()
     if layout.local_shape(member.mesh.coordinate) == tuple(value.shape):
         return value
-    elements = torch.empty_like(storage.local(target), dtype=value.dtype)
-    storage.copy_blocks(elements, layout, member.mesh.coordinate, value)
+    elements = torch.empty_like(dtensor.local(target), dtype=value.dtype)
+    dtensor.copy_blocks(elements, layout, member.mesh.coordinate, value)
     return elements

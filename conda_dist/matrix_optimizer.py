@@ -8,22 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conda_dist.adamw_path import adamw_step
-from conda_dist.ambience import refuse_capture, without_autocast
 from conda_dist.checkpoint import Loaded, fill_state, match_state
-from conda_dist.exchange import Mesh, SharedGroup
-from conda_dist.foreign_state import keep
-from conda_dist.groups import SHARED, check_hyperparameters, read_group
-from conda_dist.names import Names, check_paths, each
 from conda_dist.options import Options
+from conda_dist.parameter_groups import SHARED, check_hyperparameters, read_group
+from conda_dist.parameter_names import Names, check_paths, each
 from conda_dist.plan.compute_groups import Choice
-from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_removed
+from conda_dist.replaced_parameters import refuse_flat, refuse_lost_state, refuse_removed
 from conda_dist.report import Row, print_table, rows
 from conda_dist.rules.rule import Rule
+from conda_dist.rules.states import has_own, is_own
+from conda_dist.runtime.adamw import adamw_step
+from conda_dist.runtime.collectives import Mesh, SharedGroup, world
+from conda_dist.runtime.environment import refuse_capture, without_autocast
+from conda_dist.runtime.foreign_state import keep
+from conda_dist.runtime.parameters import Setup, find_meshes, set_up
 from conda_dist.runtime.saved_state import agree_to_load, convert
-from conda_dist.runtime.step import CondaPath
-from conda_dist.setup import Setup, find_meshes, set_up
-from conda_dist.states import has_own, is_own
+from conda_dist.runtime.step import MatrixPath
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -60,7 +60,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             )
         self._shared = SharedGroup(process_group)
         self._setup: Setup | None = None
-        self._path: CondaPath | None = None
+        self._path: MatrixPath | None = None
         self._choices: dict[tuple[Tensor, int | None], Choice] = {}
         self._names: Names = Names()
         self._made = False
@@ -70,7 +70,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._made = True
         refuse_flat(each(self.param_groups), rule.title)
         self._names.warn(self.param_groups, stacklevel=3)
-        check_paths(self.param_groups, stacklevel=3)
+        check_paths(self.param_groups, world() == 1, stacklevel=3)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; new parameters get their state at the next step, the others keep theirs.
@@ -145,8 +145,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         grads = setup.gradients()
         live = setup.live(grads)
         path.step({i: grads[w.param] for i, w in enumerate(setup.weights) if w.mesh in live})
-        plains = [plain for plain in setup.plains if plain.mesh in live]
-        adamw_step(plains, grads, self._options.stochastic_rounding)
+        adamw_parameters = [
+            parameter for parameter in setup.adamw_parameters if parameter.mesh in live
+        ]
+        adamw_step(adamw_parameters, grads, self._options.stochastic_rounding)
         for comparison in setup.comparisons:
             comparison.settle()
 
@@ -178,7 +180,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Whether this is the first of the ranks that share the parameters; always without any."""
         return not any(any(mesh.coordinate) for mesh in self._resolve()[0].meshes)
 
-    def _resolve(self, *, agreeing: bool = False) -> tuple[Setup, CondaPath]:
+    def _resolve(self, *, agreeing: bool = False) -> tuple[Setup, MatrixPath]:
         """The parameters with their plans, made anew if they have changed.
 
         Args:
@@ -206,7 +208,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if setup is not self._setup or self._path is None:
             if self._path is not None:
                 self._path.drop()
-            self._setup, self._path = setup, CondaPath(setup.weights, self._options)
+            self._setup, self._path = setup, MatrixPath(setup.weights, self._options)
         return setup, self._path
 
     def _check_groups(self) -> None:

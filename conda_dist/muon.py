@@ -6,9 +6,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from conda_dist.groups import check_hyperparameters
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.options import Options
+from conda_dist.parameter_groups import check_hyperparameters
 from conda_dist.rules.muon import MuonRule
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conda_dist.groups import UNSUPPORTED, check_hyperparameters
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.options import GROUP_OPTIONS, Options
+from conda_dist.parameter_groups import UNSUPPORTED, check_hyperparameters
 from conda_dist.rules.conda import CondaRule
 
 

@@ -11,13 +11,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from conda_dist.adamw_path import Plain
-from conda_dist.names import route_by_name
+from conda_dist.parameter_names import route_by_name
 from conda_dist.plan.costs import Sizes, costs, save_costs
 from conda_dist.rules.rule import State
+from conda_dist.rules.states import moment_dtype, second_dtype
+from conda_dist.runtime.adamw import AdamWParameter
+from conda_dist.runtime.parameters import Setup
 from conda_dist.runtime.weight import Weight
-from conda_dist.setup import Setup
-from conda_dist.states import moment_dtype, second_dtype
 
 
 class Row(TypedDict):
@@ -71,20 +71,22 @@ def _rate(group: Mapping[str, Any], scale: str | None) -> float:
 def rows(setup: Setup) -> list[Row]:
     """The report of every trainable parameter or part; needs no communication."""
     matrices = [_matrix_row(weight) for weight in setup.weights]
-    return matrices + [_adamw_row(plain) for plain in setup.plains]
+    return matrices + [_adamw_row(parameter) for parameter in setup.adamw_parameters]
 
 
-def _adamw_row(plain: Plain) -> Row:
-    numel = plain.layout.numel(plain.mesh.coordinate)
-    first, second = (of(plain.param.dtype, plain.options) for of in (moment_dtype, second_dtype))
+def _adamw_row(parameter: AdamWParameter) -> Row:
+    numel = parameter.layout.numel(parameter.mesh.coordinate)
+    first, second = (
+        of(parameter.param.dtype, parameter.options) for of in (moment_dtype, second_dtype)
+    )
     return Row(
-        name=plain.name,
-        shape=plain.layout.shape,
+        name=parameter.name,
+        shape=parameter.layout.shape,
         path="adamw",
-        rate=_rate(plain.group, "adamw_scale"),
-        reason=_reason(plain.name, plain.layout.shape, "adamw"),
-        layout=str(plain.layout),
-        compute=str(plain.layout),
+        rate=_rate(parameter.group, "adamw_scale"),
+        reason=_reason(parameter.name, parameter.layout.shape, "adamw"),
+        layout=str(parameter.layout),
+        compute=str(parameter.layout),
         basis="",
         group=[],
         owners=[],
@@ -120,7 +122,7 @@ def sizes_of(
 
 def _matrix_row(weight: Weight) -> Row:
     plan, rule, here = weight.plan, weight.rule, weight.mesh.coordinate
-    sizes = sizes_of(weight.specs, weight.travel_dtype, weight.back_dtype, len(rule.counts))
+    sizes = sizes_of(weight.specs, weight.exchange_dtype, weight.update_dtype, len(rule.counts))
     costing = costs(plan, here, sizes, weight.is_async)
     step = sum(costing.step.values())
     return Row(

@@ -12,8 +12,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from conda_dist.kinds import BATCH, KERNEL, MATRIX, Kind, as_matrix, doubtful, kind_of_name, kinds
-from conda_dist.kinds import clean_name as clean_name
+from conda_dist.layer_kinds import (
+    BATCH,
+    KERNEL,
+    MATRIX,
+    Kind,
+    as_matrix,
+    doubtful,
+    kind_of_name,
+    kinds,
+)
+from conda_dist.layer_kinds import clean_name as clean_name
 
 CONDA, ADAMW = "conda", "adamw"
 VECTOR = "a vector in two dimensions"
@@ -245,7 +254,7 @@ def assign(
 
     Args:
         named: names with parameters, or with anything of their shapes.
-        known: what their modules say of them, by id; see :func:`conda_dist.kinds.kinds`.
+        known: what their modules say of them, by id; see :func:`conda_dist.layer_kinds.kinds`.
         conda: see :func:`param_groups`.
         adamw: see :func:`param_groups`.
         kernels: see :func:`param_groups`.

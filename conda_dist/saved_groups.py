@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from conda_dist.groups import check_hyperparameters
-from conda_dist.names import is_place, name_of
+from conda_dist.parameter_groups import check_hyperparameters
+from conda_dist.parameter_names import is_place, name_of
 from conda_dist.routing import ADAMW, clean_name
 from conda_dist.rules.rule import Rule
 

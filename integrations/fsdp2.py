@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from conda_dist import storage
-from conda_dist.compute_layout import kept_dim
-from conda_dist.exchange import Mesh
+from conda_dist.layout.moves import kept_dim
 from conda_dist.routing import clean_name, divide
+from conda_dist.runtime import dtensor
+from conda_dist.runtime.collectives import Mesh
 
 
 def conda_shard_placement(
@@ -106,5 +106,5 @@ def _column_sizes(name: str, param: Tensor) -> set[int]:
     if not isinstance(param, DTensor):
         return {param.shape[-1]}
     mesh = Mesh.of_device_mesh(param.device_mesh)
-    layout = storage.find_layout(name, param, mesh)
+    layout = dtensor.find_layout(name, param, mesh)
     return {layout.local_shape(coordinate)[-1] for coordinate in layout.coordinates()}

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from conda_dist.exchange import keep, pack, unpack
-from conda_dist.layout import Coordinate, Layout
-from conda_dist.transfer import Hop, Leg, Packing, plan_hops
+from conda_dist.layout.layout import Coordinate, Layout
+from conda_dist.layout.redistribution import Hop, Leg, Packing, plan_hops
+from conda_dist.runtime.collectives import keep, pack, unpack
 
 Held = dict[Coordinate, list[Tensor | None]]
 """By coordinate the local tensors; None where it holds none."""
@@ -40,7 +40,7 @@ def carry(layout: Layout, routes: Sequence[tuple[Leg, ...]], tensors: Held) -> H
         tensors: the local tensors.
     """
     planned = {c: plan_hops(routes, c) for c in layout.coordinates()}
-    calls = {tuple((hop.mesh_dim, hop.silent) for hop in hops) for hops in planned.values()}
+    calls = {tuple((hop.mesh_dim, hop.is_local) for hop in hops) for hops in planned.values()}
     assert len(calls) == 1, "ranks would call different collectives"
     dtypes = [
         next(t.dtype for t in held if t is not None) for held in zip(*tensors.values(), strict=True)
@@ -57,13 +57,15 @@ def _hop(hops: Mapping[Coordinate, Hop], tensors: Held, dtypes: Sequence[torch.d
             shape, old = transfer.shape, tensors[c][transfer.item]
             new = None if shape is None else torch.full(shape, -1, dtype=dtypes[transfer.item])
             after[c][transfer.item] = new
-            if hop.silent and new is not None:
+            if hop.is_local and new is not None:
                 if old is not None and old.shape == new.shape:
                     after[c][transfer.item] = old
                 else:
                     keep(transfer, old, new)
-        assert not hop.silent or all(hop.sent(hop.index, item) == 0 for item in range(len(dtypes)))
-    if not next(iter(hops.values())).silent:
+        assert not hop.is_local or all(
+            hop.sent(hop.index, item) == 0 for item in range(len(dtypes))
+        )
+    if not next(iter(hops.values())).is_local:
         packings = {
             c: hop.packings(tuple(dtypes[t.item] for t in hop.transfers)) for c, hop in hops.items()
         }
@@ -105,7 +107,7 @@ def copies(layout: Layout, routes: Sequence[tuple[Leg, ...]], coordinate: Coordi
     return sum(
         len(made)
         for hop in plan_hops(routes, coordinate)
-        if not hop.silent
+        if not hop.is_local
         for packing in hop.packings((0,) * len(hop.transfers))
         for made in (*packing.packs, *packing.unpacks)
     )

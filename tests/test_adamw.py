@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import toys
-from conda_dist import Conda, adamw, maths
+from conda_dist import Conda
+from conda_dist.numerics import adamw, arithmetic
 
 SHAPES = ((7, 3), (5,), (), (2, 3, 4), (1, 6), (2, 2, 3, 3))
 
@@ -116,7 +117,7 @@ def test_both_kernels_take_the_same_step(
     """With an eps that matters, as do decay and the correction of the first moments."""
     runs = []
     for devices in ({"cpu"}, set()):
-        monkeypatch.setattr(maths, "FUSED_DEVICES", devices)
+        monkeypatch.setattr(arithmetic, "FUSED_DEVICES", devices)
         params = toys.parameters(*SHAPES, (9, 9), (3,))
         options = {"eps": 0.1, "weight_decay": weight_decay, "correct_bias": correct_bias}
         toys.take(
@@ -142,7 +143,7 @@ def test_one_call_for_all_parameters_alike() -> None:
 
 def test_chunks_do_not_change_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
-    monkeypatch.setattr(maths, "FUSED_DEVICES", frozenset())
+    monkeypatch.setattr(arithmetic, "FUSED_DEVICES", frozenset())
     for numel in (2**24, 30, 1):
         monkeypatch.setattr(adamw, "CHUNK_NUMEL", numel)
         params = toys.parameters(*SHAPES, (9, 9), (3,))
@@ -154,7 +155,7 @@ def test_chunks_do_not_change_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_needs_memory_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adamw, "CHUNK_NUMEL", 4096)
-    monkeypatch.setattr(maths, "FUSED_DEVICES", frozenset())
+    monkeypatch.setattr(arithmetic, "FUSED_DEVICES", frozenset())
     for shapes in ([(64, 64)] * 12, [(12 * 64, 64)]):  # many parameters; one larger than a chunk
         params = toys.parameters(*shapes)
         optimizer = _conda(params)

@@ -14,7 +14,8 @@ from torch.distributed.tensor import Shard
 import models
 import ranks
 import toys
-from conda_dist import Conda, decomposition
+from conda_dist import Conda
+from conda_dist.numerics import decomposition
 from conda_dist.reference import decompose, project, project_back
 from models import FSDP2, PLAIN, Layout
 from test_parallel_layouts import MATRICES, far, train
@@ -221,7 +222,8 @@ def test_broken_momenta_are_said_when_the_bases_are_due() -> None:
 
 FORSAKEN = """
 import time, torch
-from conda_dist import Conda, decomposition
+from conda_dist import Conda
+from conda_dist.numerics import decomposition
 def slow(momentum, right, method, plain=decomposition.decompose):
     time.sleep(0.5)
     decomposed.append(1)
@@ -254,7 +256,8 @@ def test_a_process_ends_with_refreshes_pending() -> None:
 
 ELSEWHERE = """
 import threading, torch
-from conda_dist import Conda, decomposition
+from conda_dist import Conda
+from conda_dist.numerics import decomposition
 params = [torch.nn.Parameter(torch.randn(60, 40)) for _ in range(8)]
 optimizer = Conda(
     [{"params": params, "algorithm": "conda"}], update_proj_gap=2, refresh_delay=1

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import toys
-from conda_dist import Conda, maths
+from conda_dist import Conda
+from conda_dist.numerics import arithmetic
 
 SHAPE = (100, 64)
 Change = Callable[[nn.Parameter], None]
@@ -144,10 +145,10 @@ def test_no_kernel_gets_moments_of_another_form(
 
 def test_what_the_fused_kernel_takes() -> None:
     whole = torch.ones(4, 3)
-    assert maths.can_fuse(whole, whole.clone())
+    assert arithmetic.can_fuse(whole, whole.clone())
     for other in (whole[:2], whole.double(), whole.t(), whole.to("meta"), torch.ones(3, 4).t()):
-        assert not maths.can_fuse(whole, other)
-        assert not maths.can_fuse(other, whole)
+        assert not arithmetic.can_fuse(whole, other)
+        assert not arithmetic.can_fuse(other, whole)
 
 
 def test_a_steady_step_plans_nothing() -> None:

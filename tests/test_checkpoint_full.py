@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import models
 import ranks
-from conda_dist import storage
+from conda_dist.runtime import dtensor
 from models import FSDP2, GAP, PLAIN, Layout
 
 SAVED, LAST = GAP + 2, 2 * GAP + 2
@@ -246,9 +246,9 @@ def test_states_of_another_mesh() -> None:
 
 
 def _shares_memory(optimizer: Any, tensors: list[torch.Tensor]) -> bool:
-    theirs = {t.untyped_storage().data_ptr() for t in map(storage.local, tensors) if t.numel()}
+    theirs = {t.untyped_storage().data_ptr() for t in map(dtensor.local, tensors) if t.numel()}
     return any(
-        storage.local(value).untyped_storage().data_ptr() in theirs
+        dtensor.local(value).untyped_storage().data_ptr() in theirs
         for state in optimizer.state.values()
         for value in state.values()
         if value.numel()

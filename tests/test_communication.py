@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 import models
 import ranks
-from conda_dist import Conda, transfer
+from conda_dist import Conda
+from conda_dist.layout.layout import redistribution
 from traffic import Call, recorded
 
 WIDTH, MLP, LAYERS = 32, 88, 2
@@ -154,7 +155,7 @@ def _in_parts(layout: models.Layout) -> tuple[list[str], list[str]]:
     """What differs where rotations travel one by one, their rows passed on by all ranks."""
     ended = []
     for beyond, options in ((4, {}), (1, {}), (1, {"buffer_bytes": 1})):
-        with mock.patch.object(transfer, "SPREAD_BEYOND", beyond):
+        with mock.patch.object(redistribution, "SPREAD_BEYOND", beyond):
             model, optimizer = models.build(layout, basis_budget=None, **options)
             models.train(model, optimizer, range(8))
             ended.append(models.snapshot(model, optimizer))

@@ -14,7 +14,8 @@ import torch.distributed as dist
 import models
 import ranks
 import zero
-from conda_dist import Conda, Muon, decomposition, param_groups
+from conda_dist import Conda, Muon, param_groups
+from conda_dist.numerics import decomposition
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 import toys
 from conda_dist import Conda, param_groups
-from conda_dist.kinds import block_of, doubtful
+from conda_dist.layer_kinds import block_of, doubtful
 from conda_dist.routing import route
 
 TINY: dict[str, Any] = {

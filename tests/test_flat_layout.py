@@ -13,18 +13,18 @@ from torch import Tensor, nn
 import models
 import ranks
 from conda_dist import Conda
-from conda_dist.compute_layout import reverse
-from conda_dist.exchange import Mesh
-from conda_dist.flat import Flat
-from conda_dist.layout import Topology
+from conda_dist.layout.flat import Flat
+from conda_dist.layout.layout import Topology
+from conda_dist.layout.moves import reverse
+from conda_dist.layout.redistribution import plan_hops, redistribution
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import deal_owners
 from conda_dist.plan.schedule import plan_task
 from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.rules.conda import CondaRule
-from conda_dist.runtime.step import CondaPath
+from conda_dist.runtime.collectives import Mesh
+from conda_dist.runtime.step import MatrixPath
 from conda_dist.runtime.weight import Weight
-from conda_dist.transfer import plan_hops, redistribution
 from exchanges import Held, carry, local
 
 SIZES = st.integers(1, 7)
@@ -182,7 +182,7 @@ def _flat_run(kind: str, options: Options) -> dict[str, Tensor]:
         weights.append(Weight(pieces[name], plan, mesh, GROUP, states, options, CondaRule(options)))
         weights[-1].init_state()
         assert states[pieces[name]]["exp_avg"].shape == flat.local_shape((rank,))
-    path = CondaPath(weights, options)
+    path = MatrixPath(weights, options)
     for step in range(STEPS):
         grads = {n: models.gradient(n, _start(n), step).flatten() for n in SHAPES}
         path.step(

@@ -19,12 +19,12 @@ from conda_dist.launch.job.config import CondaConfig
 from conda_dist.launch.tools import forecast, planned
 from conda_dist.launch.tools.hardware import HARDWARE, Mesh
 from conda_dist.launch.tools.planned import Planned
-from conda_dist.layout import Layout, Split, Topology
+from conda_dist.layout.layout import Layout, Split, Topology
 from conda_dist.plan.compute_groups import deal_owners
 from conda_dist.plan.costs import svd_flops
 from conda_dist.plan.schedule import fill_tasks
 from conda_dist.plan.weight_plan import plan_weight
-from conda_dist.storage import placements
+from conda_dist.runtime.dtensor import placements
 from test_layout_traffic import _place, _sent
 from traffic import recorded
 

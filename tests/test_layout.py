@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from conda_dist.compute_layout import Move, kept_dim, reverse, to_compute, to_whole
-from conda_dist.layout import Layout, Split
-from conda_dist.transfer import gather_to, redistribution, send_from
+from conda_dist.layout.layout import Layout, Split
+from conda_dist.layout.moves import Move, kept_dim, reverse, to_compute, to_whole
+from conda_dist.layout.redistribution import gather_to, redistribution, send_from
 from exchanges import Held, carry, everywhere, local
 
 SIZES = st.integers(1, 9)

@@ -13,9 +13,10 @@ from torch.distributed.fsdp import fully_shard
 import models
 import ranks
 import toys
-from conda_dist import Conda, maths, param_groups
-from conda_dist.adamw import Entry, adamw_
-from conda_dist.states import CODES
+from conda_dist import Conda, param_groups
+from conda_dist.numerics import arithmetic, low_precision
+from conda_dist.numerics.adamw import Entry, adamw_
+from conda_dist.rules.states import CODES
 from models import FSDP2, PLAIN, Layout
 
 CODED: dict[str, Any] = {"second_moment_dtype": torch.uint8}
@@ -23,14 +24,14 @@ ROUNDED: dict[str, Any] = {"state_dtype": torch.bfloat16, "stochastic_rounding":
 BOTH: dict[str, Any] = {**CODED, **ROUNDED}
 LAYOUTS: list[Layout] = [("fsdp", (3,)), ("hsdp", (2, 2)), ("grid", (2, 2))]
 STEPS = 8
-LEVEL = 2 ** (1 / maths.LEVELS_PER_OCTAVE)
+LEVEL = 2 ** (1 / low_precision.LEVELS_PER_OCTAVE)
 
 
 def stored(values: Tensor, dtype: torch.dtype, rounding: float | None) -> Tensor:
     """What is read back of values that were stored."""
     kept = torch.empty_like(values, dtype=dtype)
-    maths.store_(kept, values, rounding)
-    return maths.decode(kept, values.dtype)
+    low_precision.store_(kept, values, rounding)
+    return low_precision.decode(kept, values.dtype)
 
 
 # Numbers
@@ -38,11 +39,11 @@ def stored(values: Tensor, dtype: torch.dtype, rounding: float | None) -> Tensor
 
 def test_every_code_stands_for_itself() -> None:
     codes = torch.arange(256, dtype=torch.uint8)
-    values = maths.decode(codes, torch.float32)
+    values = low_precision.decode(codes, torch.float32)
     assert values[0] == 0
     assert torch.all(values[1:] > values[:-1])
     again = torch.empty_like(codes)
-    maths.store_(again, values, None)
+    low_precision.store_(again, values, None)
     assert torch.equal(again, codes)
 
 
@@ -58,7 +59,7 @@ def test_a_code_is_next_to_its_value(octave: float, rounding: float) -> None:
 def test_what_has_no_code() -> None:
     """Too small is zero, too large (or no number, of which the first moment tells) the largest."""
     values = torch.tensor([0.0, 1e-30, 1e37, torch.inf, torch.nan])
-    largest = maths.decode(torch.tensor(255, dtype=torch.uint8), torch.float32).item()
+    largest = low_precision.decode(torch.tensor(255, dtype=torch.uint8), torch.float32).item()
     for rounding in (None, 0.0, 0.99):
         assert stored(values, torch.uint8, rounding).tolist() == [0, 0, *[largest] * 3]
 
@@ -68,8 +69,8 @@ def test_rounding_is_fair_over_steps(dtype: torch.dtype) -> None:
     """The mean over steps is the value: of numbers for bfloat16, of logarithms for codes."""
     values = toys.random(1000).abs() + 0.01
     of = torch.log2 if dtype == torch.uint8 else torch.clone
-    rounded = torch.stack([of(stored(values, dtype, maths.dither(t))) for t in range(1000)])
-    step = 1 / maths.LEVELS_PER_OCTAVE if dtype == torch.uint8 else values * 2**-7
+    rounded = torch.stack([of(stored(values, dtype, low_precision.dither(t))) for t in range(1000)])
+    step = 1 / low_precision.LEVELS_PER_OCTAVE if dtype == torch.uint8 else values * 2**-7
     assert ((rounded.mean(0) - of(values)).abs() < 0.01 * step).all()
     nearest = of(stored(values, dtype, None)) - of(values)
     assert (nearest.abs() > 0.01 * step).float().mean() > 0.8
@@ -86,13 +87,13 @@ def test_bfloat16_keeps_what_is_not_finite() -> None:
 def test_an_average_follows_where_nearest_would_stand_still(dtype: torch.dtype) -> None:
     """A change of 0.1 % a step is less than half of either's last digit."""
     beta = 0.999
-    for rounding, arrives in ((maths.dither, True), (lambda _: None, False)):
+    for rounding, arrives in ((low_precision.dither, True), (lambda _: None, False)):
         moment = torch.empty(500, dtype=dtype)
-        maths.store_(moment, torch.full((500,), 1e-3) * (1 + toys.random(500).abs()), None)
+        low_precision.store_(moment, torch.full((500,), 1e-3) * (1 + toys.random(500).abs()), None)
         for t in range(5000):
-            value = maths.decode(moment, torch.float32).mul_(beta).add_((1 - beta) * 3e-4)
-            maths.store_(moment, value, rounding(t))
-        reached = maths.decode(moment, torch.float32).log2().mean().exp2() / 3e-4
+            value = low_precision.decode(moment, torch.float32).mul_(beta).add_((1 - beta) * 3e-4)
+            low_precision.store_(moment, value, rounding(t))
+        reached = low_precision.decode(moment, torch.float32).log2().mean().exp2() / 3e-4
         assert bool(0.8 < reached < 1.25) is arrives
 
 
@@ -173,9 +174,9 @@ def test_parts_of_fused_weights() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
 def test_adamw_path(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """A step is that of float32 moments; what is kept of them is next to theirs."""
-    monkeypatch.setattr(maths, "FUSED_DEVICES", frozenset())  # the same kernels for both
+    monkeypatch.setattr(arithmetic, "FUSED_DEVICES", frozenset())  # the same kernels for both
     grad, start = toys.random(50), toys.random(50, seed=1)
-    hyper = maths.Hyper(0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True)
+    hyper = arithmetic.Hyper(0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, True)
     whole, low = (
         Entry("w", start.clone(), grad, torch.zeros(50), torch.zeros(50, dtype=second))
         for second in (torch.float32, dtype)
@@ -183,7 +184,7 @@ def test_adamw_path(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None
     for entry in (whole, low):
         adamw_([entry], 1, hyper, stochastic=True)
     assert torch.equal(whole.param, low.param)
-    ratio = maths.decode(low.exp_avg_sq, torch.float32) / whole.exp_avg_sq
+    ratio = low_precision.decode(low.exp_avg_sq, torch.float32) / whole.exp_avg_sq
     assert ((ratio > LEVEL**-1.01) & (ratio < LEVEL**1.01)).all()
 
 
@@ -244,7 +245,7 @@ def _converted(there: dict[str, Any], back: dict[str, Any]) -> list[str]:
     for param, other in zip(model.parameters(), twin.parameters(), strict=True):
         for key, value in first.state[param].items():
             ours, theirs = (
-                maths.decode(models.local(v), torch.float32)
+                low_precision.decode(models.local(v), torch.float32)
                 for v in (value, third.state[other][key])
             )
             # Of numbers only what no code stands for may be lost.

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 import toys
-from conda_dist import decomposition, maths
-from conda_dist.decomposition import Outcome
-from conda_dist.maths import Hyper
+from conda_dist.numerics import arithmetic, decomposition
+from conda_dist.numerics.arithmetic import Hyper
+from conda_dist.numerics.decomposition import Outcome
 
 DOUBLE = torch.float64
 HYPER = Hyper(
@@ -50,7 +50,7 @@ def test_projection_commutes_with_slicing(shape: tuple[int, ...], data: st.DataO
     kept = -2 if right else -1
     start = data.draw(st.integers(0, shape[kept]))
     length = data.draw(st.integers(0, shape[kept] - start))
-    for function in (maths.project, maths.project_back):
+    for function in (arithmetic.project, arithmetic.project_back):
         part = function(x.narrow(kept, start, length), basis, right)
         whole = function(x, basis, right).narrow(kept, start, length)
         torch.testing.assert_close(part, whole, rtol=0, atol=1e-13)
@@ -61,9 +61,9 @@ def test_projection_commutes_with_slicing(shape: tuple[int, ...], data: st.DataO
 def test_project_back_inverts_project(shape: tuple[int, ...]) -> None:
     right, r = _right(shape), min(shape[-2:])
     x, basis = toys.random(*shape, dtype=DOUBLE), _basis(*shape[:-2], r, r)
-    there = maths.project(x, basis, right)
+    there = arithmetic.project(x, basis, right)
     assert there.shape == x.shape
-    torch.testing.assert_close(maths.project_back(there, basis, right), x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(arithmetic.project_back(there, basis, right), x, rtol=0, atol=1e-12)
     expected = x @ basis if right else basis.mT @ x
     torch.testing.assert_close(there, expected, rtol=0, atol=1e-13)
 
@@ -72,10 +72,10 @@ def test_projection_dtypes() -> None:
     """Products in the dtype asked for, results in the basis's; arguments stay as they are."""
     x, basis = toys.random(6, 4, dtype=torch.bfloat16), _basis(4, 4, dtype=torch.float32)
     copies = x.clone(), basis.clone()
-    exact = maths.project(x, basis, right=True)
+    exact = arithmetic.project(x, basis, right=True)
     assert exact.dtype == torch.float32
     torch.testing.assert_close(exact, x.float() @ basis)
-    coarse = maths.project(x, basis, True, torch.bfloat16)
+    coarse = arithmetic.project(x, basis, True, torch.bfloat16)
     assert coarse.dtype == torch.float32
     assert torch.equal(coarse, (x @ basis.bfloat16()).float())
     assert 0 < (coarse - exact).abs().max() < 0.05
@@ -96,8 +96,8 @@ def test_projected_momentum_obeys_its_own_recursion(
     for t in range(steps):
         grad = toys.random(*shape, seed=t, dtype=DOUBLE)
         momentum = beta * momentum + (1 - beta) * grad
-        maths.average_(projected, maths.project(grad, basis, right), beta)
-    afresh = maths.project(momentum, basis, right)
+        arithmetic.average_(projected, arithmetic.project(grad, basis, right), beta)
+    afresh = arithmetic.project(momentum, basis, right)
     torch.testing.assert_close(projected, afresh, rtol=0, atol=1e-12)
 
 
@@ -107,7 +107,7 @@ def test_refreshing_in_projected_coordinates(shape: tuple[int, int]) -> None:
     """Q P is the basis of the SVD of M, and exp_avg P what projecting M afresh gives."""
     right, r = _right(shape), min(shape)
     momentum, basis = toys.random(*shape, dtype=DOUBLE), _basis(r, r)
-    exp_avg = maths.project(momentum, basis, right)
+    exp_avg = arithmetic.project(momentum, basis, right)
     outcome, rotation = decomposition.decompose(exp_avg, right)
     assert outcome == Outcome.DONE
     assert rotation is not None
@@ -116,10 +116,10 @@ def test_refreshing_in_projected_coordinates(shape: tuple[int, int]) -> None:
     expected = svd.Vh.mT if right else svd.U
     overlap = (new.mT @ expected).abs()
     torch.testing.assert_close(overlap, torch.eye(r, dtype=DOUBLE), rtol=0, atol=1e-6)
-    maths.rotate_(exp_avg, rotation, right)
-    afresh = maths.project(momentum, new, right)
+    arithmetic.rotate_(exp_avg, rotation, right)
+    afresh = arithmetic.project(momentum, new, right)
     torch.testing.assert_close(exp_avg, afresh, rtol=0, atol=1e-12)
-    back = maths.project_back(exp_avg, new, right)
+    back = arithmetic.project_back(exp_avg, new, right)
     torch.testing.assert_close(back, momentum, rtol=0, atol=1e-12)
 
 
@@ -130,7 +130,7 @@ def test_rotate_is_in_place_on_any_memory() -> None:
         x = held[1:9:2, 2:10:2]
         x.copy_(toys.random(4, 4, dtype=DOUBLE))
         expected = x @ rotation if right else rotation.mT @ x
-        maths.rotate_(x, rotation, right)
+        arithmetic.rotate_(x, rotation, right)
         torch.testing.assert_close(x, expected)
         torch.testing.assert_close(held[1:9:2, 2:10:2], expected)
 
@@ -138,7 +138,7 @@ def test_rotate_is_in_place_on_any_memory() -> None:
 def test_matrices() -> None:
     for shape, batch in [((4, 3), 1), ((2, 4, 3), 2), ((2, 5, 4, 3), 10)]:
         tensor = torch.zeros(shape)
-        found = maths.matrices(tensor)
+        found = arithmetic.matrices(tensor)
         assert found.shape == (batch, 4, 3)
         found[-1] += 1  # a view: what is written to it is written to the tensor
         assert tensor.sum() == 12
@@ -361,7 +361,7 @@ def test_normalise(dtype: torch.dtype) -> None:
     second = 0.99 * exp_avg_sq.to(work) + (1 - 0.99) * grad**2
     expected = exp_avg.to(work) / (second.sqrt() + 1e-8)
     before, held = exp_avg.clone(), exp_avg_sq
-    result = maths.normalise_(grad, exp_avg, exp_avg_sq, HYPER)
+    result = arithmetic.normalise_(grad, exp_avg, exp_avg_sq, HYPER)
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(exp_avg_sq, second.to(dtype))
     assert held is exp_avg_sq
@@ -373,7 +373,7 @@ def test_normalise(dtype: torch.dtype) -> None:
 def test_average(dtype: torch.dtype) -> None:
     exp_avg, grad = toys.random(5, 4, dtype=dtype), toys.random(5, 4, seed=1)
     expected = (0.9 * exp_avg.float() + 0.1 * grad).to(dtype)
-    maths.average_(exp_avg, grad, 0.9)
+    arithmetic.average_(exp_avg, grad, 0.9)
     torch.testing.assert_close(
         exp_avg, expected, rtol=1e-5 if dtype != torch.bfloat16 else 8e-3, atol=1e-6
     )
@@ -397,13 +397,13 @@ def test_one_pass_is_the_same_step(
         grad.view(-1)[::3] = 0
         grad.view(-1)[5:6] = math.inf
         first, second, kept = exp_avg.clone(), exp_avg_sq.clone(), grad.clone()
-        assert maths.can_fuse(grad, exp_avg, exp_avg_sq)
+        assert arithmetic.can_fuse(grad, exp_avg, exp_avg_sq)
         given = torch.full_like(grad, math.nan) if out else None
-        result = maths.average_and_normalise_(grad, exp_avg, exp_avg_sq, hyper, given)
+        result = arithmetic.average_and_normalise_(grad, exp_avg, exp_avg_sq, hyper, given)
         assert given is None or result is given
         assert torch.equal(grad, kept)
-        maths.average_(first, grad, betas[0])
-        expected = maths.normalise_(grad, first, second, hyper)
+        arithmetic.average_(first, grad, betas[0])
+        expected = arithmetic.normalise_(grad, first, second, hyper)
         for ours, theirs in ((exp_avg, first), (exp_avg_sq, second), (result, expected)):
             rtol = 1e-5 if dtype == torch.float32 else 1e-12
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-4 * rtol, equal_nan=True)
@@ -411,10 +411,10 @@ def test_one_pass_is_the_same_step(
 
 def test_what_is_not_fused() -> None:
     x = torch.ones(4, 4)
-    assert maths.can_fuse(x, x)
+    assert arithmetic.can_fuse(x, x)
     for y in (x.T, x[:, 2:], x[:0], x.bfloat16(), x.to("meta")):
-        assert not maths.can_fuse(y, y)
-    assert not maths.can_fuse(x, x.double())
+        assert not arithmetic.can_fuse(y, y)
+    assert not arithmetic.can_fuse(x, x.double())
 
 
 @pytest.mark.parametrize("lr", [0.1, 0, torch.tensor(0.1, dtype=DOUBLE)], ids=str)
@@ -428,10 +428,10 @@ def test_one_product_into_the_weight_is_the_same_step(
     right, r = _right(shape), min(shape[-2:])
     y, basis = toys.random(*shape, dtype=DOUBLE), _basis(*shape[:-2], r, r)
     param, fused = (toys.random(*shape, seed=1, dtype=DOUBLE) for _ in range(2))
-    update = maths.project_back(y, basis, right)
+    update = arithmetic.project_back(y, basis, right)
     step_size = float(hyper.step_size(4))
     expected = (param - step_size * update) * (1 - float(lr) * weight_decay)
-    maths.apply_(param, update, 4, hyper)
-    maths.project_back_and_apply_(fused, y, basis, right, 4, hyper)
+    arithmetic.apply_(param, update, 4, hyper)
+    arithmetic.project_back_and_apply_(fused, y, basis, right, 4, hyper)
     torch.testing.assert_close(param, expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-13)

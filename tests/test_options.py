@@ -10,9 +10,9 @@ import torch
 
 import toys
 from conda_dist import Conda
-from conda_dist.groups import DROPPED, UNSUPPORTED
 from conda_dist.launch import options as job
 from conda_dist.options import DTYPES, GROUP_OPTIONS, OPTIONS, Options
+from conda_dist.parameter_groups import DROPPED, UNSUPPORTED
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 TORCHS = ("lr", "betas", "eps", "weight_decay")

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ranks
 from conda_dist import Conda
-from conda_dist.compute_layout import reverse, to_compute, to_whole
-from conda_dist.flat import Flat, flat_to_compute
-from conda_dist.layout import Layout, Split
-from conda_dist.transfer import Leg, gather_to, plan_hops, redistribution, send_from
+from conda_dist.layout.flat import Flat, flat_to_compute
+from conda_dist.layout.layout import Layout, Split
+from conda_dist.layout.moves import reverse, to_compute, to_whole
+from conda_dist.layout.redistribution import Leg, gather_to, plan_hops, redistribution, send_from
 from exchanges import Held, carry, copies, everywhere, local
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 import ranks
 import toys
 from conda_dist import Conda
-from conda_dist.decomposition import Outcome, decompose
+from conda_dist.numerics.decomposition import Outcome, decompose
 from conda_dist.options import REFRESH_METHODS
 from test_parallel_layouts import MATRICES, far, train
 

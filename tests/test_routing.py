@@ -10,7 +10,7 @@ from torch import nn
 
 import toys
 from conda_dist import Conda, param_groups
-from conda_dist.kinds import KERNEL
+from conda_dist.layer_kinds import KERNEL
 from conda_dist.routing import clean_name, route
 
 # Models of transformers, built on the meta device: names and shapes are all that is needed.

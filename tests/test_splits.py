@@ -15,7 +15,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import models
 import ranks
-from conda_dist import Conda, param_groups, storage
+from conda_dist import Conda, param_groups
+from conda_dist.runtime import dtensor
 
 ROWS, COLUMNS = (9, 3, 5), 7
 """A tall part and two wide ones; no rank count from 2 to 4 divides them or their sum."""
@@ -129,9 +130,9 @@ def test_parts_step_as_matrices_of_their_own(separate: dict[str, Tensor]) -> Non
 
 def _on(layout: Layout, options: dict[str, Any]) -> dict[str, Tensor]:
     params = _fused(layout)
-    storages = {name: storage.local(p).data_ptr() for name, p in params.items()}
+    storages = {name: dtensor.local(p).data_ptr() for name, p in params.items()}
     _take(params, _optimizer(params, **options), range(STEPS))
-    assert storages == {n: storage.local(p).data_ptr() for n, p in params.items()}
+    assert storages == {n: dtensor.local(p).data_ptr() for n, p in params.items()}
     return {name: models.whole(param) for name, param in params.items()}
 
 

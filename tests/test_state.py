@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import toys
 from conda_dist import Conda, param_groups
-from conda_dist.names import each, path_of
+from conda_dist.parameter_names import each, path_of
 
 CONDA_KEYS = {"step", "exp_avg", "exp_avg_sq", "basis", "basis_step"}
 ADAMW_KEYS = {"step", "exp_avg", "exp_avg_sq"}

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from conda_dist.compute_layout import Group
-from conda_dist.flat import Flat
-from conda_dist.layout import Coordinate, Layout, Split, Topology, nested
+from conda_dist.layout.flat import Flat
+from conda_dist.layout.layout import Coordinate, Layout, Split, Topology, nested
+from conda_dist.layout.moves import Group
 from conda_dist.plan.weight_plan import WeightPlan, copied_basis_bytes, inside, plan_weight
 
 MOST_GROUPED = 16

@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from conda_dist.layout import Coordinate
+from conda_dist.layout.layout import Coordinate
+from conda_dist.layout.redistribution import Hop, plan_hops
 from conda_dist.plan.schedule import plan_async_refresh, plan_task
 from conda_dist.plan.weight_plan import WeightPlan, copy_to_saved, moments_to_saved
-from conda_dist.transfer import Hop, plan_hops
 
 BESIDE = 4
 """Bytes of an element of what goes back beside an update."""
@@ -108,7 +108,7 @@ def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Size
         len({itemsizes[transfer.item] for transfer in hop.transfers})
         for hops, itemsizes in exchanged
         for hop in hops
-        if not hop.silent
+        if not hop.is_local
     )
 
 

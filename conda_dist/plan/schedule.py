@@ -11,11 +11,18 @@ from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from conda_dist.compute_layout import Move, reverse
-from conda_dist.flat import Flat, Held
-from conda_dist.layout import Coordinate, Copies, Layout, Placement, Split, Topology
+from conda_dist.layout.flat import Flat, Held
+from conda_dist.layout.layout import Coordinate, Copies, Layout, Placement, Split, Topology
+from conda_dist.layout.moves import Move, reverse
+from conda_dist.layout.redistribution import (
+    Hop,
+    Leg,
+    gather_to,
+    plan_hops,
+    redistribution,
+    send_from,
+)
 from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims, beside_update
-from conda_dist.transfer import Hop, Leg, gather_to, plan_hops, redistribution, send_from
 
 ITEMSIZE = 4
 """Bytes of an element by which tasks are filled, whatever its own are."""
@@ -302,7 +309,7 @@ def crossed_dims(plan: WeightPlan) -> tuple[int, ...]:
     if isinstance(plan.storage, Flat):
         return ()
     legs = redistribution(plan.moves)
-    return tuple(dict.fromkeys(leg.move.mesh_dim for leg in legs if not leg.silent))
+    return tuple(dict.fromkeys(leg.move.mesh_dim for leg in legs if not leg.is_local))
 
 
 def _plan_flags(plans: Sequence[WeightPlan], dtypes: Sequence[Hashable]) -> tuple[Flags, ...]:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from conda_dist.compute_layout import Group, Move, kept_dim, reverse, to_compute, to_whole
-from conda_dist.flat import Flat, Held, flat_basis, flat_to_compute
-from conda_dist.layout import Coordinate, Copies, Layout, Placement, Split, Topology
-from conda_dist.transfer import Leg, gather_to, redistribution
+from conda_dist.layout.flat import Flat, Held, flat_basis, flat_to_compute
+from conda_dist.layout.layout import Coordinate, Copies, Layout, Placement, Split, Topology
+from conda_dist.layout.moves import Group, Move, kept_dim, reverse, to_compute, to_whole
+from conda_dist.layout.redistribution import Leg, gather_to, redistribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class WeightPlan:
     @property
     def communicates(self) -> bool:
         """Whether a step needs other ranks even if nothing is refreshed."""
-        return any(not leg.silent for leg in redistribution(self.moves + self.basis_moves))
+        return any(not leg.is_local for leg in redistribution(self.moves + self.basis_moves))
 
     @property
     def alone(self) -> bool:
@@ -142,7 +142,7 @@ class WeightPlan:
     @property
     def gathered_basis(self) -> int:
         """Elements that every rank gathers of its basis for a step."""
-        if all(leg.silent for leg in redistribution(self.basis_moves)):
+        if all(leg.is_local for leg in redistribution(self.basis_moves)):
             return 0
         split = math.prod(self.topology.sizes[d] for d in batch_mesh_dims(self.basis))
         return -(-math.prod(self.basis.shape) // split)

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist import decomposition, maths
-from conda_dist.decomposition import Outcome
-from conda_dist.hyperparameters import hyper_of
-from conda_dist.maths import Hyper
+from conda_dist.numerics import arithmetic, decomposition, low_precision
+from conda_dist.numerics.arithmetic import Hyper
+from conda_dist.numerics.decomposition import Outcome
 from conda_dist.options import Options
+from conda_dist.rules.hyperparameters import hyper_of
 from conda_dist.rules.rule import Buffers, Part, RefreshedRule, State
-from conda_dist.states import basis_dtype, moment_dtype, second_dtype, second_key
+from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype, second_key
 
 
 class CondaRule(RefreshedRule):
@@ -47,7 +47,7 @@ class CondaRule(RefreshedRule):
         basis = State((r, r), basis_dtype(dtype, self.options), identity=True)
         return states | {"basis": basis}
 
-    def travel(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """See Rule. Both are rounded to the products' dtype anyway."""
         product = self.options.product_dtype or basis_dtype(dtype, self.options)
         travel = min(dtype, product, key=lambda dtype: dtype.itemsize)
@@ -63,15 +63,15 @@ class CondaRule(RefreshedRule):
         """See RefreshedRule."""
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if buffers is None else buffers.take(0, grad, dtype)
-        return maths.project(grad, basis, right, self.options.product_dtype, out)
+        return arithmetic.project(grad, basis, right, self.options.product_dtype, out)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
     ) -> None:
         """See RefreshedRule."""
-        rounding = maths.rounding_of(momentum, step - 1, self.options.stochastic_rounding)
+        rounding = low_precision.rounding_of(momentum, step - 1, self.options.stochastic_rounding)
         beta1 = float(group["betas"][0])
-        maths.average_(momentum, projected, beta1, rounding)
+        arithmetic.average_(momentum, projected, beta1, rounding)
 
     def refresh(self, momentum: Tensor, right: bool, first: bool) -> tuple[Outcome, Tensor | None]:
         """See RefreshedRule. The rotation leads to the momentum's singular vectors."""
@@ -85,10 +85,10 @@ class CondaRule(RefreshedRule):
         y = self._normalise(part, basis, hyper)
         if param is not None and {y.dtype, basis.dtype, dtype or param.dtype} == {param.dtype}:
             if not isinstance(hyper.lr, Tensor):
-                maths.project_back_and_apply_(param, y, basis, right, part.step, hyper)
+                arithmetic.project_back_and_apply_(param, y, basis, right, part.step, hyper)
                 return None
             dtype = None
-        return maths.project_back(y, basis, right, dtype)
+        return arithmetic.project_back(y, basis, right, dtype)
 
     def _normalise(self, part: Part, basis: Tensor, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""
@@ -96,16 +96,16 @@ class CondaRule(RefreshedRule):
         projected = part.grad
         if not part.averaged:
             projected = part.grad = self.project(part.grad, basis, part.right, part.buffers)
-            if maths.can_fuse(projected, first, second):
+            if arithmetic.can_fuse(projected, first, second):
                 buffers, out = part.buffers, None
                 if buffers is not None:
                     out = buffers.take(1, projected, projected.dtype)
-                return maths.average_and_normalise_(projected, first, second, hyper, out)
+                return arithmetic.average_and_normalise_(projected, first, second, hyper, out)
             moments = {"exp_avg": first, self.second_key: second}
-            maths.check_alike(part.name, {"gradient": projected, **moments})
+            arithmetic.check_alike(part.name, {"gradient": projected, **moments})
             self.average(first, projected, part.group, part.step)
-        rounding = maths.rounding_of(second, part.step, self.options.stochastic_rounding)
-        return maths.normalise_(projected, first, second, hyper, rounding)
+        rounding = low_precision.rounding_of(second, part.step, self.options.stochastic_rounding)
+        return arithmetic.normalise_(projected, first, second, hyper, rounding)
 
     def apply(
         self,
@@ -117,4 +117,4 @@ class CondaRule(RefreshedRule):
         beside: Tensor | None = None,
     ) -> None:
         """See Rule."""
-        maths.apply_(param, update, step, hyper_of(group))
+        arithmetic.apply_(param, update, step, hyper_of(group))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist.maths import matrices
+from conda_dist.numerics.arithmetic import matrices
 from conda_dist.options import LARGEST, check_number
 from conda_dist.rules.rule import Part, Rule, State
 
@@ -60,7 +60,7 @@ class MuonRule(Rule):
         """See Rule."""
         return {"momentum_buffer": State((m, n), dtype, cut=True)}
 
-    def travel(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """See Rule. The momentum takes the gradient as it is; the iteration rounds its result."""
         return dtype, torch.bfloat16
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from conda_dist.decomposition import Outcome
-from conda_dist.states import OF_RULES
+from conda_dist.numerics.decomposition import Outcome
+from conda_dist.rules.states import OF_RULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Rule(ABC):
         """Its states of a matrix (m, n) of a parameter of that dtype, by name."""
 
     @abstractmethod
-    def travel(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """Dtypes in which a gradient goes to a group, and its update back, for a parameter's."""
 
     def beside(self, m: int, n: int) -> tuple[int, int] | None:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from conda_dist.adamw_path import Plain
-from conda_dist.exchange import Mesh, agree
-from conda_dist.layout import Coordinate
+from conda_dist.layout.layout import Coordinate
 from conda_dist.plan.schedule import Flags
+from conda_dist.runtime.adamw import AdamWParameter
+from conda_dist.runtime.collectives import Mesh, agree
 from conda_dist.runtime.weight import Weight
 
 PRESENT, MISSING = 0.0, 3.0
@@ -155,12 +155,14 @@ class Comparison:
     Args:
         mesh: the ranks.
         weights: the weights of the mesh, on the conda path.
-        plains: its parameters on the adamw path.
+        others: its parameters on the adamw path.
     """
 
-    def __init__(self, mesh: Mesh, weights: Sequence[Weight], plains: Sequence[Plain]) -> None:
-        self.mesh, self._weights, self._plains = mesh, weights, plains
-        self._members: list[Weight | Plain] = [*weights, *plains]
+    def __init__(
+        self, mesh: Mesh, weights: Sequence[Weight], others: Sequence[AdamWParameter]
+    ) -> None:
+        self.mesh, self._weights, self._others = mesh, weights, others
+        self._members: list[Weight | AdamWParameter] = [*weights, *others]
         self._groups = list({id(m.group): m.group for m in self._members}.values())
         self._gaps: list[int] = []
         self._left = 0.0  # calls before the next comparison
@@ -170,8 +172,10 @@ class Comparison:
 
     def _counts(self) -> dict[str, int]:
         counts = {w.name: w.step if w.state else 0 for w in self._weights}
-        for plain in self._plains:
-            counts[plain.name] = int(plain.state["step"]) if "step" in plain.state else 0
+        for parameter in self._others:
+            counts[parameter.name] = (
+                int(parameter.state["step"]) if "step" in parameter.state else 0
+            )
         return counts
 
     def lines(self) -> list[str]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conda_dist.decomposition import Outcome
+from conda_dist.numerics.decomposition import Outcome
 
 Found = tuple[Outcome, Tensor | None]
 

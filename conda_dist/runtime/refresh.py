@@ -13,14 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from conda_dist import decomposition
-from conda_dist.decomposition import Outcome
-from conda_dist.exchange import Exchange, Mesh, all_max, all_texts
-from conda_dist.maths import matrices
+from conda_dist.layout.redistribution import Hop
+from conda_dist.numerics import decomposition
+from conda_dist.numerics.arithmetic import matrices
+from conda_dist.numerics.decomposition import Outcome
 from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
 from conda_dist.runtime.background import Background
+from conda_dist.runtime.collectives import Exchange, Mesh, all_max, all_texts
 from conda_dist.runtime.weight import MAX_FAILURES, NO_BASIS, Weight
-from conda_dist.transfer import Hop
 
 
 def start_in_background(

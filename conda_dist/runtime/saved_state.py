@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from conda_dist import storage
-from conda_dist.exchange import Exchange, Mesh, agree
+from conda_dist.layout.redistribution import plan_hops, redistribution
 from conda_dist.plan.weight_plan import (
     copy_from_saved,
     copy_to_saved,
     moments_to_saved,
     saved_copy,
 )
+from conda_dist.runtime import dtensor
+from conda_dist.runtime.collectives import Exchange, Mesh, agree
 from conda_dist.runtime.weight import Weight
-from conda_dist.transfer import plan_hops, redistribution
 
 
 def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
@@ -36,7 +36,7 @@ def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
     for weight in weights:
         plan, layouts = weight.plan, weight.state_layouts()
         states = saved.setdefault(weight.param, {})
-        tensors = [storage.local(weight.state[key]) for key in layouts]
+        tensors = [dtensor.local(weight.state[key]) for key in layouts]
         specs = [weight.specs[weight.names[key]] for key in layouts]
         routes = [
             moments_to_saved(plan) if spec.cut else copy_to_saved(plan, spec.shape)
@@ -51,7 +51,7 @@ def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
                 layout = saved_copy(plan, spec.shape)
                 # What nothing moved is the state itself, which the next step changes.
                 kept = elements.clone() if elements is weight.state[key] else elements
-                states[key] = storage.like(weight.param, layout, kept)
+                states[key] = dtensor.like(weight.param, layout, kept)
                 continue
             name = weight.saved_key(key)
             if name not in states:
@@ -61,8 +61,8 @@ def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
                     dtype=elements.dtype,
                     device=elements.device,
                 )
-                states[name] = storage.like(weight.param, layout, local)
-            weight.set_rows(storage.local(states[name]), elements)
+                states[name] = dtensor.like(weight.param, layout, local)
+            weight.set_rows(dtensor.local(states[name]), elements)
     return saved
 
 
@@ -76,12 +76,12 @@ def from_saved(weight: Weight, key: str, value: Tensor) -> Tensor:
             ranks of the mesh must have, or the whole as a plain tensor.
     """
     plan, coordinate = weight.plan, weight.mesh.coordinate
-    device, spec = storage.local(weight.param).device, weight.specs[weight.names[key]]
+    device, spec = dtensor.local(weight.param).device, weight.specs[weight.names[key]]
     if isinstance(value, DTensor) and value.device_mesh == getattr(
         weight.param, "device_mesh", None
     ):
         saved = plan.storage.whole if spec.cut else saved_copy(plan, spec.shape)
-        wanted = storage.placements(saved)
+        wanted = dtensor.placements(saved)
         if value.placements != wanted:
             value = value.redistribute(placements=wanted)
         local = value.to_local().to(device)
@@ -99,7 +99,7 @@ def from_saved(weight: Weight, key: str, value: Tensor) -> Tensor:
         whole = torch.cat([whole[..., run.start : run.stop, :] for run in runs], -2)
     layout = weight.state_layouts()[key]
     elements = torch.empty(layout.local_shape(coordinate), dtype=whole.dtype, device=device)
-    storage.copy_blocks(elements, layout, coordinate, whole)
+    dtensor.copy_blocks(elements, layout, coordinate, whole)
     return elements
 
 

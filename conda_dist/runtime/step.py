@@ -11,9 +11,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from conda_dist import storage
-from conda_dist.ambience import tf32_products
-from conda_dist.exchange import Exchange
 from conda_dist.options import Options
 from conda_dist.plan.schedule import (
     AsyncRefresh,
@@ -23,8 +20,11 @@ from conda_dist.plan.schedule import (
     plan_async_refresh,
     plan_step,
 )
+from conda_dist.runtime import dtensor
 from conda_dist.runtime.agreement import GradientFlags
 from conda_dist.runtime.background import Background
+from conda_dist.runtime.collectives import Exchange
+from conda_dist.runtime.environment import tf32_products
 from conda_dist.runtime.refresh import refresh, start_in_background
 from conda_dist.runtime.scratch import Scratch
 from conda_dist.runtime.weight import Weight
@@ -49,7 +49,7 @@ def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
     return kept[key]
 
 
-class CondaPath:
+class MatrixPath:
     """All weights of an optimizer that are on the conda path.
 
     Args:
@@ -109,7 +109,7 @@ class CondaPath:
 
     def plan_step(self, due: Which, ready: Which) -> tuple[Task, ...]:
         """The tasks of a step; see :func:`conda_dist.plan.schedule.plan_step`."""
-        dtypes = [weight.travel_dtype for weight in self.weights]
+        dtypes = [weight.exchange_dtype for weight in self.weights]
         limit = self.options.task_bytes
         return plan_step(self._plans, due, ready, self._coordinates, limit, dtypes)
 
@@ -216,7 +216,7 @@ class CondaPath:
             for weight, grad in zip(weights, given, strict=True)
         ]
         tensors = [
-            grad.to(w.travel_dtype) if w.plan.communicates else grad
+            grad.to(w.exchange_dtype) if w.plan.communicates else grad
             for grad, w in zip(tensors, weights, strict=True)
         ]
         tensors += [weight.basis for weight in weights]
@@ -224,7 +224,7 @@ class CondaPath:
         device = tensors[len(weights)].device
         there = [grad is not None for grad in given]
         for flags in task.flags:
-            dtype = weights[flags.positions[0]].travel_dtype
+            dtype = weights[flags.positions[0]].exchange_dtype
             tensors.append(self.flags.make(flags, there, dtype, device))
         dtypes = [tensor.dtype for tensor in tensors]
         return Exchange(weights[0].mesh, task.forward, tensors, dtypes, device)
@@ -233,8 +233,8 @@ class CondaPath:
     def _zeros(weight: Weight) -> Tensor:
         """What travels in the place of a gradient that this rank does not have."""
         shape = weight.plan.storage.local_shape(weight.mesh.coordinate)
-        device = storage.local(weight.param).device
-        return torch.zeros(shape, dtype=weight.travel_dtype, device=device)
+        device = dtensor.local(weight.param).device
+        return torch.zeros(shape, dtype=weight.exchange_dtype, device=device)
 
     def _arrived(self, task: Task, exchange: Exchange) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients in compute layout and the whole bases."""
@@ -252,7 +252,7 @@ class CondaPath:
     def _backward(self, task: Task, updates: list[Tensor | None]) -> Exchange:
         """Starts updates to the storage layout."""
         weights = [self.weights[i] for i in task.weights]
-        dtypes = [weight.back_dtype for weight in weights]
+        dtypes = [weight.update_dtype for weight in weights]
         for i in task.loading:
             moments = weights[i].unload_moments()
             updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]

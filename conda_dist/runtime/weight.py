@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist import maths, storage
-from conda_dist.decomposition import CAUSES, Outcome
-from conda_dist.exchange import Mesh
-from conda_dist.flat import Flat
-from conda_dist.layout import Layout
-from conda_dist.maths import matrices
+from conda_dist.layout.flat import Flat
+from conda_dist.layout.layout import Layout
+from conda_dist.numerics import arithmetic
+from conda_dist.numerics.arithmetic import matrices
+from conda_dist.numerics.decomposition import CAUSES, Outcome
 from conda_dist.options import Options
 from conda_dist.plan.weight_plan import WeightPlan
 from conda_dist.rules.rule import Part, RefreshedRule, Rule, State
+from conda_dist.runtime import dtensor
+from conda_dist.runtime.collectives import Mesh
 from conda_dist.runtime.scratch import Scratch
 
 NO_BASIS = -1.0
@@ -32,9 +33,11 @@ drifts by less than 5e-6 in float32, measured for r from 16 to 1024."""
 
 def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
     """The rows of a part cut as its views are."""
-    if len(views) == 1:
-        return (rows,)
-    return torch.split(rows, [view.shape[-2] for view in views], dim=-2)
+    return (
+        (rows,)
+        if len(views) == 1
+        else torch.split(rows, [view.shape[-2] for view in views], dim=-2)
+    )
 
 
 class Weight:
@@ -72,7 +75,7 @@ class Weight:
         self._beside: Tensor | None = None
         m, n = self.shape = plan.storage.shape[-2], plan.storage.shape[-1]
         self.specs: dict[str, State] = self.rule.states(m, n, param.dtype)
-        self.travel_dtype, self.back_dtype = self.rule.travel(param.dtype)
+        self.exchange_dtype, self.update_dtype = self.rule.exchange_dtypes(param.dtype)
         of_part = "" if plan.part is None else f"_{plan.part}"
         self.keys = {
             name: f"{name}{of_part if plan.separate or not spec.cut else ''}"
@@ -84,7 +87,7 @@ class Weight:
         self._copied = [n for n, spec in self.specs.items() if not spec.cut and n != "basis"]
         self.computes = bool(plan.whole_basis.numel(mesh.coordinate))
         """Whether this rank computes any of it."""
-        self._none = storage.local(param).new_empty(0)
+        self._none = dtensor.local(param).new_empty(0)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -127,7 +130,7 @@ class Weight:
         if "step" in self.state and layouts.keys() <= self.state.keys():
             return
         state = self.states[self.param]
-        device = storage.local(self.param).device
+        device = dtensor.local(self.param).device
         parts = () if self.plan.part is None else (len(self.group["splits"]),)
         if not self.plan.part:
             state.setdefault("step", torch.zeros(parts, dtype=torch.float32, device="cpu"))
@@ -148,7 +151,7 @@ class Weight:
 
     def _wrap(self, layout: Layout, elements: Tensor) -> Tensor:
         """This rank's elements of a state as they are kept."""
-        return elements if self.plan.separate else storage.like(self.param, layout, elements)
+        return elements if self.plan.separate else dtensor.like(self.param, layout, elements)
 
     def _set_identity(self, elements: Tensor) -> None:
         for block in self.plan.basis.blocks(self.mesh.coordinate):
@@ -239,7 +242,7 @@ class Weight:
 
     def _views_of(self, name: str) -> list[Tensor]:
         """This part's rows of a moment, piece by piece."""
-        elements = storage.local(self.state[self.keys[name]])
+        elements = dtensor.local(self.state[self.keys[name]])
         return [elements] if self.plan.separate else self.views(elements)
 
     def views(self, elements: Tensor) -> list[Tensor]:
@@ -276,7 +279,7 @@ class Weight:
         """This rank's elements of the basis; none without one."""
         if not self.rule.refreshes:
             return self._none
-        return storage.local(self.state[self.keys["basis"]])
+        return dtensor.local(self.state[self.keys["basis"]])
 
     @property
     def first_dtype(self) -> torch.dtype:
@@ -335,8 +338,8 @@ class Weight:
         """
         for place, rotation in rotations.items() if self.computes else ():
             for tensor in (self.moments[0], projected):
-                maths.rotate_(matrices(tensor)[place], rotation, self.plan.right)
-            maths.rotate_(matrices(basis)[place], rotation, right=True)
+                arithmetic.rotate_(matrices(tensor)[place], rotation, self.plan.right)
+            arithmetic.rotate_(matrices(basis)[place], rotation, right=True)
         kept = self.basis
         if rotations and kept.data_ptr() != basis.data_ptr():  # split: keep our rows of it
             for block in self.plan.basis.blocks(self.mesh.coordinate):
@@ -367,13 +370,13 @@ class Weight:
         in_place = self.plan.in_place
         if not self.computes:
             self._own("step").add_(1)
-            return None if in_place else grad.to(self.back_dtype)
+            return None if in_place else grad.to(self.update_dtype)
         states = dict(zip(self._cut, self.moments, strict=True))
         if self.rule.refreshes:
             states["basis"] = basis
         for name in self._copied:
-            states[name] = storage.local(self.state[self.keys[name]])
-        param = self.rows(storage.local(self.param)) if in_place else None
+            states[name] = dtensor.local(self.state[self.keys[name]])
+        param = self.rows(dtensor.local(self.param)) if in_place else None
         step, rule, group, shape = self.step + 1, self.rule, self.group, self.shape
         part = Part(self.name, grad, states, group, step, shape, param, scratch, averaged)
         del grad  # the rule may let go of it
@@ -383,7 +386,7 @@ class Weight:
         if update is None:
             return None
         # Rounded in every layout, so that all compute the same.
-        update = update.to(self.back_dtype)
+        update = update.to(self.update_dtype)
         if param is None:
             return update
         rule.apply(param, update, group, step, shape, self.take_beside())
@@ -396,14 +399,14 @@ class Weight:
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""
-        dtype = self.back_dtype
+        dtype = self.update_dtype
         return None if self.plan.in_place else projected.new_zeros(projected.shape, dtype=dtype)
 
     def apply(self, update: Tensor, beside: Tensor | None = None) -> None:
         """Adds an update in storage layout to the parameter; the step is already counted."""
         if not self.step:
             return
-        step, views = self.step, self.views(storage.local(self.param))
+        step, views = self.step, self.views(dtensor.local(self.param))
         for view, part in zip(views, _pieces(update, views), strict=True):
             self.rule.apply(view, part, self.group, step, self.shape, beside)
 

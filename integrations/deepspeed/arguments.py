@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from conda_dist.groups import check_hyperparameters
 from conda_dist.options import GROUP_OPTIONS, OPTIONS, Options
+from conda_dist.parameter_groups import check_hyperparameters
 from conda_dist.routing import Division, clean_name, split
 
 PATTERNS = ("conda_params", "adamw_params")

@@ -13,11 +13,11 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
 from conda_dist.integrations.deepspeed.arguments import PATTERNS, SPLITS, describe
-from conda_dist.kinds import Kind, kinds
+from conda_dist.layer_kinds import Kind, kinds
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.optimizer import Conda as PlainConda
 from conda_dist.options import OPTIONS
-from conda_dist.replaced import DEEPSPEED
+from conda_dist.replaced_parameters import DEEPSPEED
 
 _engine: ContextVar[Any] = ContextVar("engine that configures its optimizer", default=None)
 _saving: ContextVar[str | None] = ContextVar("that all ranks save ZeRO's checkpoint", default=None)

@@ -10,9 +10,6 @@ import torch
 from deepspeed.utils import log_dist
 from torch import Tensor
 
-from conda_dist.ambience import without_autocast
-from conda_dist.exchange import Mesh, agree
-from conda_dist.groups import check_hyperparameters
 from conda_dist.integrations.deepspeed import checkpoint, engine
 from conda_dist.integrations.deepspeed.arguments import cut, parse
 from conda_dist.integrations.deepspeed.partitions import (
@@ -22,10 +19,13 @@ from conda_dist.integrations.deepspeed.partitions import (
     verify,
 )
 from conda_dist.integrations.deepspeed.unit import Unit, allocate
+from conda_dist.parameter_groups import check_hyperparameters
 from conda_dist.report import Row, as_text, rows
 from conda_dist.routing import CONDA, assign, clean_name, nothing_to_project
-from conda_dist.setup import Setup
-from conda_dist.states import moment_dtype
+from conda_dist.rules.states import moment_dtype
+from conda_dist.runtime.collectives import Mesh, agree
+from conda_dist.runtime.environment import without_autocast
+from conda_dist.runtime.parameters import Setup
 
 HOW = 'Name weights with "conda_params": ["pattern"] among the optimizer\'s params'
 
@@ -281,8 +281,10 @@ class Conda(torch.optim.Optimizer):
         """What each parameter gets, of those that a step has concerned; see ``report.Row``."""
         setups = [unit.setup() for unit in self._units.values()]
         weights = [weight for setup in setups for weight in setup.weights]
-        plains = [plain for setup in setups for plain in setup.plains]
-        return rows(Setup(weights, plains, list(dict.fromkeys(s.meshes[0] for s in setups)), None))
+        adamw_parameters = [parameter for setup in setups for parameter in setup.adamw_parameters]
+        return rows(
+            Setup(weights, adamw_parameters, list(dict.fromkeys(s.meshes[0] for s in setups)), None)
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, while the optimizer is made; the engine could not partition a later one.

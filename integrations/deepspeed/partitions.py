@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conda_dist.exchange import Mesh
-from conda_dist.flat import Flat
-from conda_dist.layout import Layout
+from conda_dist.layout.flat import Flat
+from conda_dist.layout.layout import Layout
+from conda_dist.runtime.collectives import Mesh
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist.adamw import Entry, adamw_
-from conda_dist.adamw_path import Plain
-from conda_dist.exchange import Exchange, Mesh, all_max
-from conda_dist.hyperparameters import hyper_of
 from conda_dist.integrations.deepspeed.checkpoint import Kept
 from conda_dist.integrations.deepspeed.partitions import Piece
+from conda_dist.layout.redistribution import plan_hops
+from conda_dist.numerics.adamw import Entry, adamw_
 from conda_dist.options import Options
 from conda_dist.plan.weight_plan import basis_to_first, copied_basis_bytes
 from conda_dist.routing import CONDA
 from conda_dist.rules.conda import CondaRule
-from conda_dist.runtime.step import CondaPath
+from conda_dist.rules.hyperparameters import hyper_of
+from conda_dist.rules.states import moment_dtype
+from conda_dist.runtime.adamw import AdamWParameter
+from conda_dist.runtime.collectives import Exchange, Mesh, all_max
+from conda_dist.runtime.parameters import Setup, Site, plan_sites
+from conda_dist.runtime.step import MatrixPath
 from conda_dist.runtime.weight import Weight
-from conda_dist.setup import Setup, Site, plan_sites
-from conda_dist.states import moment_dtype
-from conda_dist.transfer import plan_hops
 
 KEPT = ("step", "basis", "basis_step")
 """What a weight has beside its moments."""
@@ -77,20 +77,20 @@ class Unit:
             if p.member.algorithm == CONDA
         ]
         self.weights = plan_sites(sites, self._states, options, {}, CondaRule(options))
-        self._path = CondaPath(self.weights, options)
+        self._path = MatrixPath(self.weights, options)
         self._conda = [i for i, piece in enumerate(pieces) if piece.member.algorithm == CONDA]
         self._adamw = [i for i, piece in enumerate(pieces) if piece.member.algorithm != CONDA]
         self.started = False
 
     def setup(self) -> Setup:
         """Its plan as the report and the comparison between ranks take it."""
-        plains = [
-            Plain(
+        adamw_parameters = [
+            AdamWParameter(
                 p.member.name, view, self.mesh, p.layout, self._groups[p.index], {}, self._options
             )
             for p, view in ((self.pieces[i], self._views[i]) for i in self._adamw)
         ]
-        return Setup(self.weights, plains, [self.mesh], None)
+        return Setup(self.weights, adamw_parameters, [self.mesh], None)
 
     def basis_bytes(self) -> int:
         """Bytes of bases that are not split, on the rank that has most of them."""

@@ -15,11 +15,11 @@ from torchtitan.config.override import derive
 from torchtitan.models.common import FusedQKVLinear
 from torchtitan.tools.logging import logger
 
-from conda_dist.exchange import Mesh, agree, all_max
 from conda_dist.optimizer import Conda
 from conda_dist.options import OPTIONS
 from conda_dist.report import as_text
 from conda_dist.routing import ADAMW, clean_name, divide, nothing_to_project, split
+from conda_dist.runtime.collectives import Mesh, agree, all_max
 
 _CondaOptions: Any = make_dataclass(
     "_CondaOptions",

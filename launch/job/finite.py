@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from conda_dist.launch.cluster.process_group import JobError, World, gather
-from conda_dist.storage import local
+from conda_dist.runtime.dtensor import local
 
 
 class NonFiniteError(JobError):

@@ -18,7 +18,7 @@ from conda_dist import param_groups
 from conda_dist.launch.job.config import CondaConfig
 from conda_dist.launch.job.optimizers import conda_arguments
 from conda_dist.launch.tools.hardware import Hardware, Mesh
-from conda_dist.layout import Coordinate, Layout, Split, Topology
+from conda_dist.layout.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Request, choose, deal_owners
 from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refresh_flops, svd_flops
@@ -28,7 +28,7 @@ from conda_dist.report import sizes_of
 from conda_dist.rules.conda import CondaRule
 from conda_dist.rules.muon import MuonRule
 from conda_dist.rules.rule import Rule
-from conda_dist.states import moment_dtype, second_dtype
+from conda_dist.rules.states import moment_dtype, second_dtype
 
 ROW_WISE = (".o_proj.", ".down_proj.", ".attn.c_proj.", ".mlp.c_proj.")
 """Weights whose columns tensor parallelism splits; it splits the rows of the others."""
@@ -162,7 +162,7 @@ def _plans(
 def _sizes(rule: Rule, plan: WeightPlan) -> Sizes:
     m, n = plan.storage.shape
     states = rule.states(m, n, torch.float32)
-    return sizes_of(states, *rule.travel(torch.float32), len(rule.counts))
+    return sizes_of(states, *rule.exchange_dtypes(torch.float32), len(rule.counts))
 
 
 def _products(rule: Rule, plan: WeightPlan, numel: int) -> float:

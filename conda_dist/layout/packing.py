@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from operator import add, mul, sub
 from typing import TypeAlias
 
-from conda_dist.layout import Block, Coordinate, Copies, Layout, dim_runs, even_pieces, overlaps
+from conda_dist.layout.layout import (
+    Block,
+    Coordinate,
+    Copies,
+    Layout,
+    dim_runs,
+    even_pieces,
+    overlaps,
+)
 
 Vector: TypeAlias = tuple[int, ...]
 

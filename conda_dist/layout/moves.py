@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from conda_dist.layout import Copies, Layout, Placement, Split, dim_runs, overlaps
+from conda_dist.layout.layout import Copies, Layout, Placement, Split, dim_runs, overlaps
 
 
 @dataclass(frozen=True, slots=True)

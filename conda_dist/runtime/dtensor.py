@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from conda_dist.exchange import Mesh
-from conda_dist.layout import Coordinate, Layout, Split
+from conda_dist.layout.layout import Coordinate, Layout, Split
+from conda_dist.runtime.collectives import Mesh
 
 
 def find_mesh(tensor: Tensor, group: dist.ProcessGroup | None) -> Mesh:

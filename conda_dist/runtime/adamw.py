@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist import storage
-from conda_dist.adamw import Entry, adamw_
-from conda_dist.exchange import Mesh
-from conda_dist.hyperparameters import hyper_of
-from conda_dist.layout import Layout
+from conda_dist.layout.layout import Layout
+from conda_dist.numerics.adamw import Entry, adamw_
 from conda_dist.options import Options
-from conda_dist.states import has_own, moment_dtype, second_dtype, second_key
+from conda_dist.rules.hyperparameters import hyper_of
+from conda_dist.rules.states import has_own, moment_dtype, second_dtype, second_key
+from conda_dist.runtime import dtensor
+from conda_dist.runtime.collectives import Mesh
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class AdamWParameter:
     """A parameter on the adamw path.
 
     Attributes:
@@ -64,39 +64,41 @@ class Plain:
         if has_own(self.state):
             return
         state = self.states.setdefault(self.param, {})
-        local = storage.local(self.param)
+        local = dtensor.local(self.param)
         state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         for name, layout in self.state_layouts().items():
             of = second_dtype if name == self.second_key else moment_dtype
             elements = torch.zeros_like(local, dtype=of(self.param.dtype, self.options))
-            state[name] = storage.like(self.param, layout, elements)
+            state[name] = dtensor.like(self.param, layout, elements)
 
 
 def adamw_step(
-    plains: Iterable[Plain], grads: Mapping[Tensor, Tensor | None], stochastic: bool
+    adamw_parameters: Iterable[AdamWParameter],
+    grads: Mapping[Tensor, Tensor | None],
+    stochastic: bool,
 ) -> None:
     """Takes one step; parameters of one group that have taken equally many go together.
 
     Args:
-        plains: the parameters.
+        adamw_parameters: the parameters.
         grads: this rank's part of the gradient of each; None for one to leave alone.
-        stochastic: as of :func:`conda_dist.adamw.adamw_`.
+        stochastic: as of :func:`conda_dist.numerics.adamw.adamw_`.
     """
     alike: dict[tuple[int, int], list[Entry]] = defaultdict(list)
     groups = {}
-    for plain in plains:
-        grad = grads[plain.param]
+    for parameter in adamw_parameters:
+        grad = grads[parameter.param]
         if grad is None:
             continue
-        state, groups[id(plain.group)] = plain.state, plain.group
+        state, groups[id(parameter.group)] = parameter.state, parameter.group
         state["step"] += 1
-        alike[id(plain.group), int(state["step"])].append(
+        alike[id(parameter.group), int(state["step"])].append(
             Entry(
-                plain.name,
-                storage.local(plain.param),
+                parameter.name,
+                dtensor.local(parameter.param),
                 grad,
-                storage.local(state["exp_avg"]),
-                storage.local(state[plain.second_key]),
+                dtensor.local(state["exp_avg"]),
+                dtensor.local(state[parameter.second_key]),
             )
         )
     for (group, step), entries in alike.items():

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from conda_dist.exchange import world
-from conda_dist.replaced import flat_error
+from conda_dist.replaced_parameters import flat_error
 from conda_dist.routing import ADAMW, CONDA, Route, clean_name, doubt, nothing_to_project, route
 
 TAG = "_conda_name"
@@ -61,11 +60,16 @@ def each(
             yield name_of(groups, g, i), param, group
 
 
-def check_paths(groups: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
+def check_paths(groups: Sequence[Mapping[str, Any]], alone: bool, stacklevel: int) -> None:
     """Refuses an optimizer that would be AdamW under another name.
 
     Among several ranks it only warns: ZeroRedundancyOptimizer and pipelines deal parameters out,
     and the others would wait for the one that raises.
+
+    Args:
+        groups: the parameter groups.
+        alone: whether this is the only rank.
+        stacklevel: of the warning, as of :func:`warnings.warn`.
 
     Raises:
         ValueError: no trainable parameter takes the rule's path, without a group that says so.
@@ -77,7 +81,7 @@ def check_paths(groups: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
         return
     named = [(name, param) for name, param, _ in each(groups)]
     said = nothing_to_project(named, path=groups[0].get("rule", CONDA))
-    if world() == 1:
+    if alone:
         raise ValueError(said)
     warnings.warn(f"On this rank {said}", stacklevel=stacklevel + 1)
 

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from conda_dist.layout import Coordinate, Topology
-from conda_dist.packing import Place
-from conda_dist.transfer import Hop, Packing, Transfer
+from conda_dist.layout.layout import Coordinate, Topology
+from conda_dist.layout.packing import Place
+from conda_dist.layout.redistribution import Hop, Packing, Transfer
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Exchange:
 
     Args:
         mesh: the ranks that take part.
-        hops: what to do, from :func:`conda_dist.transfer.plan_hops`.
+        hops: what to do, from :func:`conda_dist.layout.redistribution.plan_hops`.
         tensors: the local tensors, None where this rank holds none.
         dtypes: dtype of each tensor, the same on all ranks.
         device: where the new local tensors are made.
@@ -116,10 +116,10 @@ class Exchange:
         self._start()
 
     def _start(self) -> None:
-        """Does the silent hops that are next and launches the first that is not."""
+        """Does the local hops that are next and launches the first that is not."""
         while self._hops and not self._inflight:
             hop = self._hops.pop(0)
-            if hop.silent:
+            if hop.is_local:
                 for transfer in hop.transfers:
                     self._tensors[transfer.item] = self._slice(transfer)
                 continue

@@ -9,7 +9,7 @@ import torch
 from conda_dist.options import Options
 
 CODES = "exp_avg_sq_codes"
-"""The state that is a second moment in 8 bits; see :func:`conda_dist.maths.decode`."""
+"""The second moment in 8 bits; see :func:`conda_dist.numerics.low_precision.decode`."""
 
 ADAMW = frozenset({"step", "exp_avg", "exp_avg_sq", CODES})
 """Names of the states of a parameter on the adamw path."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from conda_dist.maths import Hyper
+from conda_dist.numerics.arithmetic import Hyper
 
 
 def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:

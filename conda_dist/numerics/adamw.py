@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist.maths import Hyper, can_fuse, check_alike, decode, fused_adamw_, rounding_of, store_
+from conda_dist.numerics.arithmetic import Hyper, can_fuse, check_alike, fused_adamw_
+from conda_dist.numerics.low_precision import decode, rounding_of, store_
 
 
 @dataclass(frozen=True, slots=True)

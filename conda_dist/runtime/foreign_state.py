@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from conda_dist import storage
+from conda_dist.runtime import dtensor
 
 
 def keep(value: Any, param: Tensor, here: Any) -> Any:
@@ -40,5 +40,5 @@ def _laid_out(value: Tensor, here: DTensor) -> Tensor:
     if isinstance(value, DTensor) and value.device_mesh == here.device_mesh:
         return value.redistribute(placements=here.placements).clone()
     whole = value.full_tensor() if isinstance(value, DTensor) else value
-    whole = whole.to(storage.local(here).device)
+    whole = whole.to(dtensor.local(here).device)
     return distribute_tensor(whole, here.device_mesh, here.placements, src_data_rank=None).clone()

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from conda_dist.compute_layout import Move, kept_dim
-from conda_dist.layout import Block, Coordinate, Layout, Placement, Split
+from conda_dist.layout.layout import Block, Coordinate, Layout, Placement, Split
+from conda_dist.layout.moves import Move, kept_dim
 
 
 @dataclass(frozen=True, slots=True)

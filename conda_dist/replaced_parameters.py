@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from conda_dist.states import has_own
+from conda_dist.rules.states import has_own
 
 FSDP = (
     "shard the model with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps the shapes of "
@@ -30,7 +30,7 @@ ORDER = (
 )
 
 Named = Iterable[tuple[str, Tensor, Mapping[str, Any]]]
-"""Parameters with their names and their groups, as :func:`conda_dist.names.each` gives them."""
+"""Parameters with their names and groups, from :func:`conda_dist.parameter_names.each`."""
 
 
 def _ways(title: str) -> str:

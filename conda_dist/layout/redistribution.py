@@ -13,10 +13,10 @@ from functools import lru_cache
 from operator import mul
 from typing import TypeAlias
 
-from conda_dist.compute_layout import Move
-from conda_dist.flat import Flat, Held
-from conda_dist.layout import Block, Coordinate, Copies, Layout, Split, intersect
-from conda_dist.packing import (
+from conda_dist.layout.flat import Flat, Held
+from conda_dist.layout.layout import Block, Coordinate, Copies, Layout, Split, intersect
+from conda_dist.layout.moves import Move
+from conda_dist.layout.packing import (
     Copy,
     Run,
     block_runs,
@@ -44,7 +44,7 @@ class Leg:
     among: dict[int, int] = field(default_factory=dict)
 
     @property
-    def silent(self) -> bool:
+    def is_local(self) -> bool:
         """Whether every rank finds what it needs in its own local tensor."""
         placement = self.move.source.placements[self.move.mesh_dim]
         if self.move.source.mesh[self.move.mesh_dim] == 1:
@@ -108,18 +108,18 @@ it is not packed, which would take memory for it twice."""
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One packed exchange along one mesh dimension; ``silent`` if nothing leaves any rank.
+    """One packed exchange along one mesh dimension; local if nothing leaves any rank.
 
     Attributes:
         mesh_dim: the mesh dimension.
-        silent: whether every rank finds what it needs in its own local tensors.
+        is_local: whether every rank finds what it needs in its own local tensors.
         transfers: the tensors.
         size: ranks along the mesh dimension.
         index: this rank's own index among them.
     """
 
     mesh_dim: int
-    silent: bool
+    is_local: bool
     transfers: tuple[Transfer, ...]
     size: int
     index: int
@@ -184,12 +184,12 @@ def plan_hops(routes: Sequence[tuple[Leg, ...]], coordinate: Coordinate) -> tupl
 
     while heads := waiting():
         # Local slicing first: it may line further routes up for the same exchange.
-        silent = [(item, leg) for item, leg in heads if leg.silent]
-        mesh_dim = (silent or heads)[0][1].move.mesh_dim
-        chosen = [(item, leg) for item, leg in (silent or heads) if leg.move.mesh_dim == mesh_dim]
+        local = [(item, leg) for item, leg in heads if leg.is_local]
+        mesh_dim = (local or heads)[0][1].move.mesh_dim
+        chosen = [(item, leg) for item, leg in (local or heads) if leg.move.mesh_dim == mesh_dim]
         transfers = tuple(_transfer(item, leg, coordinate) for item, leg in chosen)
         size = chosen[0][1].move.source.mesh[mesh_dim]
-        hops.append(Hop(mesh_dim, bool(silent), transfers, size, coordinate[mesh_dim]))
+        hops.append(Hop(mesh_dim, bool(local), transfers, size, coordinate[mesh_dim]))
         for item, _ in chosen:
             progress[item] += 1
     return tuple(hops)

@@ -95,22 +95,7 @@ def read_group(
     if (given := options.setdefault("rule", rule)) != rule:
         raise ValueError(f"{where}the group is for rule {given!r}, this optimizer's is {rule!r}")
     check_hyperparameters(options, where)
-    reserved = ("params", "param_names", "algorithm", "rule", *hyperparameters)
-    for key in options.keys() - set(reserved) - set(UNSUPPORTED):
-        if key in OPTIONS and key not in GROUP_OPTIONS:
-            raise ValueError(
-                f"{where}{key} holds for the whole optimizer: give it to Conda(...), not to a group"
-            )
-        if key == "proj_type":  # the released code's groups have it
-            raise ValueError(
-                f"{where}unknown option 'proj_type': Conda always projects the smaller side of a "
-                'matrix, as the released code\'s "std" does; leave it out'
-            )
-        if near := difflib.get_close_matches(key, reserved, 1, 0.8):
-            raise ValueError(f"{where}unknown option {key!r}; did you mean {near[0]!r}?")
-    for key in UNSUPPORTED:
-        if options.pop(key, None):
-            raise ValueError(f"{where}option {key!r} is not supported; leave it out.")
+    _check_keys(options, where, hyperparameters)
     named = _named(group, where)
     seen: dict[Tensor, str | None] = {}
     for name, param in named:
@@ -145,6 +130,26 @@ def read_group(
         raise ValueError(f"{where}splits {splits!r} have no meaning on the adamw path")
     options["params"] = [param if name is None else (name, param) for name, param in named]
     return options
+
+
+def _check_keys(options: dict[str, Any], where: str, hyperparameters: Sequence[str]) -> None:
+    """Refuses keys that would be without effect; takes out those that AdamW's groups have."""
+    reserved = ("params", "param_names", "algorithm", "rule", *hyperparameters)
+    for key in options.keys() - set(reserved) - set(UNSUPPORTED):
+        if key in OPTIONS and key not in GROUP_OPTIONS:
+            raise ValueError(
+                f"{where}{key} holds for the whole optimizer: give it to Conda(...), not to a group"
+            )
+        if key == "proj_type":  # the released code's groups have it
+            raise ValueError(
+                f"{where}unknown option 'proj_type': Conda always projects the smaller side of a "
+                'matrix, as the released code\'s "std" does; leave it out'
+            )
+        if near := difflib.get_close_matches(key, reserved, 1, 0.8):
+            raise ValueError(f"{where}unknown option {key!r}; did you mean {near[0]!r}?")
+    for key in UNSUPPORTED:
+        if options.pop(key, None):
+            raise ValueError(f"{where}option {key!r} is not supported; leave it out.")
 
 
 def _named(group: Mapping[str, Any], where: str) -> list[tuple[str | None, Tensor]]:

@@ -13,21 +13,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from conda_dist import storage
-from conda_dist.adamw_path import Plain
-from conda_dist.exchange import Mesh, agree, all_max, difference, is_distributed
-from conda_dist.groups import check_parameter
-from conda_dist.layout import Layout
-from conda_dist.names import name_of, path_of
+from conda_dist.layout.layout import Layout
 from conda_dist.options import Options
+from conda_dist.parameter_groups import check_parameter
+from conda_dist.parameter_names import name_of, path_of
 from conda_dist.plan.compute_groups import Choice, Request, choose, deal_owners
 from conda_dist.plan.weight_plan import plan_weight
-from conda_dist.replaced import refuse_strangers
+from conda_dist.replaced_parameters import refuse_strangers
 from conda_dist.routing import ADAMW, CONDA, check_kernel, check_matrix, check_splits
 from conda_dist.rules.rule import Rule
-from conda_dist.runtime.agreement import Comparison, explain
-from conda_dist.runtime.weight import Weight
-from conda_dist.states import (
+from conda_dist.rules.states import (
     CODES,
     base_name,
     has_own,
@@ -36,6 +31,12 @@ from conda_dist.states import (
     second_dtype,
     second_key,
 )
+from conda_dist.runtime import dtensor
+from conda_dist.runtime.adamw import AdamWParameter
+from conda_dist.runtime.agreement import Comparison, explain
+from conda_dist.runtime.collectives import Mesh, agree, all_max, difference, is_distributed
+from conda_dist.runtime.state_form import check_form, check_parts, chosen_by
+from conda_dist.runtime.weight import Weight
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ class Setup:
 
     Attributes:
         weights: those that the rule steps, mesh after mesh, in the order of the parameters.
-        plains: those on the adamw path.
+        adamw_parameters: those on the adamw path.
         meshes: the meshes they are on, in the order in which all ranks use them.
         signature: of the parameters all this was made for.
         rule: the rule's name.
@@ -56,7 +57,7 @@ class Setup:
     """
 
     weights: list[Weight]
-    plains: list[Plain]
+    adamw_parameters: list[AdamWParameter]
     meshes: list[Mesh]
     signature: object
     rule: str = CONDA
@@ -75,15 +76,15 @@ class Setup:
             Comparison(
                 mesh,
                 [w for w in self.weights if w.mesh == mesh],
-                [p for p in self.plains if p.mesh == mesh],
+                [p for p in self.adamw_parameters if p.mesh == mesh],
             )
             for mesh in self.meshes
         ]
 
     @property
-    def members(self) -> tuple[Weight | Plain, ...]:
+    def members(self) -> tuple[Weight | AdamWParameter, ...]:
         """All parameters."""
-        return (*self.weights, *self.plains)
+        return (*self.weights, *self.adamw_parameters)
 
     def outdated(self, groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Whether parameters were added, replaced or unfrozen, or state thrown away, since."""
@@ -118,7 +119,7 @@ class Setup:
                     "(del optimizer.state[param]), or load a checkpoint."
                 )
             for key, layout in member.state_layouts().items():
-                held = tuple(storage.local(member.state[key]).shape)
+                held = tuple(dtensor.local(member.state[key]).shape)
                 if held != (expected := layout.local_shape(member.mesh.coordinate)):
                     raise ValueError(
                         f"{member.name}: rank {member.mesh.rank} holds {held} of its {key}, and "
@@ -126,8 +127,8 @@ class Setup:
                         "state was made. Drop the state (del optimizer.state[param]) or load a "
                         "checkpoint after moving it."
                     )
-                if isinstance(member, Plain) or not member.plan.separate:
-                    storage.check_state(member.name, member.param, key, member.state[key], layout)
+                if isinstance(member, AdamWParameter) or not member.plan.separate:
+                    dtensor.check_state(member.name, member.param, key, member.state[key], layout)
 
     def agree(self, error: Exception | None, *, new: bool) -> None:
         """Holds the ranks' plans against each other before anything else is sent, and allocates.
@@ -161,7 +162,7 @@ class Setup:
         """
         try:
             for member in self.members:
-                storage.check_gradient(member.name, member.param)
+                dtensor.check_gradient(member.name, member.param)
             if new and is_distributed():
                 refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
         except RuntimeError as error:
@@ -175,22 +176,22 @@ class Setup:
         it has none, for the others would wait.
 
         Raises:
-            RuntimeError: see :func:`conda_dist.storage.check_gradient`.
+            RuntimeError: see :func:`conda_dist.runtime.dtensor.check_gradient`.
         """
         grads: dict[Tensor, Tensor | None] = {}
         for member in self.members:  # parts share a parameter, whose gradient is reduced once
             param, grad = member.param, member.param.grad
             if param in grads:
                 continue
-            grads[param] = storage.local_gradient(member.name, param)
+            grads[param] = dtensor.local_gradient(member.name, param)
             if grad is None and param in self.reduced:
-                storage.reduce_zeros(param, self.reduced[param])
+                dtensor.reduce_zeros(param, self.reduced[param])
             elif (
                 isinstance(grad, DTensor)
                 and param not in self.reduced
                 and grad.placements != getattr(param, "placements", ())
             ):
-                self.reduced[param] = storage.meta_like(grad)
+                self.reduced[param] = dtensor.meta_like(grad)
         return grads
 
     def live(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
@@ -216,7 +217,7 @@ class Setup:
         ]
         said += [
             f"{p.name} {p.layout.shape} stored {p.layout}, adamw, {p.param.dtype}"
-            for p in self.plains
+            for p in self.adamw_parameters
             if p.mesh == mesh
         ]
         return [*said, *{f"{self.rule}, {member.options}" for member in self.members[:1]}]
@@ -241,7 +242,7 @@ def signature(groups: Iterable[Mapping[str, Any]]) -> object:
             id(group),
             group["algorithm"],
             (str(group["splits"]), group.get("kernels")),
-            [storage.form(param) for param in group["params"]],
+            [dtensor.form(param) for param in group["params"]],
         )
         for group in groups
     ]
@@ -264,7 +265,7 @@ def find_meshes(
             if param.requires_grad or param in frozen:
                 key = getattr(param, "device_mesh", None)
                 if key not in known:
-                    known[key] = storage.find_mesh(param, process_group)
+                    known[key] = dtensor.find_mesh(param, process_group)
                 meshes[param] = known[key]
     return dict(sorted(meshes.items(), key=lambda item: item[1].sort_key))
 
@@ -296,7 +297,7 @@ def set_up(
         for i, param in enumerate(group["params"])
     }
     sites: list[Site] = []
-    plains: list[Plain] = []
+    adamw_parameters: list[AdamWParameter] = []
     for param, mesh in meshes.items():
         group, name = places[param]
         held = state.get(param, {})
@@ -305,87 +306,28 @@ def set_up(
         if has_own(held) and is_of_rule(held) != (path != ADAMW):
             raise ValueError(
                 f"{name}: its state was made on the other path than the {path} path, which it "
-                f"takes by {_chosen_by(group)}; drop the state first: del optimizer.state[param]."
+                f"takes by {chosen_by(group)}; drop the state first: del optimizer.state[param]."
             )
         dtypes = {"exp_avg": moment_dtype(param.dtype, options)}
         dtypes[second_key(options)] = second_dtype(param.dtype, options)
         if path != ADAMW:
             kept = rule.states(1, 1, param.dtype)
             dtypes = {key: spec.dtype for key, spec in kept.items() if spec.cut}
-            _check_parts(name, held, group["splits"], [k for k in kept if k not in dtypes])
-        _check_form(name, param, held, dtypes)
-        layout = storage.find_layout(name, param, mesh)
+            check_parts(name, held, group["splits"], [k for k in kept if k not in dtypes])
+        check_form(name, param, held, dtypes)
+        layout = dtensor.find_layout(name, param, mesh)
         if path != ADAMW:
             check_matrix(name, param, path)  # it may have been replaced
             sites += _sites(name, param, mesh, group, layout)
         else:
-            plains.append(Plain(name, param, mesh, layout, group, state, options))
+            adamw_parameters.append(
+                AdamWParameter(name, param, mesh, layout, group, state, options)
+            )
     weights = plan_sites(sites, state, options, choices, rule)
     order = list(dict.fromkeys(meshes.values()))
-    setup = Setup(weights, plains, order, signature(groups), rule.name)
+    setup = Setup(weights, adamw_parameters, order, signature(groups), rule.name)
     setup.check_state()
     return setup
-
-
-def _check_form(
-    name: str, param: Tensor, state: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
-) -> None:
-    """Refuses a parameter whose data has changed so much that its state is of another one.
-
-    Args:
-        name: its name.
-        param: the parameter.
-        state: its state.
-        dtypes: what dtypes the states must have that are of its shape.
-    """
-    for key, dtype in dtypes.items():
-        if key not in state or f"{key}_0" in state:
-            continue  # parts that have moments of their own are checked against their plans
-        held = state[key]
-        separate = isinstance(param, DTensor) and not isinstance(held, DTensor)
-        if held.shape != param.shape and not separate:
-            raise ValueError(
-                f"{name}: the parameter has shape {tuple(param.shape)}, but its {key} has shape "
-                f"{tuple(held.shape)}: the parameter was resized or replaced after its state was "
-                "made. Drop the state (del optimizer.state[param]), so that the parameter starts "
-                "afresh, or put moments of the new shape in its place."
-            )
-        if held.dtype != dtype:
-            raise ValueError(
-                f"{name}: the parameter is {param.dtype} and needs {dtype} for its {key}, which "
-                f"is {held.dtype}: the dtype of one of them was changed after the state was made. "
-                "Drop the state (del optimizer.state[param]), or load a checkpoint after the "
-                "change, which converts it."
-            )
-
-
-def _chosen_by(group: Mapping[str, Any]) -> str:
-    """What decided the path of a parameter of the group."""
-    if group["algorithm"] is None:
-        return "its name and shape, for its group has no algorithm"
-    return f"its group's algorithm, {group['algorithm']!r}"
-
-
-def _check_parts(
-    name: str, state: Mapping[str, Any], splits: Sequence[int] | None, copied: Sequence[str]
-) -> None:
-    """Refuses a state that is of other parts; ``copied``: names of those each part has of its own.
-
-    Raises:
-        ValueError: it is.
-    """
-    ends = [""] if splits is None else [f"_{part}" for part in range(len(splits))]
-    held = {key for key in state if base_name(key) in copied}
-    needed = {key + end for key in copied for end in ends}
-    counted, parts = state.get("step"), () if splits is None else (len(splits),)
-    if not needed and isinstance(counted, Tensor) and tuple(counted.shape) != parts:
-        held = {f"a step of shape {tuple(counted.shape)}"}
-    if held and held != needed:
-        raise ValueError(
-            f"{name}: its state has {', '.join(sorted(held))}, but its group's splits are "
-            f"{splits}; they cannot change once there is state: drop it first "
-            "(del optimizer.state[param])."
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,7 +410,7 @@ def _sites(
 ) -> list[Site]:
     kernel = bool(group.get("kernels")) and param.ndim > 2
     if kernel:
-        check_kernel(name, storage.local(param))
+        check_kernel(name, dtensor.local(param))
         try:
             layout = layout.as_matrix()
         except ValueError as error:

@@ -1,0 +1,1 @@
+"""Which rank holds which elements; pure functions of shapes and numbers."""
