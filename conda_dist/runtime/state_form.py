@@ -1,4 +1,4 @@
-"""Whether a state is that of its parameter still: of its shape, its dtype, its parts and its path."""
+"""Whether a state still fits its parameter: its shape, its dtype, its parts and its path."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
