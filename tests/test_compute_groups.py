@@ -309,7 +309,7 @@ def _in_a_process(rank: int, folder: Path, port: int) -> None:
     )
     models.train(model, optimizer, range(SAVED, LAST))
     future.result()
-    resumed, loaded = models.build(("fsdp", (2,)), seed=1)
+    resumed, loaded = models.build(("fsdp", (2,)), seed=1, **GROUPS)
     models.load(folder / "saved", resumed, loaded)
     differing = models.unequal(models.snapshot(resumed, loaded), before)
     (folder / f"{rank}").write_text(str(differing))
