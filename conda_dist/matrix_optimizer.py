@@ -222,14 +222,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         Moments are DTensors like the parameter, and bases are DTensors on the same mesh. The states
         of weights in compute groups are copies, which exchanges make: then all ranks that share the
-        parameters must call this together, and the copies take as much memory as the states.
+        parameters must call this together, and the copies take as much memory as the states. A
+        rank that does not call it within ten minutes is named in an error on the others where the
+        group's backend is gloo; with another all wait for as long as the group's timeout says.
 
         A wrapper may have put states of its own beside those of this optimizer before the first
         step. torch's checkpoint tools then take the optimizer for initialised, so it becomes so.
 
         Raises:
             ValueError: there is state of parameters that were replaced, or taken out of the groups.
-            RuntimeError: see :meth:`step`: ranks differed in their gradients in the last step.
+            RuntimeError: ranks had different gradients in the last step, see :meth:`step`; or
+                some did not call this and had to, or have other plans; on all ranks alike.
         """
         if self._path is not None:
             self._path.flags.check()

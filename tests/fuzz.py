@@ -77,6 +77,7 @@ class Case:
         named: whether the optimizer is told their names.
         later: hyperparameters given to the groups after the second step.
         spoilt: what is wrong on purpose: words of which a refusal has to say one.
+        group_size: ranks of each compute group; None for as many as the plan chooses.
     """
 
     params: tuple[Param, ...]
@@ -86,6 +87,7 @@ class Case:
     named: bool = True
     later: dict[str, Any] = field(default_factory=dict)
     spoilt: tuple[str, ...] = ()
+    group_size: int | None = None
 
 
 def _spread(values: Tensor) -> Tensor:

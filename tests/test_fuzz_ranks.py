@@ -4,6 +4,7 @@ import hashlib
 import logging
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 import models
 import ranks
+from conda_dist.plan import compute_groups
 from fuzz import Case, Param, examples, problem, run
 from fuzz_cases import sound, spoilt
 
@@ -56,7 +58,13 @@ def _attempt(case: Case, sizes: tuple[int, ...], others: dict[int, Case], group:
             places = [Partial() if p.is_replicate() else p for p in places]
         return DTensor.from_local(values, mesh, start, run_check=False).redistribute(mesh, places)
 
-    came = run(mine, place, **({"process_group": dist.group.WORLD} if group else {}))
+    more = {"process_group": dist.group.WORLD} if group else {}
+    if case.group_size is None:
+        came = run(mine, place, **more)
+    else:
+        size = case.group_size
+        with mock.patch.object(compute_groups, "group_size", lambda _, ranks: min(size, ranks)):
+            came = run(mine, place, **more)
     failed = torch.tensor(isinstance(came, Exception))
     said = f"{type(came).__name__}: {came}" if failed else ""
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)
@@ -105,7 +113,11 @@ def _on_mesh(draw: st.DrawFn, case: Case, sizes: tuple[int, ...]) -> Case:
         partial = whole and not {"integer", "complex"} & {*spec.grads} and draw(st.booleans())
         at = None if plain else tuple(places)
         placed.append(replace(spec, places=at, partial=partial and not plain))
-    return replace(case, params=tuple(placed))
+    size = draw(st.sampled_from([None, 1, 2, 3, 4]))
+    if size is not None and "basis_budget" not in case.spoilt:  # else nothing would be in a group
+        budget = draw(st.sampled_from([0, 0, 100]))
+        case = replace(case, arguments={**case.arguments, "basis_budget": budget})
+    return replace(case, params=tuple(placed), group_size=size)
 
 
 Drawn = tuple[Case, tuple[int, ...], bool, dict[int, Case]]

@@ -6,9 +6,11 @@ parameters' own mesh: ranks outside it, such as other pipeline stages, are never
 """
 
 import hashlib
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import zip_longest
 from typing import Any
 
@@ -306,6 +308,71 @@ def all_texts(mesh: Mesh, text: str) -> dict[int, str]:
         dist.all_gather_object(gathered, texts, group=mesh.groups[mesh_dim])
         texts = {rank: said for part in gathered for rank, said in part.items()}
     return dict(sorted(texts.items()))
+
+
+ALL_CALL_WITHIN = timedelta(minutes=5)
+"""How long the first of some ranks waits for the others in a call that all must make, where the
+backend can tell. The others wait twice as long for it."""
+
+
+def await_all(mesh: Mesh, call: str) -> None:
+    """Waits until all ranks of a mesh have made a call that moves data between them.
+
+    Only gloo can say which of them have not. With other backends ranks wait for as long as a
+    collective of the process group may take, and end as it says.
+
+    Args:
+        mesh: the ranks.
+        call: what all of them must call.
+
+    Raises:
+        RuntimeError: some ranks did not call in time; on those that did.
+    """
+    for mesh_dim in mesh.shared_dims():
+        group = mesh.groups[mesh_dim]
+        if dist.get_backend(group) != dist.Backend.GLOO:
+            continue
+        ranks = dist.get_process_group_ranks(group)
+        if (who := _find_missing(ranks, group)) is not None:
+            minutes = ALL_CALL_WITHIN.total_seconds() / 60
+            raise RuntimeError(
+                f"{who} has not called {call} within {minutes:g} minutes of the others of ranks "
+                f"{ranks}. It moves data between all ranks that share the parameters, because "
+                "some weights are in compute groups: call it on all of them, also where one alone "
+                "writes the result; or set basis_budget=None, with which no rank needs another."
+            )
+
+
+def _find_missing(ranks: Sequence[int], group: dist.ProcessGroup) -> str | None:
+    """Which rank of a gloo group does not get here in time; the first of them asks the others.
+
+    A wait that times out closes the first rank's connections, so the others cannot be told which.
+    """
+    first, *others = ranks
+    token, answer = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
+    if dist.get_rank() != first:
+        works = dist.irecv(answer, first, group), dist.isend(token, first, group)
+        begun = time.monotonic()
+        try:
+            for work in works:
+                assert work is not None
+                work.wait(2 * ALL_CALL_WITHIN)
+        except RuntimeError:
+            waited = time.monotonic() - begun
+            alone = waited > 1.9 * ALL_CALL_WITHIN.total_seconds()
+            return f"rank {first}" if alone else f"a rank (which rank {first} names)"
+        return None
+    end = time.monotonic() + ALL_CALL_WITHIN.total_seconds()
+    for rank in others:
+        asked = dist.irecv(token, rank, group)
+        assert asked is not None
+        try:
+            asked.wait(timedelta(seconds=max(0.1, end - time.monotonic())))
+        except RuntimeError:
+            return f"rank {rank}"
+    for rank in others:
+        dist.send(answer, rank, group)
+    return None
 
 
 def agree(

@@ -22,7 +22,7 @@ from conda_dist.plan.weight_plan import (
     saved_copy,
 )
 from conda_dist.runtime import dtensor
-from conda_dist.runtime.collectives import Exchange, Mesh, agree
+from conda_dist.runtime.collectives import Exchange, Mesh, agree, await_all
 from conda_dist.runtime.weight import Weight
 
 
@@ -120,6 +120,7 @@ def convert(
     saved: dict[Tensor, dict[str, Tensor]] = {}
     local: dict[Tensor, set[str]] = defaultdict(set)
     for mesh, separate in _separate(weights).items():
+        await_all(mesh, "state_dict()")
         agree(mesh, [str(w.plan) for w in separate], None, "cannot make its state dict")
         saved |= to_saved(separate)
         for weight in separate:
@@ -127,11 +128,19 @@ def convert(
     for index, param in enumerate(params):
         if index in states:
             kept = {k: v for k, v in states[index].items() if k not in local[param]}
-            # torch wants all states of a dimension or more on one device.
             states[index] = {
-                key: value.to(param.device) if key in COUNTS and value.ndim else value
+                key: _count(value, param, bool(local[param])) if key in COUNTS else value
                 for key, value in {**kept, **saved.get(param, {})}.items()
             }
+
+
+def _count(value: Tensor, param: Tensor, copied: bool) -> Tensor:
+    """A count as checkpoints have it; a copy where the other states of its parameter are copies.
+
+    torch wants all states of a dimension or more on one device.
+    """
+    value = value.to(param.device) if value.ndim else value
+    return value.clone() if copied else value
 
 
 def agree_to_load(
@@ -155,6 +164,7 @@ def agree_to_load(
             for w in separate
             if (values := states.get(w.param))
         ]
+        await_all(mesh, "load_state_dict()")
         agree(mesh, lines, error, "cannot load the state dict")
 
 
