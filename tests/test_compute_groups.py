@@ -80,18 +80,17 @@ FORCED: list[tuple[int, Layout]] = [
 ]
 
 
-def _forced(size: int, layout: Layout) -> list[tuple[str, float]]:
-    """How far weights end from one process, by refresh; groups of `size` ranks each."""
+def _forced(size: int, layout: Layout) -> list[tuple[int, float]]:
+    """How far weights end from one process, by delay of a refresh; groups of `size` ranks each."""
     found = []
     with mock.patch.object(compute_groups, "group_size", lambda _, ranks: min(size, ranks)):
-        for refresh in ("sync", "async"):
-            options = {"refresh": refresh, "refresh_delay": 2}
-            model, optimizer = _trained(layout, LAST, **options)
+        for delay in (0, 2):
+            model, optimizer = _trained(layout, LAST, refresh_delay=delay)
             sizes = {len(r["group"]) for r in optimizer.report(show=False) if len(r["shape"]) == 2}
             assert max(sizes) == size * (1 if layout[0] == "fsdp" else 2), sizes
             start = {n: models.whole(p) for n, p in models.build(PLAIN)[0].named_parameters()}
-            alone = _trained(PLAIN, LAST, **options)
-            found.append((refresh, models.farthest(_all(model, optimizer), _all(*alone), start)))
+            alone = _trained(PLAIN, LAST, refresh_delay=delay)
+            found.append((delay, models.farthest(_all(model, optimizer), _all(*alone), start)))
     return found
 
 

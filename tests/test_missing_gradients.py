@@ -63,7 +63,7 @@ def _differ(
     return step, said, models.unequal(before, _held(model, optimizer)), warned
 
 
-ASYNC = {"refresh": "async", "refresh_delay": 3}
+ASYNC = {"refresh_delay": 3}
 GROUPS = {"basis_budget": 0}
 WIDE, TALL, BATCH = ("blocks.1.down.weight",), ("blocks.0.up.weight",), ("blocks.1.experts",)
 ADAMW = ("blocks.0.norm.weight",)
