@@ -145,7 +145,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("adamw_scale", -0.5, "parameter group 1: adamw_scale must be at least 0"),
     ("adamw_scale", "2", "TypeError: parameter group 1: adamw_scale must be a number"),
     ("betas", [0.9, 1.0], "parameter group 1: betas.1. must be at least 0 and below 1"),
-    ("update_proj_gap", 0, "parameter group 1: update_proj_gap must be at least 1 step"),
+    ("update_proj_gap", 0, "parameter group 1: update_proj_gap must be at least 1, got 0"),
     ("correct_bias", None, "TypeError: parameter group 1: correct_bias must be a bool"),
 ]
 
