@@ -1,9 +1,6 @@
 """Conda (Column-Normalized Adam, arXiv 2509.24218) for sharded training.
 
-Layers, each importing only those before it: ``maths``, ``layout``, ``compute_layout`` (pure),
-``transfer``, ``plan`` (who sends and computes what), ``exchange`` (collectives), ``storage``,
-``rules`` (the arithmetic), ``runtime`` (the step), ``matrix_optimizer``, ``optimizer`` and
-``muon``. ``reference`` is the oracle.
+``README.md`` beside this file follows one gradient through a step. ``reference`` is the oracle.
 """
 
 import importlib

@@ -145,10 +145,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         grads = setup.gradients()
         live = setup.live(grads)
         path.step({i: grads[w.param] for i, w in enumerate(setup.weights) if w.mesh in live})
-        adamw_parameters = [
-            parameter for parameter in setup.adamw_parameters if parameter.mesh in live
-        ]
-        adamw_step(adamw_parameters, grads, self._options.stochastic_rounding)
+        others = [other for other in setup.adamw_parameters if other.mesh in live]
+        adamw_step(others, grads, self._options.stochastic_rounding)
         for comparison in setup.comparisons:
             comparison.settle()
 
