@@ -25,7 +25,13 @@ from conda_dist.runtime.adamw import AdamWParameter
 from conda_dist.runtime.parameters import Setup
 from conda_dist.runtime.saved_state import from_saved
 from conda_dist.runtime.weight import NO_BASIS, Weight
-from conda_dist.saved_groups import check_groups, find_sources, is_merged, regroup
+from conda_dist.saved_groups import (
+    check_groups,
+    check_unseen,
+    find_sources,
+    is_merged,
+    regroup,
+)
 
 PENDING = ("snapshot", "snapshot_step")
 """States that only an asynchronous refresh has. State dicts without them are loaded, too, and those
@@ -88,6 +94,8 @@ def match_state(
                 path = path_of(name, param, group)
                 splits = group["splits"] if path != ADAMW else None
                 _check_path(name, path, rule, splits, saved_group, own)
+                if path == ADAMW:
+                    check_unseen(name, param, rule, saved_groups)
                 shape = tuple(param.shape)
                 matrix = _matrix(name, shape, path, group, saved_group)
                 needed = _state_shapes(shape, matrix, None if path == ADAMW else rule, splits)

@@ -4,6 +4,7 @@ Groups may be divided otherwise than when they were saved: parameters are found 
 """
 
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from conda_dist.parameter_groups import check_hyperparameters
-from conda_dist.parameter_names import is_place, name_of
+from conda_dist.parameter_names import is_place, name_of, route_by_name
 from conda_dist.routing import ADAMW, clean_name
 from conda_dist.rules.rule import Rule
 
@@ -100,6 +101,29 @@ def is_merged(saved: Mapping[str, Any]) -> bool:
     names = saved.get("param_names") or ()
     by_name = all(isinstance(saved_id, str) for saved_id in saved["params"])
     return bool(names) and by_name and len(names) < len(saved["params"])
+
+
+def check_unseen(
+    name: str, param: Tensor, rule: Rule, saved_groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuses moments for AdamW that may be a rule's, where nothing tells which they are.
+
+    torch.distributed.checkpoint reads no basis for a parameter that has none here, and where groups
+    are divided otherwise it gives the algorithm of some saved groups only.
+
+    Raises:
+        ValueError: by its name and shape the parameter would have been on the rule's path.
+    """
+    whole = all("algorithm" in saved and not is_merged(saved) for saved in saved_groups)
+    known = (s.get("param_names") or () for s in saved_groups if s.get("algorithm") == ADAMW)
+    if whole or name in map(clean_name, itertools.chain(*known)):
+        return
+    if route_by_name(name, param).algorithm != ADAMW:
+        raise ValueError(
+            f"{name}: it is on the adamw path here, and may be on the {rule.name} path in the "
+            "checkpoint, which divides the parameters among groups otherwise. Give the optimizer "
+            "the checkpoint's groups, or load a state dict of Optimizer.state_dict."
+        )
 
 
 def _described(g: int, saved: Mapping[str, Any]) -> str:

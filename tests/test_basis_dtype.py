@@ -121,5 +121,5 @@ def test_checkpoints(tmp_path: Path) -> None:
 
 
 def test_float16_is_refused() -> None:
-    with pytest.raises(ValueError, match="basis_dtype must be float64, float32 or bfloat16"):
+    with pytest.raises(ValueError, match="basis_dtype must be one of float64, float32, bfloat16"):
         Conda(toys.parameters(), basis_dtype=torch.float16)

@@ -157,7 +157,12 @@ def _waiting(layout: Layout) -> tuple[list[Call], int]:
 def test_an_expert_without_tokens_costs_next_to_nothing(layout: Layout) -> None:
     for calls, planned in _run(layout, _waiting):
         assert sum(call.sent for call in calls if call.name == "all_to_all") == planned > 0
-        assert 0 < sum(call.sent for call in calls if call.name != "all_to_all") <= 16
+        # An agreement that some momentum is zero still, and one on the steps that were taken.
+        assert (
+            0
+            < sum(call.sent for call in calls if call.name != "all_to_all")
+            <= 16 + 72 * len(layout[1])
+        )
 
 
 def _spoil(optimizer: Any, model: Any, names: tuple[str, ...], value: float) -> dict[str, Tensor]:

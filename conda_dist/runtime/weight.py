@@ -32,8 +32,9 @@ drifts by less than 5e-6 in float32, measured for r from 16 to 1024."""
 
 def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
     """The rows of a part cut as its views are."""
-    sizes = [view.shape[-2] for view in views]
-    return torch.split(rows, sizes, dim=-2) if len(views) > 1 else (rows,)
+    if len(views) == 1:
+        return (rows,)
+    return torch.split(rows, [view.shape[-2] for view in views], dim=-2)
 
 
 class Weight:

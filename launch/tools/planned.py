@@ -97,7 +97,7 @@ class Planned:
                 f"{share:.2%} of the training time"
             )
         console.print(
-            f"the busiest owner decomposes for {_time(time.busiest)}, in waves that wait for each "
+            f"the busiest owner decomposes for {_time(time.busiest)}, in tasks that wait for each "
             f"other {_time(time.decompose)}; exchanges and rotations take {_time(time.exchange)}; "
             f"forward and backward {_time(time.training)} a step"
         )
