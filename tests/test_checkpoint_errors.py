@@ -339,6 +339,6 @@ def _async(folder: Path, options: dict[str, Any]) -> list[str]:
     future = dcp.async_save(state, checkpoint_id=str(folder), process_group=group)
     models.train(model, optimizer, range(SAVED, LAST))
     future.result()
-    resumed, loaded = models.build(FSDP2, seed=1)
+    resumed, loaded = models.build(FSDP2, seed=1, **options)
     models.load(folder, resumed, loaded)
     return models.unequal(models.snapshot(resumed, loaded), before)
