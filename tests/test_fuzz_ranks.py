@@ -219,7 +219,7 @@ def judge_difference(drawn: Drawn) -> str:
     if len(said) != 1:
         return f"ranks say different things: {said}"
     (text,) = said
-    if not text.startswith("RuntimeError: Conda") or f"rank {rank}" not in text:
+    if not text.startswith("RuntimeError: the optimizer") or f"rank {rank}" not in text:
         return f"says nothing of rank {rank}: {text}"
     return ""
 
