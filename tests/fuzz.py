@@ -219,7 +219,7 @@ def projects(case: Case, spec: Param) -> bool:
     """Whether a parameter is on the conda path, by the rule that the README states."""
     if case.algorithm is not None:
         return case.algorithm == "conda"
-    if len(spec.shape) == 3 and spec.shape[0] == 1:
+    if case.named and len(spec.shape) == 3 and spec.shape[0] == 1:
         return False  # learned tokens, by the default rule
     return len(spec.shape) in (2, 3) and min(spec.shape[-2:]) > 1 and 0 not in spec.shape
 
