@@ -305,7 +305,7 @@ def _check_path(
 ) -> None:
     """Refuses a parameter's saved state if it is of another path, or of other parts."""
     saved_path = CONDA if any(map(is_basis, saved)) else ADAMW
-    if saved_path != path:
+    if saved_path != path and "exp_avg" in saved:  # without, it is damaged: see _check_state
         raise ValueError(
             f"{name}: in the checkpoint it is on the {saved_path} path, here on the {path} path, "
             "and the moments of the two live in different coordinates. Put it into a group with "

@@ -25,7 +25,7 @@ from conda_dist.groups import (
 from conda_dist.names import Names, check_paths, each
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Choice
-from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_removed
+from conda_dist.replaced import refuse_flat, refuse_lost_state, refuse_removed, refuse_unheld
 from conda_dist.report import Row, print_table, rows
 from conda_dist.runtime.saved_state import agree_to_load, convert
 from conda_dist.runtime.step import CondaPath
@@ -247,6 +247,9 @@ class Conda(torch.optim.Optimizer):
         for member in setup.members:  # parts share a parameter, whose gradient is reduced once
             if member.param not in grads:
                 grads[member.param] = storage.local_gradient(member.name, member.param)
+        if not setup.looked and all(grad is None for grad in grads.values()):
+            setup.refuse_strangers()
+            setup.looked = True
         live = setup.live(grads)
         path.step(
             {
@@ -338,8 +341,10 @@ class Conda(torch.optim.Optimizer):
         self._names.follow(self.param_groups)
         refuse_lost_state(each(self.param_groups), self.state)
         refuse_removed(each(self.param_groups), self.state)
-        trainable = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
-        if any(held and not has_own(held) for held in map(self.state.get, trainable)):
+        trainable = [(n, p) for n, p, _ in each(self.param_groups) if p.requires_grad]
+        if any(has_own(self.state.get(p)) for _, p in trainable):
+            refuse_unheld(trainable)
+        if any(held and not has_own(held) for held in (self.state.get(p) for _, p in trainable)):
             self.init_state()
         hook = self.register_state_dict_post_hook(self._convert, prepend=True)
         try:

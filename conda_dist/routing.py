@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conda_dist.kinds import BATCH, KERNEL, MATRIX, Kind, as_matrix, doubtful, kind_of_name, kinds
 from conda_dist.kinds import clean_name as clean_name
+from conda_dist.replaced import refuse_flat
 
 CONDA, ADAMW = "conda", "adamw"
 ALGORITHMS = (CONDA, ADAMW)
@@ -105,17 +106,19 @@ def param_groups(
 
     Raises:
         TypeError: patterns or splits of the wrong type.
-        ValueError: a pattern matches no parameter, or a conda pattern one that is no matrix, or a
-            splits pattern one that has other rows or is not on the conda path; a kernel that cannot
-            be seen as a matrix; or no trainable weight is left for the conda path.
+        ValueError: FSDP1 or ZeRO has made flat parameters; a pattern matches no parameter, or a
+            conda pattern one that is no matrix, or a splits pattern one that has other rows or is
+            not on the conda path; a kernel cannot be seen as a matrix; or no trainable weight is
+            left for the conda path.
     """
     options = {CONDA: conda_options or {}, ADAMW: adamw_options or {}}
     for algorithm, chosen_options in options.items():
         own = {"params", "param_names", "algorithm", "splits", "kernels"}
         if undone := chosen_options.keys() & own:
             raise ValueError(f"{algorithm}_options cannot set {', '.join(sorted(undone))}")
-    division = divide(model, conda, adamw, kernels=kernels)
     named = list(model.named_parameters())
+    refuse_flat((clean_name(name), param, {}) for name, param in named)
+    division = divide(model, conda, adamw, kernels=kernels)
     if division.unmatched:
         raise ValueError(
             f"pattern {division.unmatched[0]!r} matches no parameter of {type(model).__name__}; "
@@ -388,19 +391,30 @@ HOW = (
 )
 
 
-TAKE_KERNELS = " param_groups(model, kernels=True) sees convolution kernels as matrices."
+NO_MATRIX = "None of them is a matrix to project: use AdamW"
+TAKE_KERNELS = "param_groups(model, kernels=True) sees convolution kernels as matrices"
 
 
 def nothing_to_project(named: Sequence[tuple[str, Tensor]], how: str = HOW) -> str:
     """The error for a model none of whose matrices would reach the conda path; ``how`` to mend."""
+    reasons = [route(name, param).reason for name, param in named]
     listed = [
         f"{clean_name(name)} {tuple(param.shape)}"
-        f"{'' if param.requires_grad else ', frozen'}: {route(name, param).reason}"
-        for name, param in named[:8]
+        f"{'' if param.requires_grad else ', frozen'}: {reason}"
+        for (name, param), reason in zip(named[:8], reasons, strict=False)
     ]
+    # What cannot be a matrix is refused where it is named as one.
+    able = [
+        param.requires_grad
+        for (_, param), reason in zip(named, reasons, strict=True)
+        if len(param.shape) > 1 and reason not in (KERNEL, VECTOR)
+    ]
+    advice = [how] if any(able) else []
+    advice += [TAKE_KERNELS] if KERNEL in reasons and how == HOW else []
+    advice += ["Let weights that are matrices require gradients"] if able and not any(able) else []
+    advice = advice or [NO_MATRIX + (', or a group with algorithm="adamw"' if how == HOW else "")]
     return (
         "no trainable matrix would reach the conda path, so this would be AdamW under another "
         f"name. Found {len(named)} parameters: {'; '.join(listed)}"
-        f"{'; ...' if len(named) > 8 else ''}. {how}."
-        f"{TAKE_KERNELS if any(route(*pair).reason == KERNEL for pair in named) else ''}"
+        f"{'; ...' if len(named) > 8 else ''}. {'. '.join(advice)}."
     )

@@ -46,6 +46,7 @@ class Setup:
         signature: of the parameters all this was made for.
         agreed: whether the ranks have found their plans to be the same.
         started: for each mesh whether a step of its parameters has counted.
+        looked: whether parameters that were replaced have been looked for since the first step.
     """
 
     weights: list[Weight]
@@ -54,6 +55,7 @@ class Setup:
     signature: object
     agreed: bool = False
     started: list[bool] = field(default_factory=list)
+    looked: bool = False
 
     def __post_init__(self) -> None:
         """Takes up from the states there are."""
@@ -145,11 +147,23 @@ class Setup:
         try:
             for member in self.members:
                 storage.check_gradient(member.name, member.param)
-            if new and is_distributed():
-                refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
+            if new:
+                self.refuse_strangers()
         except RuntimeError as error:
             return error
         return None
+
+    def refuse_strangers(self) -> None:
+        """Refuses parameters without gradients that have been replaced in the model alone.
+
+        Looked for in a distributed job where it is likely, for it takes time: in the first step,
+        and once in a later one without any gradient.
+
+        Raises:
+            RuntimeError: see :func:`conda_dist.replaced.refuse_strangers`.
+        """
+        if is_distributed():
+            refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
 
     def live(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
         """Meshes whose parameters step: all, but for one whose gradients have all been zero.

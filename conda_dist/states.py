@@ -1,7 +1,7 @@
 """Names and dtypes of a parameter's states, as the options have them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,9 +23,12 @@ def is_own(key: Any) -> bool:
     return isinstance(key, str) and OWN.fullmatch(key) is not None
 
 
-def has_own(state: Iterable[Any]) -> bool:
-    """Whether this optimizer has made any of a parameter's states."""
-    return any(map(is_own, state))
+def has_own(state: Any) -> bool:
+    """Whether this optimizer has made any of a parameter's states.
+
+    A wrapper may also keep something of its own, of any type, in the place of such a dict.
+    """
+    return isinstance(state, Mapping) and any(map(is_own, state))
 
 
 def is_basis(key: Any) -> bool:
