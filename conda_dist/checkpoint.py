@@ -20,7 +20,7 @@ from conda_dist.adamw_path import Plain
 from conda_dist.groups import HYPERPARAMETERS, check_hyperparameters
 from conda_dist.kinds import as_matrix
 from conda_dist.layout import Layout
-from conda_dist.names import is_place, name_of, path_of
+from conda_dist.names import is_place, name_of, path_of, route_by_name
 from conda_dist.routing import ADAMW, CONDA, clean_name
 from conda_dist.runtime.saved_state import from_saved
 from conda_dist.runtime.weight import NO_BASIS, Weight
@@ -83,6 +83,8 @@ def match_state(groups: Sequence[Mapping[str, Any]], incoming: Mapping[str, Any]
                 path = path_of(name, param, group)
                 splits = group["splits"] if path == CONDA else None
                 _check_path(name, path, splits, saved_group, own)
+                if path == ADAMW and route_by_name(name, param).algorithm == CONDA:
+                    _check_origin(name, saved_id, saved_group)
                 shape = tuple(param.shape)
                 matrix = _matrix(name, shape, path, group, saved_group)
                 _check_state(name, shape, matrix, path, splits, own)
@@ -316,6 +318,23 @@ def _check_path(
         raise ValueError(
             f"{name}: the checkpoint was written with splits={saved_splits}, this optimizer has "
             f"splits={splits}; give param_groups the same, or start with fresh optimizer state."
+        )
+
+
+def _check_origin(name: str, saved_id: Any, saved_group: Mapping[str, Any]) -> None:
+    """Refuses the moments of a matrix that is kept off the conda path, if it may have been on it.
+
+    torch.distributed.checkpoint reads only the states that the optimizer has here, so no bases.
+
+    Raises:
+        ValueError: the matrix was in another saved group than the one whose algorithm is known.
+    """
+    names = [clean_name(saved) for saved in saved_group.get("param_names") or ()]
+    if isinstance(saved_id, str) and names and name not in names:
+        raise ValueError(
+            f"{name}: here it is on the adamw path, but the checkpoint had it in another group "
+            "and perhaps on the conda path, where moments live in other coordinates. Give the "
+            "optimizer the checkpoint's groups, or start with fresh optimizer state."
         )
 
 
