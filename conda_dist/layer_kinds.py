@@ -39,6 +39,8 @@ STATE_SPACE_NAMES = frozenset(
         *("time_decay", "time_first", "time_faaaa"),
     }
 )
+SYSTEM_NAMES = frozenset({"A", "B", "C", "P"})
+STATE_SPACE_WORDS = frozenset({"ssm", "s4", "s4d", "s5", "s6", "kernel", "mamba", "mixer"})
 HEAD_WORDS = frozenset(
     {
         *("head", "heads", "classifier", "classifiers", "classification", "score", "logits"),
@@ -99,7 +101,7 @@ def kind_of_name(name: str, shape: Sequence[int]) -> str | None:
         return BIAS
     if any(map(_says_embedding, (*path, leaf))) or (owner == "shared" and leaf == "weight"):
         return EMBEDDING
-    if leaf in STATE_SPACE_NAMES:
+    if leaf in STATE_SPACE_NAMES or (leaf in SYSTEM_NAMES and _is_of_state_space(path)):
         return STATE_SPACE
     if _is_learned(own, leaf in WEIGHTS):
         return TOKENS
@@ -112,6 +114,8 @@ def kind_of_name(name: str, shape: Sequence[int]) -> str | None:
         return HEAD
     if not block and owner == "decoder":  # a Linear of that name, not what is in a decoder
         return HEAD
+    if _is_in_router(path or [leaf]):
+        return ROUTER
     if owner in ROUTERS and not _is_gate_of_mlp(owner, path, block, shape):
         return ROUTER
     if len(shape) == 3 and not experts:
@@ -136,6 +140,25 @@ def _says_head(part: str) -> bool:
     if words & {"attention", "attn", "multi", "multihead"}:
         return False
     return part in HEAD_NAMES or part in HEADS_ANYWHERE or bool(words & HEAD_WORDS)
+
+
+def _is_of_state_space(path: Sequence[str]) -> bool:
+    """Whether the module is one of a state space, of whose matrices the names are one letter."""
+    words = {word for part in path for word in part.lower().split("_")}
+    return bool(words & STATE_SPACE_WORDS) and "lora" not in words
+
+
+def _is_in_router(path: Sequence[str]) -> bool:
+    """Whether one of these modules is a router, as in ``mlp.router.classifier``, not an expert.
+
+    DeepSpeed and Tutel call the linear module of a router ``wg``.
+    """
+    inner = list(path)
+    while inner and "router" not in _words(inner[0]):
+        inner.pop(0)
+    if inner:
+        return not any("expert" in part.lower() for part in inner)
+    return path[-1] == "wg" and any(part in ("gate", "gates") for part in path[:-1])
 
 
 def _is_gate_of_mlp(owner: str, path: Sequence[str], block: str, shape: Sequence[int]) -> bool:
@@ -231,13 +254,18 @@ def _declared(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 def _routers(module: nn.Module) -> dict[int, Kind]:
     """What a "gate" is: a router beside experts, the weight of a gated MLP beside its equal."""
-    gate = getattr(module, "gate", None)
-    weight = getattr(gate, "weight", None)
-    if not isinstance(gate, nn.Module) or not isinstance(weight, Tensor):
-        return {}
     beside = dict(module.named_children())
-    if any("expert" in child.lower() for child in beside):
-        return {id(weight): Kind(ROUTER)}
+    with_experts = any("expert" in child.lower() for child in beside)
+    if "router" in _words(type(module).__name__) and not with_experts:
+        return {id(p): Kind(ROUTER) for p in module.parameters()}
+    gate = getattr(module, "gate", None)
+    if not isinstance(gate, nn.Module):
+        return {}
+    if with_experts:
+        return {id(p): Kind(ROUTER) for p in gate.parameters()}
+    weight = getattr(gate, "weight", None)
+    if not isinstance(weight, Tensor):
+        return {}
     others = (getattr(child, "weight", None) for child in beside.values() if child is not gate)
     if any(shape_of(w) == shape_of(weight) for w in others if isinstance(w, Tensor)):
         return {id(weight): Kind(denied=frozenset({ROUTER, KERNEL}))}

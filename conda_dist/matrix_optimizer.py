@@ -13,12 +13,17 @@ from conda_dist.options import Options
 from conda_dist.parameter_groups import SHARED, check_hyperparameters, read_group
 from conda_dist.parameter_names import Names, check_paths, each
 from conda_dist.plan.compute_groups import Choice
-from conda_dist.replaced_parameters import refuse_flat, refuse_lost_state, refuse_removed
+from conda_dist.replaced_parameters import (
+    refuse_flat,
+    refuse_lost_state,
+    refuse_removed,
+    refuse_unheld,
+)
 from conda_dist.report import Row, print_table, rows
 from conda_dist.rules.rule import Rule
 from conda_dist.rules.states import has_own, is_own
 from conda_dist.runtime.adamw import adamw_step
-from conda_dist.runtime.collectives import Mesh, SharedGroup, world
+from conda_dist.runtime.collectives import Mesh, SharedGroup, is_distributed, world
 from conda_dist.runtime.environment import refuse_capture, without_autocast
 from conda_dist.runtime.foreign_state import keep
 from conda_dist.runtime.parameters import Setup, find_meshes, set_up
@@ -143,6 +148,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for comparison in setup.comparisons:
             comparison.compare()
         grads = setup.gradients()
+        if not setup.looked and all(grad is None for grad in grads.values()):
+            setup.refuse_strangers()
+            setup.looked = True
         live = setup.live(grads)
         path.step({i: grads[w.param] for i, w in enumerate(setup.weights) if w.mesh in live})
         others = [other for other in setup.adamw_parameters if other.mesh in live]
@@ -237,8 +245,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._names.follow(self.param_groups)
         refuse_lost_state(each(self.param_groups), self.state)
         refuse_removed(each(self.param_groups), self.state)
-        trainable = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
-        if any(held and not has_own(held) for held in map(self.state.get, trainable)):
+        trainable = [(n, p) for n, p, _ in each(self.param_groups) if p.requires_grad]
+        if is_distributed() and any(has_own(self.state.get(p)) for _, p in trainable):
+            refuse_unheld(trainable)
+        if any(held and not has_own(held) for held in (self.state.get(p) for _, p in trainable)):
             self.init_state()
         hook = self.register_state_dict_post_hook(self._convert, prepend=True)
         try:

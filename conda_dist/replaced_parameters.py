@@ -146,25 +146,28 @@ def refuse_strangers(named: Iterable[tuple[str, Tensor]]) -> None:
         named: the trainable parameters without a gradient, with their names.
 
     Raises:
-        RuntimeError: a model's sharded parameters of the same shapes have gradients.
+        RuntimeError: no module has some of them any more, and a model's sharded parameters of the
+            same shapes have gradients.
     """
-    strangers = [(name, param) for name, param in named if not isinstance(param, DTensor)]
+    strangers = _plain(named)
+    if not strangers:
+        return
+    gc.collect()  # models of the past may be waiting for it
+    held, alive = _look_around()
+    strangers = [(name, param) for name, param in strangers if id(param) not in held]
     if not any(param.ndim > 1 for _, param in strangers):
         return
     missing = Counter(tuple(param.shape) for _, param in strangers)
     flat, sharded = Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
-    gc.collect()  # models of the past may be waiting for it
-    for thing in gc.get_objects():
-        # By its type, for objects of others may do anything when they are asked for theirs.
-        if not issubclass(type(thing), Tensor) or not isinstance(thing, nn.Parameter):
-            continue
+    for thing in alive:
         if thing.grad is None:
             continue
         if getattr(thing, "_is_flat_param", False):
             flat.update(map(tuple, getattr(thing, "_shapes", ())))
         elif isinstance(thing, DTensor) and thing.requires_grad:
             sharded[tuple(thing.shape)] += 1
-    for there, what in ((sharded, "fully_shard"), (flat, "FullyShardedDataParallel")):
+    dtensors = "fully_shard or parallelize_module"
+    for there, what in ((sharded, dtensors), (flat, "FullyShardedDataParallel")):
         if missing <= there:
             advice = f"Instead of FSDP1, {FSDP}" if what.startswith("Fully") else ORDER
             raise RuntimeError(
@@ -172,3 +175,53 @@ def refuse_strangers(named: Iterable[tuple[str, Tensor]]) -> None:
                 "has put into its place in the model has one: this optimizer would train "
                 f"nothing. {advice}."
             )
+
+
+def refuse_unheld(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuses to save the state of parameters that sharding has replaced in their modules.
+
+    torch.distributed.checkpoint would not find their names. For a distributed job: it takes time.
+
+    Args:
+        named: the trainable parameters, with their names.
+
+    Raises:
+        ValueError: no module has some of them any more, but modules have shards of their shapes.
+    """
+    plain = _plain(named)
+    for attempt in range(2 if plain else 0):
+        held, _ = _look_around()
+        unheld = [(name, param) for name, param in plain if id(param) not in held]
+        missing = Counter(tuple(param.shape) for _, param in unheld)
+        sharded = Counter(tuple(p.shape) for p in held.values() if isinstance(p, DTensor))
+        if not unheld or not missing <= sharded:
+            return
+        if not attempt:
+            gc.collect()  # models of the past may be waiting for it
+    if plain:
+        name, param = unheld[0]
+        raise ValueError(
+            f"{name}: no module has it any more, of shape {tuple(param.shape)}, but a module has "
+            "a sharded parameter of its shape: the parameters were replaced after the optimizer "
+            f"was made, and its state is not theirs. {ORDER}."
+        )
+
+
+def _plain(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Those that are not sharded, if there are matrices among them."""
+    plain = [(name, param) for name, param in named if not isinstance(param, DTensor)]
+    return plain if any(param.ndim > 1 for _, param in plain) else []
+
+
+def _look_around() -> tuple[dict[int, Tensor], list[nn.Parameter]]:
+    """The parameters that modules have, by id, and all the parameters there are."""
+    held: dict[int, Tensor] = {}
+    alive: list[nn.Parameter] = []
+    for thing in gc.get_objects():
+        # By its type, for objects of others may do anything when they are asked for theirs.
+        if issubclass(type(thing), nn.Module):
+            own = list(thing.__dict__.get("_parameters", {}).values())
+            held |= {id(param): param for param in own if isinstance(param, Tensor)}
+        elif issubclass(type(thing), Tensor) and isinstance(thing, nn.Parameter):
+            alive.append(thing)
+    return held, alive

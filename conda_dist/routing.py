@@ -23,6 +23,7 @@ from conda_dist.layer_kinds import (
     kinds,
 )
 from conda_dist.layer_kinds import clean_name as clean_name
+from conda_dist.replaced_parameters import refuse_flat
 
 CONDA, ADAMW = "conda", "adamw"
 VECTOR = "a vector in two dimensions"
@@ -116,17 +117,19 @@ def param_groups(
 
     Raises:
         TypeError: patterns or splits of the wrong type.
-        ValueError: a pattern matches no parameter, or a conda pattern one that is no matrix, or a
-            splits pattern one that has other rows or is not on the conda path; a kernel that cannot
-            be seen as a matrix; or no trainable weight is left for the conda path.
+        ValueError: FSDP1 or ZeRO has made flat parameters; a pattern matches no parameter, or a
+            conda pattern one that is no matrix, or a splits pattern one that has other rows or is
+            not on the conda path; a kernel cannot be seen as a matrix; or no trainable weight is
+            left for the conda path.
     """
     options = {CONDA: conda_options or {}, ADAMW: adamw_options or {}}
     for algorithm, chosen_options in options.items():
         own = {"params", "param_names", "algorithm", "splits", "kernels"}
         if undone := chosen_options.keys() & own:
             raise ValueError(f"{algorithm}_options cannot set {', '.join(sorted(undone))}")
-    division = divide(model, conda, adamw, kernels=kernels)
     named = list(model.named_parameters())
+    refuse_flat((clean_name(name), param, {}) for name, param in named)
+    division = divide(model, conda, adamw, kernels=kernels)
     if division.unmatched:
         raise ValueError(
             f"pattern {division.unmatched[0]!r} matches no parameter of {type(model).__name__}; "
@@ -394,7 +397,8 @@ def doubt(named: Sequence[tuple[str, Tensor]]) -> str | None:
     )
 
 
-TAKE_KERNELS = " param_groups(model, kernels=True) sees convolution kernels as matrices."
+TAKE_KERNELS = "param_groups(model, kernels=True) sees convolution kernels as matrices"
+NO_MATRIX = "None of them is a matrix to project: use AdamW"
 
 
 def nothing_to_project(
@@ -402,18 +406,29 @@ def nothing_to_project(
 ) -> str:
     """The error for a model none of whose matrices would reach a rule's path; ``how`` to mend."""
     of_rule = "" if path == CONDA else f", rule={path!r}"
+    own = how is not None
     how = how or (
         f'Name weights with param_groups(model, conda=["pattern"]{of_rule}) or give their group '
         f'algorithm="{path}"'
     )
+    reasons = [route(name, param).reason for name, param in named]
     listed = [
         f"{clean_name(name)} {tuple(param.shape)}"
-        f"{'' if param.requires_grad else ', frozen'}: {route(name, param).reason}"
-        for name, param in named[:8]
+        f"{'' if param.requires_grad else ', frozen'}: {reason}"
+        for (name, param), reason in zip(named[:8], reasons, strict=False)
     ]
+    # What cannot be a matrix is refused where it is named as one.
+    able = [
+        param.requires_grad
+        for (_, param), reason in zip(named, reasons, strict=True)
+        if len(param.shape) > 1 and reason not in (KERNEL, VECTOR)
+    ]
+    advice = [how] if any(able) else []
+    advice += [TAKE_KERNELS] if KERNEL in reasons and not own else []
+    advice += ["Let weights that are matrices require gradients"] if able and not any(able) else []
+    advice = advice or [NO_MATRIX + ("" if own else ', or a group with algorithm="adamw"')]
     return (
         f"no trainable matrix would reach the {path} path, so this would be AdamW under another "
         f"name. Found {len(named)} parameters: {'; '.join(listed)}"
-        f"{'; ...' if len(named) > 8 else ''}. {how}."
-        f"{TAKE_KERNELS if any(route(*pair).reason == KERNEL for pair in named) else ''}"
+        f"{'; ...' if len(named) > 8 else ''}. {'. '.join(advice)}."
     )

@@ -56,10 +56,10 @@ def _other_path(layout: Layout) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-def _without(optimizer: Any, name: str, key: str) -> dict[str, Any]:
+def _without(optimizer: Any, name: str, *keys: str) -> dict[str, Any]:
     given = optimizer.state_dict()
     index = _index(optimizer, name)
-    kept = {k: v for k, v in given["state"][index].items() if k != key}
+    kept = {k: v for k, v in given["state"][index].items() if k not in keys}
     return {**given, "state": {**given["state"], index: kept}}
 
 
@@ -82,6 +82,10 @@ BAD: dict[str, tuple[Callable[[Layout, Any], dict[str, Any]], list[str]]] = {
     "a moment missing": (
         lambda _, o: _without(o, "head.weight", "exp_avg"),
         ["head.weight", "exp_avg"],
+    ),
+    "bases and a moment missing": (
+        lambda _, o: _without(o, Q, "basis", "basis_step", "exp_avg"),
+        [Q, "exp_avg", "damaged"],
     ),
     "other groups": (
         lambda _, o: {**o.state_dict(), "param_groups": o.state_dict()["param_groups"][:1]},

@@ -107,7 +107,7 @@ def _by_type(name: str, param: Tensor, owner: nn.Module, heads: set[int]) -> str
         return "adamw"
     if not isinstance(owner, nn.Linear) and type(owner).__name__ != "Conv1D":
         return None
-    special = "embed" in name or name.endswith((".gate.weight", ".router.weight"))
+    special = "embed" in name or "router" in name or name.endswith(".gate.weight")
     return "conda" if block_of(name) and not special else None
 
 

@@ -241,30 +241,46 @@ def test_the_model_is_left_alone() -> None:
 # Nothing to project
 
 
-NOTHING: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "norm": (lambda: nn.LayerNorm(4), "weight (4,): 1-D"),
+def _frozen() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+
+
+BY_PATTERN, AS_ADAMW = 'conda=["pattern"]', 'algorithm="adamw"'
+NOTHING: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "norm": (lambda: nn.LayerNorm(4), "weight (4,): 1-D", AS_ADAMW),
     "embedding": (
         lambda: nn.ModuleDict({"embed": nn.Embedding(9, 4)}),
         "embed.weight (9, 4): embedding",
+        BY_PATTERN,
     ),
-    "head": (lambda: nn.ModuleDict({"lm_head": nn.Linear(4, 9)}), "output head"),
-    "kernel": (lambda: nn.Conv2d(2, 3, 2), "kernel"),
-    "nothing": (lambda: nn.Identity(), "0 parameters"),
+    "head": (lambda: nn.ModuleDict({"lm_head": nn.Linear(4, 9)}), "output head", BY_PATTERN),
+    "kernel": (lambda: nn.Conv2d(2, 3, 2), "kernel", "kernels=True"),
+    "frozen": (_frozen, "0.weight (4, 4), frozen: a matrix", "require gradients"),
+    "nothing": (lambda: nn.Identity(), "0 parameters", AS_ADAMW),
 }
 
 
-@pytest.mark.parametrize(("make", "words"), NOTHING.values(), ids=NOTHING)
-def test_nothing_to_project(make: Callable[[], nn.Module], words: str) -> None:
-    """The error lists what was found and says how to choose."""
-    with pytest.raises(ValueError, match="no trainable matrix") as caught:
-        param_groups(make())
-    assert words in str(caught.value)
-    assert "conda=[" in str(caught.value)
-    assert 'algorithm="conda"' in str(caught.value)
+@pytest.mark.parametrize(("make", "words", "advice"), NOTHING.values(), ids=NOTHING)
+def test_nothing_to_project(make: Callable[[], nn.Module], words: str, advice: str) -> None:
+    """The error lists what was found and says what to do, which works."""
+    ways: list[Callable[[], object]] = [lambda: param_groups(make())]
     if words != "0 parameters":
+        ways.append(lambda: Conda(make().named_parameters()))
+    for way in ways:
         with pytest.raises(ValueError, match="no trainable matrix") as caught:
-            Conda(make().named_parameters())
+            way()
         assert words in str(caught.value)
+        found = [
+            said for said in (BY_PATTERN, AS_ADAMW, "kernels=True") if said in str(caught.value)
+        ]
+        assert found == ([advice] if advice != "require gradients" else [])
+        assert advice in str(caught.value)
+
+
+def test_what_is_advised_where_there_is_no_matrix() -> None:
+    norm = nn.LayerNorm(4)
+    assert Conda([{"params": list(norm.named_parameters()), "algorithm": "adamw"}]).report()
+    assert Conda(param_groups(nn.Conv2d(2, 3, 2), kernels=True)).report()
 
 
 @pytest.mark.parametrize("of", [param_groups, lambda model: Conda(model.named_parameters())])
@@ -365,3 +381,26 @@ def test_parameters_without_names_are_warned_of() -> None:
         warnings.simplefilter("error")
         Conda(model.named_parameters())
         Conda([{"params": list(model.parameters()), "algorithm": "adamw"}])
+
+
+def test_routers_of_several_modules() -> None:
+    """What is inside a module that is called a router, or is the gate of experts."""
+
+    class TopRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.scores = nn.Linear(8, 4), nn.Linear(4, 3)
+
+    class Layer(nn.Module):
+        def __init__(self, gate: nn.Module) -> None:
+            super().__init__()
+            self.gate = gate
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in "abc")
+
+    gates = (TopRouter(), nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3)))
+    layers = [nn.ModuleDict({"moe": Layer(gate)}) for gate in gates]
+    layers.append(nn.ModuleDict({"chooser": TopRouter(), "up": nn.Linear(8, 8)}))
+    model = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+    conda = {n for n, path in toys.chosen(param_groups(model)).items() if path == "conda"}
+    experts = {f"layers.{i}.moe.experts.{k}.weight" for i in range(2) for k in range(3)}
+    assert conda == experts | {"layers.2.up.weight"}

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 import models
 import ranks
 import toys
-from conda_dist import Conda
+from conda_dist import Conda, param_groups
 
 
 class _Model(nn.Module):
@@ -36,7 +36,7 @@ def _backward(model: nn.Module) -> None:
     model(toys.random(4, 6)).square().sum().backward()
 
 
-def _flattened(blocks: bool, before: bool, original: bool) -> str:
+def _flattened(blocks: bool, before: bool, original: bool, grouped: bool = False) -> str:
     """What is said of FSDP1 around blocks or the model, after the optimizer was made or before."""
     model: nn.Module = _Model()
     options: Any = {"use_orig_params": original, "device_id": torch.device("cpu")}
@@ -50,10 +50,13 @@ def _flattened(blocks: bool, before: bool, original: bool) -> str:
                 model.blocks[i] = FullyShardedDataParallel(block, **options)
         return model
 
+    def made(of: nn.Module) -> Conda:
+        return Conda(param_groups(of) if grouped else of.named_parameters())
+
     def trained() -> None:
-        optimizer = Conda(model.named_parameters()) if before else None
+        optimizer = made(model) if before else None
         sharded = wrapped()
-        optimizer = optimizer or Conda(sharded.named_parameters())
+        optimizer = optimizer or made(sharded)
         _backward(sharded)
         optimizer.step()
 
@@ -62,12 +65,14 @@ def _flattened(blocks: bool, before: bool, original: bool) -> str:
 
 def _all_flattened() -> list[str]:
     ways = (False, True)
-    return [_flattened(a, b, c) for a in ways for b in ways for c in ways]
+    said = [_flattened(a, b, c) for a in ways for b in ways for c in ways]
+    return said + [_flattened(blocks, False, c, True) for blocks in ways for c in ways]
 
 
 def test_flat_parameters_of_fsdp1_are_refused() -> None:
     for said in ranks.run(2, _all_flattened)[0]:
         assert "fully_shard" in said
+        assert "conda=[" not in said
         assert "Error: " in said
         assert "blocks.0.0.weight" in said or "_flat_param" in said
 
@@ -110,7 +115,23 @@ def _too_late() -> dict[str, str]:
     said = {}
     model, optimizer = _loaded()
     _shard(model, optimizer, swap=False)
+    said["save of the old"] = models.attempt(optimizer.state_dict)
+    said["save of the old by torch"] = models.attempt(
+        lambda: get_optimizer_state_dict(model, optimizer)
+    )
     said["step of the old"] = models.attempt(optimizer.step)
+    said["and again"] = models.attempt(optimizer.step)
+    for made in ("allocated", "stepped"):
+        model = _Model()
+        optimizer = Conda(model.named_parameters())
+        if made == "allocated":
+            optimizer.init_state()
+        else:
+            _backward(model)
+            optimizer.step()
+            optimizer.zero_grad()
+        _shard(model, optimizer, swap=False)
+        said[f"step of the old, {made}"] = models.attempt(optimizer.step)
     model, optimizer = _loaded()
     saved = optimizer.state_dict()
     _shard(model, optimizer, swap=True)
@@ -129,6 +150,28 @@ def test_sharding_a_model_whose_optimizer_has_state() -> None:
         for text in said.values():
             assert "Error: " in text
             assert "First replace the parameters (fully_shard, accelerator.prepare" in text
+
+
+def _unsharded_beside_sharded() -> None:
+    """A model and a sharded copy, each with its optimizer."""
+    model, optimizer = _loaded()
+    other = _Model()
+    fully_shard(other, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    theirs = Conda(other.named_parameters())
+    for _ in range(2):
+        _backward(model)
+        _backward(other)
+        optimizer.step()
+        theirs.step()
+        optimizer.zero_grad()
+        theirs.zero_grad()
+        optimizer.step()  # without a gradient
+        assert len(optimizer.state_dict()["state"]) == len(list(model.parameters()))
+    get_optimizer_state_dict(model, optimizer)
+
+
+def test_a_sharded_copy_of_a_model_is_another_model() -> None:
+    ranks.run(2, _unsharded_beside_sharded)
 
 
 def _resharded(before: Placement, after: Placement, algorithm: str) -> str:

@@ -230,6 +230,17 @@ KINDS: list[tuple[str, tuple[int, ...], str, str]] = [
     ("t_embedder.mlp.2.weight", (8, 8), "adamw", "embedding"),
     ("embedder.layers.0.mlp.up.weight", (16, 8), "conda", "a matrix"),
     ("members.0.up.weight", (16, 8), "conda", "a matrix"),
+    # routers of several modules
+    ("layers.0.mlp.router.classifier.weight", (8, 16), "adamw", "router"),
+    ("layers.0.mlp.experts.router.layer.weight", (8, 16), "adamw", "router"),
+    ("layers.0.mlp.gate.router_mlp.fc1.weight", (16, 16), "adamw", "router"),
+    ("layers.0.altup.modality_router.weight", (4, 16), "adamw", "router"),
+    ("layers.0.moe.deepspeed_moe.gate.wg.weight", (8, 16), "adamw", "router"),
+    ("layers.0.moe.router.experts.w1", (4, 16, 8), "conda", "a batch of matrices"),
+    # state spaces whose matrices have names of one letter
+    ("layers.0.kernel.C", (16, 8, 2), "adamw", "state-space parameter"),
+    ("layers.0.ssm.B", (8, 16), "adamw", "state-space parameter"),
+    ("layers.0.mixer.in_proj.lora.A", (8, 16), "conda", "a matrix"),
     # heads by other names
     ("cls.predictions.decoder.weight", (100, 8), "adamw", "output head"),
     ("cls.seq_relationship.weight", (2, 8), "adamw", "output head"),

@@ -155,11 +155,13 @@ def test_any_state_is_kept(before: bool) -> None:
     for param, others in zip(params, given, strict=True):
         optimizer.state[param].update(others)
     optimizer.state["a wrapper"] = {"k": 5}  # type: ignore[index]
+    optimizer.state["its step"] = 7  # type: ignore[index]
     toys.take(optimizer, params, grads[0 if before else 2 : 4])
     saved = optimizer.state_dict()
     loaded = Conda(twins, **toys.OPTIONS)
     loaded.load_state_dict(saved)
     assert loaded.state["a wrapper"] == {"k": 5}  # type: ignore[index]
+    assert loaded.state["its step"] == 7  # type: ignore[index]
     for ours, theirs, others in zip(params, twins, given, strict=True):
         for key, value in others.items():
             assert _as_text(loaded.state[theirs][key]) == _as_text(value)

@@ -1,7 +1,7 @@
 """Names and dtypes of a parameter's states, as the options have them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,9 +30,12 @@ def is_own(key: Any) -> bool:
     return (name := base_name(key)) in ADAMW or name in OF_RULES
 
 
-def has_own(state: Iterable[Any]) -> bool:
-    """Whether this optimizer has made any of a parameter's states."""
-    return any(map(is_own, state))
+def has_own(state: Any) -> bool:
+    """Whether this optimizer has made any of a parameter's states.
+
+    A wrapper may also keep something of its own, of any type, in the place of such a dict.
+    """
+    return isinstance(state, Mapping) and any(map(is_own, state))
 
 
 def is_of_rule(state: Iterable[Any]) -> bool:

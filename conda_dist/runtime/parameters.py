@@ -54,6 +54,7 @@ class Setup:
         comparisons: for each mesh when its ranks compare which gradients they have had.
         reduced: parameters whose gradients were still to be summed up over ranks, with what such a
             gradient looks like.
+        looked: whether parameters that were replaced have been looked for since the first step.
     """
 
     weights: list[Weight]
@@ -65,6 +66,7 @@ class Setup:
     started: list[bool] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     reduced: dict[Tensor, DTensor] = field(default_factory=dict)
+    looked: bool = False
 
     def __post_init__(self) -> None:
         """Takes up from the states there are."""
@@ -163,8 +165,8 @@ class Setup:
         try:
             for member in self.members:
                 dtensor.check_gradient(member.name, member.param)
-            if new and is_distributed():
-                refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
+            if new:
+                self.refuse_strangers()
         except RuntimeError as error:
             return error
         return None
@@ -193,6 +195,18 @@ class Setup:
             ):
                 self.reduced[param] = dtensor.meta_like(grad)
         return grads
+
+    def refuse_strangers(self) -> None:
+        """Refuses parameters without gradients that have been replaced in the model alone.
+
+        Looked for in a distributed job where it is likely, for it takes time: in the first step,
+        and once in a later one without any gradient.
+
+        Raises:
+            RuntimeError: see :func:`conda_dist.replaced_parameters.refuse_strangers`.
+        """
+        if is_distributed():
+            refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
 
     def live(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
         """Meshes whose parameters step: all, but for one whose gradients have all been zero.

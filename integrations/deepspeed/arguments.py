@@ -113,7 +113,7 @@ def _refuse_keys(given: Mapping[str, Any], known: Sequence[str]) -> None:
         lost = not all(describe(key, known) for key in unknown)
         takes = f" It takes {', '.join(known)}." if lost else ""
         raise ValueError(f"Conda has no param {said}.{takes}")
-    auto = [key for key, value in given.items() if value == "auto" or value == ["auto", "auto"]]
+    auto = [key for key, value in given.items() if value in ("auto", ["auto", "auto"])]
     if auto:
         raise ValueError(
             f'"auto" is the value of {", ".join(auto)}, and nobody has replaced it: Hugging Face\'s'
