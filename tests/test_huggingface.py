@@ -20,8 +20,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 VOCABULARY, LENGTH, BATCH = 31, 8, 8
 GAP, RATE = 3, 1e-2
+ROOT = Path(__file__).parents[1]
 README = re.findall(
-    r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL
+    r"```python\n(.*?)```", (ROOT / "integrations" / "README.md").read_text(), re.DOTALL
 )
 
 
@@ -265,7 +266,7 @@ def _accelerate_fsdp2(folder: Path) -> tuple[list[float], list[str]]:
     accelerator = Accelerator(fsdp_plugin=plugin)
     model = language_model()
     scope = {"accelerator": accelerator, "model": model, "conda_dist": conda_dist}
-    exec(README[3], scope)
+    exec(README[2], scope)
     model, wrapped = scope["model"], scope["optimizer"]
     optimizer = wrapped.optimizer
     assert isinstance(optimizer, Conda)

@@ -10,7 +10,7 @@ import torch
 
 import toys
 from conda_dist import Conda
-from conda_dist.launch import options as job
+from conda_dist.launch.job import options as job
 from conda_dist.options import DTYPES, GROUP_OPTIONS, OPTIONS, Options
 from conda_dist.parameter_groups import DROPPED, UNSUPPORTED
 

@@ -19,7 +19,7 @@ import models
 import ranks
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = "".join((ROOT / folder / "README.md").read_text() for folder in (".", "integrations"))
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS_README = (ROOT / "launch" / "README.md").read_text()
 SHELL = "\n".join(re.findall(r"```bash\n(.*?)```", README + COMMANDS_README, re.DOTALL))
