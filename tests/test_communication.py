@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 import models
 import ranks
 from conda_dist import Conda
-from conda_dist.layout.layout import redistribution
+from conda_dist.layout import redistribution
 from traffic import Call, recorded
 
 WIDTH, MLP, LAYERS = 32, 88, 2

@@ -11,7 +11,7 @@ import torch
 import toys
 from conda_dist import Conda
 from conda_dist.launch.job import options as job
-from conda_dist.options import DTYPES, GROUP_OPTIONS, OPTIONS, Options
+from conda_dist.options import GROUP_OPTIONS, OPTIONS, Options, dtype_of
 from conda_dist.parameter_groups import DROPPED, UNSUPPORTED
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -40,9 +40,7 @@ def test_the_constructor_takes_them() -> None:
     assert {*list(taken)[len(OPTIONS) + 3 :]} == {*DROPPED, *UNSUPPORTED}
     for name, option in OPTIONS.items():
         assert taken[name].default == option.default, name
-        assert (torch.dtype in get_args(taken[name].annotation)) == (
-            torch.dtype in get_args(option.type)
-        ), name
+        assert (torch.dtype in get_args(taken[name].annotation)) == (option.is_dtype), name
 
 
 def test_the_docstring_describes_them() -> None:
@@ -73,13 +71,13 @@ def test_the_job_has_them() -> None:
         assert (keys[name].default, keys[name].key.help) == (option.default, option.help)
 
 
-@pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if torch.dtype in get_args(o.type)])
+@pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.is_dtype])
 def test_dtypes_by_name(name: str) -> None:
     for choice in OPTIONS[name].choices:
         by_name = Options(**{name: choice})
-        assert getattr(by_name, name) == DTYPES.get(choice, choice)
-        if choice in DTYPES:
-            assert by_name == Options(**{name: DTYPES[choice]})
+        assert getattr(by_name, name) == (choice if choice == "tf32" else dtype_of(choice))
+        if choice != "tf32":
+            assert by_name == Options(**{name: dtype_of(choice)})
 
 
 def _trained(**options: Any) -> list[torch.Tensor]:
