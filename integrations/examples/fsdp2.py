@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 
 dist.init_process_group()
-device = torch.accelerator.current_accelerator() or torch.device("cpu")
+device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 if device.type != "cpu":
     torch.accelerator.set_device_index(dist.get_node_local_rank())
 torch.manual_seed(0)
