@@ -32,7 +32,7 @@ Named = Iterable[tuple[str, Tensor, Mapping[str, Any]]]
 
 
 def refuse_flat(named: Named) -> None:
-    """Refuses flat parameters that say of themselves that they hold the elements of others.
+    """Refuses parameters that FSDP1 or ZeRO stage 3 has marked as flat.
 
     Raises:
         ValueError: there is such a parameter.
@@ -59,7 +59,7 @@ def flat_error(name: str, param: Tensor) -> ValueError:
 
 
 def _refuse_fsdp1(pairs: Sequence[tuple[str, Tensor]]) -> None:
-    """Refuses what FullyShardedDataParallel makes of parameters."""
+    """Refuses the parameters that FullyShardedDataParallel (FSDP1) makes."""
     marked = [(n, p) for n, p in pairs if getattr(p, "_fsdp_flattened", False)]
     flat = [(n, p) for n, p in pairs if getattr(p, "_is_flat_param", False)]
     # Unsharded ones (NO_SHARD, one rank) keep their shapes with use_orig_params.
@@ -105,9 +105,10 @@ def refuse_lost_state(named: Named, state: Mapping[Any, Any]) -> None:
 
 
 def refuse_strangers(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuses parameters without gradients that have been replaced, in the model alone.
+    """Refuses parameters that were replaced in the model, but not in the optimizer.
 
-    Looked for where a first step finds parameters without gradients, for it takes time.
+    Such parameters get no gradients. The search takes time, so it is made only when a first step
+    finds parameters without gradients.
 
     Args:
         named: the trainable parameters without a gradient, with their names.
@@ -120,9 +121,9 @@ def refuse_strangers(named: Iterable[tuple[str, Tensor]]) -> None:
         return
     missing = Counter(tuple(param.shape) for _, param in strangers)
     flat, sharded = Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
-    gc.collect()  # models of the past may be waiting for it
+    gc.collect()  # drops earlier models that nobody uses any more
     for thing in gc.get_objects():
-        # By its type, for objects of others may do anything when they are asked for theirs.
+        # Ask for the type first: foreign objects may run any code in isinstance.
         if not issubclass(type(thing), Tensor) or not isinstance(thing, nn.Parameter):
             continue
         if thing.grad is None:

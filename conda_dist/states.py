@@ -1,4 +1,4 @@
-"""Names and dtypes of a parameter's states, as the options have them."""
+"""Names and dtypes of a parameter's states, which follow from the options."""
 
 import re
 from collections.abc import Iterable
@@ -15,11 +15,11 @@ CODES = "exp_avg_sq_codes"
 OWN = re.compile(
     r"step|(exp_avg|exp_avg_sq|exp_avg_sq_codes|basis|snapshot)(_\d+)?|basis_step|snapshot_step"
 )
-"""Names of the states that this optimizer makes. A wrapper may keep others beside them."""
+"""Names of the states that this optimizer makes. A wrapper may keep states of its own there too."""
 
 
 def is_own(key: Any) -> bool:
-    """Whether a state of this name is this optimizer's, not one that a wrapper keeps."""
+    """Whether this optimizer, not a wrapper, makes the state of this name."""
     return isinstance(key, str) and OWN.fullmatch(key) is not None
 
 
@@ -29,7 +29,7 @@ def has_own(state: Iterable[Any]) -> bool:
 
 
 def is_basis(key: Any) -> bool:
-    """Whether a state of this name is a basis, or counts for bases: adamw has none of them."""
+    """Whether the state of this name is a basis or a count of bases, which the adamw path lacks."""
     return is_own(key) and key.startswith("basis")
 
 
@@ -39,12 +39,14 @@ def moment_dtype(param: Tensor, options: Options) -> torch.dtype:
 
 
 def second_dtype(param: Tensor, options: Options) -> torch.dtype:
-    """Dtype of a parameter's second moment: ``second_moment_dtype``, else that of both."""
+    """Dtype of a parameter's second moment: ``second_moment_dtype``, else that of its moments."""
     return options.second_moment_dtype or moment_dtype(param, options)
 
 
 def second_key(options: Options) -> str:
-    """Name of the state that is the second moment, or its codes: none may pass for the other."""
+    """Name of the second moment's state. Codes have another name, so that neither passes for the
+    other in a checkpoint.
+    """
     return CODES if options.second_moment_dtype == torch.uint8 else "exp_avg_sq"
 
 
