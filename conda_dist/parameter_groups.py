@@ -1,4 +1,4 @@
-"""Parameter groups: what the caller gives, checked; a group that the caller gave stays one."""
+"""Parameter groups: checks what the caller gives. A group of the caller's stays one group."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,13 +21,13 @@ UNSUPPORTED = ("maximize", "capturable", "differentiable", "amsgrad")
 def check_hyperparameters(
     values: Mapping[str, Any], where: str = "", *, scheduled: bool = False
 ) -> None:
-    """Checks the hyperparameters there are among ``values``.
+    """Checks those of ``values`` that are hyperparameters.
 
     Args:
         values: by name; others are left alone.
-        where: what to call their owner in errors.
-        scheduled: whether they are those of a running optimizer. Schedulers may leave a learning
-            rate a rounding error below zero.
+        where: what errors put before a name.
+        scheduled: whether a scheduler may have set them: it may leave a learning rate a rounding
+            error below zero.
 
     Raises:
         TypeError: one is of the wrong type.
@@ -55,7 +55,7 @@ def check_hyperparameters(
 
 
 def _is_one_of(value: Any, known: Sequence[str]) -> bool:
-    return isinstance(value, str) and value in known  # an array would be compared item by item
+    return isinstance(value, str) and value in known  # "in" compares an array item by item
 
 
 def _read_rate(lr: Tensor, where: str) -> Any:
@@ -72,7 +72,7 @@ def read_group(
     rule: str = CONDA,
     hyperparameters: Sequence[str] = HYPERPARAMETERS,
 ) -> dict[str, Any]:
-    """Checks a group, and makes of it one for torch.
+    """Checks a group, and returns a copy of it for torch.
 
     Args:
         group: a group dict as torch's optimizers take it: ``params`` a tensor or an iterable of
@@ -82,7 +82,7 @@ def read_group(
         hyperparameters: keys that the optimizer reads.
 
     Returns:
-        A new dict, with the parameters in their order, named if they have names.
+        A new dict with the parameters in the same order, and with their names if they have any.
 
     Raises:
         TypeError: something other than a parameter among ``params``, or a wrong type of value.
@@ -183,7 +183,7 @@ def check_parameter(name: str, param: Tensor) -> None:
     """Refuses a parameter that cannot be optimized.
 
     Raises:
-        ValueError: it is no leaf, not of real numbers, sparse, or some of its elements are one.
+        ValueError: it is no leaf, not of real numbers, sparse, or its elements share memory.
     """
     if not (param.is_leaf or param.retains_grad):
         raise ValueError(f"{name}: can't optimize a non-leaf Tensor; detach() it first.")

@@ -1,8 +1,8 @@
-"""What the parameters in the groups are called, and which path each of them takes.
+"""The names of the parameters in the groups, and the path that each parameter takes.
 
-Frameworks replace parameters one by one, and users filter and extend the lists in place: names
-follow the parameters. Where a group has no ``algorithm``, the path of each of its parameters is
-decided by name and shape, anew whenever the layout is resolved.
+Frameworks replace parameters one by one, and users filter and extend the lists in place. Names
+therefore follow the parameters. In a group without an ``algorithm``, the name and the shape of a
+parameter decide its path, again whenever the layout is resolved.
 """
 
 import uuid
@@ -16,30 +16,30 @@ from conda_dist.replaced_parameters import flat_error
 from conda_dist.routing import ADAMW, CONDA, Route, clean_name, doubt, nothing_to_project, route
 
 TAG = "_conda_name"
-"""The attribute of a parameter that says what which optimizer calls it."""
+"""The attribute of a parameter that holds an optimizer's key and the name that it uses."""
 
 PLACE = "param_groups["
-"""How what a parameter without a name is called begins."""
+"""The beginning of what a parameter without a name is called."""
 
 
 def place_of(group: int, index: int) -> str:
-    """What a parameter without a name is called."""
+    """What to call a parameter without a name: its place in the groups."""
     return f"{PLACE}{group}]['params'][{index}]"
 
 
 def is_place(name: str) -> bool:
-    """Whether this is no name, but the place of a parameter without one."""
+    """Whether this is the place of a parameter without a name."""
     return name.startswith(PLACE)
 
 
 def name_of(groups: Sequence[Mapping[str, Any]], group: int, index: int) -> str:
-    """A parameter's name, or where it stands."""
+    """A parameter's name, or its place."""
     names = groups[group].get("param_names")
     return clean_name(names[index]) if names else place_of(group, index)
 
 
 def route_by_name(name: str, param: Tensor) -> Route:
-    """The default rule for a parameter by what it is called; by shape if that is its place."""
+    """The default rule for a parameter: by its name and shape, or by shape alone without a name."""
     return route(None if is_place(name) else name, param)
 
 
@@ -63,8 +63,8 @@ def each(
 def check_paths(groups: Sequence[Mapping[str, Any]], alone: bool, stacklevel: int) -> None:
     """Refuses an optimizer that would be AdamW under another name.
 
-    Among several ranks it only warns: ZeroRedundancyOptimizer and pipelines deal parameters out,
-    and the others would wait for the one that raises.
+    With several ranks it only warns: ZeroRedundancyOptimizer and pipelines give each rank some of
+    the parameters, and the other ranks would wait for the one that raises.
 
     Args:
         groups: the parameter groups.
@@ -87,7 +87,7 @@ def check_paths(groups: Sequence[Mapping[str, Any]], alone: bool, stacklevel: in
 
 
 class Names:
-    """The names of an optimizer's parameters, which follow them from list to list."""
+    """The names of an optimizer's parameters, which follow the parameters from list to list."""
 
     def __init__(self) -> None:
         self._key = uuid.uuid4().hex
@@ -95,32 +95,33 @@ class Names:
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle keeps: its parameters are others."""
+        """A copy or a pickle has other parameters, so it gets a key of its own."""
         return {**self.__dict__, "_key": uuid.uuid4().hex}
 
     def _remember(self, param: Tensor, name: str) -> None:
-        # On the parameter itself: a reference to it would keep alive what a framework replaces,
-        # and with a weak one swap_tensors, and so model.to, would refuse it.
+        # The name is kept on the parameter itself. A reference to the parameter would keep it alive
+        # after a framework has replaced it, and swap_tensors (model.to) refuses a parameter that
+        # has weak references.
         param.__dict__[TAG] = self._key, name
 
     def _known(self, param: Tensor) -> str | None:
-        """What a parameter was called, "" if it had no name; None if it was not seen before."""
+        """The parameter's name when it was last seen: "" without a name, None if never seen."""
         key, name = param.__dict__.get(TAG, (None, None))
         return name if key == self._key else None
 
     def follow(self, groups: Sequence[MutableMapping[str, Any]]) -> None:
         """Brings ``param_names`` up to date after somebody has changed the groups.
 
-        A parameter that was seen before keeps its name, wherever in the lists it is now. One that
-        was not has the name at its place, if its list is as long as that of the names. Otherwise it
-        has none, and is called by its place.
+        A parameter that was seen before keeps its name, wherever in the lists it is now. A new
+        parameter takes the name at its place, if the lists of parameters and names are equally
+        long. Otherwise it has no name, and is called by its place.
         """
         listed = {name for group in groups for name in group.get("param_names") or ()}
         for g, group in enumerate(groups):
             params, given = group["params"], list(group.get("param_names") or ())
             at_place = len(given) == len(params)
             names = [self._known(param) or "" for param in params]
-            # Names that the caller has replaced in their list are known no longer.
+            # The caller may have replaced names in the list: forget those.
             names = [name if name in listed or not at_place else "" for name in names]
             if not given and not any(names):
                 continue
@@ -134,7 +135,7 @@ class Names:
             group["param_names"] = names
 
     def added(self, groups: Sequence[MutableMapping[str, Any]]) -> None:
-        """Takes note of the last of the groups."""
+        """Records the parameters of the last group, which was just added."""
         self.follow(groups)
         group, g = groups[-1], len(groups) - 1
         for i, param in enumerate(group["params"]):
@@ -145,10 +146,9 @@ class Names:
                 self._matrices.add(name)
 
     def check(self, groups: Sequence[Mapping[str, Any]], title: str) -> None:
-        """Refuses what has taken the place of matrices, and is none.
+        """Refuses flat parameters that have replaced matrices.
 
-        One flat parameter may be there for one of them or, as DeepSpeed puts it into a group, for
-        many.
+        A flat parameter may replace one matrix or, as in DeepSpeed's groups, many.
 
         Raises:
             ValueError: there is such a parameter.
@@ -156,14 +156,14 @@ class Names:
         found = [(n, param, self._known(param) is not None) for n, param, _ in each(groups)]
         none_left = bool(self._matrices) and not any(param.ndim > 1 for _, param, _ in found)
         for name, param, known in found:
-            # Those without names may have other places now.
+            # A parameter without a name may have moved to another place.
             same = is_place(name) and known
             replaced = name in self._matrices and param.ndim < 2 and not same
             if replaced or (none_left and not known):
                 raise flat_error(name, param, title)
 
     def warn(self, groups: Sequence[Mapping[str, Any]], stacklevel: int) -> None:
-        """Warns once if names are missing that would decide a path, or do not tell which."""
+        """Warns once if a path depends on names that are missing, or that do not tell."""
         if self._warned:
             return
         alike = [

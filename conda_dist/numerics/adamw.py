@@ -1,7 +1,7 @@
-"""The adamw path: everything that is not a matrix, with torch's fused and foreach kernels.
+"""The adamw path: AdamW for parameters that are not projected, in torch's fused kernels.
 
-Elementwise, so it works on whatever shards there are. As the authors' code for these parameters:
-eps is added to the uncorrected root of the second moment, and decay comes after the update.
+All operations are elementwise, so they work on shards of any form. As in the authors' code, eps is
+added to the uncorrected root of the second moment, and decay comes after the update.
 """
 
 import itertools
@@ -30,8 +30,8 @@ class Entry:
 
 
 CHUNK_NUMEL = 2**24
-"""Elements updated at a time without the fused kernel: bounds what a step allocates, whatever the
-size of the model."""
+"""Without the fused kernel so many elements are updated at a time, which bounds a step's memory
+for models of any size."""
 
 
 def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool = False) -> None:
@@ -70,7 +70,7 @@ def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool =
 
 
 def _pieces(entry: Entry) -> Iterator[Entry]:
-    """A parameter larger than a chunk in several, if its elements are in one order in all."""
+    """Cuts a parameter larger than a chunk into chunks, if all its tensors are contiguous."""
     tensors = entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq
     if entry.param.numel() <= CHUNK_NUMEL or not all(t.is_contiguous() for t in tensors):
         yield entry
@@ -81,7 +81,7 @@ def _pieces(entry: Entry) -> Iterator[Entry]:
 
 
 def _is_fusable(entry: Entry, hyper: Hyper) -> bool:
-    """Whether torch's fused kernel takes it."""
+    """Whether torch's fused kernel can update this entry."""
     here = not isinstance(hyper.lr, Tensor) or hyper.lr.device == entry.param.device
     return here and can_fuse(entry.param, entry.grad, entry.exp_avg, entry.exp_avg_sq)
 

@@ -1,4 +1,4 @@
-"""The hyperparameters of a group as the arithmetic takes them."""
+"""The hyperparameters of a group in the form that the arithmetic takes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from conda_dist.numerics.arithmetic import Hyper
 
 
 def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
-    """The hyperparameters a group has at this moment, as numbers that torch's kernels know.
+    """The current hyperparameters of a group, as numbers that torch's kernels accept.
 
     Args:
         group: the group.
@@ -18,7 +18,7 @@ def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
     """
     beta1, beta2 = group["betas"]
     lr = group["lr"]
-    # Read where that costs nothing; foreach kernels want others 0-d.
+    # A rate on the CPU is read, which costs nothing. Foreach kernels need other rates 0-d.
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     return Hyper(
         lr.reshape(()) if on_device else float(lr),

@@ -41,7 +41,7 @@ class AdamWParameter:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Its state as it is now. Before it is allocated only a wrapper's states are there."""
+        """Its current state. Before it is allocated, only a wrapper's states are in it."""
         return self.states.get(self.param, {})
 
     def state_layouts(self) -> dict[str, Layout]:
@@ -60,7 +60,7 @@ class AdamWParameter:
         return key
 
     def init_state(self) -> None:
-        """Allocates the state, whole and at once; leaves it alone if it is there."""
+        """Allocates the state, unless it is there."""
         if has_own(self.state):
             return
         state = self.states.setdefault(self.param, {})
@@ -77,12 +77,12 @@ def adamw_step(
     grads: Mapping[Tensor, Tensor | None],
     stochastic: bool,
 ) -> None:
-    """Takes one step; parameters of one group that have taken equally many go together.
+    """Takes one step. Parameters of one group with equally many steps are updated together.
 
     Args:
-        adamw_parameters: the parameters.
-        grads: this rank's part of the gradient of each; None for one to leave alone.
-        stochastic: as of :func:`conda_dist.numerics.adamw.adamw_`.
+        plains: the parameters.
+        grads: this rank's part of each gradient; None leaves that parameter alone.
+        stochastic: as of :func:`conda_dist.adamw.adamw_`.
     """
     alike: dict[tuple[int, int], list[Entry]] = defaultdict(list)
     groups = {}

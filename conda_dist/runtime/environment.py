@@ -1,4 +1,4 @@
-"""What surrounds a step and must not change it: the caller's autocast, a CUDA graph."""
+"""Keeps what surrounds a step from changing it: the caller's autocast, a CUDA graph."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ def without_autocast() -> Iterator[None]:
     """Computes in the tensors' own dtypes, though the caller may be inside ``torch.autocast``.
 
     Autocast would round the operands of every product to 8 or 11 bits, and so the bases. It also
-    keeps the copies of the weights that the forward pass has cast, until the caller leaves the
-    outermost one, which may be disabled. They are dropped here, so that the next forward pass
-    sees the weights as they are after the step.
+    caches the weights that the forward pass has cast, until the caller leaves the outermost
+    autocast block (even a disabled one). This clears the cache, so that the next forward pass casts
+    the weights as they are after the step.
     """
     accelerator = torch.accelerator.current_accelerator()
     kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
@@ -48,7 +48,9 @@ def tf32_products() -> Iterator[None]:
 
 
 def refuse_capture() -> None:
-    """Refuses to be recorded: a replay would repeat one step's count and never refresh a basis.
+    """Refuses to be recorded in a CUDA graph.
+
+    A replay would repeat the count of one step, and would never refresh a basis.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.

@@ -15,7 +15,7 @@ PATTERNS = ("conda_params", "adamw_params")
 SPLITS = "splits"
 
 NEAR = 0.8
-"""How alike two names must be (of 1, as of difflib) for one to be offered for the other."""
+"""How similar (from 0 to 1, as difflib counts) a known name must be to be suggested."""
 
 ADAMS = "Adam's: leave it out"
 FOREIGN = {
@@ -42,10 +42,10 @@ FOREIGN = {
         "SGD's or Muon's: leave it out",
     ),
 }
-"""Keys of the optimizer blocks that people publish, whose they are and what to do about them."""
+"""Keys of published optimizer blocks that Conda lacks: whose they are, and what to do."""
 
 FILLED = ("lr", "betas", "eps", "weight_decay")
-"""What Hugging Face's Trainer gives in the place of "auto"."""
+"""The keys whose "auto" Hugging Face's Trainer replaces by a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,10 @@ def _parse(given: Mapping[str, Any]) -> Arguments:
 
 
 def _refuse_keys(given: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuses keys that Conda has not, and "auto" that nobody has replaced.
+    """Refuses unknown keys, and values "auto" that nobody has replaced.
 
     Raises:
-        ValueError: there is one; all of them are named, in their order.
+        ValueError: there are some. The message names all of them, in their order.
     """
     unknown = [key for key in given if key not in known]
     if unknown:
@@ -123,7 +123,7 @@ def _refuse_keys(given: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def describe(key: str, known: Sequence[str]) -> str:
-    """In parentheses whose an unknown key is, or the known one that it is near to, if either."""
+    """What is known of an unknown key, in parentheses: its owner, or the nearest known key."""
     if key in FOREIGN:
         return f" ({FOREIGN[key]})"
     near = difflib.get_close_matches(key, known, n=1, cutoff=NEAR)
@@ -162,7 +162,7 @@ def cut(
 
 
 def _refuse(options: Options) -> None:
-    """Refuses what is sound elsewhere, but not on partitions that the engine steps one by one."""
+    """Refuses options that DeepSpeed's partitions do not support."""
     if options.refresh_delay:
         raise ValueError(
             f"refresh_delay {options.refresh_delay} is not supported under DeepSpeed, whose "
