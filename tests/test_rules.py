@@ -262,7 +262,7 @@ def test_paths_by_name_and_shape() -> None:
     assert by_name == by_module
     assert {row["path"] for row in by_name} == {"muon", "adamw"}
     with pytest.raises(ValueError, match=r"would reach the muon path.*rule='muon'"):
-        Muon([("norm.weight", nn.Parameter(torch.ones(3)))])
+        Muon([("embed.weight", nn.Parameter(torch.ones(3, 4)))])
 
 
 # Checkpoints
