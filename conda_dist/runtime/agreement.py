@@ -171,7 +171,7 @@ class Comparison:
         self._fresh = self._compared = False
 
     def _counts(self) -> dict[str, int]:
-        counts = {w.name: w.step if w.state else 0 for w in self._weights}
+        counts = {w.name: w.step if "step" in w.state else 0 for w in self._weights}
         for parameter in self._others:
             counts[parameter.name] = (
                 int(parameter.state["step"]) if "step" in parameter.state else 0
