@@ -406,7 +406,7 @@ def _partitioned() -> str:
 def test_zero_is_conda_s_alone() -> None:
     said = _partitioned()
     assert "a.weight: ZeRO stage 3 has partitioned it" in said
-    assert "Muon is not supported, and Conda alone is" in said
+    assert "only Conda is supported, not Muon" in said
 
 
 def _mixed() -> str:
