@@ -493,11 +493,11 @@ class VectorRule(MuonRule):
             state.lerp_(squares.mean(dims).view(state.shape), 0.1)
         update = super().update(part).float()
         # A decay that depends on the gradient, as NAMO's does.
-        part.beside = part.states["of_columns" if self.by_column else "of_all"][..., None, :] + 0
+        part.extra = part.states["of_columns" if self.by_column else "of_all"][..., None, :] + 0
         rows, columns = part.states["of_rows"][..., None], part.states["of_columns"][..., None, :]
         return update * (rows * columns / part.states["of_all"][..., None]).rsqrt() / 10 / part.step
 
-    def beside(self, m: int, n: int) -> tuple[int, int]:
+    def extra_shape(self, m: int, n: int) -> tuple[int, int]:
         return (1, n) if self.by_column else (1, 1)
 
     def apply(
@@ -507,10 +507,10 @@ class VectorRule(MuonRule):
         group: Any,
         step: int,
         shape: tuple[int, int],
-        beside: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> None:
-        assert beside is not None
-        param.mul_(1 - group["lr"] * beside).sub_(update, alpha=group["lr"])
+        assert extra is not None
+        param.mul_(1 - group["lr"] * extra).sub_(update, alpha=group["lr"])
 
 
 def _vectors(

@@ -369,15 +369,15 @@ def send_from(
     ways = [d for d in ways if among.get(d, (0, 2))[1] > 1]
     legs = []
     for i, mesh_dim in enumerate(ways):
-        beside = {d: owner[d] for d in range(len(mesh)) if d not in ways[: i + 1]}
+        indices = {d: owner[d] for d in range(len(mesh)) if d not in ways[: i + 1]}
         sender, inside = owner[mesh_dim], among.get(mesh_dim)
         copies = None if inside is None else Copies(inside)
         if (mesh[mesh_dim] if inside is None else inside[1]) > SPREAD_BEYOND:
             rows = layout.move(mesh_dim, Split(0, among=inside))
-            legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, among=beside))
-            legs.append(Leg(Move(mesh_dim, rows, rows.move(mesh_dim, copies)), among=beside))
+            legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, among=indices))
+            legs.append(Leg(Move(mesh_dim, rows, rows.move(mesh_dim, copies)), among=indices))
         else:
             move = Move(mesh_dim, layout, layout.move(mesh_dim, copies))
-            legs.append(Leg(move, sender=sender, among=beside))
+            legs.append(Leg(move, sender=sender, among=indices))
         layout = legs[-1].move.target
     return tuple(legs)

@@ -9,7 +9,7 @@ from conda_dist.layout.redistribution import Hop, plan_hops
 from conda_dist.plan.schedule import plan_async_refresh, plan_task
 from conda_dist.plan.weight_plan import WeightPlan, copy_to_saved, moments_to_saved
 
-BESIDE = 4
+EXTRA_ITEMSIZE = 4
 """Bytes of an element of what goes back beside an update."""
 
 Sent = Mapping[int, int]
@@ -64,7 +64,7 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     flags = [sizes.travel] * len(task.flags)
     steady: list[Exchanged] = [
         (task.forward, [sizes.travel, sizes.basis, *two, *flags]),
-        (task.backward, [sizes.back, *two, BESIDE]),
+        (task.backward, [sizes.back, *two, EXTRA_ITEMSIZE]),
     ]
     moved = [(r.hops, [sizes.rotation] * count) for r in task.rotations]
     gather = task.gather
@@ -102,7 +102,7 @@ def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Size
             task.forward,
             [sizes.travel] * count + [sizes.basis] * count + [sizes.travel] * len(task.flags),
         ),
-        (task.backward, [sizes.back] * count + [BESIDE] * count),
+        (task.backward, [sizes.back] * count + [EXTRA_ITEMSIZE] * count),
     ]
     return sum(
         len({itemsizes[transfer.item] for transfer in hop.transfers})

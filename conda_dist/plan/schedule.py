@@ -22,7 +22,7 @@ from conda_dist.layout.redistribution import (
     redistribution,
     send_from,
 )
-from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims, beside_update
+from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims, extra_to_storage
 
 ITEMSIZE = 4
 """Bytes of an element by which tasks are filled, whatever its own are."""
@@ -283,7 +283,7 @@ def plan_task(
     loading = tuple(i for i, plan in enumerate(chosen) if plan.loads_moments)
     there = [grads[i] for i in loading for _ in range(2)]
     back = [updates[i] for i in loading for _ in range(2)]
-    back += [beside_update(plan) for plan in chosen if plan.beside is not None]
+    back += [extra_to_storage(plan) for plan in chosen if plan.extra_shape is not None]
     flags = _plan_flags(chosen, [dtypes[i] for i in weights] if dtypes else [None] * len(weights))
     flagged = [f.route(chosen[0].storage.mesh) for f in flags]
     matrices = tuple(plan_matrices(plans, weights, due, coordinate, in_background))

@@ -29,7 +29,7 @@ class WeightPlan:
             as the other states are of which all that compute a matrix have a copy.
         part: which block of rows of a stored weight this is; None for a weight of its own.
         group: the ranks that compute it, where those are not all that store it.
-        beside: the shape, for one matrix, of what goes back beside the update; None for nothing.
+        extra_shape: the shape, for one matrix, of the extra tensor; None without one.
         separate: whether its moments are tensors of their own in compute layout, which checkpoints
             convert; else they are DTensors like the parameter, or flat as its partition is.
         owners: for each matrix of the batch the coordinate that decomposes its momentum.
@@ -45,7 +45,7 @@ class WeightPlan:
     part: int | None = None
     group: Group | None = None
     separate: bool = False
-    beside: tuple[int, int] | None = None
+    extra_shape: tuple[int, int] | None = None
     owners: tuple[Coordinate, ...] = ()
     turns: tuple[int, ...] = ()
 
@@ -174,7 +174,7 @@ def plan_weight(
     group: Group | None = None,
     shard_basis: bool = False,
     part: int | None = None,
-    beside: tuple[int, int] | None = None,
+    extra_shape: tuple[int, int] | None = None,
 ) -> WeightPlan:
     """The plan of a weight (..., m, n) before owners are dealt.
 
@@ -187,7 +187,7 @@ def plan_weight(
         shard_basis: of a weight in flat partitions, whether those that compute it share the basis
             instead of having a copy each; it is then gathered for each step.
         part: which block of rows of a stored weight this is, if it is one.
-        beside: see :class:`WeightPlan`.
+        extra_shape: see :class:`WeightPlan`.
     """
     if isinstance(storage, Flat):
         compute, moves = flat_to_compute(storage)
@@ -213,7 +213,7 @@ def plan_weight(
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
     separate = group is not None
     return WeightPlan(
-        name, topology, storage, compute, exchanged, basis, part, group, separate, beside
+        name, topology, storage, compute, exchanged, basis, part, group, separate, extra_shape
     )
 
 
@@ -293,9 +293,9 @@ def copy_from_saved(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]
     )
 
 
-def beside_update(plan: WeightPlan) -> tuple[Leg, ...]:
+def extra_to_storage(plan: WeightPlan) -> tuple[Leg, ...]:
     """Route of what goes back beside the update, (..., 1, n) or (..., 1, 1), where that goes."""
-    if plan.beside is None:
+    if plan.extra_shape is None:
         return ()
     legs = []
     for move in reverse(plan.moves):
@@ -309,16 +309,16 @@ def beside_update(plan: WeightPlan) -> tuple[Leg, ...]:
 
 def _of_one_row(plan: WeightPlan, layout: Layout) -> Layout:
     """Where what goes beside an update is, if every rank has what belongs to its columns."""
-    assert plan.beside is not None
+    assert plan.extra_shape is not None
     batch_dims = len(layout.shape) - 2
-    kept = (batch_dims + 1,) if plan.beside[1] == layout.shape[-1] else ()
+    kept = (batch_dims + 1,) if plan.extra_shape[1] == layout.shape[-1] else ()
 
     def place(placement: Placement) -> Placement:
         if not isinstance(placement, Split) or placement.dim in (*range(batch_dims), *kept):
             return placement
         return None if placement.among is None else Copies(placement.among)
 
-    shape = (*layout.shape[:-2], *plan.beside)
+    shape = (*layout.shape[:-2], *plan.extra_shape)
     return Layout(shape, layout.mesh, tuple(map(place, layout.placements)))
 
 

@@ -114,7 +114,7 @@ class CondaRule(RefreshedRule):
         group: Mapping[str, Any],
         step: int,
         shape: tuple[int, int],
-        beside: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> None:
         """See Rule."""
         arithmetic.apply_(param, update, step, hyper_of(group))

@@ -85,7 +85,7 @@ class MuonRule(Rule):
         group: Mapping[str, Any],
         step: int,
         shape: tuple[int, int],
-        beside: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> None:
         """See Rule. Decay comes first, and on the weight as it was."""
         lr = group["lr"]

@@ -57,7 +57,7 @@ class Part:
         buffers: memory to work in, or None.
         averaged: whether a refresh before this step has brought gradient and momentum to a new
             basis already.
-        beside: what the rule has to say of it to all that store it, see :meth:`Rule.beside`.
+        extra: what the rule has to say of it to all that store it, see :meth:`Rule.extra_shape`.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Part:
     param: Tensor | None = None
     buffers: Buffers | None = None
     averaged: bool = False
-    beside: Tensor | None = None
+    extra: Tensor | None = None
 
     @property
     def right(self) -> bool:
@@ -109,12 +109,12 @@ class Rule(ABC):
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """Dtypes in which a gradient goes to a group, and its update back, for a parameter's."""
 
-    def beside(self, m: int, n: int) -> tuple[int, int] | None:
+    def extra_shape(self, m: int, n: int) -> tuple[int, int] | None:
         """Shape of what goes back beside the update of a matrix (m, n), in float32.
 
         For what :meth:`apply` needs and only :meth:`update` knows, such as a decay that depends on
         the gradient: a number for each column, (1, n), or for the matrix, (1, 1). None: nothing.
-        ``update`` leaves it in ``part.beside``.
+        ``update`` leaves it in ``part.extra``.
         """
         return None
 
@@ -133,7 +133,7 @@ class Rule(ABC):
         group: Mapping[str, Any],
         step: int,
         shape: tuple[int, int],
-        beside: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> None:
         """Takes an update off a slice of the weight, decay included.
 
@@ -143,7 +143,7 @@ class Rule(ABC):
             group: see :class:`Part`.
             step: see :class:`Part`.
             shape: see :class:`Part`.
-            beside: see :meth:`beside`; of the columns of the slice.
+            extra: see :meth:`extra_shape`; of the columns of the slice.
         """
 
     def check(self, values: Mapping[str, Any], where: str) -> None:  # noqa: B027 (few need it)

@@ -395,7 +395,7 @@ def plan_sites(
                 group=choice.group,
                 shard_basis=choice.shard_basis,
                 part=site.part,
-                beside=rule.beside(site.layout.shape[-2], site.layout.shape[-1]),
+                extra_shape=rule.extra_shape(site.layout.shape[-2], site.layout.shape[-1]),
             )
         )
     # Kernels, and the parts of a weight, have views of its moments, if all parts are in place.

@@ -256,16 +256,16 @@ class MatrixPath:
         for i in task.loading:
             moments = weights[i].unload_moments()
             updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]
-        beside = [weight.take_beside() for weight in weights if weight.plan.beside is not None]
-        updates, dtypes = [*updates, *beside], [*dtypes, *(torch.float32 for _ in beside)]
+        extras = [weight.take_extra() for weight in weights if weight.plan.extra_shape is not None]
+        updates, dtypes = [*updates, *extras], [*dtypes, *(torch.float32 for _ in extras)]
         device = weights[0].param.device
         return Exchange(weights[0].mesh, task.backward, updates, dtypes, device)
 
     def _apply(self, task: Task, returning: Exchange, missing: Container[int]) -> None:
         tensors = returning.wait()
-        beside = iter(tensors[len(task.weights) + 2 * len(task.loading) :])
+        extras = iter(tensors[len(task.weights) + 2 * len(task.loading) :])
         for i, update in zip(task.weights, tensors, strict=False):
-            here = None if self._plans[i].beside is None else next(beside)
+            here = None if self._plans[i].extra_shape is None else next(extras)
             if update is not None and i not in missing:
                 self.weights[i].apply(update, here)
         arrived = iter(tensors[len(task.weights) :])

@@ -69,7 +69,7 @@ class Weight:
         self.rule = rule
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
         self._loaded: tuple[Tensor, ...] | None = None
-        self._beside: Tensor | None = None
+        self._extra: Tensor | None = None
         m, n = self.shape = plan.storage.shape[-2], plan.storage.shape[-1]
         self.specs: dict[str, State] = self.rule.states(m, n, param.dtype)
         self.exchange_dtype, self.update_dtype = self.rule.exchange_dtypes(param.dtype)
@@ -378,7 +378,7 @@ class Weight:
         part = Part(self.name, grad, states, group, step, shape, param, scratch, averaged)
         del grad  # the rule may let go of it
         update = rule.update(part)
-        self._beside = part.beside
+        self._extra = part.extra
         self._own("step").add_(1)
         if update is None:
             return None
@@ -386,26 +386,26 @@ class Weight:
         update = update.to(self.update_dtype)
         if param is None:
             return update
-        rule.apply(param, update, group, step, shape, self.take_beside())
+        rule.apply(param, update, group, step, shape, self.take_extra())
         return None
 
-    def take_beside(self) -> Tensor | None:
+    def take_extra(self) -> Tensor | None:
         """What goes beside the update that was computed last, once."""
-        beside, self._beside = self._beside, None
-        return beside
+        extra, self._extra = self._extra, None
+        return extra
 
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""
         dtype = self.update_dtype
         return None if self.plan.in_place else projected.new_zeros(projected.shape, dtype=dtype)
 
-    def apply(self, update: Tensor, beside: Tensor | None = None) -> None:
+    def apply(self, update: Tensor, extra: Tensor | None = None) -> None:
         """Adds an update in storage layout to the parameter; the step is already counted."""
         if not self.step:
             return
         step, views = self.step, self.views(dtensor.local(self.param))
         for view, part in zip(views, _pieces(update, views), strict=True):
-            self.rule.apply(view, part, self.group, step, self.shape, beside)
+            self.rule.apply(view, part, self.group, step, self.shape, extra)
 
     def taken(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis, or ``NO_BASIS``."""
