@@ -11,7 +11,7 @@ from conda_dist.numerics.arithmetic import Hyper
 from conda_dist.numerics.decomposition import Outcome
 from conda_dist.options import Options
 from conda_dist.rules.hyperparameters import hyper_of
-from conda_dist.rules.rule import Buffers, Part, RefreshedRule, State
+from conda_dist.rules.rule import Buffers, RefreshedRule, State, WeightSlice
 from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype, second_key
 
 
@@ -78,33 +78,33 @@ class CondaRule(RefreshedRule):
         method = "svd" if first else self.options.refresh_method
         return decomposition.decompose(momentum, right, method)
 
-    def update(self, part: Part) -> Tensor | None:
+    def update(self, weight: WeightSlice) -> Tensor | None:
         """See Rule."""
-        hyper, right, dtype = hyper_of(part.group), part.right, self.options.product_dtype
-        basis, param = part.states["basis"], part.param
-        y = self._normalise(part, basis, hyper)
+        hyper, right, dtype = hyper_of(weight.group), weight.right, self.options.product_dtype
+        basis, param = weight.states["basis"], weight.param
+        y = self._normalise(weight, basis, hyper)
         if param is not None and {y.dtype, basis.dtype, dtype or param.dtype} == {param.dtype}:
             if not isinstance(hyper.lr, Tensor):
-                arithmetic.project_back_and_apply_(param, y, basis, right, part.step, hyper)
+                arithmetic.project_back_and_apply_(param, y, basis, right, weight.step, hyper)
                 return None
             dtype = None
         return arithmetic.project_back(y, basis, right, dtype)
 
-    def _normalise(self, part: Part, basis: Tensor, hyper: Hyper) -> Tensor:
+    def _normalise(self, weight: WeightSlice, basis: Tensor, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""
-        first, second = part.states["exp_avg"], part.states[self.second_key]
-        projected = part.grad
-        if not part.averaged:
-            projected = part.grad = self.project(part.grad, basis, part.right, part.buffers)
+        first, second = weight.states["exp_avg"], weight.states[self.second_key]
+        projected = weight.grad
+        if not weight.averaged:
+            projected = weight.grad = self.project(weight.grad, basis, weight.right, weight.buffers)
             if arithmetic.can_fuse(projected, first, second):
-                buffers, out = part.buffers, None
+                buffers, out = weight.buffers, None
                 if buffers is not None:
                     out = buffers.take(1, projected, projected.dtype)
                 return arithmetic.average_and_normalise_(projected, first, second, hyper, out)
             moments = {"exp_avg": first, self.second_key: second}
-            arithmetic.check_alike(part.name, {"gradient": projected, **moments})
-            self.average(first, projected, part.group, part.step)
-        rounding = low_precision.rounding_of(second, part.step, self.options.stochastic_rounding)
+            arithmetic.check_alike(weight.name, {"gradient": projected, **moments})
+            self.average(first, projected, weight.group, weight.step)
+        rounding = low_precision.rounding_of(second, weight.step, self.options.stochastic_rounding)
         return arithmetic.normalise_(projected, first, second, hyper, rounding)
 
     def apply(

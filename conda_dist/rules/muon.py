@@ -9,7 +9,7 @@ from torch import Tensor
 
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.options import LARGEST, check_number
-from conda_dist.rules.rule import Part, Rule, State
+from conda_dist.rules.rule import Rule, State, WeightSlice
 
 ADJUSTMENTS = ("original", "match_rms_adamw", "spectral_unclamped")
 
@@ -64,10 +64,10 @@ class MuonRule(Rule):
         """See Rule. The momentum takes the gradient as it is; the iteration rounds its result."""
         return dtype, torch.bfloat16
 
-    def update(self, part: Part) -> Tensor:
+    def update(self, weight: WeightSlice) -> Tensor:
         """See Rule."""
-        group, buffer = part.group, part.states["momentum_buffer"]
-        grad = part.grad.to(buffer.dtype)
+        group, buffer = weight.group, weight.states["momentum_buffer"]
+        grad = weight.grad.to(buffer.dtype)
         buffer.lerp_(grad, 1 - group["momentum"])
         momentum = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
         iteration = group["ns_coefficients"], group["ns_steps"], group["eps"]

@@ -41,7 +41,7 @@ class Buffers(Protocol):
 
 
 @dataclass(slots=True)
-class Part:
+class WeightSlice:
     """What a rule works on in a step: a slice of a matrix, or matrices of a batch.
 
     Attributes:
@@ -114,15 +114,15 @@ class Rule(ABC):
 
         For what :meth:`apply` needs and only :meth:`update` knows, such as a decay that depends on
         the gradient: a number for each column, (1, n), or for the matrix, (1, 1). None: nothing.
-        ``update`` leaves it in ``part.extra``.
+        ``update`` leaves it in ``weight.extra``.
         """
         return None
 
     @abstractmethod
-    def update(self, part: Part) -> Tensor | None:
+    def update(self, weight: WeightSlice) -> Tensor | None:
         """Updates the states; returns the update, for :meth:`apply`.
 
-        Or None, if ``part.param`` is there and has been updated already.
+        Or None, if ``weight.param`` is there and has been updated already.
         """
 
     @abstractmethod
@@ -140,9 +140,9 @@ class Rule(ABC):
         Args:
             param: the slice, updated in place; of any rows and columns.
             update: what :meth:`update` returned, for the same elements.
-            group: see :class:`Part`.
-            step: see :class:`Part`.
-            shape: see :class:`Part`.
+            group: see :class:`WeightSlice`.
+            step: see :class:`WeightSlice`.
+            shape: see :class:`WeightSlice`.
             extra: see :meth:`extra_shape`; of the columns of the slice.
         """
 

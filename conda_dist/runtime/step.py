@@ -265,9 +265,9 @@ class MatrixPath:
         tensors = returning.wait()
         extras = iter(tensors[len(task.weights) + 2 * len(task.loading) :])
         for i, update in zip(task.weights, tensors, strict=False):
-            here = None if self._plans[i].extra_shape is None else next(extras)
+            extra = None if self._plans[i].extra_shape is None else next(extras)
             if update is not None and i not in missing:
-                self.weights[i].apply(update, here)
+                self.weights[i].apply(update, extra)
         arrived = iter(tensors[len(task.weights) :])
         for i, first, second in zip(task.loading, arrived, arrived, strict=False):
             assert first is not None

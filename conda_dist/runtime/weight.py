@@ -14,7 +14,7 @@ from conda_dist.numerics.arithmetic import matrices
 from conda_dist.numerics.decomposition import CAUSES, Outcome
 from conda_dist.options import Options
 from conda_dist.plan.weight_plan import WeightPlan
-from conda_dist.rules.rule import Part, RefreshedRule, Rule, State
+from conda_dist.rules.rule import RefreshedRule, Rule, State, WeightSlice
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.collectives import Mesh
 from conda_dist.runtime.scratch import Scratch
@@ -375,10 +375,10 @@ class Weight:
             states[name] = dtensor.local(self.state[self.keys[name]])
         param = self.rows(dtensor.local(self.param)) if in_place else None
         step, rule, group, shape = self.step + 1, self.rule, self.group, self.shape
-        part = Part(self.name, grad, states, group, step, shape, param, scratch, averaged)
+        weight = WeightSlice(self.name, grad, states, group, step, shape, param, scratch, averaged)
         del grad  # the rule may let go of it
-        update = rule.update(part)
-        self._extra = part.extra
+        update = rule.update(weight)
+        self._extra = weight.extra
         self._own("step").add_(1)
         if update is None:
             return None
