@@ -23,7 +23,7 @@ from conda_dist import Conda, Muon, param_groups
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.options import Options
 from conda_dist.rules.muon import MuonRule
-from conda_dist.rules.rule import State, WeightSlice
+from conda_dist.rules.rule import StateSpec, WeightSlice
 from traffic import recorded
 
 S0, S1, S2, ALL = Shard(0), Shard(1), Shard(2), Replicate()
@@ -481,9 +481,9 @@ class VectorRule(MuonRule):
     def __init__(self, by_column: bool) -> None:
         self.by_column = by_column
 
-    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
+    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         shapes = {"of_rows": (m,), "of_columns": (n,), "of_all": (1,)}
-        vectors = {name: State(shape, torch.float32) for name, shape in shapes.items()}
+        vectors = {name: StateSpec(shape, torch.float32) for name, shape in shapes.items()}
         return super().states(m, n, dtype) | vectors
 
     def update(self, weight: WeightSlice) -> Tensor:

@@ -5,6 +5,6 @@ of itself, and knows none of them. A rule computes with the tensors that it is g
 mesh, rank or collective.
 """
 
-from conda_dist.rules.rule import RefreshedRule, Rule, State, WeightSlice
+from conda_dist.rules.rule import RefreshedRule, Rule, StateSpec, WeightSlice
 
-__all__ = ["RefreshedRule", "Rule", "State", "WeightSlice"]
+__all__ = ["RefreshedRule", "Rule", "StateSpec", "WeightSlice"]

@@ -11,7 +11,7 @@ from conda_dist.numerics.arithmetic import Hyper
 from conda_dist.numerics.decomposition import Outcome
 from conda_dist.options import Options
 from conda_dist.rules.hyperparameters import hyper_of
-from conda_dist.rules.rule import Buffers, RefreshedRule, State, WeightSlice
+from conda_dist.rules.rule import Buffers, RefreshedRule, StateSpec, WeightSlice
 from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype, second_key
 
 
@@ -35,16 +35,16 @@ class CondaRule(RefreshedRule):
         self.is_async = options.is_async
         self.counts = ("basis_step", *(("snapshot_step",) if self.is_async else ()))
 
-    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
+    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """See Rule."""
         r, first = min(m, n), moment_dtype(dtype, self.options)
         states = {
-            "exp_avg": State((m, n), first, cut=True),
-            self.second_key: State((m, n), second_dtype(dtype, self.options), cut=True),
+            "exp_avg": StateSpec((m, n), first, cut=True),
+            self.second_key: StateSpec((m, n), second_dtype(dtype, self.options), cut=True),
         }
         if self.is_async:
-            states["snapshot"] = State((m, n), first, cut=True, optional=True)
-        basis = State((r, r), basis_dtype(dtype, self.options), identity=True)
+            states["snapshot"] = StateSpec((m, n), first, cut=True, optional=True)
+        basis = StateSpec((r, r), basis_dtype(dtype, self.options), identity=True)
         return states | {"basis": basis}
 
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

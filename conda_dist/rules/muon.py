@@ -9,7 +9,7 @@ from torch import Tensor
 
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.options import LARGEST, check_number
-from conda_dist.rules.rule import Rule, State, WeightSlice
+from conda_dist.rules.rule import Rule, StateSpec, WeightSlice
 
 ADJUSTMENTS = ("original", "match_rms_adamw", "spectral_unclamped")
 
@@ -46,7 +46,7 @@ def adjusted(how: str | None, shape: tuple[int, int]) -> float:
 
 
 class MuonRule(Rule):
-    """Muon's arithmetic on whole matrices. State: ``momentum_buffer`` (m, n)."""
+    """Muon's arithmetic on whole matrices. StateSpec: ``momentum_buffer`` (m, n)."""
 
     name, title = "muon", "Muon"
     whole = True
@@ -56,9 +56,9 @@ class MuonRule(Rule):
         "adamw_eps",
     )
 
-    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
+    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """See Rule."""
-        return {"momentum_buffer": State((m, n), dtype, cut=True)}
+        return {"momentum_buffer": StateSpec((m, n), dtype, cut=True)}
 
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """See Rule. The momentum takes the gradient as it is; the iteration rounds its result."""

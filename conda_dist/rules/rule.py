@@ -13,7 +13,7 @@ from conda_dist.rules.states import OF_RULES
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class StateSpec:
     """A state that a rule keeps of each matrix (m, n).
 
     Attributes:
@@ -102,7 +102,7 @@ class Rule(ABC):
         OF_RULES.update(cls.state_names)
 
     @abstractmethod
-    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
+    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Its states of a matrix (m, n) of a parameter of that dtype, by name."""
 
     @abstractmethod

@@ -14,7 +14,7 @@ from conda_dist.numerics.arithmetic import matrices
 from conda_dist.numerics.decomposition import CAUSES, Outcome
 from conda_dist.options import Options
 from conda_dist.plan.weight_plan import WeightPlan
-from conda_dist.rules.rule import RefreshedRule, Rule, State, WeightSlice
+from conda_dist.rules.rule import RefreshedRule, Rule, StateSpec, WeightSlice
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.collectives import Mesh
 from conda_dist.runtime.scratch import Scratch
@@ -71,7 +71,7 @@ class Weight:
         self._loaded: tuple[Tensor, ...] | None = None
         self._extra: Tensor | None = None
         m, n = self.shape = plan.storage.shape[-2], plan.storage.shape[-1]
-        self.specs: dict[str, State] = self.rule.states(m, n, param.dtype)
+        self.specs: dict[str, StateSpec] = self.rule.states(m, n, param.dtype)
         self.exchange_dtype, self.update_dtype = self.rule.exchange_dtypes(param.dtype)
         of_part = "" if plan.part is None else f"_{plan.part}"
         self.keys = {
