@@ -299,7 +299,7 @@ def set_up(
         state: its state.
         options: its options.
         meshes: from :func:`find_meshes`: the parameters to plan.
-        choices: see :func:`plan_sites`.
+        choices: see :func:`plan_weights`.
         rule: what steps the matrices.
 
     Raises:
@@ -310,7 +310,7 @@ def set_up(
         for g, group in enumerate(groups)
         for i, param in enumerate(group["params"])
     }
-    sites: list[Site] = []
+    unplanned: list[UnplannedWeight] = []
     adamw_parameters: list[AdamWParameter] = []
     for param, mesh in meshes.items():
         group, name = places[param]
@@ -332,12 +332,12 @@ def set_up(
         layout = dtensor.find_layout(name, param, mesh)
         if path != ADAMW:
             check_matrix(name, param, path)  # it may have been replaced
-            sites += _sites(name, param, mesh, group, layout)
+            unplanned += _unplanned(name, param, mesh, group, layout)
         else:
             adamw_parameters.append(
                 AdamWParameter(name, param, mesh, layout, group, state, options)
             )
-    weights = plan_sites(sites, state, options, choices, rule)
+    weights = plan_weights(unplanned, state, options, choices, rule)
     order = list(dict.fromkeys(meshes.values()))
     setup = Setup(weights, adamw_parameters, order, signature(groups), rule.name)
     setup.check_state()
@@ -345,7 +345,7 @@ def set_up(
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class UnplannedWeight:
     """A weight, or one of the parts its group splits it into, before it has a plan."""
 
     name: str
@@ -356,8 +356,8 @@ class Site:
     part: int | None = None
 
 
-def plan_sites(
-    sites: Sequence[Site],
+def plan_weights(
+    unplanned: Sequence[UnplannedWeight],
     state: MutableMapping[Tensor, dict[str, Any]],
     options: Options,
     choices: MutableMapping[tuple[Tensor, int | None], Choice],
@@ -366,7 +366,7 @@ def plan_sites(
     """Plans the weights that a rule steps together: who computes and who decomposes what.
 
     Args:
-        sites: the weights, or parts of them.
+        unplanned: the weights, or parts of them.
         state: the optimizer's state.
         options: its options.
         choices: by parameter and part what was chosen for those that have state; the others' are
@@ -375,41 +375,42 @@ def plan_sites(
     """
     requests = [
         Request(
-            site.name,
-            site.mesh.topology,
-            site.layout,
-            _copied_itemsize(rule, site.param.dtype),
+            weight.name,
+            weight.mesh.topology,
+            weight.layout,
+            _copied_itemsize(rule, weight.param.dtype),
             rule.whole,
-            known=choices.get((site.param, site.part)) if state.get(site.param) else None,
+            known=choices.get((weight.param, weight.part)) if state.get(weight.param) else None,
         )
-        for site in sites
+        for weight in unplanned
     ]
     plans = []
-    for site, choice in zip(sites, choose(requests, options.basis_budget), strict=True):
-        choices[site.param, site.part] = choice
+    for weight, choice in zip(unplanned, choose(requests, options.basis_budget), strict=True):
+        choices[weight.param, weight.part] = choice
         plans.append(
             plan_weight(
-                site.name,
-                site.mesh.topology,
-                site.layout,
+                weight.name,
+                weight.mesh.topology,
+                weight.layout,
                 group=choice.group,
                 shard_basis=choice.shard_basis,
-                part=site.part,
-                extra_shape=rule.extra_shape(site.layout.shape[-2], site.layout.shape[-1]),
+                part=weight.part,
+                extra_shape=rule.extra_shape(weight.layout.shape[-2], weight.layout.shape[-1]),
             )
         )
     # Kernels, and the parts of a weight, have views of its moments, if all parts are in place.
     apart = {
-        site.param
-        for site, plan in zip(sites, plans, strict=True)
+        weight.param
+        for weight, plan in zip(unplanned, plans, strict=True)
         if plan.separate or ((plan.part is not None or plan.seen_as_matrix) and not plan.in_place)
     }
     plans = [
-        replace(plan, separate=site.param in apart) for site, plan in zip(sites, plans, strict=True)
+        replace(plan, separate=weight.param in apart)
+        for weight, plan in zip(unplanned, plans, strict=True)
     ]
     return [
-        Weight(site.param, plan, site.mesh, site.group, state, options, rule)
-        for site, plan in zip(sites, deal_owners(plans), strict=True)
+        Weight(weight.param, plan, weight.mesh, weight.group, state, options, rule)
+        for weight, plan in zip(unplanned, deal_owners(plans), strict=True)
     ]
 
 
@@ -419,9 +420,9 @@ def _copied_itemsize(rule: Rule, dtype: torch.dtype) -> int:
     return 0 if kept is None else kept.dtype.itemsize
 
 
-def _sites(
+def _unplanned(
     name: str, param: Tensor, mesh: Mesh, group: dict[str, Any], layout: Layout
-) -> list[Site]:
+) -> list[UnplannedWeight]:
     kernel = bool(group.get("kernels")) and param.ndim > 2
     if kernel:
         check_kernel(name, dtensor.local(param))
@@ -430,14 +431,14 @@ def _sites(
         except ValueError as error:
             raise ValueError(f"{name}: {error}, or keep it with adamw.") from None
     if group["splits"] is None:
-        return [Site(name, param, mesh, group, layout, None)]
+        return [UnplannedWeight(name, param, mesh, group, layout, None)]
     check_splits(name, param, group["splits"], kernel)
     total, period = layout.shape[-2], sum(group["splits"])
     again = f" of every {period}" if total > period else ""
     ends = list(itertools.accumulate(group["splits"]))
-    sites = []
+    unplanned = []
     for part, (start, stop) in enumerate(itertools.pairwise([0, *ends])):
         rows = tuple(range(i + start, i + stop) for i in range(0, total, period))
         full = f"{name}[{start}:{stop}{again}]"
-        sites.append(Site(full, param, mesh, group, layout.rows(rows), part))
-    return sites
+        unplanned.append(UnplannedWeight(full, param, mesh, group, layout.rows(rows), part))
+    return unplanned
