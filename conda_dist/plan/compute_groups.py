@@ -6,7 +6,7 @@ Pure functions of layouts, costs and the budget: the same on every rank.
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -58,7 +58,7 @@ def choose(requests: Sequence[Request], budget: int | None) -> list[Choice]:
 
     All ranks that hold a weight compute their rows (or columns) of it while the copies of the
     bases that this takes fit the budget: on each mesh first those of weights that then step
-    without communication. The others are dealt to groups, or, in flat partitions, split their
+    without communication. The others are assigned to groups, or, in flat partitions, split their
     bases. A weight that has state keeps its choice.
 
     Args:
@@ -81,8 +81,8 @@ def choose(requests: Sequence[Request], budget: int | None) -> list[Choice]:
         if has_group or (beyond and request.known is None):
             grouped[request.topology, mesh_dims].append(index)
     for (_, mesh_dims), members in grouped.items():
-        deal = _deal_groups if len(mesh_dims) == 1 else _deal_single
-        for index, group in deal(requests, choices, members, mesh_dims).items():
+        assign = _assign_groups if len(mesh_dims) == 1 else _assign_single_ranks
+        for index, group in assign(requests, choices, members, mesh_dims).items():
             choices[index] = Choice(group)
     return choices
 
@@ -134,7 +134,7 @@ def group_size(matrices: int, ranks: int) -> int:
     """Ranks of each group: the smallest power of two that gives every rank something to do.
 
     Args:
-        matrices: how many are dealt over a mesh dimension.
+        matrices: how many are assigned over a mesh dimension.
         ranks: its size.
     """
     size = 1
@@ -143,7 +143,7 @@ def group_size(matrices: int, ranks: int) -> int:
     return size
 
 
-def _deal_groups(
+def _assign_groups(
     requests: Sequence[Request],
     choices: Sequence[Choice],
     members: Sequence[int],
@@ -155,10 +155,10 @@ def _deal_groups(
     single = [i for i in members if len(requests[i].storage.shape) == 2]
     size = group_size(len(single), ranks)
     loads = [0.0] * ranks
-    dealt: dict[int, Group] = {}
+    assigned: dict[int, Group] = {}
 
     def take(index: int, among: tuple[int, int]) -> None:
-        dealt[index] = Group(mesh_dim, among)
+        assigned[index] = Group(mesh_dim, among)
         first, count = among
         for place in range(first, first + count):
             loads[place] += _cost(requests[index]) / count
@@ -172,14 +172,14 @@ def _deal_groups(
             take(index, group.among)
     for index in sorted(new, key=lambda i: (-_cost(requests[i]), requests[i].name, i)):
         storage = requests[index].storage
-        if len(storage.shape) > 2:  # whole matrices of the batch, dealt over the ranks
+        if len(storage.shape) > 2:  # whole matrices of the batch, assigned over the ranks
             count = min(ranks, len(storage.matrices((0,) * len(storage.mesh))))
         else:
             count = 1 if requests[index].whole else size
         starts = range(0, ranks - count + 1, count)
         first = min(starts, key=lambda start: max(loads[start : start + count]))
         take(index, (first, count))
-    return dealt
+    return assigned
 
 
 def _cost(request: Request) -> float:
@@ -187,7 +187,7 @@ def _cost(request: Request) -> float:
     return float(math.prod(batch) * m * n * min(m, n))
 
 
-def _deal_single(
+def _assign_single_ranks(
     requests: Sequence[Request],
     choices: Sequence[Choice],
     members: Sequence[int],
@@ -195,26 +195,26 @@ def _deal_single(
 ) -> dict[int, Group]:
     """Deals whole matrices, which several mesh dimensions split, to one rank along each.
 
-    Those of a batch are dealt over the ranks of the first of these dimensions, at one index along
+    Those of a batch are assigned to the ranks of the first of these dimensions, at one index along
     each other.
     """
     first, *others = mesh_dims
     sizes = requests[members[0]].topology.sizes
     loads = dict.fromkeys(itertools.product(*(range(sizes[d]) for d in mesh_dims)), 0.0)
-    dealt: dict[int, Group] = {}
+    assigned: dict[int, Group] = {}
 
     def places(at: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
         return [(at[0] + i, *at[1:]) for i in range(count)]
 
     def add(index: int, at: tuple[int, ...], count: int) -> None:
-        dealt[index] = Group(first, (at[0], count), tuple(zip(others, at[1:], strict=True)))
+        assigned[index] = Group(first, (at[0], count), tuple(zip(others, at[1:], strict=True)))
         for place in places(at, count):
             loads[place] += _cost(requests[index]) / count
 
     for index in members:
         if (known := choices[index].group) is not None:
             add(index, (known.among[0], *(i for _, i in known.single)), known.among[1])
-    new = [index for index in members if index not in dealt]
+    new = [index for index in members if index not in assigned]
     for index in sorted(new, key=lambda i: (-_cost(requests[i]), requests[i].name, i)):
         storage, count = requests[index].storage, 1
         if len(storage.shape) > 2:
@@ -225,22 +225,16 @@ def _deal_single(
             continue
         most = {at: max(loads[place] for place in places(at, count)) for at in starts}
         add(index, min(most, key=most.__getitem__), count)
-    return dealt
+    return assigned
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class Decomposition:
     """One matrix of one weight, and those who may decompose it, by their order in the mesh."""
 
     weight: int
     matrix: int
     candidates: tuple[int, ...]
-
-
-def _seats(plans: Sequence[WeightPlan]) -> Iterator[Seat]:
-    for index, plan in enumerate(plans):
-        for matrix, candidates in _holders(plan.compute, plan.whole_basis):
-            yield Seat(index, matrix, candidates)
 
 
 @lru_cache(maxsize=4096)  # the layers of a model are alike
@@ -257,7 +251,7 @@ def _holders(compute: Layout, basis: Layout) -> tuple[tuple[int, tuple[int, ...]
     return tuple((matrix, tuple(places)) for matrix, places in sorted(holders.items()))
 
 
-def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
+def assign_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
     """Deals the decompositions out: the costliest first, to the least loaded rank that may.
 
     Equal costs so go round-robin. Ties are broken by name and by order in the mesh. Replicas of a
@@ -267,36 +261,37 @@ def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
     """
     loads: dict[Topology, dict[int, int]] = {}
     owners: dict[tuple[int, int], tuple[Coordinate, int]] = {}
-    seats: dict[Topology, list[Seat]] = defaultdict(list)
-    for seat in _seats(plans):
-        seats[plans[seat.weight].topology].append(seat)
+    to_assign: dict[Topology, list[Decomposition]] = defaultdict(list)
+    for index, plan in enumerate(plans):
+        for matrix, candidates in _holders(plan.compute, plan.whole_basis):
+            to_assign[plan.topology].append(Decomposition(index, matrix, candidates))
 
-    def key(seat: Seat) -> tuple[int, int, str, int]:
-        # Of equal costs first those that few ranks may take: the others fill the gaps.
-        plan = plans[seat.weight]
-        return -plan.cost, len(seat.candidates), plan.name, seat.matrix
+    def order(job: Decomposition) -> tuple[int, int, str, int]:
+        # At equal costs first those that few ranks may take: the others fill the gaps.
+        plan = plans[job.weight]
+        return -plan.cost, len(job.candidates), plan.name, job.matrix
 
     for topology, containing in nested(plan.topology for plan in plans):
         ranks, queued = topology.ranks, [0] * len(topology.ranks)
         scores = [sum(loads[t][r] for t in containing) for r in ranks]
         own = [0] * len(ranks)
-        for seat in sorted(seats[topology], key=key):
-            cost = plans[seat.weight].cost
-            if len(seat.candidates) == len(ranks):
+        for job in sorted(to_assign[topology], key=order):
+            cost = plans[job.weight].cost
+            if len(job.candidates) == len(ranks):
                 place = scores.index(min(scores))
             else:
-                place = min(seat.candidates, key=scores.__getitem__)
-            owners[seat.weight, seat.matrix] = _coordinate(topology, place), queued[place]
+                place = min(job.candidates, key=scores.__getitem__)
+            owners[job.weight, job.matrix] = _coordinate(topology, place), queued[place]
             scores[place] += cost
             own[place] += cost
             queued[place] += 1
         loads[topology] = dict(zip(ranks, own, strict=True))
-    dealt = []
+    assigned = []
     for index, plan in enumerate(plans):
         count = math.prod(plan.storage.shape[:-2])
         who, turns = zip(*(owners[index, matrix] for matrix in range(count)), strict=True)
-        dealt.append(replace(plan, owners=who, turns=turns))
-    return dealt
+        assigned.append(replace(plan, owners=who, turns=turns))
+    return assigned
 
 
 def _coordinate(topology: Topology, place: int) -> Coordinate:

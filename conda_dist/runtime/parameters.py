@@ -17,7 +17,7 @@ from conda_dist.layout.layout import Layout
 from conda_dist.options import Options
 from conda_dist.parameter_groups import check_parameter
 from conda_dist.parameter_names import name_of, path_of
-from conda_dist.plan.compute_groups import Choice, Request, choose, deal_owners
+from conda_dist.plan.compute_groups import Choice, Request, assign_owners, choose
 from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.replaced_parameters import refuse_strangers
 from conda_dist.routing import ADAMW, CONDA, check_kernel, check_matrix, check_splits
@@ -410,7 +410,7 @@ def plan_weights(
     ]
     return [
         Weight(weight.param, plan, weight.mesh, weight.group, state, options, rule)
-        for weight, plan in zip(unplanned, deal_owners(plans), strict=True)
+        for weight, plan in zip(unplanned, assign_owners(plans), strict=True)
     ]
 
 
