@@ -148,15 +148,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for comparison in setup.comparisons:
             comparison.compare()
         grads = setup.gradients()
-        if not setup.looked and all(grad is None for grad in grads.values()):
+        if not setup.searched_replaced and all(grad is None for grad in grads.values()):
             setup.refuse_strangers()
-            setup.looked = True
-        live = setup.live(grads)
-        path.step({i: grads[w.param] for i, w in enumerate(setup.weights) if w.mesh in live})
-        others = [other for other in setup.adamw_parameters if other.mesh in live]
+            setup.searched_replaced = True
+        stepping = setup.stepping_meshes(grads)
+        path.step({i: grads[w.param] for i, w in enumerate(setup.weights) if w.mesh in stepping})
+        others = [other for other in setup.adamw_parameters if other.mesh in stepping]
         adamw_step(others, grads, self._options.stochastic_rounding)
         for comparison in setup.comparisons:
-            comparison.settle()
+            comparison.schedule_next()
 
     def init_state(self) -> None:
         """Allocates all state now, for whoever saves before the first step.

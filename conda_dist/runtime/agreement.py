@@ -187,7 +187,7 @@ class Comparison:
             for m in self._members
         ]
 
-    def compared(self) -> None:
+    def record_agreement(self) -> None:
         """Takes note that ranks have compared their lines for this call, and found them equal."""
         self._agreed = self._counts()
         self._fresh = self._compared = True
@@ -206,13 +206,13 @@ class Comparison:
         if self._left >= 0 and not woken and self._gaps == self._gaps_now():
             return
         agree(self.mesh, self.lines(), None, explain=explain)
-        self.compared()
+        self.record_agreement()
         self._fresh = False
 
     def _gaps_now(self) -> list[int]:
         return [int(group.get("update_proj_gap", 0)) for group in self._groups]
 
-    def settle(self) -> None:
+    def schedule_next(self) -> None:
         """After a step: finds the next one for which to compare, if this one did."""
         if not self._compared or not self.mesh.shared_dims():
             return

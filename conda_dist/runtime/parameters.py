@@ -54,7 +54,7 @@ class Setup:
         comparisons: for each mesh when its ranks compare which gradients they have had.
         reduced: parameters whose gradients were still to be summed up over ranks, with what such a
             gradient looks like.
-        looked: whether parameters that were replaced have been looked for since the first step.
+        searched_replaced: whether replaced parameters have been searched for after the first step.
     """
 
     weights: list[Weight]
@@ -66,7 +66,7 @@ class Setup:
     started: list[bool] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     reduced: dict[Tensor, DTensor] = field(default_factory=dict)
-    looked: bool = False
+    searched_replaced: bool = False
 
     def __post_init__(self) -> None:
         """Takes up from the states there are."""
@@ -151,7 +151,7 @@ class Setup:
                 if wrong is None:
                     raise
                 break
-            comparison.compared()
+            comparison.record_agreement()
         if wrong is not None:  # it says more than that some rank has one
             raise wrong
         self.init_state()
@@ -208,7 +208,7 @@ class Setup:
         if is_distributed():
             refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
 
-    def live(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
+    def stepping_meshes(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
         """Meshes whose parameters step: all, but for one whose gradients have all been zero.
 
         Frameworks run such a step to create state; it must not count, nor decay weights. Looked
