@@ -72,7 +72,7 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
         gather = plan_async_refresh(plans, (0,), [range(count)], coordinate).gather
     moved.append((gather, [sizes.cut[0]] * count))
     state = plan.moments.numel(coordinate) * sum(sizes.cut) + 4 + 4 * count * sizes.counts
-    state += sum(plan.copies(shape).numel(coordinate) * size for shape, size in sizes.copied)
+    state += sum(plan.copied_layout(shape).numel(coordinate) * size for shape, size in sizes.copied)
     step, refresh = _sent(coordinate, *steady), _sent(coordinate, *moved)
     return Costs(state, step, refresh)
 

@@ -61,7 +61,7 @@ class WeightPlan:
             return self.storage
         return self.compute
 
-    def copies(self, shape: tuple[int, ...]) -> Layout:
+    def copied_layout(self, shape: tuple[int, ...]) -> Layout:
         """Where a state is kept of which all that compute any of a matrix have a copy.
 
         Args:
@@ -258,7 +258,7 @@ def saved_copy(plan: WeightPlan, shape: tuple[int, ...]) -> Layout:
         plan: the weight's plan.
         shape: the state's shape for one matrix, such as a basis's (r, r).
     """
-    copies = plan.copies(shape)
+    copies = plan.copied_layout(shape)
     dim = len(copies.shape) - len(shape)
 
     def place(basis: Placement, stored: Placement) -> Placement:
@@ -273,7 +273,7 @@ def saved_copy(plan: WeightPlan, shape: tuple[int, ...]) -> Layout:
 
 def copy_to_saved(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]:
     """Route of a copied state of a separate weight to its layout in a checkpoint."""
-    layout, target, legs = plan.copies(shape), saved_copy(plan, shape), []
+    layout, target, legs = plan.copied_layout(shape), saved_copy(plan, shape), []
     for mesh_dim, (placement, wanted) in enumerate(
         zip(layout.placements, target.placements, strict=True)
     ):

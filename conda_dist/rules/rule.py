@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conda_dist.numerics.decomposition import Outcome
-from conda_dist.rules.states import OF_RULES
+from conda_dist.rules.states import RULE_STATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Rule(ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        OF_RULES.update(cls.state_names)
+        RULE_STATES.update(cls.state_names)
 
     @abstractmethod
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:

@@ -11,10 +11,10 @@ from conda_dist.options import Options
 CODES = "exp_avg_sq_codes"
 """The second moment in 8 bits; see :func:`conda_dist.numerics.low_precision.decode`."""
 
-ADAMW = frozenset({"step", "exp_avg", "exp_avg_sq", CODES})
+ADAMW_STATES = frozenset({"step", "exp_avg", "exp_avg_sq", CODES})
 """Names of the states of a parameter on the adamw path."""
 
-OF_RULES = set[str]()
+RULE_STATES = set[str]()
 """Names of the states that rules keep beside those; see :class:`conda_dist.rules.Rule`."""
 
 PART = re.compile(r"(?<!step)_\d+$")
@@ -27,7 +27,7 @@ def base_name(key: Any) -> str:
 
 def is_own(key: Any) -> bool:
     """Whether a state of this name is this optimizer's, not one that a wrapper keeps."""
-    return (name := base_name(key)) in ADAMW or name in OF_RULES
+    return (name := base_name(key)) in ADAMW_STATES or name in RULE_STATES
 
 
 def has_own(state: Any) -> bool:
@@ -40,7 +40,7 @@ def has_own(state: Any) -> bool:
 
 def is_of_rule(state: Iterable[Any]) -> bool:
     """Whether a parameter's states are those of a rule: adamw has not all of them."""
-    return not OF_RULES.isdisjoint(map(base_name, state))
+    return not RULE_STATES.isdisjoint(map(base_name, state))
 
 
 def moment_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:

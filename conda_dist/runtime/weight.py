@@ -101,7 +101,7 @@ class Weight:
         whole = self.plan.moments if self.plan.separate else self.plan.moments.whole
         shared = bool(self.plan.part) and not self.plan.separate
         return {
-            self.keys[name]: whole if spec.cut else self.plan.copies(spec.shape)
+            self.keys[name]: whole if spec.cut else self.plan.copied_layout(spec.shape)
             for name, spec in self.specs.items()
             if not (spec.cut and shared)
         }
