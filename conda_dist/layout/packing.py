@@ -82,11 +82,11 @@ def merge(grids: Iterable[Grid]) -> tuple[Grid, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PeerRange:
     """Peers with alike boxes: what a rank sends to each of them, or receives from it.
 
     Attributes:
-        peer: the first of them.
+        first: the first of them.
         count: how many peers there are, one after another.
         step: by how much the boxes of a peer begin later in the local tensor than those of the
             peer before.
@@ -95,16 +95,16 @@ class Run:
         numel: elements for each peer.
     """
 
-    peer: int
+    first: int
     count: int
     step: Vector
     grids: tuple[Grid, ...]
     numel: int
 
 
-def chunked_runs(
+def chunked_peers(
     mine: Layout, theirs: Layout, mesh_dim: int, coordinate: Coordinate, peers: range
-) -> tuple[Run, ...]:
+) -> tuple[PeerRange, ...]:
     """The boxes that a rank shares with its peers, where both layouts are made of placements.
 
     Args:
@@ -121,7 +121,9 @@ def chunked_runs(
     common = [_common(ours[d], dim_runs(theirs, d, coordinate)) for d in dims]
     if placement is None:
         grids, numel = _packed(common)
-        return (Run(peers.start, len(peers), (0,) * len(dims), grids, numel),) if numel else ()
+        if not numel:
+            return ()
+        return (PeerRange(peers.start, len(peers), (0,) * len(dims), grids, numel),)
     # Those that hold no copy have no index of the first dimension.
     dim, found = 0 if isinstance(placement, Copies) else placement.dim, []
     for peer, count, step, pieces in _shared(ours[dim], theirs, dim, mesh_dim, coordinate, peers):
@@ -129,7 +131,7 @@ def chunked_runs(
         grids, numel = _packed(common)
         if numel:
             steps = tuple(step if d == dim else 0 for d in dims)
-            found.append(Run(peer, count, steps, grids, numel))
+            found.append(PeerRange(peer, count, steps, grids, numel))
     return tuple(found)
 
 
@@ -219,26 +221,26 @@ def _contiguous(shape: Vector) -> Vector:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-def block_runs(pairs: Iterable[tuple[int, Sequence[Block]]]) -> tuple[Run, ...]:
+def block_peers(pairs: Iterable[tuple[int, Sequence[Block]]]) -> tuple[PeerRange, ...]:
     """The same for boxes of any layouts.
 
     Args:
         pairs: peers, in order, and the boxes of this rank's local tensor that it exchanges with
             each.
     """
-    runs: list[Run] = []
+    ranges: list[PeerRange] = []
     for peer, blocks in pairs:
         offset, grids = 0, []
         for block in blocks:
             grids.append(_block_grid(block, offset))
             offset += math.prod(block.shape)
         if offset:
-            new = Run(peer, 1, (0,) * len(blocks[0].local), merge(grids), offset)
-            if not runs or (joined := _join(runs[-1], new)) is None:
-                runs.append(new)
+            new = PeerRange(peer, 1, (0,) * len(blocks[0].local), merge(grids), offset)
+            if not ranges or (joined := _join(ranges[-1], new)) is None:
+                ranges.append(new)
             else:
-                runs[-1] = joined
-    return tuple(runs)
+                ranges[-1] = joined
+    return tuple(ranges)
 
 
 def _block_grid(block: Block, offset: int) -> Grid:
@@ -255,22 +257,22 @@ def _local_steps(block: Block) -> tuple[Vector, ...]:
     return tuple((stride,) for stride in block.strides)
 
 
-def _join(run: Run, new: Run) -> Run | None:
-    """A run and the next peer as one run; None where that peer's boxes are not alike."""
-    if new.peer != run.peer + run.count or len(new.grids) != len(run.grids):
+def _join(peers: PeerRange, new: PeerRange) -> PeerRange | None:
+    """A range of peers and the next peer as one; None where that peer's boxes are not alike."""
+    if new.first != peers.first + peers.count or len(new.grids) != len(peers.grids):
         return None
     shifts = set()
-    for before, after in zip(run.grids, new.grids, strict=True):
+    for before, after in zip(peers.grids, new.grids, strict=True):
         if (before.shape, before.steps) != (after.shape, after.steps):
             return None
         shifts.add(tuple(map(sub, after.start, before.start)))
     (*shift, packed), *others = shifts
     if others or packed or min(shift) < 0:
         return None
-    step = tuple(shift) if run.count == 1 else run.step
-    if tuple(shift) != tuple(run.count * s for s in step):
+    step = tuple(shift) if peers.count == 1 else peers.step
+    if tuple(shift) != tuple(peers.count * s for s in step):
         return None
-    return Run(run.peer, run.count + 1, step, run.grids, run.numel)
+    return PeerRange(peers.first, peers.count + 1, step, peers.grids, peers.numel)
 
 
 def chunked_stay(source: Layout, target: Layout, coordinate: Coordinate) -> tuple[Grid, ...]:
@@ -351,7 +353,7 @@ class Copy:
 
 
 def lay_out(
-    tensors: Sequence[Sequence[Run]], size: int, without: int | None
+    tensors: Sequence[Sequence[PeerRange]], size: int, without: int | None
 ) -> tuple[list[int], list[tuple[Copy, ...]]]:
     """Lays tensors out in one buffer: what each peer gets is in one piece, tensor after tensor.
 
@@ -364,7 +366,10 @@ def lay_out(
         Elements for each peer, and for each tensor the copies between it and the buffer.
     """
     cuts = {0, size} | {
-        edge for runs in tensors for r in runs for edge in (r.peer, r.peer + r.count)
+        edge
+        for ranges in tensors
+        for peers in ranges
+        for edge in (peers.first, peers.first + peers.count)
     }
     if without is not None:
         cuts |= {without, without + 1}
@@ -373,36 +378,36 @@ def lay_out(
     place = {bound: i for i, bound in enumerate(bounds)}
     filled = [0] * (len(bounds) - 1)
     offsets = []
-    for runs in tensors:
+    for ranges in tensors:
         offsets.append(tuple(filled))
-        for run in runs:
-            for i in range(place[run.peer], place[run.peer + run.count]):
-                filled[i] += run.numel
+        for peers in ranges:
+            for i in range(place[peers.first], place[peers.first + peers.count]):
+                filled[i] += peers.numel
     if without is not None:
         filled[place[without]] = 0
     lengths = list(map(sub, bounds[1:], bounds))
     starts = list(itertools.accumulate(map(mul, filled, lengths), initial=0))
     sizes = [n for n, length in zip(filled, lengths, strict=True) for _ in range(length)]
     copies = []
-    for runs, before in zip(tensors, offsets, strict=True):
+    for ranges, before in zip(tensors, offsets, strict=True):
         grids: list[Grid] = []
-        for run in runs:
-            for i in range(place[run.peer], place[run.peer + run.count]):
+        for peers in ranges:
+            for i in range(place[peers.first], place[peers.first + peers.count]):
                 if bounds[i] != without:
-                    grids += _placed(run, bounds[i], lengths[i], starts[i] + before[i], filled[i])
-        dims = len(runs[0].step) if runs else 0
+                    grids += _placed(peers, bounds[i], lengths[i], starts[i] + before[i], filled[i])
+        dims = len(ranges[0].step) if ranges else 0
         copies.append(tuple(Copy.of(grid, dims) for grid in merge(grids)))
     return sizes, copies
 
 
-def _placed(run: Run, peer: int, count: int, start: int, numel: int) -> Iterator[Grid]:
-    """The boxes of some peers of a run, in a buffer of ``numel`` elements for each."""
-    later = tuple((peer - run.peer) * step for step in run.step)
-    for grid in run.grids:
+def _placed(peers: PeerRange, peer: int, count: int, start: int, numel: int) -> Iterator[Grid]:
+    """The boxes of some peers of a range, in a buffer of ``numel`` elements for each."""
+    later = tuple((peer - peers.first) * step for step in peers.step)
+    for grid in peers.grids:
         *local, offset = grid.start
         begin = (*map(add, local, later), start + offset)
         if count == 1:
             yield Grid(grid.shape, grid.steps, begin)
         else:
-            step = (*run.step, numel)
+            step = (*peers.step, numel)
             yield Grid((count, *grid.shape), (step, *grid.steps), begin)

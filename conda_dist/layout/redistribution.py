@@ -18,10 +18,10 @@ from conda_dist.layout.layout import Block, Coordinate, Copies, Layout, Split, i
 from conda_dist.layout.moves import Move
 from conda_dist.layout.packing import (
     Copy,
-    Run,
-    block_runs,
+    PeerRange,
+    block_peers,
     block_stay,
-    chunked_runs,
+    chunked_peers,
     chunked_stay,
     lay_out,
 )
@@ -69,8 +69,8 @@ class Transfer:
 
     item: int
     shape: tuple[int, ...] | None
-    sends: tuple[Run, ...] = ()
-    receives: tuple[Run, ...] = ()
+    sends: tuple[PeerRange, ...] = ()
+    receives: tuple[PeerRange, ...] = ()
     stays: tuple[Copy, ...] = ()
     even: bool = False
 
@@ -130,10 +130,10 @@ class Hop:
     def sent(self, index: int, item: int) -> int:
         """Elements of a tensor this rank sends to others; ``index`` is its own in ``mesh_dim``."""
         return sum(
-            run.numel * (run.count - (run.peer <= index < run.peer + run.count))
+            peers.numel * (peers.count - (peers.first <= index < peers.first + peers.count))
             for transfer in self.transfers
             if transfer.item == item
-            for run in transfer.sends
+            for peers in transfer.sends
         )
 
     def packings(self, dtypes: tuple[Hashable, ...]) -> list[Packing]:
@@ -240,7 +240,7 @@ def _is_even(leg: Leg) -> bool:
     return leg.sender is None and leg.receiver is None and not leg.among and _cut_evenly(leg.move)
 
 
-Boxes: TypeAlias = tuple[tuple[Run, ...], tuple[Run, ...], tuple[Copy, ...]]
+Boxes: TypeAlias = tuple[tuple[PeerRange, ...], tuple[PeerRange, ...], tuple[Copy, ...]]
 
 
 @lru_cache(maxsize=65536)  # the layers of a model are alike
@@ -262,11 +262,11 @@ def _boxes(move: Move, sender: int | None, receiver: int | None, coordinate: Coo
         takers = own if here in takers else nobody
     chunked = type(source) is Layout and type(target) is Layout
     if chunked:
-        sends = chunked_runs(source, target, mesh_dim, coordinate, takers)
-        receives = chunked_runs(target, source, mesh_dim, coordinate, givers)
+        sends = chunked_peers(source, target, mesh_dim, coordinate, takers)
+        receives = chunked_peers(target, source, mesh_dim, coordinate, givers)
     else:
-        sends = block_runs(_boxes_shared(source, target, mesh_dim, coordinate, takers))
-        receives = block_runs(_boxes_shared(target, source, mesh_dim, coordinate, givers))
+        sends = block_peers(_boxes_shared(source, target, mesh_dim, coordinate, takers))
+        receives = block_peers(_boxes_shared(target, source, mesh_dim, coordinate, givers))
     if here not in takers or here not in givers:
         return sends, receives, ()
     if chunked:
