@@ -35,13 +35,13 @@ class Leg:
         move: what changes along one mesh dimension.
         sender: the one index along ``move.mesh_dim`` that holds the tensor; None if all do.
         receiver: the one index along ``move.mesh_dim`` that shall hold it; None if all shall.
-        among: ``{mesh dimension: index}`` of the ranks that take part; the others look on.
+        only: ``{mesh dimension: index}`` of the ranks that take part; the others look on.
     """
 
     move: Move
     sender: int | None = None
     receiver: int | None = None
-    among: dict[int, int] = field(default_factory=dict)
+    only: dict[int, int] = field(default_factory=dict)
 
     @property
     def is_local(self) -> bool:
@@ -197,7 +197,7 @@ def plan_hops(routes: Sequence[tuple[Leg, ...]], coordinate: Coordinate) -> tupl
 
 def _transfer(item: int, leg: Leg, coordinate: Coordinate) -> Transfer:
     mesh_dim = leg.move.mesh_dim
-    if any(coordinate[dim] != index for dim, index in leg.among.items()):
+    if any(coordinate[dim] != index for dim, index in leg.only.items()):
         return Transfer(item, None)
     boxes = _boxes(leg.move, leg.sender, leg.receiver, coordinate)
     holds = leg.receiver is None or leg.receiver == coordinate[mesh_dim]
@@ -237,7 +237,7 @@ def _is_gathered_evenly(layout: Layout) -> bool:
 
 
 def _is_even(leg: Leg) -> bool:
-    return leg.sender is None and leg.receiver is None and not leg.among and _cut_evenly(leg.move)
+    return leg.sender is None and leg.receiver is None and not leg.only and _cut_evenly(leg.move)
 
 
 Boxes: TypeAlias = tuple[tuple[PeerRange, ...], tuple[PeerRange, ...], tuple[Copy, ...]]
@@ -331,14 +331,14 @@ def gather_to(
         fixed: mesh dimensions along which other indices hold another tensor (the experts of a
             3-D weight), or a replica that is not needed.
     """
-    among = {mesh_dim: owner[mesh_dim] for mesh_dim in fixed}
+    only = {mesh_dim: owner[mesh_dim] for mesh_dim in fixed}
     legs = []
     for mesh_dim in reversed(range(len(layout.mesh))):
         placement = layout.placements[mesh_dim]
         if isinstance(placement, Split) and placement.dim in dims:
             move = Move(mesh_dim, layout, layout.move(mesh_dim, None))
-            legs.append(Leg(move, receiver=owner[mesh_dim], among=dict(among)))
-            layout, among = move.target, among | {mesh_dim: owner[mesh_dim]}
+            legs.append(Leg(move, receiver=owner[mesh_dim], only=dict(only)))
+            layout, only = move.target, only | {mesh_dim: owner[mesh_dim]}
     return tuple(legs)
 
 
@@ -374,10 +374,10 @@ def send_from(
         copies = None if inside is None else Copies(inside)
         if (mesh[mesh_dim] if inside is None else inside[1]) > SPREAD_BEYOND:
             rows = layout.move(mesh_dim, Split(0, among=inside))
-            legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, among=indices))
-            legs.append(Leg(Move(mesh_dim, rows, rows.move(mesh_dim, copies)), among=indices))
+            legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, only=indices))
+            legs.append(Leg(Move(mesh_dim, rows, rows.move(mesh_dim, copies)), only=indices))
         else:
             move = Move(mesh_dim, layout, layout.move(mesh_dim, copies))
-            legs.append(Leg(move, sender=sender, among=indices))
+            legs.append(Leg(move, sender=sender, only=indices))
         layout = legs[-1].move.target
     return tuple(legs)
