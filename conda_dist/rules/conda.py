@@ -16,9 +16,10 @@ from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype, sec
 
 
 class CondaRule(RefreshedRule):
-    """Conda's arithmetic on slices along the dimension that the projection leaves alone.
+    """Conda's arithmetic on slices: rows for m >= n, columns for m < n.
 
-    States: ``exp_avg``, projected, and ``exp_avg_sq`` (m, n), and ``basis`` (r, r).
+    States: ``exp_avg`` (m, n), the projected first moment; ``exp_avg_sq`` (m, n), the second moment
+    of the projected gradient; ``basis`` (r, r).
 
     Args:
         options: the optimizer's options.
@@ -48,10 +49,10 @@ class CondaRule(RefreshedRule):
         return states | {"basis": basis}
 
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """See Rule. Both are rounded to the products' dtype anyway."""
+        """See Rule. The matrix products round both to their own dtype anyway."""
         product = self.options.product_dtype or basis_dtype(dtype, self.options)
-        travel = min(dtype, product, key=lambda dtype: dtype.itemsize)
-        return travel, travel
+        smaller = min(dtype, product, key=lambda dtype: dtype.itemsize)
+        return smaller, smaller
 
     def describe(self, group: Mapping[str, Any]) -> str:
         """See Rule."""
@@ -74,7 +75,7 @@ class CondaRule(RefreshedRule):
         arithmetic.average_(momentum, projected, beta1, rounding)
 
     def refresh(self, momentum: Tensor, right: bool, first: bool) -> tuple[Outcome, Tensor | None]:
-        """See RefreshedRule. The rotation leads to the momentum's singular vectors."""
+        """See RefreshedRule. The new basis consists of singular vectors of the momentum."""
         method = "svd" if first else self.options.refresh_method
         return decomposition.decompose(momentum, right, method)
 
@@ -82,13 +83,14 @@ class CondaRule(RefreshedRule):
         """See Rule."""
         hyper, right, dtype = hyper_of(weight.group), weight.right, self.options.product_dtype
         basis, param = weight.states["basis"], weight.param
-        y = self._normalise(weight, basis, hyper)
+        y = self._normalise(weight, basis, hyper)  # (m', n), or (m, n') if m < n
         if param is not None and {y.dtype, basis.dtype, dtype or param.dtype} == {param.dtype}:
             if not isinstance(hyper.lr, Tensor):
+                # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n)
                 arithmetic.project_back_and_apply_(param, y, basis, right, weight.step, hyper)
                 return None
             dtype = None
-        return arithmetic.project_back(y, basis, right, dtype)
+        return arithmetic.project_back(y, basis, right, dtype)  # (m', n) @ (n, n)
 
     def _normalise(self, weight: WeightSlice, basis: Tensor, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""

@@ -1,4 +1,4 @@
-"""Muon: the momentum of a whole matrix, orthogonalised; to the bit as torch.optim.Muon does."""
+"""Muon: the momentum of a whole matrix, orthogonalised. Equal to torch.optim.Muon bit for bit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,17 @@ def newton_schulz(
     eps: float,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """A matrix (m, n) with its singular values taken near to one, in ``dtype``.
+    """Orthogonalises a matrix (m, n) by Newton-Schulz iterations, in ``dtype``.
 
-    As torch does, a matrix of that dtype is divided by its norm in place.
+    The singular values of the result are near one. If the matrix has that dtype, it is divided by
+    its norm in place, as in torch.
+
+    Args:
+        matrix: the matrix.
+        coefficients: a, b and c of X <- a X + (b A + c A^2) X with A = X X^T.
+        steps: number of iterations.
+        eps: lower bound of the norm that the matrix is divided by.
+        dtype: dtype of the computation and of the result.
     """
     a, b, c = coefficients
     x = matrix.to(dtype)
@@ -38,7 +46,7 @@ def newton_schulz(
 
 
 def adjusted(how: str | None, shape: tuple[int, int]) -> float:
-    """What the learning rate of a matrix (m, n) is multiplied by."""
+    """The factor on the learning rate of a matrix (m, n); ``how``: ``adjust_lr_fn``."""
     m, n = shape
     if how == "match_rms_adamw":
         return 0.2 * math.sqrt(max(m, n))
@@ -61,7 +69,7 @@ class MuonRule(Rule):
         return {"momentum_buffer": StateSpec((m, n), dtype, cut=True)}
 
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """See Rule. The momentum takes the gradient as it is; the iteration rounds its result."""
+        """See Rule. The gradient is exchanged as it is; the update is bfloat16 already."""
         return dtype, torch.bfloat16
 
     def update(self, weight: WeightSlice) -> Tensor:
@@ -87,7 +95,7 @@ class MuonRule(Rule):
         shape: tuple[int, int],
         extra: Tensor | None = None,
     ) -> None:
-        """See Rule. Decay comes first, and on the weight as it was."""
+        """See Rule. Weight decay is applied before the update."""
         lr = group["lr"]
         lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
         rate, keep = lr * adjusted(group["adjust_lr_fn"], shape), 1 - lr * group["weight_decay"]
@@ -95,7 +103,8 @@ class MuonRule(Rule):
         if group["weight_decay"]:
             param.mul_(keep.to(param.device) if on_device else keep)
         if on_device:
-            param.sub_(update.to(param.dtype) * rate.to(param.device))  # alpha would be waited for
+            # As an alpha, the rate would be read on the host, which would wait for the device.
+            param.sub_(update.to(param.dtype) * rate.to(param.device))
         else:
             param.add_(update, alpha=-float(rate))
 
