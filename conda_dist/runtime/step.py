@@ -1,7 +1,7 @@
-"""A step of all weights on the conda path: one loop over the tasks of its schedule.
+"""A step of all weights that a rule steps: one loop over the tasks of the schedule.
 
-While one task is computed, the gradients of the next are on their way to it, and the updates of the
-one before on their way back.
+While a task is computed, the gradients of the next task are being sent to their compute layout, and
+the updates of the previous one back to their storage layout.
 """
 
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
@@ -31,17 +31,17 @@ from conda_dist.runtime.weight import Weight
 
 T = TypeVar("T")
 Grads = Mapping[int, Tensor | None]
-"""By index of a weight this rank's part of its gradient, if there is one."""
+"""From the index of a weight to its local gradient; None if this rank has none."""
 Which = Mapping[int, tuple[int, ...]]
-"""By index of a weight some matrices of its batch."""
+"""From the index of a weight to the indices of some matrices of its batch."""
 
 MAX_SCHEDULES = 64
-"""Schedules kept: one for steps without refreshes, one for those with, more if gradients come and
-go."""
+"""Number of schedules that are cached: one for steps without refreshes, one for steps with them,
+and more if different weights have gradients in different steps."""
 
 
 def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
-    """What was made for this key before, or is made now."""
+    """The cached value for a key, made now if there is none."""
     if key not in kept:
         if len(kept) == MAX_SCHEDULES:
             kept.clear()
@@ -50,10 +50,10 @@ def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
 
 
 class MatrixPath:
-    """All weights of an optimizer that are on the conda path.
+    """All weights of an optimizer that its rule steps.
 
     Args:
-        weights: in the order of the optimizer's parameters, the same on all ranks.
+        weights: the weights, in the same order on all ranks.
         options: the optimizer's options.
     """
 
@@ -64,7 +64,7 @@ class MatrixPath:
         self._schedules: dict[Hashable, tuple[Task, ...]] = {}
         self._async_refreshes: dict[Hashable, list[AsyncRefresh]] = {}
         self._background = Background()
-        # Their exchanges are the same whether there is a gradient or not.
+        # Weights whose gradients are exchanged: they take part in every step, with or without one.
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
         self._products = tf32_products if options.tf32 else nullcontext
@@ -73,20 +73,22 @@ class MatrixPath:
         """Takes one step.
 
         Args:
-            grads: by index of the weight, this rank's part of its gradient: of the parameter's
-                local shape; of a weight in parts, the same for each. None where it has none.
+            grads: for each weight, by index, the local gradient of its parameter, of the
+                parameter's local shape. Parts of a weight have the same one. None if this rank has
+                no gradient.
 
         Raises:
-            RuntimeError: a decomposition raised, or failed too often; on all ranks alike.
+            RuntimeError: a decomposition raised an error, or failed too often in a row. Raised on
+                all ranks.
         """
         try:
             self._step(grads)
         except BaseException:
-            self.drop()  # what is pending is started anew
+            self.drop()
             raise
 
     def drop(self) -> None:
-        """Forgets what is being decomposed: it is started anew, from its snapshots."""
+        """Drops the background decompositions. The next step starts them again from snapshots."""
         self._background.drop()
 
     def _step(self, grads: Grads) -> None:
@@ -114,7 +116,7 @@ class MatrixPath:
         return plan_step(self._plans, due, ready, self._coordinates, limit, dtypes)
 
     def _start(self, pending: Which) -> None:
-        """Has those of these matrices decomposed in the background that are not there already."""
+        """Starts to decompose the pending matrices in the background, unless they are started."""
         due = {
             i: which
             for i, which in pending.items()
@@ -135,8 +137,9 @@ class MatrixPath:
         ]
 
     def _run(self, tasks: Sequence[Task], grads: Grads) -> None:
-        """Carries the tasks out, one after another, with the exchanges of their neighbours."""
-        # As of before this step, and mesh by mesh: other ranks may have other weights beside.
+        """Runs the tasks one after another, overlapped with the exchanges of their neighbours."""
+        # The meshes with a weight that has taken a step before this one. The ranks of one mesh find
+        # the same, although they may have different weights on other meshes.
         refreshing = any(task.matrices for task in tasks)
         begun = {w.plan.topology for w in self.weights if refreshing and w.step}
         scratch = Scratch()
@@ -147,7 +150,7 @@ class MatrixPath:
             tensors, bases = self._arrived(task, coming)
             missing = {i for i in task.weights if grads[i] is None}
             if task.matrices:
-                # It may raise, on all ranks: no update may be lost then, nor be under way.
+                # A refresh may raise an error: the previous task's updates must be applied before.
                 if going is not None:
                     self._apply(*going)
                 going = None
@@ -161,7 +164,7 @@ class MatrixPath:
             if going is not None:
                 self._apply(*going)
             going = task, self._backward(task, updates), missing
-            del updates  # they are packed
+            del updates  # the exchange has packed them: free the memory
         if going is not None:
             self._apply(*going)
 
@@ -173,9 +176,18 @@ class MatrixPath:
         scratch: Scratch,
         missing: Container[int],
     ) -> list[Tensor | None]:
-        """What the gradients of a task become, one after another; they are used up.
+        """Computes the updates of a task without a refresh, one weight after another.
 
-        Of a weight in ``missing`` this rank has no gradient, and leaves its state alone.
+        Args:
+            task: the task.
+            grads: the gradient of each weight, in compute layout; removed from the list one by one.
+            bases: the whole basis of each weight; removed in the same way.
+            scratch: memory that weights reuse.
+            missing: indices of weights of which this rank has no gradient. Their states are not
+                changed.
+
+        Returns:
+            See :meth:`conda_dist.runtime.weight.Weight.advance`, for each weight.
         """
         updates: list[Tensor | None] = []
         for i in task.weights:
@@ -191,7 +203,7 @@ class MatrixPath:
     def _refreshing(
         self, task: Task, grads: list[Tensor], bases: list[Tensor], begun: bool
     ) -> list[Tensor | None]:
-        """The updates of weights that take new bases; ``begun``: see :func:`refresh`."""
+        """Refreshes the bases of a task, then computes its updates; ``begun``: see `refresh`."""
         weights = [self.weights[i] for i in task.weights]
         projected = []
         with self._products():
@@ -208,7 +220,7 @@ class MatrixPath:
             ]
 
     def _forward(self, task: Task, grads: Grads) -> Exchange:
-        """Starts gradients to the compute layout, and split bases to every rank."""
+        """Starts the exchange before a task's update; see :attr:`Task.forward` for its items."""
         weights = [self.weights[i] for i in task.weights]
         given = [grads[i] for i in task.weights]
         tensors = [
@@ -231,13 +243,13 @@ class MatrixPath:
 
     @staticmethod
     def _zeros(weight: Weight) -> Tensor:
-        """What travels in the place of a gradient that this rank does not have."""
+        """The zeros that this rank sends instead of a gradient that it does not have."""
         shape = weight.plan.storage.local_shape(weight.mesh.coordinate)
         device = dtensor.local(weight.param).device
         return torch.zeros(shape, dtype=weight.exchange_dtype, device=device)
 
     def _arrived(self, task: Task, exchange: Exchange) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradients in compute layout and the whole bases."""
+        """Waits for that exchange. Returns gradients in compute layout and whole bases."""
         tensors = [tensor for tensor in exchange.wait() if tensor is not None]
         count = len(task.weights)
         arrived = iter(tensors[2 * count :])
@@ -250,7 +262,7 @@ class MatrixPath:
         return tensors[:count], tensors[count : 2 * count]
 
     def _backward(self, task: Task, updates: list[Tensor | None]) -> Exchange:
-        """Starts updates to the storage layout."""
+        """Starts the exchange after a task's update; see :attr:`Task.backward` for its items."""
         weights = [self.weights[i] for i in task.weights]
         dtypes = [weight.update_dtype for weight in weights]
         for i in task.loading:
@@ -262,6 +274,7 @@ class MatrixPath:
         return Exchange(weights[0].mesh, task.backward, updates, dtypes, device)
 
     def _apply(self, task: Task, returning: Exchange, missing: Container[int]) -> None:
+        """Waits for that exchange, applies the updates and stores the moments."""
         tensors = returning.wait()
         extras = iter(tensors[len(task.weights) + 2 * len(task.loading) :])
         for i, update in zip(task.weights, tensors, strict=False):
