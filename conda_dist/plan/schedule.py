@@ -110,6 +110,7 @@ class Task:
         backward: exchanges after the update. Items: the updates, compute to storage layout; the
             moments of ``loading``; what goes beside the updates, of those that have it.
         flags: which weights' flags travel with their gradients.
+        in_place: whether all weights are updated where they are stored, so that nothing goes back.
     """
 
     weights: tuple[int, ...]
@@ -120,6 +121,7 @@ class Task:
     rotations: tuple[Rotations, ...]
     backward: tuple[Hop, ...]
     flags: tuple[Flags, ...] = ()
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +300,7 @@ def plan_task(
         tuple(_plan_rotations(routes, coordinate, limit)),
         plan_hops(updates + back, coordinate),
         flags,
+        all(plan.in_place for plan in chosen),
     )
 
 

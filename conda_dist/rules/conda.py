@@ -33,6 +33,7 @@ class CondaRule(RefreshedRule):
         self.options = options
         self.second_key = second_key(options)
         self.is_async = options.is_async
+        self._product_dtype = options.product_dtype
         self.counts = ("basis_step", *(("snapshot_step",) if self.is_async else ()))
 
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
@@ -49,7 +50,7 @@ class CondaRule(RefreshedRule):
 
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """See Rule. Both are rounded to the products' dtype anyway."""
-        product = self.options.product_dtype or basis_dtype(dtype, self.options)
+        product = self._product_dtype or basis_dtype(dtype, self.options)
         travel = min(dtype, product, key=lambda dtype: dtype.itemsize)
         return travel, travel
 
@@ -63,7 +64,7 @@ class CondaRule(RefreshedRule):
         """See RefreshedRule."""
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if buffers is None else buffers.take(0, grad, dtype)
-        return arithmetic.project(grad, basis, right, self.options.product_dtype, out)
+        return arithmetic.project(grad, basis, right, self._product_dtype, out)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
@@ -80,9 +81,9 @@ class CondaRule(RefreshedRule):
 
     def update(self, part: Part) -> Tensor | None:
         """See Rule."""
-        hyper, right, dtype = hyper_of(part.group), part.right, self.options.product_dtype
+        hyper, right, dtype = hyper_of(part.group), part.right, self._product_dtype
         basis, param = part.states["basis"], part.param
-        y = self._normalise(part, basis, hyper)
+        y = self._normalise(part, basis, right, hyper)
         if param is not None and {y.dtype, basis.dtype, dtype or param.dtype} == {param.dtype}:
             if not isinstance(hyper.lr, Tensor):
                 arithmetic.project_back_and_apply_(param, y, basis, right, part.step, hyper)
@@ -90,12 +91,12 @@ class CondaRule(RefreshedRule):
             dtype = None
         return arithmetic.project_back(y, basis, right, dtype)
 
-    def _normalise(self, part: Part, basis: Tensor, hyper: Hyper) -> Tensor:
+    def _normalise(self, part: Part, basis: Tensor, right: bool, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""
         first, second = part.states["exp_avg"], part.states[self.second_key]
         projected = part.grad
         if not part.averaged:
-            projected = part.grad = self.project(part.grad, basis, part.right, part.buffers)
+            projected = part.grad = self.project(part.grad, basis, right, part.buffers)
             if arithmetic.can_fuse(projected, first, second):
                 buffers, out = part.buffers, None
                 if buffers is not None:

@@ -169,6 +169,7 @@ class Comparison:
         self._asleep: list[Weight] = []  # due at their next gradient, which no rank had
         self._agreed: dict[str, int] = {}  # steps by name when the ranks last compared them
         self._fresh = self._compared = False
+        self._shared = bool(mesh.shared_dims())
 
     def _counts(self) -> dict[str, int]:
         counts = {w.name: w.step if "step" in w.state else 0 for w in self._weights}
@@ -199,25 +200,27 @@ class Comparison:
             RuntimeError: ranks differ; on all alike, and before anything was changed.
         """
         fresh, self._fresh = self._fresh, False
-        if fresh or not self.mesh.shared_dims():
+        if fresh or not self._shared:
             return
         self._left -= 1
-        woken = any(weight.param.grad is not None for weight in self._asleep)
-        if self._left >= 0 and not woken and self._gaps == self._gaps_now():
+        due = self._left < 0
+        for weight in self._asleep:
+            due = due or weight.param.grad is not None
+        for group, gap in zip(self._groups, self._gaps, strict=False):
+            due = due or int(group.get("update_proj_gap", 0)) != gap
+        if not due:
             return
         agree(self.mesh, self.lines(), None, explain=explain)
         self.compared()
         self._fresh = False
 
-    def _gaps_now(self) -> list[int]:
-        return [int(group.get("update_proj_gap", 0)) for group in self._groups]
-
     def settle(self) -> None:
         """After a step: finds the next one for which to compare, if this one did."""
-        if not self._compared or not self.mesh.shared_dims():
+        if not self._compared or not self._shared:
             return
-        self._compared, self._gaps = False, self._gaps_now()
-        waits = [(weight, weight.wait()) for weight in self._weights]
+        self._compared = False
+        self._gaps = [int(group.get("update_proj_gap", 0)) for group in self._groups]
+        waits = [(weight, weight.steps_to_refresh()) for weight in self._weights]
         self._asleep = [w for w, wait in waits if not wait and w.param.grad is None]
         asleep = set(map(id, self._asleep))
         self._left = min((wait for w, wait in waits if id(w) not in asleep), default=math.inf)

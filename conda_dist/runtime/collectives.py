@@ -115,7 +115,8 @@ class Exchange:
         self._tensors = list(tensors)
         self._hops = list(hops)
         self._inflight: list[_Packed] = []
-        self._start()
+        if self._hops:
+            self._start()
 
     def _start(self) -> None:
         """Does the local hops that are next and launches the first that is not."""

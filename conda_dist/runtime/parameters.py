@@ -55,6 +55,7 @@ class Setup:
         reduced: parameters whose gradients were still to be summed up over ranks, with what such a
             gradient looks like.
         looked: whether parameters that were replaced have been looked for since the first step.
+        members: all parameters: the weights, then those on the adamw path.
     """
 
     weights: list[Weight]
@@ -67,9 +68,12 @@ class Setup:
     comparisons: list[Comparison] = field(default_factory=list)
     reduced: dict[Tensor, DTensor] = field(default_factory=dict)
     looked: bool = False
+    members: tuple[Weight | AdamWParameter, ...] = field(init=False)
+    _live: tuple[list[int], list[AdamWParameter]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Takes up from the states there are."""
+        self.members = (*self.weights, *self.adamw_parameters)
         self.started = [False] * len(self.meshes)
         for member in self.members:
             if "step" in member.state and member.state["step"].any():
@@ -83,18 +87,16 @@ class Setup:
             for mesh in self.meshes
         ]
 
-    @property
-    def members(self) -> tuple[Weight | AdamWParameter, ...]:
-        """All parameters."""
-        return (*self.weights, *self.adamw_parameters)
-
     def outdated(self, groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Whether parameters were added, replaced or unfrozen, or state thrown away, since."""
-        return (
-            self.signature != signature(groups)
-            or any(member.states is not state for member in self.members[:1])
-            or (self.agreed and any("step" not in state.get(m.param, ()) for m in self.members))
-        )
+        if self.signature != signature(groups):
+            return True
+        if self.members and self.members[0].states is not state:
+            return True
+        for member in self.members if self.agreed else ():
+            if "step" not in state.get(member.param, ()):
+                return True
+        return False
 
     def init_state(self) -> None:
         """Allocates what state is missing."""
@@ -208,19 +210,26 @@ class Setup:
         if is_distributed():
             refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
 
-    def live(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
-        """Meshes whose parameters step: all, but for one whose gradients have all been zero.
+    def live(self, grads: Mapping[Tensor, Tensor | None]) -> tuple[list[int], list[AdamWParameter]]:
+        """Indices of the weights, and the parameters on the adamw path, that step.
 
-        Frameworks run such a step to create state; it must not count, nor decay weights. Looked
-        at until a step has counted, and so without a wait for the device later on.
+        All, but those of a mesh whose gradients were all zero so far: frameworks run such a step
+        to create state, and it must not count. Once a step has counted, no gradient is read.
         """
+        if self._live is not None:
+            return self._live
         for i, mesh in enumerate(self.meshes):
             if not self.started[i]:
                 params = {member.param for member in self.members if member.mesh == mesh}
                 ours = (grads[param] for param in params)
                 any_here = any(bool(grad.any()) for grad in ours if grad is not None)
                 self.started[i] = bool(all_max(mesh, [any_here])[0])
-        return {mesh for mesh, started in zip(self.meshes, self.started, strict=True) if started}
+        meshes = [m for m, started in zip(self.meshes, self.started, strict=True) if started]
+        weights = [i for i, weight in enumerate(self.weights) if weight.mesh in meshes]
+        live = weights, [other for other in self.adamw_parameters if other.mesh in meshes]
+        if all(self.started):
+            self._live = live
+        return live
 
     def lines(self, mesh: Mesh) -> list[str]:
         """The plan of one mesh as text, for the ranks to compare."""
@@ -251,15 +260,12 @@ def signature(groups: Iterable[Mapping[str, Any]]) -> object:
 
     Paths are decided when it is made, so that a steady step does not read names.
     """
-    return [
-        (
-            id(group),
-            group["algorithm"],
-            (str(group["splits"]), group.get("kernels")),
-            [dtensor.form(param) for param in group["params"]],
-        )
-        for group in groups
-    ]
+    found: list[object] = []
+    for group in groups:
+        found += id(group), group["algorithm"], str(group["splits"]), group.get("kernels")
+        for param in group["params"]:
+            found.append(dtensor.form(param))
+    return found
 
 
 def find_meshes(

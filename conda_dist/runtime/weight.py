@@ -13,15 +13,13 @@ from conda_dist.numerics import arithmetic
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.numerics.decomposition import CAUSES, Outcome
 from conda_dist.options import Options
+from conda_dist.plan import calendar
+from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.plan.weight_plan import WeightPlan
 from conda_dist.rules.rule import Part, RefreshedRule, Rule, State
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.collectives import Mesh
 from conda_dist.runtime.scratch import Scratch
-
-NO_BASIS = -1.0
-"""The ``basis_step`` of a matrix that still has the identity for a basis, and the
-``snapshot_step`` of one that has no refresh pending."""
 
 MAX_FAILURES = 3  # refreshes of one matrix in a row, after which all ranks raise
 
@@ -64,9 +62,13 @@ class Weight:
         options: Options,
         rule: Rule,
     ) -> None:
-        self.param, self.plan, self.mesh = param, plan, mesh
+        self.param, self.plan, self.mesh, self.name = param, plan, mesh, plan.name
         self.group, self.states, self.options = group, states, options
         self.rule = rule
+        self.is_async = rule.refreshes and options.is_async  # but for its first refresh
+        self.communicates, self.in_place = plan.communicates, plan.in_place
+        self._kernel, flat = plan.seen_as_matrix, isinstance(plan.storage, Flat) and plan.in_place
+        self._reshaped = flat or self._kernel or plan.part is not None
         self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
         self._loaded: tuple[Tensor, ...] | None = None
         self._beside: Tensor | None = None
@@ -91,11 +93,6 @@ class Weight:
         """Its parameter's state as it is now; empty before it is allocated."""
         return self.states.get(self.param, {})
 
-    @property
-    def name(self) -> str:
-        """Its fully qualified name, or what stands for one."""
-        return self.plan.name
-
     def state_layouts(self) -> dict[str, Layout]:
         """Where the elements of each state are; the first part in place speaks for the moments."""
         whole = self.plan.moments if self.plan.separate else self.plan.moments.whole
@@ -115,11 +112,6 @@ class Weight:
     def counts(self) -> tuple[str, ...]:
         """States that are counts, beside "step"; the first part speaks for all."""
         return () if self.plan.part else self.rule.counts
-
-    @property
-    def is_async(self) -> bool:
-        """Whether its refreshes, after the first, are decomposed in the background."""
-        return self.rule.refreshes and self.options.is_async
 
     def init_state(self) -> None:
         """Allocates the state, whole and at once; leaves alone what is there."""
@@ -156,61 +148,46 @@ class Weight:
             elements[..., block.local[-2] + rows, block.start[-2] + rows] = 1
 
     def _own(self, key: str) -> Tensor:
-        """This part's entry or entries of ``step`` or ``basis_step``; a view."""
-        counts: Tensor = self.state[key]
+        """This part's entries of ``step``, (), or of ``basis_step``, (...): a view of the state."""
+        counts: Tensor = self.states[self.param][key]
         return counts if self.plan.part is None else counts[self.plan.part]
 
-    def _counts(self, key: str) -> Tensor:
-        """The same by matrix of the batch."""
-        return self._own(key).view(-1)
+    def _counts(self, key: str) -> list[float]:
+        return self._own(key).view(-1).tolist()
 
     @property
     def step(self) -> int:
         """Steps taken."""
         return int(self._own("step"))
 
-    def _last(self, step: int) -> int:
-        """The step, at or before this one, of the last refresh that its interval has."""
-        return step - step % int(self.group["update_proj_gap"])
+    @property
+    def interval(self) -> int:
+        """Steps between its refreshes."""
+        return int(self.group["update_proj_gap"])
 
     def due(self) -> tuple[int, ...]:
-        """Matrices that must be decomposed in this step: at every interval, or still owed.
-
-        Of one that is refreshed asynchronously only the first basis.
-        """
+        """Matrices to decompose in this step; see :func:`conda_dist.plan.calendar.due`."""
         if not self.rule.refreshes:
             return ()
-        taken = self._counts("basis_step").tolist()
-        if self.is_async:
-            return tuple(i for i, when in enumerate(taken) if when == NO_BASIS)
-        last = self._last(self.step)
-        return tuple(i for i, when in enumerate(taken) if when == NO_BASIS or when < last)
+        taken, step = self._counts("basis_step"), int(self._own("step"))
+        return calendar.due(taken, step, int(self.group["update_proj_gap"]), self.is_async)
 
     def pending(self) -> tuple[int, ...]:
-        """Matrices with a snapshot, that have not taken their new bases."""
-        return tuple(
-            i for i, when in enumerate(self._counts("snapshot_step").tolist()) if when != NO_BASIS
-        )
+        """Matrices with a snapshot whose new bases they have not taken."""
+        return calendar.pending(self._counts("snapshot_step"))
 
     def ready(self) -> tuple[int, ...]:
         """Matrices that take in this step the bases found from their snapshots."""
-        before = self.step - min(self.options.refresh_delay, self.group["update_proj_gap"])
-        taken = self._counts("snapshot_step").tolist()
-        return tuple(i for i, when in enumerate(taken) if NO_BASIS != when <= before)
+        delay = self.options.refresh_delay
+        return calendar.ready(self._counts("snapshot_step"), self.step, self.interval, delay)
 
-    def wait(self) -> float:
-        """Steps that it takes before one in which other ranks are needed for a refresh."""
+    def steps_to_refresh(self) -> float:
+        """Steps before the next one in which a refresh needs other ranks; infinite if none will."""
         if not self.rule.refreshes:
             return math.inf
-        step, gap = self.step, int(self.group["update_proj_gap"])
-        last, taken = self._last(step), self._counts("basis_step").tolist()
-        if NO_BASIS in taken:
-            return 0
-        if self.is_async and self.pending():
-            delay = min(self.options.refresh_delay, gap)
-            pending = [w for w in self._counts("snapshot_step").tolist() if w != NO_BASIS]
-            return max(0, int(min(pending)) + delay - step)
-        return 0 if min(taken) < last else last + gap - step
+        taken, delay = self._counts("basis_step"), self.options.refresh_delay
+        snapshots = self._counts("snapshot_step") if self.is_async else ()
+        return calendar.steps_to_next(taken, snapshots, self.step, self.interval, delay)
 
     def start(self) -> tuple[int, ...]:
         """Takes a snapshot after a step for which a refresh was due, unless one is pending.
@@ -220,15 +197,12 @@ class Weight:
         """
         if not self.step or self.pending():
             return ()
-        now = self.step - 1
-        last = self._last(now)
-        taken = self._counts("basis_step").tolist()
-        which = tuple(i for i, when in enumerate(taken) if NO_BASIS < when < last)
+        which = calendar.to_start(self._counts("basis_step"), self.step - 1, self.interval)
         if which:
             pairs = (self._views_of(name) for name in ("snapshot", self._cut[0]))
             for snapshot, moment in zip(*pairs, strict=True):
                 snapshot.copy_(moment)
-            self._counts("snapshot_step")[list(which)] = float(now)
+            self._own("snapshot_step").view(-1)[list(which)] = float(self.step - 1)
         return which
 
     @property
@@ -239,8 +213,10 @@ class Weight:
 
     def _views_of(self, name: str) -> list[Tensor]:
         """This part's rows of a moment, piece by piece."""
-        elements = dtensor.local(self.state[self.keys[name]])
-        return [elements] if self.plan.separate else self.views(elements)
+        elements = dtensor.local(self.states[self.param][self.keys[name]])
+        if self.plan.separate or not self._reshaped:
+            return [elements]
+        return self.views(elements)
 
     def views(self, elements: Tensor) -> list[Tensor]:
         """This part's rows in a tensor (..., m, n) laid out as the parameter is, piece by piece.
@@ -249,7 +225,7 @@ class Weight:
         """
         if isinstance(self.plan.storage, Flat) and self.plan.in_place:
             return [elements.view(self.plan.compute.local_shape(self.mesh.coordinate))]
-        if self.plan.seen_as_matrix:
+        if self._kernel:
             elements = elements.view(elements.shape[0], math.prod(elements.shape[1:]))
         if self.plan.part is None:
             return [elements]
@@ -258,6 +234,8 @@ class Weight:
 
     def rows(self, elements: Tensor) -> Tensor:
         """This part's rows in such a tensor; a view of it if they are in one piece."""
+        if not self._reshaped:
+            return elements
         pieces = self.views(elements)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
@@ -269,14 +247,14 @@ class Weight:
 
     def gradient(self, grad: Tensor) -> Tensor:
         """This part's rows in a gradient, which need not have a kernel's strides."""
-        return self.rows(grad.contiguous() if self.plan.seen_as_matrix else grad)
+        return self.rows(grad.contiguous() if self._kernel else grad) if self._reshaped else grad
 
     @property
     def basis(self) -> Tensor:
         """This rank's elements of the basis; none without one."""
         if not self.rule.refreshes:
             return self._none
-        return dtensor.local(self.state[self.keys["basis"]])
+        return dtensor.local(self.states[self.param][self.keys["basis"]])
 
     @property
     def first_dtype(self) -> torch.dtype:
@@ -286,7 +264,10 @@ class Weight:
     @property
     def kept(self) -> tuple[Tensor, ...]:
         """This rank's elements of the moments, where they are kept."""
-        return tuple([self._views_of(name)[0] for name in self._cut])
+        if self._reshaped:
+            return tuple([self._views_of(name)[0] for name in self._cut])
+        state = self.states[self.param]
+        return tuple([dtensor.local(state[self.keys[name]]) for name in self._cut])
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -364,22 +345,24 @@ class Weight:
             The update in compute layout, in the dtype it travels in, or None if it was applied,
             which it is wherever storage and compute layout agree.
         """
-        in_place = self.plan.in_place
+        count, in_place = self._own("step"), self.in_place
         if not self.computes:
-            self._own("step").add_(1)
+            count.add_(1)
             return None if in_place else grad.to(self.update_dtype)
-        states = dict(zip(self._cut, self.moments, strict=True))
+        states = dict(zip(self._cut, self._loaded or self.kept, strict=True))
         if self.rule.refreshes:
             states["basis"] = basis
         for name in self._copied:
-            states[name] = dtensor.local(self.state[self.keys[name]])
-        param = self.rows(dtensor.local(self.param)) if in_place else None
-        step, rule, group, shape = self.step + 1, self.rule, self.group, self.shape
+            states[name] = dtensor.local(self.states[self.param][self.keys[name]])
+        param = dtensor.local(self.param) if in_place else None
+        if param is not None and self._reshaped:
+            param = self.rows(param)
+        step, rule, group, shape = int(count) + 1, self.rule, self.group, self.shape
         part = Part(self.name, grad, states, group, step, shape, param, scratch, averaged)
         del grad  # the rule may let go of it
         update = rule.update(part)
         self._beside = part.beside
-        self._own("step").add_(1)
+        count.add_(1)
         if update is None:
             return None
         # Rounded in every layout, so that all compute the same.
@@ -397,7 +380,7 @@ class Weight:
     def nothing(self, projected: Tensor) -> Tensor | None:
         """Stands in for :meth:`advance` in a step that does not count."""
         dtype = self.update_dtype
-        return None if self.plan.in_place else projected.new_zeros(projected.shape, dtype=dtype)
+        return None if self.in_place else projected.new_zeros(projected.shape, dtype=dtype)
 
     def apply(self, update: Tensor, beside: Tensor | None = None) -> None:
         """Adds an update in storage layout to the parameter; the step is already counted."""
@@ -409,14 +392,14 @@ class Weight:
 
     def taken(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis, or ``NO_BASIS``."""
-        return float(self._counts("basis_step")[matrix])
+        return self._counts("basis_step")[matrix]
 
     @property
     def drifts(self) -> bool:
         """Whether this step's refresh has to make the basis orthonormal again, too."""
         if self.options.refresh_method != "orthogonal_iteration" or self.basis.dtype.itemsize < 4:
             return True
-        return self.step // int(self.group["update_proj_gap"]) % CORRECTED_EVERY == 0
+        return self.step // self.interval % CORRECTED_EVERY == 0
 
     def record_outcome(self, matrix: int, outcome: Outcome, in_background: bool) -> str | None:
         """Takes note of what came of a matrix's refresh; the same on all ranks.
@@ -431,12 +414,12 @@ class Weight:
         """
         when = float(self.step)
         if in_background:
-            when = float(self._counts("snapshot_step")[matrix])
-            self._counts("snapshot_step")[matrix] = NO_BASIS
+            when = self._counts("snapshot_step")[matrix]
+            self._own("snapshot_step").view(-1)[matrix] = NO_BASIS
         # A momentum that has become zero, as of an expert that gets no tokens any more, has a basis
         # already; a first one is due until there is something to take it from.
         if outcome == Outcome.DONE or (outcome == Outcome.ZERO and self.taken(matrix) != NO_BASIS):
-            self._counts("basis_step")[matrix] = when
+            self._own("basis_step").view(-1)[matrix] = when
             self.failures.pop(matrix, None)
         if outcome in (Outcome.DONE, Outcome.ZERO):
             return None
