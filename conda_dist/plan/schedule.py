@@ -113,6 +113,8 @@ class Task:
             update, from compute to storage layout; for each of ``loading`` the two moments; for
             each weight with an ``extra_shape`` the extra tensor.
         flags: the flags that are exchanged with the gradients.
+        in_place: whether all weights are updated where they are stored, so that nothing is sent
+            back.
     """
 
     weights: tuple[int, ...]
@@ -123,6 +125,7 @@ class Task:
     rotations: tuple[Rotations, ...]
     backward: tuple[Hop, ...]
     flags: tuple[Flags, ...] = ()
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,6 +314,7 @@ def plan_task(
         tuple(_plan_rotations(routes, coordinate, limit)),
         plan_hops(updates + back, coordinate),
         flags,
+        all(plan.in_place for plan in chosen),
     )
 
 

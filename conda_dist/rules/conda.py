@@ -34,6 +34,7 @@ class CondaRule(RefreshedRule):
         self.options = options
         self.second_key = second_key(options)
         self.is_async = options.is_async
+        self._product_dtype = options.product_dtype
         self.counts = ("basis_step", *(("snapshot_step",) if self.is_async else ()))
 
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
@@ -50,7 +51,7 @@ class CondaRule(RefreshedRule):
 
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
         """See Rule. The matrix products round both to their own dtype anyway."""
-        product = self.options.product_dtype or basis_dtype(dtype, self.options)
+        product = self._product_dtype or basis_dtype(dtype, self.options)
         smaller = min(dtype, product, key=lambda dtype: dtype.itemsize)
         return smaller, smaller
 
@@ -64,7 +65,7 @@ class CondaRule(RefreshedRule):
         """See RefreshedRule."""
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if buffers is None else buffers.take(0, grad, dtype)
-        return arithmetic.project(grad, basis, right, self.options.product_dtype, out)
+        return arithmetic.project(grad, basis, right, self._product_dtype, out)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
@@ -81,9 +82,9 @@ class CondaRule(RefreshedRule):
 
     def update(self, weight: WeightSlice) -> Tensor | None:
         """See Rule."""
-        hyper, right, dtype = hyper_of(weight.group), weight.right, self.options.product_dtype
+        hyper, right, dtype = hyper_of(weight.group), weight.right, self._product_dtype
         basis, param = weight.states["basis"], weight.param
-        y = self._normalise(weight, basis, hyper)  # (m', n), or (m, n') if m < n
+        y = self._normalise(weight, basis, right, hyper)  # (m', n), or (m, n') if m < n
         if param is not None and {y.dtype, basis.dtype, dtype or param.dtype} == {param.dtype}:
             if not isinstance(hyper.lr, Tensor):
                 # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n)
@@ -92,12 +93,12 @@ class CondaRule(RefreshedRule):
             dtype = None
         return arithmetic.project_back(y, basis, right, dtype)  # (m', n) @ (n, n)
 
-    def _normalise(self, weight: WeightSlice, basis: Tensor, hyper: Hyper) -> Tensor:
+    def _normalise(self, weight: WeightSlice, basis: Tensor, right: bool, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""
         first, second = weight.states["exp_avg"], weight.states[self.second_key]
         projected = weight.grad
         if not weight.averaged:
-            projected = weight.grad = self.project(weight.grad, basis, weight.right, weight.buffers)
+            projected = weight.grad = self.project(weight.grad, basis, right, weight.buffers)
             if arithmetic.can_fuse(projected, first, second):
                 buffers, out = weight.buffers, None
                 if buffers is not None:

@@ -179,6 +179,7 @@ class Comparison:
         self._agreed: dict[str, int] = {}  # by name, steps at the last comparison
         self._fresh = False  # whether the plans' comparison has already included this call's lines
         self._compared = False  # whether the ranks have compared in this call
+        self._shared = bool(mesh.shared_dims())  # whether there are other ranks
 
     def _counts(self) -> dict[str, int]:
         counts = {w.name: w.step if "step" in w.state else 0 for w in self._weights}
@@ -213,25 +214,27 @@ class Comparison:
             RuntimeError: the lines differ. Raised on all ranks, before anything is changed.
         """
         fresh, self._fresh = self._fresh, False
-        if fresh or not self.mesh.shared_dims():
+        if fresh or not self._shared:
             return
         self._left -= 1
-        woken = any(weight.param.grad is not None for weight in self._asleep)
-        if self._left >= 0 and not woken and self._gaps == self._gaps_now():
+        due = self._left < 0
+        for weight in self._asleep:
+            due = due or weight.param.grad is not None
+        for group, gap in zip(self._groups, self._gaps, strict=False):
+            due = due or int(group.get("update_proj_gap", 0)) != gap
+        if not due:
             return
         agree(self.mesh, self.lines(), None, explain=explain)
         self.record_agreement()
         self._fresh = False
 
-    def _gaps_now(self) -> list[int]:
-        return [int(group.get("update_proj_gap", 0)) for group in self._groups]
-
     def schedule_next(self) -> None:
         """Finds the call of the next comparison, after a step in which the ranks have compared."""
-        if not self._compared or not self.mesh.shared_dims():
+        if not self._compared or not self._shared:
             return
-        self._compared, self._gaps = False, self._gaps_now()
-        waits = [(weight, weight.wait()) for weight in self._weights]
+        self._compared = False
+        self._gaps = [int(group.get("update_proj_gap", 0)) for group in self._groups]
+        waits = [(weight, weight.steps_to_refresh()) for weight in self._weights]
         self._asleep = [w for w, wait in waits if not wait and w.param.grad is None]
         asleep = set(map(id, self._asleep))
         self._left = min((wait for w, wait in waits if id(w) not in asleep), default=math.inf)

@@ -121,7 +121,8 @@ class Exchange:
         self._tensors = list(tensors)
         self._hops = list(hops)
         self._inflight: list[_Packed] = []
-        self._start()
+        if self._hops:
+            self._start()
 
     def _start(self) -> None:
         """Runs local hops up to the first one that communicates, and starts that one."""

@@ -150,8 +150,7 @@ def form(param: Tensor) -> tuple[object, ...]:
     )
     if not isinstance(param, DTensor):
         return given
-    with torch.no_grad():
-        here = param.to_local()
+    here = param.to_local()
     shards = param.device_mesh, param.placements, here.shape, here.stride(), here.device, type(here)
     return given + shards
 
@@ -262,16 +261,24 @@ def local_gradient(name: str, param: Tensor) -> Tensor | None:
     grad = param.grad
     if grad is None:
         return None
-    if (  # nearly all plain gradients pass here, without the slower check
-        type(grad) is Tensor
+    if (  # nearly all gradients pass this one test, without the slower check
+        grad.dtype is param.dtype
         and grad.layout is torch.strided
-        and grad.dtype is param.dtype
         and grad.shape == param.shape
         and grad.device == param.device
         and not grad.is_meta
-        and not isinstance(param, DTensor)
     ):
-        return grad
+        if type(grad) is Tensor and not isinstance(param, DTensor):
+            return grad
+        if (
+            isinstance(grad, DTensor)
+            and isinstance(param, DTensor)
+            and grad.device_mesh is param.device_mesh
+            and grad.placements == param.placements
+        ):
+            held = grad.to_local()
+            if held.shape == param.to_local().shape:
+                return held
     check_gradient(name, param)
     if not isinstance(grad, DTensor) or not isinstance(param, DTensor):
         return grad

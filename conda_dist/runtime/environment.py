@@ -16,10 +16,11 @@ def without_autocast() -> Iterator[None]:
     then the next forward pass casts the new weights.
     """
     accelerator = torch.accelerator.current_accelerator()
-    kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-    enabled = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
-    for kind in enabled:
-        torch.set_autocast_enabled(kind, False)
+    enabled = []
+    for kind in ("cpu",) if accelerator is None else ("cpu", accelerator.type):
+        if torch.is_autocast_enabled(kind):
+            torch.set_autocast_enabled(kind, False)
+            enabled.append(kind)
     try:
         yield
     finally:

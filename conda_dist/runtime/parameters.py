@@ -54,6 +54,7 @@ class Setup:
         reduced: parameters that have had a gradient with partial sums, which had to be reduced over
             ranks, with a gradient without elements as an example.
         searched_replaced: whether replaced parameters have been searched for after the first step.
+        members: all parameters: the weights, then those on the adamw path.
     """
 
     weights: list[Weight]
@@ -66,9 +67,12 @@ class Setup:
     comparisons: list[Comparison] = field(default_factory=list)
     reduced: dict[Tensor, DTensor] = field(default_factory=dict)
     searched_replaced: bool = False
+    members: tuple[Weight | AdamWParameter, ...] = field(init=False)
+    _stepping: tuple[list[int], list[AdamWParameter]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Finds from the existing states which meshes have started, and makes the comparisons."""
+        self.members = (*self.weights, *self.adamw_parameters)
         self.started = [False] * len(self.meshes)
         for member in self.members:
             if "step" in member.state and member.state["step"].any():
@@ -82,18 +86,16 @@ class Setup:
             for mesh in self.meshes
         ]
 
-    @property
-    def members(self) -> tuple[Weight | AdamWParameter, ...]:
-        """All parameters."""
-        return (*self.weights, *self.adamw_parameters)
-
     def outdated(self, groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
         """Whether parameters were added, replaced or unfrozen, or state was removed."""
-        return (
-            self.signature != signature(groups)
-            or any(member.states is not state for member in self.members[:1])
-            or (self.agreed and any("step" not in state.get(m.param, ()) for m in self.members))
-        )
+        if self.signature != signature(groups):
+            return True
+        if self.members and self.members[0].states is not state:
+            return True
+        for member in self.members if self.agreed else ():
+            if "step" not in state.get(member.param, ()):
+                return True
+        return False
 
     def init_state(self) -> None:
         """Allocates missing state."""
@@ -205,20 +207,29 @@ class Setup:
         if is_distributed():
             refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
 
-    def stepping_meshes(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
-        """The meshes whose parameters take this step: those with a gradient that is not zero.
+    def stepping(
+        self, grads: Mapping[Tensor, Tensor | None]
+    ) -> tuple[list[int], list[AdamWParameter]]:
+        """The indices of the weights, and the parameters on the adamw path, that take this step.
 
-        Frameworks run a step with zero gradients to create state. It must not count, and must not
-        decay weights. Once a step has counted, gradients are not looked at any more, so that the
-        host does not wait for the device.
+        These are all, except on a mesh whose gradients have all been zero so far: frameworks run a
+        step with zero gradients to create state, and it must not count. Once a step has counted, no
+        gradient is read, so that the host does not wait for the device.
         """
+        if self._stepping is not None:
+            return self._stepping
         for i, mesh in enumerate(self.meshes):
             if not self.started[i]:
                 params = {member.param for member in self.members if member.mesh == mesh}
                 ours = (grads[param] for param in params)
                 any_here = any(bool(grad.any()) for grad in ours if grad is not None)
                 self.started[i] = bool(all_max(mesh, [any_here])[0])
-        return {mesh for mesh, started in zip(self.meshes, self.started, strict=True) if started}
+        meshes = [m for m, started in zip(self.meshes, self.started, strict=True) if started]
+        weights = [i for i, weight in enumerate(self.weights) if weight.mesh in meshes]
+        stepping = weights, [other for other in self.adamw_parameters if other.mesh in meshes]
+        if all(self.started):
+            self._stepping = stepping
+        return stepping
 
     def lines(self, mesh: Mesh) -> list[str]:
         """The plans of one mesh as text, which its ranks compare."""
@@ -251,15 +262,12 @@ def signature(groups: Iterable[Mapping[str, Any]]) -> object:
     its group that decide its path. Names are not in it: paths are decided when plans are made, so a
     steady step does not read names.
     """
-    return [
-        (
-            id(group),
-            group["algorithm"],
-            (str(group["splits"]), group.get("kernels")),
-            [dtensor.form(param) for param in group["params"]],
-        )
-        for group in groups
-    ]
+    found: list[object] = []
+    for group in groups:
+        found += id(group), group["algorithm"], str(group["splits"]), group.get("kernels")
+        for param in group["params"]:
+            found.append(dtensor.form(param))
+    return found
 
 
 def find_meshes(

@@ -20,10 +20,11 @@ from conda_dist.layout.redistribution import Hop
 from conda_dist.numerics import decomposition
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.numerics.decomposition import Outcome
+from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
 from conda_dist.runtime.background import Background
 from conda_dist.runtime.collectives import Exchange, Mesh, all_max, all_texts
-from conda_dist.runtime.weight import MAX_FAILURES, NO_BASIS, Weight
+from conda_dist.runtime.weight import MAX_FAILURES, Weight
 
 
 def start_in_background(

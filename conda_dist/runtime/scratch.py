@@ -13,13 +13,19 @@ class Scratch:
 
     def __init__(self) -> None:
         self._taken: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._views: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, slot: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """See :class:`conda_dist.rules.rule.Buffers`."""
         key = slot, dtype, like.device
+        view = self._views.get(key)
+        if view is not None and view.shape == like.shape:
+            return view
         held, count = self._taken.get(key), like.numel()
         if held is None or held.numel() < count:
             self._taken.pop(key, None)
-            del held  # free it before allocating the larger one
+            self._views.pop(key, None)
+            del held, view  # free the memory before allocating more
             held = self._taken[key] = torch.empty(count, dtype=dtype, device=like.device)
-        return held[:count].view(like.shape)
+        self._views[key] = held[:count].view(like.shape)
+        return self._views[key]

@@ -6,7 +6,7 @@ the updates of the previous one back to their storage layout.
 
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,7 @@ class MatrixPath:
         self._schedules: dict[Hashable, tuple[Task, ...]] = {}
         self._async_refreshes: dict[Hashable, list[AsyncRefresh]] = {}
         self._background = Background()
+        self._is_async = options.is_async
         # Weights whose gradients are exchanged: they take part in every step, with or without one.
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
@@ -92,22 +93,27 @@ class MatrixPath:
         self._background.drop()
 
     def _step(self, grads: Grads) -> None:
-        there = [i for i, grad in grads.items() if grad is not None]
-        due = {
-            i: () if grad is None else self.weights[i].due()
-            for i, grad in grads.items()
-            if grad is not None or self._exchanged[i]
-        }
-        ready: Which = {}
-        if self.options.is_async:
+        due: dict[int, tuple[int, ...]] = {}
+        ready: dict[int, tuple[int, ...]] = {}
+        for i, grad in grads.items():
+            if grad is not None:
+                due[i] = self.weights[i].due()
+            elif self._exchanged[i]:
+                due[i] = ()
+        if self._is_async:
             # Restart the refreshes that were pending in a loaded checkpoint.
             self._start({i: w.pending() for i, w in enumerate(self.weights)})
-            ready = {i: which for i in there if (which := self.weights[i].ready())}
+            ready = {
+                i: which
+                for i, grad in grads.items()
+                if grad is not None and (which := self.weights[i].ready())
+            }
         key = tuple(due.items()), tuple(ready.items())
-        tasks = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
+        if (tasks := self._schedules.get(key)) is None:
+            tasks = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
         self._run(tasks, grads)
-        if self.options.is_async:
-            self._start({i: self.weights[i].start() for i in there})
+        if self._is_async:
+            self._start({i: self.weights[i].start() for i, g in grads.items() if g is not None})
 
     def plan_step(self, due: Which, ready: Which) -> tuple[Task, ...]:
         """The tasks of a step; see :func:`conda_dist.plan.schedule.plan_step`."""
@@ -137,18 +143,19 @@ class MatrixPath:
         ]
 
     def _run(self, tasks: Sequence[Task], grads: Grads) -> None:
-        """Runs the tasks one after another, overlapped with the exchanges of their neighbours."""
+        """Carries the tasks out, one after another, with the exchanges of their neighbours."""
         # The meshes with a weight that has taken a step before this one. The ranks of one mesh find
         # the same, although they may have different weights on other meshes.
-        refreshing = any(task.matrices for task in tasks)
-        begun = {w.plan.topology for w in self.weights if refreshing and w.step}
+        begun = set()
+        if tasks and tasks[-1].matrices:  # tasks with refreshes come last
+            begun = {w.plan.topology for w in self.weights if w.step}
         scratch = Scratch()
         coming = self._forward(tasks[0], grads) if tasks else None
         going: tuple[Task, Exchange, Container[int]] | None = None
         for k, task in enumerate(tasks):
             assert coming is not None
             tensors, bases = self._arrived(task, coming)
-            missing = {i for i in task.weights if grads[i] is None}
+            missing = [i for i in task.weights if grads[i] is None] if task.flags else ()
             if task.matrices:
                 # A refresh may raise an error: the previous task's updates must be applied before.
                 if going is not None:
@@ -163,7 +170,9 @@ class MatrixPath:
                     updates = self._updates(task, tensors, bases, scratch, missing)
             if going is not None:
                 self._apply(*going)
-            going = task, self._backward(task, updates), missing
+            going = None
+            if not task.in_place:
+                going = task, self._backward(task, updates), missing
             del updates  # the exchange has packed them: free the memory
         if going is not None:
             self._apply(*going)
@@ -196,7 +205,7 @@ class MatrixPath:
                 updates.append(weight.nothing(grads.pop(0)))
                 bases.pop(0)
                 continue
-            reused = scratch if weight.plan.in_place else None
+            reused = scratch if weight.in_place else None
             updates.append(weight.advance(bases.pop(0), grads.pop(0), scratch=reused))
         return updates
 
@@ -221,25 +230,23 @@ class MatrixPath:
 
     def _forward(self, task: Task, grads: Grads) -> Exchange:
         """Starts the exchange before a task's update; see :attr:`Task.forward` for its items."""
-        weights = [self.weights[i] for i in task.weights]
-        given = [grads[i] for i in task.weights]
-        tensors = [
-            self._zeros(weight) if grad is None else weight.gradient(grad)
-            for weight, grad in zip(weights, given, strict=True)
-        ]
-        tensors = [
-            grad.to(w.exchange_dtype) if w.plan.communicates else grad
-            for grad, w in zip(tensors, weights, strict=True)
-        ]
-        tensors += [weight.basis for weight in weights]
-        tensors += [moment for i in task.loading for moment in weights[i].kept]
-        device = tensors[len(weights)].device
-        there = [grad is not None for grad in given]
+        tensors: list[Tensor] = []
+        bases: list[Tensor] = []
+        for i in task.weights:
+            weight, given = self.weights[i], grads[i]
+            grad = self._zeros(weight) if given is None else weight.gradient(given)
+            tensors.append(grad.to(weight.exchange_dtype) if weight.communicates else grad)
+            bases.append(weight.basis)
+        tensors += bases
+        for i in task.loading:
+            tensors += self.weights[task.weights[i]].kept
+        device, mesh = bases[0].device, self.weights[task.weights[0]].mesh
         for flags in task.flags:
-            dtype = weights[flags.positions[0]].exchange_dtype
+            dtype = self.weights[task.weights[flags.positions[0]]].exchange_dtype
+            there = [grads[i] is not None for i in task.weights]
             tensors.append(self.flags.make(flags, there, dtype, device))
-        dtypes = [tensor.dtype for tensor in tensors]
-        return Exchange(weights[0].mesh, task.forward, tensors, dtypes, device)
+        dtypes = [tensor.dtype for tensor in tensors] if task.forward else ()
+        return Exchange(mesh, task.forward, tensors, dtypes, device)
 
     @staticmethod
     def _zeros(weight: Weight) -> Tensor:
@@ -250,7 +257,7 @@ class MatrixPath:
 
     def _arrived(self, task: Task, exchange: Exchange) -> tuple[list[Tensor], list[Tensor]]:
         """Waits for that exchange. Returns gradients in compute layout and whole bases."""
-        tensors = [tensor for tensor in exchange.wait() if tensor is not None]
+        tensors: list[Any] = exchange.wait()
         count = len(task.weights)
         arrived = iter(tensors[2 * count :])
         for i, first, second in zip(task.loading, arrived, arrived, strict=False):

@@ -13,21 +13,19 @@ from conda_dist.numerics import arithmetic
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.numerics.decomposition import CAUSES, Outcome
 from conda_dist.options import Options
+from conda_dist.plan import calendar
+from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.plan.weight_plan import WeightPlan
 from conda_dist.rules.rule import RefreshedRule, Rule, StateSpec, WeightSlice
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.collectives import Mesh
 from conda_dist.runtime.scratch import Scratch
 
-NO_BASIS = -1.0
-"""The ``basis_step`` of a matrix whose basis is still the identity, and the ``snapshot_step`` of a
-matrix without a pending refresh."""
-
-MAX_FAILURES = 3  # failed refreshes of one matrix in a row after which all ranks raise an error
+MAX_FAILURES = 3  # refreshes of one matrix in a row, after which all ranks raise
 
 CORRECTED_EVERY = 16
-"""With orthogonal iteration, every 16th refresh makes the basis orthonormal again. In between, the
-basis drifts by less than 5e-6 in float32, measured for r from 16 to 1024."""
+"""Every so many refreshes by orthogonal iteration make the basis orthonormal again. In between it
+drifts by less than 5e-6 in float32, measured for r from 16 to 1024."""
 
 
 def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
@@ -64,10 +62,15 @@ class Weight:
         options: Options,
         rule: Rule,
     ) -> None:
-        self.param, self.plan, self.mesh = param, plan, mesh
+        self.param, self.plan, self.mesh, self.name = param, plan, mesh, plan.name
         self.group, self.states, self.options = group, states, options
         self.rule = rule
-        self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
+        self.is_async = rule.refreshes and options.is_async  # the first refresh is never async
+        self.communicates, self.in_place = plan.communicates, plan.in_place
+        self._kernel, flat = plan.seen_as_matrix, isinstance(plan.storage, Flat) and plan.in_place
+        # Whether a step works on other shapes or rows than the parameter's local tensor has.
+        self._reshaped = flat or self._kernel or plan.part is not None
+        self.failures: dict[int, int] = {}  # by matrix, failed refreshes in a row
         self._loaded: tuple[Tensor, ...] | None = None
         self._extra: Tensor | None = None
         m, n = self.shape = plan.storage.shape[-2], plan.storage.shape[-1]
@@ -91,11 +94,6 @@ class Weight:
         """The parameter's entry of ``optimizer.state``; {} before it is allocated."""
         return self.states.get(self.param, {})
 
-    @property
-    def name(self) -> str:
-        """The weight's fully qualified name, or a generated one."""
-        return self.plan.name
-
     def state_layouts(self) -> dict[str, Layout]:
         """The layout of each state, by key. Only the first part lists moments that parts share."""
         whole = self.plan.moments if self.plan.separate else self.plan.moments.whole
@@ -115,11 +113,6 @@ class Weight:
     def counts(self) -> tuple[str, ...]:
         """Names of counts in addition to "step". Only the first part lists them."""
         return () if self.plan.part else self.rule.counts
-
-    @property
-    def is_async(self) -> bool:
-        """Whether refreshes after the first are decomposed in the background."""
-        return self.rule.refreshes and self.options.is_async
 
     def init_state(self) -> None:
         """Allocates all missing states at once; existing ones are not changed."""
@@ -154,61 +147,47 @@ class Weight:
             elements[..., block.local[-2] + rows, block.start[-2] + rows] = 1
 
     def _own(self, key: str) -> Tensor:
-        """This part's entries of a count; a view."""
-        counts: Tensor = self.state[key]
+        """This part's entry of "step", (), or its entries of "basis_step", (...); a view."""
+        counts: Tensor = self.states[self.param][key]
         return counts if self.plan.part is None else counts[self.plan.part]
 
-    def _counts(self, key: str) -> Tensor:
-        """This part's entries of a count, one for each matrix of the batch; a view."""
-        return self._own(key).view(-1)
+    def _counts(self, key: str) -> list[float]:
+        """This part's entries of "basis_step" or "snapshot_step", one for each matrix."""
+        return self._own(key).view(-1).tolist()
 
     @property
     def step(self) -> int:
         """Number of steps taken."""
         return int(self._own("step"))
 
-    def _last(self, step: int) -> int:
-        """The last multiple of ``update_proj_gap`` that is at most ``step``."""
-        return step - step % int(self.group["update_proj_gap"])
+    @property
+    def interval(self) -> int:
+        """Number of steps between refreshes."""
+        return int(self.group["update_proj_gap"])
 
     def due(self) -> tuple[int, ...]:
-        """The matrices to decompose in this step: at each interval, until the refresh succeeds.
-
-        If refreshes are asynchronous, only matrices without a basis are due.
-        """
+        """The matrices to decompose in this step; see :func:`conda_dist.plan.calendar.due`."""
         if not self.rule.refreshes:
             return ()
-        taken = self._counts("basis_step").tolist()
-        if self.is_async:
-            return tuple(i for i, when in enumerate(taken) if when == NO_BASIS)
-        last = self._last(self.step)
-        return tuple(i for i, when in enumerate(taken) if when == NO_BASIS or when < last)
+        taken, step = self._counts("basis_step"), int(self._own("step"))
+        return calendar.due(taken, step, int(self.group["update_proj_gap"]), self.is_async)
 
     def pending(self) -> tuple[int, ...]:
         """The matrices that have a snapshot and have not taken the new basis yet."""
-        return tuple(
-            i for i, when in enumerate(self._counts("snapshot_step").tolist()) if when != NO_BASIS
-        )
+        return calendar.pending(self._counts("snapshot_step"))
 
     def ready(self) -> tuple[int, ...]:
         """The matrices that take, in this step, the new basis of their snapshot."""
-        before = self.step - min(self.options.refresh_delay, self.group["update_proj_gap"])
-        taken = self._counts("snapshot_step").tolist()
-        return tuple(i for i, when in enumerate(taken) if NO_BASIS != when <= before)
+        delay = self.options.refresh_delay
+        return calendar.ready(self._counts("snapshot_step"), self.step, self.interval, delay)
 
-    def wait(self) -> float:
-        """Number of steps of this weight before its next step with a refresh; 0 if that is next."""
+    def steps_to_refresh(self) -> float:
+        """Number of steps of this weight before its next one with a refresh; 0 if that is next."""
         if not self.rule.refreshes:
             return math.inf
-        step, gap = self.step, int(self.group["update_proj_gap"])
-        last, taken = self._last(step), self._counts("basis_step").tolist()
-        if NO_BASIS in taken:
-            return 0
-        if self.is_async and self.pending():
-            delay = min(self.options.refresh_delay, gap)
-            pending = [w for w in self._counts("snapshot_step").tolist() if w != NO_BASIS]
-            return max(0, int(min(pending)) + delay - step)
-        return 0 if min(taken) < last else last + gap - step
+        taken, delay = self._counts("basis_step"), self.options.refresh_delay
+        snapshots = self._counts("snapshot_step") if self.is_async else ()
+        return calendar.steps_to_next(taken, snapshots, self.step, self.interval, delay)
 
     def start(self) -> tuple[int, ...]:
         """Copies the momentum to the snapshot, after a step at which a refresh was due.
@@ -218,15 +197,12 @@ class Weight:
         """
         if not self.step or self.pending():
             return ()
-        now = self.step - 1
-        last = self._last(now)
-        taken = self._counts("basis_step").tolist()
-        which = tuple(i for i, when in enumerate(taken) if NO_BASIS < when < last)
+        which = calendar.to_start(self._counts("basis_step"), self.step - 1, self.interval)
         if which:
             pairs = (self._views_of(name) for name in ("snapshot", self._cut[0]))
             for snapshot, moment in zip(*pairs, strict=True):
                 snapshot.copy_(moment)
-            self._counts("snapshot_step")[list(which)] = float(now)
+            self._own("snapshot_step").view(-1)[list(which)] = float(self.step - 1)
         return which
 
     @property
@@ -237,8 +213,10 @@ class Weight:
 
     def _views_of(self, name: str) -> list[Tensor]:
         """Views of this part's rows in a moment, one for each contiguous piece."""
-        elements = dtensor.local(self.state[self.keys[name]])
-        return [elements] if self.plan.separate else self.views(elements)
+        elements = dtensor.local(self.states[self.param][self.keys[name]])
+        if self.plan.separate or not self._reshaped:
+            return [elements]
+        return self.views(elements)
 
     def views(self, elements: Tensor) -> list[Tensor]:
         """Views (..., m', n') of this part's rows in a local tensor with the parameter's layout.
@@ -247,7 +225,7 @@ class Weight:
         """
         if isinstance(self.plan.storage, Flat) and self.plan.in_place:
             return [elements.view(self.plan.compute.local_shape(self.mesh.coordinate))]
-        if self.plan.seen_as_matrix:
+        if self._kernel:
             elements = elements.view(elements.shape[0], math.prod(elements.shape[1:]))
         if self.plan.part is None:
             return [elements]
@@ -256,6 +234,8 @@ class Weight:
 
     def rows(self, elements: Tensor) -> Tensor:
         """This part's rows in such a tensor: a view if they are in one piece, else a copy."""
+        if not self._reshaped:
+            return elements
         pieces = self.views(elements)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
@@ -267,14 +247,14 @@ class Weight:
 
     def gradient(self, grad: Tensor) -> Tensor:
         """This part's rows in a local gradient. A kernel's gradient is made contiguous first."""
-        return self.rows(grad.contiguous() if self.plan.seen_as_matrix else grad)
+        return self.rows(grad.contiguous() if self._kernel else grad) if self._reshaped else grad
 
     @property
     def basis(self) -> Tensor:
         """This rank's elements of the basis, as they are kept; an empty tensor without one."""
         if not self.rule.refreshes:
             return self._none
-        return dtensor.local(self.state[self.keys["basis"]])
+        return dtensor.local(self.states[self.param][self.keys["basis"]])
 
     @property
     def first_dtype(self) -> torch.dtype:
@@ -284,7 +264,10 @@ class Weight:
     @property
     def kept(self) -> tuple[Tensor, ...]:
         """This rank's elements of the moments, in the layout in which they are kept."""
-        return tuple([self._views_of(name)[0] for name in self._cut])
+        if self._reshaped:
+            return tuple([self._views_of(name)[0] for name in self._cut])
+        state = self.states[self.param]
+        return tuple([dtensor.local(state[self.keys[name]]) for name in self._cut])
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -364,22 +347,24 @@ class Weight:
             The update in compute layout and in the dtype in which it is exchanged; None if the
             weight is in place, because then the update has been applied to the parameter.
         """
-        in_place = self.plan.in_place
+        count, in_place = self._own("step"), self.in_place
         if not self.computes:
-            self._own("step").add_(1)
+            count.add_(1)
             return None if in_place else grad.to(self.update_dtype)
-        states = dict(zip(self._cut, self.moments, strict=True))
+        states = dict(zip(self._cut, self._loaded or self.kept, strict=True))
         if self.rule.refreshes:
             states["basis"] = basis
         for name in self._copied:
-            states[name] = dtensor.local(self.state[self.keys[name]])
-        param = self.rows(dtensor.local(self.param)) if in_place else None
-        step, rule, group, shape = self.step + 1, self.rule, self.group, self.shape
+            states[name] = dtensor.local(self.states[self.param][self.keys[name]])
+        param = dtensor.local(self.param) if in_place else None
+        if param is not None and self._reshaped:
+            param = self.rows(param)
+        step, rule, group, shape = int(count) + 1, self.rule, self.group, self.shape
         weight = WeightSlice(self.name, grad, states, group, step, shape, param, scratch, averaged)
         del grad  # so that the rule can free it
         update = rule.update(weight)
         self._extra = weight.extra
-        self._own("step").add_(1)
+        count.add_(1)
         if update is None:
             return None
         # Round even if nothing is exchanged, so that all layouts compute the same.
@@ -397,7 +382,7 @@ class Weight:
     def nothing(self, projected: Tensor) -> Tensor | None:
         """The result of :meth:`advance` in a step that does not count: zeros, or None in place."""
         dtype = self.update_dtype
-        return None if self.plan.in_place else projected.new_zeros(projected.shape, dtype=dtype)
+        return None if self.in_place else projected.new_zeros(projected.shape, dtype=dtype)
 
     def apply(self, update: Tensor, extra: Tensor | None = None) -> None:
         """Applies an update in storage layout to the parameter, after :meth:`advance`."""
@@ -409,14 +394,14 @@ class Weight:
 
     def taken(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis; ``NO_BASIS`` if it has none."""
-        return float(self._counts("basis_step")[matrix])
+        return self._counts("basis_step")[matrix]
 
     @property
     def drifts(self) -> bool:
         """Whether this step's refresh must also make the basis orthonormal again."""
         if self.options.refresh_method != "orthogonal_iteration" or self.basis.dtype.itemsize < 4:
             return True
-        return self.step // int(self.group["update_proj_gap"]) % CORRECTED_EVERY == 0
+        return self.step // self.interval % CORRECTED_EVERY == 0
 
     def record_outcome(self, matrix: int, outcome: Outcome, in_background: bool) -> str | None:
         """Records the outcome of a matrix's refresh; all ranks record the same.
@@ -431,12 +416,12 @@ class Weight:
         """
         when = float(self.step)
         if in_background:
-            when = float(self._counts("snapshot_step")[matrix])
-            self._counts("snapshot_step")[matrix] = NO_BASIS
+            when = self._counts("snapshot_step")[matrix]
+            self._own("snapshot_step").view(-1)[matrix] = NO_BASIS
         # A zero momentum counts as refreshed if the matrix has a basis, as an expert has that gets
         # no tokens any more. Without a basis the matrix stays due until its momentum is not zero.
         if outcome == Outcome.DONE or (outcome == Outcome.ZERO and self.taken(matrix) != NO_BASIS):
-            self._counts("basis_step")[matrix] = when
+            self._own("basis_step").view(-1)[matrix] = when
             self.failures.pop(matrix, None)
         if outcome in (Outcome.DONE, Outcome.ZERO):
             return None
