@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from conda_dist.numerics.low_precision import decode, store_
+from conda_dist.numerics.precision import exact_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,4 +258,5 @@ def project_back_and_apply_(
 
 def rotate_(x: Tensor, rotation: Tensor, right: bool) -> None:
     """Takes projected ``x`` from the basis Q to Q P in place: ``x P`` or ``P^T x``."""
-    x.copy_(project(x, rotation, right))
+    wide = x.to(rotation.dtype)
+    x.copy_(exact_product(wide, rotation) if right else exact_product(rotation.mT, wide))

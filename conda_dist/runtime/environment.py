@@ -28,25 +28,6 @@ def without_autocast() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-@contextmanager
-def tf32_products() -> Iterator[None]:
-    """Lets CUDA round the operands of float32 products to TF32, in this block alone.
-
-    The setting belongs to the process, so keep the block around the products that want it. Without
-    CUDA nothing is set.
-    """
-    if not torch.cuda.is_available():
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def refuse_capture() -> None:
     """Refuses to be recorded in a CUDA graph.
 
