@@ -106,6 +106,14 @@ def test_cholesky_agrees_with_householder_on_real_momenta() -> None:
         assert residual(gram, found) < 1.01 * residual(gram, expected) + 1e-6
 
 
+@pytest.mark.parametrize("rank", [1, 4, 40, None])
+def test_cholesky_of_any_rank(rank: int | None) -> None:
+    momentum = _momentum((200, 150), rank)
+    found = decomposition.cholesky_factor(momentum.mT @ momentum)
+    assert found is not None
+    torch.testing.assert_close(found.mT @ found, torch.eye(150), atol=2e-6, rtol=0)
+
+
 def test_what_cholesky_cannot_factorise_is_householders(monkeypatch: pytest.MonkeyPatch) -> None:
     gram = _golden_grams()[0]
     assert decomposition.cholesky_factor(-gram) is None
