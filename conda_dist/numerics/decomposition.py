@@ -128,8 +128,8 @@ def householder_factor(gram: Tensor) -> Tensor:
 
 
 NEWTON_STEPS, SQUARED_AWAY = 3, 5e-4
-"""A step of Newton's iteration leaves three quarters of an error's square. Matrices of low rank take
-two steps."""
+"""A step of Newton's iteration leaves three quarters of the square of an error. Matrices of low
+rank take two steps."""
 SHIFT = 1e-5
 """Added to the Gram matrix, times its largest diagonal element, so that float32 can factorise it.
 It concerns directions of less than 0.3 % of the largest singular value, which the iteration does
