@@ -22,7 +22,7 @@ FLOATS = ("float64", "float32", "bfloat16")
 
 COPIES = 5
 """How many copies of one bucket a step holds: a bucket arrives (packed and received), one is
-computed, and one leaves (packed and received). Measured in tests/test_memory.py."""
+computed, and one leaves (packed and received). Measured in tests/plan/test_memory.py."""
 
 
 def _about(help: str, **bounds: Any) -> dict[str, Any]:
