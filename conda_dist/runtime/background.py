@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from conda_dist.numerics.decomposition import Outcome
+from conda_dist.numerics.precision import leaving_flags
 
 Found = tuple[Outcome, Tensor | None]
 
@@ -95,6 +96,7 @@ class Background:
             del job
 
     @torch.no_grad()
+    @leaving_flags()
     def _decompose(self, job: _Job) -> Found:
         if job.stream is None or job.gathered is None:
             return job.find(job.momentum)
