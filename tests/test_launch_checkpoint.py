@@ -1,9 +1,7 @@
-"""Checkpoints: whole or absent, the newest few kept, damage named on every rank, no code run."""
+"""Checkpoints: whole or absent, the newest few kept, damage named on every rank."""
 
-import hashlib
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -82,39 +80,6 @@ def test_damage_is_named_on_every_rank(
     aside = newest(run).with_name("abandoned-step-00000008")
     assert aside.is_dir()
     assert [step_of(path) for path in complete_checkpoints(aside.parent)] == [7, 8]
-
-
-class Payload:
-    """Runs a command when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return os.mkdir, (str(self.path),)
-
-
-def forge(checkpoint: Path, name: str, content: bytes) -> None:
-    """Puts a file into a checkpoint as whoever knows its format would."""
-    file = checkpoint / name
-    file.write_bytes(content)
-    record = json.loads((checkpoint / "trainer.json").read_text())
-    digest = hashlib.sha256(content).hexdigest()
-    record["files"][name] = {"bytes": len(content), "sha256": digest}
-    del record["sha256"]
-    record["sha256"] = record_hash(record)
-    (checkpoint / "trainer.json").write_text(json.dumps(record))
-
-
-def test_a_checkpoint_runs_no_code(config: Path, run: Path, tmp_path: Path) -> None:
-    target = tmp_path / "made by a pickle"
-    pickle.loads(pickle.dumps(Payload(target)))
-    target.rmdir()  # so much for the payload: it works
-    forge(newest(run), ".metadata", pickle.dumps(Payload(target)))
-    for result in train(2, config, "--output", run, "--resume"):
-        assert result.code == 1
-        assert "which no index needs" in result.err
-    assert not target.exists()
 
 
 @pytest.mark.parametrize(
