@@ -21,8 +21,6 @@ from conda_dist.launch.job.checkpoint import complete_checkpoints
 from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.job.finite import NonFiniteError
 from launch_jobs import Result, curve, metrics
-from test_deepspeed_universal import convert
-from test_launch_checkpoint import newest
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -230,15 +228,6 @@ def test_a_checkpoint_of_other_partitions_is_refused(
     for result in train(world, config, stage, *steps):
         assert result.code == 1
         assert words in result.err
-
-
-def test_a_universal_checkpoint_is_refused(config: Path, whole: list[Path], tmp_path: Path) -> None:
-    saved = shutil.copytree(newest(whole[2]), tmp_path / "saved")
-    ranks.run(1, convert, str(saved), "deepspeed")
-    given = ("--output", tmp_path / "on", "--resume", saved / "universal")
-    for result in train(2, config, 2, *given):
-        assert result.code == 2
-        assert "It is a universal checkpoint" in result.err
 
 
 def test_a_checkpoint_of_another_engine_or_stage_is_refused(

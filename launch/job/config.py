@@ -164,9 +164,6 @@ class MuonConfig:
     adamw_scale: Annotated[
         float, Key("multiplies the update of the AdamW part", gt=0, le=_LARGE)
     ] = 1.0
-    adamw_lr: Annotated[
-        float | None, Key("peak rate of the AdamW part, instead of lr * adamw_scale", gt=0)
-    ] = None
     adamw_betas: Annotated[tuple[float, float], Key("betas of the AdamW part", ge=0, lt=1)] = (
         0.9,
         0.95,
@@ -319,17 +316,12 @@ def _conflicts(config: Config) -> list[tuple[bool, str]]:
     """Pairs of (is it wrong, what to say), for rules that span several keys."""
     model, data, schedule = config.model, config.data, config.schedule
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    peak, muon = config.optimizer.chosen.lr, config.optimizer.muon
+    peak = config.optimizer.chosen.lr
     return [
         (not config.output.strip(), "output is empty: name the folder that the run writes into"),
         (
             bool(data.path) and bool(data.hf),
             "data.path and data.hf are both set: the text comes from one of them",
-        ),
-        (
-            muon.adamw_lr is not None and muon.adamw_scale != 1.0,
-            "optimizer.muon.adamw_lr and optimizer.muon.adamw_scale are both set: the AdamW part's "
-            "rate comes from one of them",
         ),
         (
             model.hidden_size % heads != 0,
