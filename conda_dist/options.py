@@ -25,7 +25,7 @@ FLOATS = ("float64", "float32", "bfloat16")
 COPIES = 5
 """How many buffers of a task's size a step holds: the gradients of the next task are sent (one) and
 received (two), the current task is computed (three), and the updates of the last task are sent
-(four) and received (five). ``test_memory.py`` measures this."""
+(four) and received (five). ``tests/plan/test_memory.py`` measures this."""
 
 
 def _about(help: str, **bounds: Any) -> dict[str, Any]:

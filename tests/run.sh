@@ -3,7 +3,7 @@
 #
 # Makes .venv in the checkout if absent, installs the package with the dev extra, lints,
 # type-checks and runs the tests, two modules at a time. Arguments go to pytest, which then runs one
-# at a time: bash tests/run.sh tests/test_golden.py
+# at a time: bash tests/run.sh tests/numerics/test_golden.py
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

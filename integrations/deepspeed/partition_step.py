@@ -25,7 +25,7 @@ from conda_dist.rules.hyperparameters import hyper_of
 from conda_dist.rules.states import moment_dtype
 from conda_dist.runtime.adamw import AdamWParameter
 from conda_dist.runtime.collectives import Exchange, Mesh, all_max
-from conda_dist.runtime.parameters import Setup, Site, plan_sites
+from conda_dist.runtime.parameters import Setup, UnplannedWeight, plan_weights
 from conda_dist.runtime.step import MatrixPath
 from conda_dist.runtime.weight import Weight
 
@@ -81,12 +81,12 @@ class PartitionStep:
         self._states: dict[Tensor, dict[str, Any]] = {}  # by view
         self._pointers: list[int] = []
         self._views = [shard.view(self.tensors[shard.tensor_index].detach()) for shard in shards]
-        sites = [
-            Site(s.info.name, view, mesh, groups[s.tensor_index], s.layout)
+        unplanned = [
+            UnplannedWeight(s.info.name, view, mesh, groups[s.tensor_index], s.layout)
             for s, view in zip(shards, self._views, strict=True)
             if s.info.algorithm == CONDA
         ]
-        self.weights = plan_sites(sites, self._states, options, {}, CondaRule(options))
+        self.weights = plan_weights(unplanned, self._states, options, {}, CondaRule(options))
         self._path = MatrixPath(self.weights, options)
         # Indices of the shards of each path.
         self._conda = [i for i, shard in enumerate(shards) if shard.info.algorithm == CONDA]

@@ -1,0 +1,270 @@
+"""Conda in DeepSpeed's own engine, from the JSON: every stage follows one process.
+
+``PYTHONPATH=tests/helpers python tests/integrations/test_deepspeed.py`` prints a table of more of
+them than the tests have time for.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import models
+import ranks
+import zero
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+Config = tuple[int, str, dict[str, Any]]
+"""Stage, dtype and other entries of a config."""
+STAGES: list[Config] = [(stage, "fp32", {}) for stage in range(4)]
+SUB_GROUPS = {"zero": {"sub_group_size": 300}}
+VARIANTS: list[Config] = [
+    (3, "fp32", SUB_GROUPS),
+    (3, "fp32", {"zero": {"stage3_param_persistence_threshold": 10**4}}),
+    (3, "fp32", {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    (3, "fp32", {"zero": {"offload_param": {"device": "cpu"}}}),
+    (1, "fp32", {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    (2, "fp32", {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+    (1, "fp32", {"zero": {"round_robin_gradients": True}}),
+    (2, "fp32", {"zero": {"round_robin_gradients": True, "reduce_bucket_size": 500}}),
+    (2, "fp32", {"zero": {"contiguous_gradients": False, "overlap_comm": True}}),
+    *((stage, "fp32", {"gradient_accumulation_steps": 2}) for stage in (1, 3)),
+    (2, "fp32", {"params": {"basis_budget": 0, "buffer_bytes": 500}}),
+    (3, "fp32", {"params": {"basis_budget": 0, "buffer_bytes": 500}}),
+]
+PLAIN_LINEAR: dict[str, Any] = {"zero": {"memory_efficient_linear": False}}
+"""Stage 3's own linear layers round otherwise."""
+LOW: list[Config] = [
+    *((stage, "bf16", {}) for stage in range(3)),
+    (3, "bf16", PLAIN_LINEAR),
+    (1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),  # the BF16 optimizer
+    (0, "fp16", {"fp16": {"enabled": True, "loss_scale": 1}}),  # the engine's does not scale there
+    *((stage, "fp16", {"fp16": {"enabled": True, "loss_scale": 64}}) for stage in (1, 2)),
+    (3, "fp16", {"fp16": {"enabled": True, "loss_scale": 64}, **PLAIN_LINEAR}),
+]
+
+
+def _follow(configs: list[Config], factor: float = 1) -> list[dict[str, Tensor]]:
+    ended = []
+    for stage, dtype, others in configs:
+        engine = zero.build(zero.config(stage, dtype, **others))
+        zero.train(engine, range(zero.STEPS), factor)
+        ended.append(zero.weights(engine))
+    return ended
+
+
+def _errors(
+    world: int,
+    configs: list[Config],
+    theirs: dict[str, Tensor],
+    start: dict[str, Tensor] | None = None,
+    factor: float = 1,
+) -> list[float]:
+    start = start or zero.start()
+    runs = ranks.run(world, _follow, configs, factor)
+    return [
+        max(models.farthest(e, theirs, start) for e in ended) for ended in zip(*runs, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_stages_follow_one_process(world: int) -> None:
+    configs = STAGES + (VARIANTS if world == 2 else VARIANTS[:1])
+    for config, error in zip(configs, _errors(world, configs, zero.alone()), strict=True):
+        print(config, world, error)
+        assert error < 1e-4, config
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_low_precision_follows_one_process(world: int) -> None:
+    """Ranks round their gradients before they are added up; one rank does as one process."""
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    theirs = {name: zero.alone(dtype=dtype) for name, dtype in dtypes.items()}
+    runs = ranks.run(world, _follow, LOW)
+    for i, config in enumerate(LOW):
+        name = config[1]
+        start = zero.start(dtypes[name])
+        error = max(models.farthest(ended[i], theirs[name], start) for ended in runs)
+        print(config, world, error)
+        assert error < (0.01 if world == 1 else 0.1), config
+
+
+def test_new_bases_of_gram_matrices_follow_one_process() -> None:
+    """Which two ranks' owners add up, of ranges that end anywhere."""
+    options = {"refresh_method": "orthogonal_iteration"}
+    configs: list[Config] = [(stage, "fp32", {"params": options}) for stage in range(4)]
+    theirs = zero.alone(**options)
+    assert models.farthest(zero.alone(), theirs, zero.start()) > 0.01
+    for config, error in zip(configs, _errors(2, configs, theirs), strict=True):
+        assert error < 1e-4, config
+
+
+def test_the_adamw_path_has_a_factor_of_its_own() -> None:
+    options = {"params": {"adamw_scale": 0.3}}
+    configs: list[Config] = [(stage, "fp32", options) for stage in range(4)]
+    theirs = zero.alone(adamw_scale=0.3)
+    assert models.farthest(zero.alone(), theirs, zero.start()) > 0.01
+    for config, error in zip(configs, _errors(2, configs, theirs), strict=True):
+        assert error < 1e-4, config
+
+
+def _changed_later(stage: int) -> bool:
+    """Steps with a factor of 0 move nothing of the adamw path, once it was 1."""
+    engine = zero.build(zero.config(stage, params={"weight_decay": 0.0}))
+    zero.train(engine, range(2))
+    before = zero.weights(engine)
+    engine.optimizer.param_groups[0]["adamw_scale"] = 0.0
+    zero.train(engine, range(2, 4))
+    after = zero.weights(engine)
+    paths = {row["name"]: row["path"] for row in engine.basic_optimizer.report()}
+    moved = {paths[name] for name in models.unequal(before, after)}
+    return moved == {"conda"}
+
+
+def test_the_factor_may_change_between_steps() -> None:
+    for stage in range(4):
+        assert all(ranks.run(2, _changed_later, stage))
+
+
+CLIPPED: list[Config] = [
+    *((stage, "fp32", {"gradient_clipping": 0.5}) for stage in range(4)),
+    (3, "fp32", {"gradient_clipping": 0.5, **SUB_GROUPS}),
+]
+
+
+def test_clipping_is_that_of_one_process() -> None:
+    theirs = zero.alone(clip=0.5, factor=10)
+    errors = _errors(2, CLIPPED, theirs, factor=10)
+    assert models.farthest(zero.alone(factor=10), theirs, zero.start()) > 0.01
+    for config, error in zip(CLIPPED, errors, strict=True):
+        assert error < 1e-4, config
+
+
+def _moved_away(stage: int, dtype: str) -> list[str]:
+    """What differs if all states leave the device and come back between two steps."""
+    ends = []
+    for moves in (False, True):
+        engine = zero.build(zero.config(stage, dtype))
+        zero.train(engine, range(4))
+        if moves:
+            engine.offload_states()
+            engine.reload_states()
+        zero.train(engine, range(4, zero.STEPS))
+        ends.append(zero.weights(engine))
+    return models.unequal(*ends)
+
+
+@pytest.mark.parametrize("stage", [1, 2])  # at stage 3 DeepSpeed has it for its FusedAdam alone
+def test_states_may_be_moved_between_steps(stage: int) -> None:
+    assert not any(ranks.run(2, _moved_away, stage, "bf16"))
+
+
+def _grouped(params: list[Any]) -> list[dict[str, Any]]:
+    """Two groups of every second parameter."""
+    return [{"params": params[::2]}, {"params": params[1::2], "weight_decay": 0.0, "lr": 5e-3}]
+
+
+def _follow_groups() -> list[dict[str, Tensor]]:
+    ended = []
+    for stage in range(4):
+        torch.manual_seed(0)
+        model = models.Tiny()
+        made = zero.config(stage, zero={"sub_group_size": 700})
+        engine = zero.build(made, model, model_parameters=_grouped(list(model.parameters())))
+        zero.train(engine, range(zero.STEPS))
+        ended.append(zero.weights(engine))
+    return ended
+
+
+def test_groups_keep_their_hyperparameters() -> None:
+    start, theirs = zero.start(), zero.alone(grouped=_grouped)
+    for ended in ranks.run(2, _follow_groups):
+        assert all(models.farthest(e, theirs, start) < 1e-4 for e in ended)
+
+
+def _resume(folder: Path, configs: list[Config]) -> list[list[str]]:
+    """Names of what is not the same after a stop and a new start, for each config."""
+    unequal = []
+    for stage, dtype, others in configs:
+        made = zero.config(stage, dtype, **others)
+        place = str(folder / f"{len(unequal)}")
+        engine = zero.build(made)
+        zero.train(engine, range(4))
+        engine.save_checkpoint(place)
+        losses = zero.train(engine, range(4, zero.STEPS))
+        ended = zero.weights(engine)
+        other = zero.build(made)
+        zero.train(other, range(1))  # its states are filled, not replaced
+        other.load_checkpoint(place)
+        again = zero.train(other, range(4, zero.STEPS))
+        differing = models.unequal(zero.weights(other), ended)
+        unequal.append(differing + ([] if losses == again else ["losses"]))
+    return unequal
+
+
+def test_resumes_bit_for_bit(tmp_path: Path) -> None:
+    configs = [*STAGES, (3, "fp32", SUB_GROUPS), *LOW[:6]]
+    for unequal in ranks.run(2, _resume, tmp_path, configs):
+        assert dict(zip(map(str, configs), unequal, strict=True)) == {
+            str(config): [] for config in configs
+        }
+
+
+READY = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))
+
+
+def _ready() -> list[tuple[float, float]]:
+    ends = []
+    for file in READY:
+        made = json.loads(file.read_text())
+        made["train_micro_batch_size_per_gpu"] = zero.BATCH // dist.get_world_size()
+        losses = zero.train(zero.build(made), range(12))
+        ends.append((losses[0], losses[-1]))
+    return ends
+
+
+def test_ready_configs_train() -> None:
+    assert [file.stem for file in READY] == ["zero1", "zero2", "zero3"]
+    for ends in zip(*ranks.run(2, _ready), strict=True):  # of each stage, on both ranks
+        assert sum(last for _, last in ends) < sum(first for first, _ in ends), ends
+
+
+TABLE: list[Config] = [
+    *STAGES,
+    *VARIANTS,
+    *LOW,
+    *(  # the plain linear layers are an option of stage 3 alone, and ignored by others
+        (stage, "bf16", {**others, "zero": {**PLAIN_LINEAR["zero"], **others.get("zero", {})}})
+        for stage, _, others in VARIANTS
+    ),
+]
+
+
+def _table() -> None:
+    """Worst distance from one process, relative to the distance travelled, on 1 to 3 ranks."""
+    print("| ZeRO stage | dtype | others | 1 rank | 2 ranks | 3 ranks |")
+    print("|---|---|---|---|---|---|")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    theirs = {name: zero.alone(dtype=dtype) for name, dtype in dtypes.items()}
+    rows: list[list[float]] = [[] for _ in TABLE]
+    for world in (1, 2, 3):
+        for name, dtype in dtypes.items():
+            places = [i for i, config in enumerate(TABLE) if config[1] == name]
+            configs = [TABLE[i] for i in places]
+            start = zero.start(dtype)
+            for i, error in zip(places, _errors(world, configs, theirs[name], start), strict=True):
+                rows[i].append(error)
+    for (stage, dtype, others), errors in zip(TABLE, rows, strict=True):
+        said = json.dumps(others) if others else ""
+        print(f"| {stage} | {dtype} | {said} | {' | '.join(f'{e:.1e}' for e in errors)} |")
+
+
+if __name__ == "__main__":
+    _table()
+    ranks.close()

@@ -1,0 +1,289 @@
+"""Conda in Hugging Face's Trainer and Accelerate: DeepSpeed from the JSON, and FSDP2."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import conda_dist
+import ranks
+import zero
+from conda_dist import Conda, param_groups
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+VOCABULARY, LENGTH, BATCH = 31, 8, 8
+GAP, RATE = 3, 1e-2
+ROOT = Path(__file__).parents[2]
+README = re.findall(
+    r"```python\n(.*?)```", (ROOT / "integrations" / "README.md").read_text(), re.DOTALL
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_processes() -> Iterator[None]:
+    """Accelerate and ZeRO keep what they know of a process for good."""
+    ranks.close()
+    yield
+    ranks.close()
+
+
+def settle() -> None:
+    """Makes DeepSpeed and Accelerate forget earlier calls, and lets them find the ranks."""
+    zero.settle()
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_TORCH_DEVICE="cpu")
+
+
+def language_model() -> Any:
+    """A tiny LLaMA, the same on all ranks."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=LENGTH,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def texts(count: int = 64) -> list[dict[str, Tensor]]:
+    """Sequences in which each token follows from the one before."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(VOCABULARY, (1,), generator=generator) for _ in range(count)]
+    steps = torch.arange(LENGTH)
+    return [
+        {"input_ids": ids, "labels": ids}
+        for row in rows
+        for ids in [(row + 3 * steps) % VOCABULARY]
+    ]
+
+
+def deepspeed_json(stage: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "Conda", "params": {"lr": "auto", "update_proj_gap": GAP}},
+    }
+
+
+def _trainer(folder: Path, stage: int, resume: bool) -> list[float]:
+    """The losses of a training by the Trainer, a line a step."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations import deepspeed
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        deepspeed=deepspeed_json(stage),
+        learning_rate=RATE,
+        max_steps=12,
+        per_device_train_batch_size=BATCH // dist.get_world_size(),
+        logging_steps=1,
+        save_steps=6,
+        report_to=[],
+        disable_tqdm=True,
+        lr_scheduler_type="linear",
+    )
+    trainer = transformers.Trainer(language_model(), arguments, train_dataset=texts())
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6") if resume else None)
+    inner = trainer.model_wrapped.basic_optimizer
+    assert isinstance(inner, deepspeed.Conda), type(inner)
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_trainer(tmp_path: Path, stage: int) -> None:
+    whole, _ = ranks.run(2, _trainer, tmp_path, stage, False)
+    assert len(whole) == 12
+    assert whole[-1] < 0.8 * whole[0]
+    again, _ = ranks.run(2, _trainer, tmp_path, stage, True)
+    assert again == whole
+
+
+ALL_AUTO = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+
+
+def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
+    """Which optimizer the Trainer uses, its (weight decay, second beta)s and the losses."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations import deepspeed
+
+    own: tuple[Any, dict[str, Any]] = (deepspeed.Conda, {"lr": RATE, "update_proj_gap": GAP})
+    cases: list[tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = [
+        ({"lr": "auto", "update_proj_gap": GAP}, {}, {}),
+        ({**ALL_AUTO, "update_proj_gap": GAP}, {}, {}),
+        (None, {}, {"optimizer_cls_and_kwargs": own}),
+        (None, {"weight_decay": 0.0}, {"optimizer_cls_and_kwargs": own}),
+        (None, {}, {"optimizers": Conda}),
+        ({"lr": "auto"}, {"use_cpu": True}, {}),
+    ]
+    ends = []
+    for params, others, more in cases:
+        settle()
+        made, model = deepspeed_json(2), language_model()
+        made["optimizer"]["params"] = params
+        if params is None:
+            del made["optimizer"]
+        if others.get("use_cpu"):
+            made["train_batch_size"] = "auto"
+        if more.get("optimizers"):
+            more = {"optimizers": (Conda(param_groups(model)), None)}
+        options = {"weight_decay": 0.1, "learning_rate": RATE, **others}
+        arguments = transformers.TrainingArguments(
+            output_dir="unused",
+            deepspeed=made,
+            max_steps=3,
+            per_device_train_batch_size=BATCH // dist.get_world_size(),
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=texts(), **more)
+        trainer.train()
+        inner = trainer.model_wrapped.basic_optimizer
+        groups = {(group["weight_decay"], group["betas"][1]) for group in inner.param_groups}
+        losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        ends.append((f"{type(inner).__module__}.{type(inner).__name__}", groups, losses))
+    return ends
+
+
+def test_what_of_the_trainers_arguments_arrives() -> None:
+    """The README says so; where it does not, that is the Trainer's doing."""
+    ours = "conda_dist.integrations.deepspeed.optimizer.Conda"
+    for only_rate, auto, own, whole, given, cpu in ranks.run(2, _arrivals):
+        assert only_rate[:2] == (ours, {(0.0, 0.99)})
+        assert auto[:2] == (ours, {(0.1, 0.999)})
+        assert own[:2] == (ours, {(0.1, 0.99), (0.0, 0.99)})
+        assert whole[2] == pytest.approx(only_rate[2], abs=1e-5)
+        assert given[0] == "torch.optim.adamw.AdamW"
+        assert cpu[0] == ours
+
+
+def batches() -> list[Tensor]:
+    """This rank's rows of each step."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = torch.stack([text["input_ids"] for text in texts()])
+    return [batch.chunk(world)[rank] for batch in rows.split(BATCH)]
+
+
+def train(accelerator: Any, model: Any, optimizer: Any) -> list[float]:
+    """A step on each batch; returns the mean losses of all ranks."""
+    losses = []
+    for ids in batches():
+        loss = model(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(float(mean) / dist.get_world_size())
+    return losses
+
+
+def _alone() -> list[float]:
+    """One process, the mean gradient of all rows."""
+    model = language_model()
+    optimizer = Conda(param_groups(model), lr=RATE, update_proj_gap=GAP)
+    losses = []
+    for ids in torch.stack([text["input_ids"] for text in texts()]).split(BATCH):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _accelerate_deepspeed(stage: int) -> list[float]:
+    settle()
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import DummyOptim
+
+    from conda_dist.integrations import deepspeed
+
+    made = deepspeed_json(stage)
+    made |= {"train_micro_batch_size_per_gpu": BATCH // dist.get_world_size()}
+    plugin = DeepSpeedPlugin(hf_ds_config=made, gradient_clipping=0.0)
+    accelerator = Accelerator(deepspeed_plugin=plugin)
+    model = language_model()
+    model, optimizer = accelerator.prepare(model, DummyOptim(model.parameters(), lr=RATE))
+    assert isinstance(model.basic_optimizer, deepspeed.Conda)
+    return train(accelerator, model, optimizer)
+
+
+def test_accelerate_with_deepspeed() -> None:
+    alone = _alone()
+    for stage in (2, 3):
+        for losses in ranks.run(2, _accelerate_deepspeed, stage):
+            assert losses == pytest.approx(alone, abs=1e-4)
+
+
+def _accelerate_fsdp2(folder: Path) -> tuple[list[float], list[str]]:
+    """Losses, and the paths of the parameters."""
+    settle()
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+
+    # Accelerate takes FSDP for something of accelerators; it is only on CPUs that nobody asks.
+    state = PartialState()
+    state.distributed_type, state.backend = DistributedType.MULTI_GPU, "gloo"
+    state.num_processes, state.process_index = dist.get_world_size(), dist.get_rank()
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    accelerator = Accelerator(fsdp_plugin=plugin)
+    model = language_model()
+    scope = {"accelerator": accelerator, "model": model, "conda_dist": conda_dist}
+    exec(README[2], scope)
+    model, wrapped = scope["model"], scope["optimizer"]
+    optimizer = wrapped.optimizer
+    assert isinstance(optimizer, Conda)
+    for group in optimizer.param_groups:
+        group["update_proj_gap"] = GAP
+    assert all(isinstance(p, DTensor) for g in optimizer.param_groups for p in g["params"])
+    losses = train(accelerator, model, wrapped)
+    accelerator.save_state(str(folder))
+    further = train(accelerator, model, wrapped)
+    accelerator.load_state(str(folder))
+    again = train(accelerator, model, wrapped)
+    assert again == further
+    return losses, [row["path"] for row in optimizer.report(show=False)]
+
+
+def test_accelerate_with_fsdp2(tmp_path: Path) -> None:
+    alone = _alone()
+    for losses, paths in ranks.run(2, _accelerate_fsdp2, tmp_path):
+        assert losses == pytest.approx(alone, abs=1e-4)
+        assert paths.count("conda") == 14

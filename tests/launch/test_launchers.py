@@ -1,0 +1,118 @@
+"""The job under torchrun, DeepSpeed's launcher and mpirun, and without what these need."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import launch_jobs
+from conda_dist.launch.cluster import mpi
+from launch_jobs import curve, metrics
+from launchers import JOB, MODULE, MPIS, deepspeed, mpich, torchrun
+
+BRIEF = ("--training.steps", 3, "--checkpoint.interval", 0)
+ZERO = ("--engine", "deepspeed", "--deepspeed.stage", 3)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch_jobs.write_config(tmp_path_factory.mktemp("launchers"))
+
+
+NAMES = ("torchrun", "deepspeed", "openmpi", "mpich")
+
+
+def launcher(name: str) -> tuple[tuple[Any, ...], dict[str, str]]:
+    """A command that starts the job on two ranks, and its environment."""
+    if name in MPIS:
+        chosen = MPIS[name]()
+        return chosen.command(2, *JOB), chosen.environment
+    return (torchrun() if name == "torchrun" else deepspeed()), {}
+
+
+def start(*command: Any, cwd: Any = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end, without what this process's own launcher may have set."""
+    mine = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    mine |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **environment}
+    words = list(map(str, command))
+    return subprocess.run(
+        words, capture_output=True, text=True, env=mine, timeout=200, check=False, cwd=cwd
+    )
+
+
+def test_launchers_start_the_same_job(config: Path, tmp_path: Path) -> None:
+    for name in NAMES:
+        command, variables = launcher(name)
+        words = (*command, config, "--output", tmp_path / name, *BRIEF, *ZERO)
+        ended = start(*words, **variables)
+        assert ended.returncode == 0, (name, ended.stdout, ended.stderr)
+    curves = [curve(tmp_path / name) for name in NAMES]
+    assert len(curves[0]) == 3
+    assert all(other == curves[0] for other in curves)
+
+    launch_jobs.succeed(2, config, "--output", tmp_path / "fsdp2", *BRIEF)
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("openmpi", "fsdp2")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_an_mpi_that_is_not_the_launcher_s(config: Path, tmp_path: Path) -> None:
+    """It would be two jobs of one process each, writing into the same folder."""
+    variables = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
+    ended = start(*JOB, config, "--output", tmp_path, **variables, **mpich().environment)
+    assert ended.returncode == 1
+    words = "[rank 1] error: the launcher has started 2 processes, of which mpi4py sees 1"
+    assert words in ended.stderr
+    assert "another MPI, MPICH Version: 5." in ended.stderr
+    assert "set MPI4PY_LIBMPI to the libmpi.so of this mpirun's" in ended.stderr
+
+
+@pytest.mark.parametrize("interface", ["", "lo", "none0"])
+def test_the_address_that_other_hosts_are_told(
+    monkeypatch: pytest.MonkeyPatch, interface: str
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface)
+    assert mpi._own_address() == ("127.0.0.1" if interface == "lo" else socket.gethostname())
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of links to all that is installed except DeepSpeed and mpi4py."""
+    folder = tmp_path_factory.mktemp("bare")
+    for place in map(Path, sys.path):
+        for entry in place.iterdir() if place.name == "site-packages" else ():
+            name = entry.name.lower()
+            if not name.startswith(("deepspeed", "mpi4py", "conda_dist")):
+                (folder / entry.name).exists() or (folder / entry.name).symlink_to(entry)
+    root = Path(__file__).parents[2]
+    (folder / "conda_dist").mkdir()
+    for entry in (root / "conda_dist").iterdir():
+        (folder / "conda_dist" / entry.name).symlink_to(entry)
+    for name in ("integrations", "launch"):
+        (folder / "conda_dist" / name).symlink_to(root / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "code", "words"),
+    [
+        ({}, ("--engine", "deepspeed"), 2, "pip install 'conda-dist[deepspeed]'"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, (), 1, "pip install 'conda-dist[mpi]'"),
+    ],
+)
+def test_what_is_not_installed_is_named(
+    config: Path,
+    tmp_path: Path,
+    bare: Path,
+    variables: dict[str, str],
+    arguments: tuple[str, ...],
+    code: int,
+    words: str,
+) -> None:
+    job = (sys.executable, "-S", "-m", MODULE, config, "--output", tmp_path, *arguments)
+    ended = start(*job, cwd=tmp_path, PYTHONPATH=str(bare), **variables)
+    assert ended.returncode == code, ended.stderr
+    assert words in ended.stderr

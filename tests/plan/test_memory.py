@@ -1,0 +1,71 @@
+"""What a step holds beside state, gradients and parameters: two buckets, whatever the model's size.
+
+Measured as the system does: by how much a process grows in a step. The profiler of torch, which
+tests of one process use, does not see what the threads of process groups let go of.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+import ranks
+from conda_dist import Conda
+from footprint import count_exactly, peak_bytes
+
+MIB = 2**20
+BUCKET = 6 * MIB
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh() -> None:
+    """Processes whose heaps have no room left by other tests; see `count_exactly`."""
+    ranks.close()
+
+
+def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any]) -> float:
+    """Bytes by which this process grows in a step, at most, in buckets."""
+    count_exactly()
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    params = []
+    for _ in range(count):
+        params.append(nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)])))
+        params[-1].grad = distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
+    group = {"params": params, "algorithm": "conda"}
+    optimizer = Conda([group], update_proj_gap=gap, buffer_bytes=BUCKET, **options)
+    optimizer.step()
+    peak = peak_bytes(optimizer.step)
+    assert peak is not None
+    return peak / BUCKET
+
+
+@pytest.mark.parametrize("gap", [1, 1000], ids=["refresh", "steady"])
+@pytest.mark.parametrize("budget", [None, 0], ids=["all ranks", "groups"])
+@pytest.mark.parametrize("shape", [(1536, 192), (192, 1536), (384, 384)], ids=str)
+def test_a_step_holds_two_buckets(shape: tuple[int, int], budget: int | None, gap: int) -> None:
+    options = {"basis_budget": budget, "refresh_method": "orthogonal_iteration"}
+    few, many = (max(ranks.run(2, _peak, shape, n, gap, options)) for n in (16, 40))
+    print(few, many)
+    assert few <= 2
+    assert many <= 2
+    if gap == 1 or budget == 0 or shape[0] < shape[1]:
+        assert few > 0.2  # it is measured at all
+
+
+def test_the_growth_of_a_step_is_seen() -> None:
+    """And given back: a second call grows by as much."""
+    (first, second, nothing), *_ = ranks.run(1, _growth)
+    for found in (first, second):
+        assert found == pytest.approx(30 * 2**20, rel=0.05)
+    assert nothing < 2**20
+
+
+def _growth() -> list[int | None]:
+    def hold() -> None:
+        torch.ones(30 * 2**18).sum()  # 30 MiB
+
+    count_exactly()
+    return [peak_bytes(each) for each in (hold, hold, lambda: None)]
