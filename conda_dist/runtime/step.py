@@ -40,13 +40,13 @@ MAX_SCHEDULES = 64
 and more if different weights have gradients in different steps."""
 
 
-def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
+def _cached(cache: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
     """The cached value for a key, made now if there is none."""
-    if key not in kept:
-        if len(kept) == MAX_SCHEDULES:
-            kept.clear()
-        kept[key] = make()
-    return kept[key]
+    if key not in cache:
+        if len(cache) == MAX_SCHEDULES:
+            cache.clear()
+        cache[key] = make()
+    return cache[key]
 
 
 class MatrixPath:
@@ -110,10 +110,12 @@ class MatrixPath:
             }
         key = tuple(due.items()), tuple(ready.items())
         if (tasks := self._schedules.get(key)) is None:
-            tasks = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
+            tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
         self._run(tasks, grads)
         if self._is_async:
-            self._start({i: self.weights[i].start() for i, g in grads.items() if g is not None})
+            self._start(
+                {i: self.weights[i].take_snapshot() for i, g in grads.items() if g is not None}
+            )
 
     def plan_step(self, due: Which, ready: Which) -> tuple[Task, ...]:
         """The tasks of a step; see :func:`conda_dist.plan.schedule.plan_step`."""
@@ -128,7 +130,9 @@ class MatrixPath:
             for i, which in pending.items()
             if which and (self.weights[i], which[0]) not in self._background
         }
-        for plan in _kept(self._async_refreshes, tuple(due.items()), lambda: self._plan_async(due)):
+        for plan in _cached(
+            self._async_refreshes, tuple(due.items()), lambda: self._plan_async(due)
+        ):
             start_in_background(plan, [self.weights[i] for i in plan.weights], self._background)
 
     def _plan_async(self, due: Which) -> list[AsyncRefresh]:
@@ -202,7 +206,7 @@ class MatrixPath:
         for i in task.weights:
             weight = self.weights[i]
             if i in missing:
-                updates.append(weight.nothing(grads.pop(0)))
+                updates.append(weight.zero_update(grads.pop(0)))
                 bases.pop(0)
                 continue
             reused = scratch if weight.in_place else None
@@ -224,7 +228,7 @@ class MatrixPath:
         parts = zip(weights, bases, projected, counts, strict=True)
         with self._products():
             return [
-                weight.advance(basis, grad, averaged=True) if counted else weight.nothing(grad)
+                weight.advance(basis, grad, averaged=True) if counted else weight.zero_update(grad)
                 for weight, basis, grad, counted in parts
             ]
 
@@ -239,7 +243,7 @@ class MatrixPath:
             bases.append(weight.basis)
         tensors += bases
         for i in task.loading:
-            tensors += self.weights[task.weights[i]].kept
+            tensors += self.weights[task.weights[i]].kept_moments
         device, mesh = bases[0].device, self.weights[task.weights[0]].mesh
         for flags in task.flags:
             dtype = self.weights[task.weights[flags.positions[0]]].exchange_dtype
