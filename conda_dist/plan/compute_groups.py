@@ -191,6 +191,7 @@ def _assign_groups(
 
 
 def _cost(request: Request) -> float:
+    """Cost of a weight's step, proportional to the operations of its matrix products."""
     *batch, m, n = request.storage.shape
     return float(math.prod(batch) * m * n * min(m, n))
 
@@ -313,6 +314,7 @@ def assign_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
 
 
 def _coordinate(topology: Topology, place: int) -> Coordinate:
+    """The coordinate at a row-major position in a mesh."""
     coordinate: list[int] = []
     for size in reversed(topology.sizes):
         place, index = divmod(place, size)

@@ -112,6 +112,7 @@ def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Size
 
 
 def _sent(coordinate: Coordinate, *exchanges: Exchanged) -> Sent:
+    """Bytes that the rank at a coordinate sends in some exchanges."""
     sent: dict[int, int] = defaultdict(int)
     for hops, itemsizes in exchanges:
         for hop in hops:

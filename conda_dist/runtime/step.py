@@ -93,6 +93,7 @@ class MatrixPath:
         self._background.drop()
 
     def _step(self, grads: Grads) -> None:
+        """Finds which matrices are due, gets the step's tasks and runs them."""
         due: dict[int, tuple[int, ...]] = {}
         ready: dict[int, tuple[int, ...]] = {}
         for i, grad in grads.items():
@@ -136,6 +137,7 @@ class MatrixPath:
             start_in_background(plan, [self.weights[i] for i in plan.weights], self._background)
 
     def _plan_async(self, due: Which) -> list[AsyncRefresh]:
+        """Plans the gather of the momenta of matrices that are decomposed in the background."""
         return [
             plan_async_refresh(
                 self._plans,
