@@ -319,9 +319,8 @@ class Weight:
                 arithmetic.rotate_(matrices(tensor)[place], rotation, self.plan.right)
             arithmetic.rotate_(matrices(basis)[place], rotation, right=True)
         kept = self.basis
-        if (
-            rotations and kept.data_ptr() != basis.data_ptr()
-        ):  # the basis was gathered for this step
+        was_gathered = kept.data_ptr() != basis.data_ptr()
+        if rotations and was_gathered:  # store this rank's rows of it
             for block in self.plan.basis.blocks(self.mesh.coordinate):
                 here, there = block.local[-2], block.start[-2]
                 rows = basis.narrow(-2, there, block.shape[-2])
@@ -389,8 +388,8 @@ class Weight:
         if not self.step:
             return
         step, views = self.step, self.views(dtensor.local(self.param))
-        for view, part in zip(views, _pieces(update, views), strict=True):
-            self.rule.apply(view, part, self.group, step, self.shape, extra)
+        for view, piece in zip(views, _pieces(update, views), strict=True):
+            self.rule.apply(view, piece, self.group, step, self.shape, extra)
 
     def basis_step(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis; ``NO_BASIS`` if it has none."""
@@ -420,9 +419,8 @@ class Weight:
             self._own("snapshot_step").view(-1)[matrix] = NO_BASIS
         # A zero momentum counts as refreshed if the matrix has a basis, as an expert has that gets
         # no tokens any more. Without a basis the matrix stays due until its momentum is not zero.
-        if outcome == Outcome.DONE or (
-            outcome == Outcome.ZERO and self.basis_step(matrix) != NO_BASIS
-        ):
+        has_basis = self.basis_step(matrix) != NO_BASIS
+        if outcome == Outcome.DONE or (outcome == Outcome.ZERO and has_basis):
             self._own("basis_step").view(-1)[matrix] = when
             self.failures.pop(matrix, None)
         if outcome in (Outcome.DONE, Outcome.ZERO):
