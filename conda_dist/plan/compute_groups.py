@@ -202,7 +202,7 @@ def _assign_single_ranks(
     members: Sequence[int],
     mesh_dims: tuple[int, ...],
 ) -> dict[int, Group]:
-    """Assigns weights of which several mesh dimensions split the matrices, to single ranks.
+    """Assigns matrices that several mesh dimensions split to single ranks.
 
     For rules that need whole matrices. A matrix goes to one rank. The matrices of a batch go to
     ranks along the first of the mesh dimensions, which have the same index along each other one.
@@ -272,8 +272,8 @@ def assign_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
 
     Only ranks that have a matrix's basis may own it. Decompositions of equal cost are thus assigned
     round-robin. Ties are broken by name and by position in the mesh. Replicas count as ranks like
-    any others. The load of a rank includes what it owns on other meshes, but only on meshes that
-    contain the one at hand, so that all its ranks know the same loads.
+    any others. The load of a rank includes what it owns on larger meshes that contain this one, but
+    on no others, so that all ranks of a mesh know the same loads.
 
     Returns:
         The plans with owners and turns.

@@ -149,8 +149,8 @@ class MatrixPath:
     def _run(self, tasks: Sequence[Task], grads: Grads) -> None:
         """Runs the tasks one after another, overlapped with the exchanges of their neighbours.
 
-        ``arriving`` is the exchange of the next task's gradients, ``returning`` that of the
-        previous task's updates.
+        ``arriving`` is the exchange of the next task's gradients; ``returning`` is the exchange of
+        the previous task's updates.
         """
         # The meshes with a weight that has taken a step before this one. The ranks of one mesh find
         # the same, although they may have different weights on other meshes.
