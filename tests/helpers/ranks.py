@@ -111,6 +111,7 @@ def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     _share_device()
     warnings.filterwarnings("ignore", message=".*destroy_process_group.*")
+    gc.freeze()  # or each collection goes through all that has been imported
     threads = _threads()
     while True:
         try:
