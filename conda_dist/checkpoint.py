@@ -17,6 +17,7 @@ from conda_dist.layer_kinds import as_matrix
 from conda_dist.layout.layout import Layout
 from conda_dist.numerics import low_precision
 from conda_dist.parameter_names import name_of, path_of
+from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.routing import ADAMW
 from conda_dist.rules.rule import Rule
 from conda_dist.rules.states import CODES, has_own, is_of_rule, is_own
@@ -24,7 +25,7 @@ from conda_dist.runtime import dtensor
 from conda_dist.runtime.adamw import AdamWParameter
 from conda_dist.runtime.parameters import Setup
 from conda_dist.runtime.saved_state import from_saved
-from conda_dist.runtime.weight import NO_BASIS, Weight
+from conda_dist.runtime.weight import Weight
 from conda_dist.saved_groups import (
     check_groups,
     check_unseen,

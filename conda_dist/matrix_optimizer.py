@@ -1,5 +1,6 @@
 """The optimizer of matrices by a rule: groups and state as torch's own, the step as planned."""
 
+import operator
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, overload
@@ -68,6 +69,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._path: MatrixPath | None = None
         self._choices: dict[tuple[Tensor, int | None], Choice] = {}
         self._names: Names = Names()
+        self._checked: list[dict[str, Any]] = []
         self._made = False
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
@@ -148,15 +150,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for comparison in setup.comparisons:
             comparison.compare()
         grads = setup.gradients()
-        if not setup.looked and all(grad is None for grad in grads.values()):
+        if not setup.searched_replaced and all(grad is None for grad in grads.values()):
             setup.refuse_strangers()
-            setup.looked = True
-        live = setup.live(grads)
-        path.step({i: grads[w.param] for i, w in enumerate(setup.weights) if w.mesh in live})
-        others = [other for other in setup.adamw_parameters if other.mesh in live]
+            setup.searched_replaced = True
+        weights, others = setup.stepping(grads)
+        path.step({i: grads[setup.weights[i].param] for i in weights})
         adamw_step(others, grads, self._options.stochastic_rounding)
         for comparison in setup.comparisons:
-            comparison.settle()
+            comparison.schedule_next()
 
     def init_state(self) -> None:
         """Allocates all state now, for whoever saves before the first step.
@@ -218,10 +219,24 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return setup, self._path
 
     def _check_groups(self) -> None:
-        """Refuses hyperparameters that somebody has set since and that would ruin the weights."""
+        """Refuses hyperparameters that somebody has set since and that would ruin the weights.
+
+        Groups whose values are the same objects as at the last check are not checked again.
+        """
+        checked, self._checked = self._checked, []
         for i, group in enumerate(self.param_groups):
-            check_hyperparameters(group, f"parameter group {i}: ", scheduled=True)
-            self._rule.check(group, f"parameter group {i}: ")
+            seen = checked[i] if i < len(checked) else {}
+            # Values that can change in place are always checked.
+            in_place = isinstance(group["lr"], Tensor) or isinstance(group["betas"], list)
+            if (
+                in_place
+                or group.keys() != seen.keys()
+                or not all(map(operator.is_, group.values(), seen.values()))
+            ):
+                check_hyperparameters(group, f"parameter group {i}: ", scheduled=True)
+                self._rule.check(group, f"parameter group {i}: ")
+                seen = dict(group)
+            self._checked.append(seen)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizers give it: of every parameter its states by name.
@@ -358,3 +373,4 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """Takes up a copy, a pickle or (called by torch) a loaded state dict."""
         super().__setstate__(state)
         self._setup = self._path = None
+        self._checked = []

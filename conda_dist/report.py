@@ -13,7 +13,7 @@ from rich.table import Table
 
 from conda_dist.parameter_names import route_by_name
 from conda_dist.plan.costs import Sizes, costs, save_costs
-from conda_dist.rules.rule import State
+from conda_dist.rules.rule import StateSpec
 from conda_dist.rules.states import moment_dtype, second_dtype
 from conda_dist.runtime.adamw import AdamWParameter
 from conda_dist.runtime.parameters import Setup
@@ -98,7 +98,7 @@ def _adamw_row(parameter: AdamWParameter) -> Row:
 
 
 def sizes_of(
-    states: Mapping[str, State], travel: torch.dtype, back: torch.dtype, counts: int
+    states: Mapping[str, StateSpec], travel: torch.dtype, back: torch.dtype, counts: int
 ) -> Sizes:
     """Bytes of what a rule keeps and sends of a weight.
 

@@ -1,1 +1,1 @@
-"""Which rank holds which elements; pure functions of shapes and numbers."""
+"""Which rank holds which elements, and how they move: pure functions of shapes and numbers."""

@@ -1,7 +1,7 @@
-"""Flat ranges of elements, one for each rank, as a layout: ZeRO's partitions.
+"""Layouts of ZeRO's flat partitions: each rank holds one range of a tensor's flattened elements.
 
-Rows and matrices are cut anywhere, so what a rank holds is a few boxes of its flat local tensor.
-Many ranks may hold nothing of a matrix: they have no part in its step. Pure, as ``layout`` is.
+A range may begin and end inside a row or a matrix, so a rank holds a few boxes, packed in a flat
+local tensor. Many ranks may hold no element of a matrix; they take no part in its step. Pure.
 """
 
 import itertools
@@ -16,12 +16,13 @@ from conda_dist.layout.moves import Move, kept_dim
 
 @dataclass(frozen=True, slots=True)
 class Flat(Layout):
-    """A tensor, flattened row by row, of which each rank of one mesh dimension holds a range.
+    """A tensor, flattened row by row, of which each rank of a 1-D mesh holds one range.
 
     ZeRO's partitions are such ranges. The local tensor is flat: shape ``(elements,)``.
 
     Attributes:
-        bounds: rank i holds the elements [bounds[i], bounds[i + 1]); ascending, from 0 to all.
+        bounds: rank i holds the elements [bounds[i], bounds[i + 1]); ascending, from 0 to the
+            number of elements.
     """
 
     bounds: tuple[int, ...] = ()
@@ -34,11 +35,14 @@ class Flat(Layout):
             ValueError: the bounds do not ascend from 0 to the number of elements.
         """
         if list(bounds) != sorted(bounds) or (bounds[0], bounds[-1]) != (0, math.prod(shape)):
-            raise ValueError(f"ranges cut at {bounds} do not make up a tensor of shape {shape}")
+            raise ValueError(
+                f"ranges with the bounds {bounds} do not make up a tensor of shape {shape}: give "
+                f"ascending bounds from 0 to {math.prod(shape)}"
+            )
         return cls(shape, (len(bounds) - 1,), (Split(0),), bounds=bounds)
 
     def held(self, coordinate: Coordinate) -> tuple[int, int]:
-        """First element held at a coordinate, and the one after the last."""
+        """The range held at a coordinate, as its first element and the one after its last."""
         return self.bounds[coordinate[0]], self.bounds[coordinate[0] + 1]
 
     def local_shape(self, coordinate: Coordinate) -> tuple[int, ...]:
@@ -47,20 +51,22 @@ class Flat(Layout):
         return (stop - start,)
 
     def blocks(self, coordinate: Coordinate) -> tuple[Block, ...]:
-        """The boxes held at a coordinate, in order: the rest of a row, whole rows, part of one."""
+        """The boxes held at a coordinate, in order: end of a row, whole rows, start of a row."""
         return _flat_blocks(self.shape, *self.held(coordinate))
 
     def move(self, mesh_dim: int, placement: Placement) -> Layout:
-        """A layout of shaped local tensors with this placement of the one mesh dimension."""
+        """The layout with this placement of the only mesh dimension; local tensors are not flat."""
         return Layout(self.shape, self.mesh, (placement,))
 
     def rows(self, rows: tuple[range, ...]) -> Layout:
-        """Not to be had: parts of a flat weight are no ranges.
+        """Not supported: some rows of a flat weight are not one range of its elements.
 
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("blocks of rows of a weight in flat partitions are not supported")
+        raise NotImplementedError(
+            "splits of a weight in flat partitions are not supported: remove splits from its group"
+        )
 
     def __str__(self) -> str:
         return f"[Flat({','.join(map(str, self.bounds))})]"
@@ -68,10 +74,10 @@ class Flat(Layout):
 
 @dataclass(frozen=True, slots=True)
 class Held(Layout):
-    """A tensor that some ranks of one mesh dimension hold whole, and the others nothing of.
+    """A tensor of which some ranks of a 1-D mesh hold a copy, and the others nothing.
 
     Attributes:
-        holders: for each rank whether it holds the tensor.
+        holders: whether each rank holds a copy, in rank order.
     """
 
     holders: tuple[bool, ...] = ()
@@ -81,7 +87,7 @@ class Held(Layout):
         return self.shape if self.holders[coordinate[0]] else (0, *self.shape[1:])
 
     def blocks(self, coordinate: Coordinate) -> tuple[Block, ...]:
-        """All of it, or nothing."""
+        """One block with all elements, or none."""
         origin = (0,) * len(self.shape)
         return (Block(origin, self.shape, origin),) if self.holders[coordinate[0]] else ()
 
@@ -93,15 +99,15 @@ class Held(Layout):
 def flat_to_compute(storage: Flat) -> tuple[Layout, tuple[Move, ...]]:
     """The compute layout of a flat weight, and the move to it if any element has to move.
 
-    Rows of a tall weight, and matrices of a batch, are computed where their first element is: so
-    only those that a boundary cuts travel. The columns of a wide one are shared out evenly among
-    those that hold any of it.
+    A rank computes each row of a tall weight (m >= n), or each matrix of a batch, whose first
+    element it holds. So only rows or matrices that a boundary cuts have to move. The columns of a
+    wide weight are divided evenly between the ranks that hold any of its elements.
     """
     shape, bounds = storage.shape, storage.bounds
     holding = [start < stop for start, stop in itertools.pairwise(bounds)]
     if len(shape) == 2 and kept_dim(shape) == 1:
         stays = sum(holding) == 1
-        compute = storage.move(0, Split(1, bounds=_share_out(shape[-1], holding)))
+        compute = storage.move(0, Split(1, bounds=_even_bounds(shape[-1], holding)))
     else:
         inner = math.prod(shape[1:])
         cuts = tuple(-(-bound // inner) for bound in bounds)
@@ -111,40 +117,40 @@ def flat_to_compute(storage: Flat) -> tuple[Layout, tuple[Move, ...]]:
 
 
 def flat_basis(compute: Layout, shard: bool) -> Layout:
-    """Where the basis of a flat weight (m, n) is kept: with those who compute any of it.
+    """The layout of the basis (r, r) of a flat weight (m, n), on the ranks that compute it.
 
     Args:
         compute: the weight's compute layout.
-        shard: whether they share it instead of having all of it each.
+        shard: whether these ranks split the basis by rows; else each of them has a copy.
     """
     r = min(compute.shape)
     holders = tuple(bool(compute.numel(coordinate)) for coordinate in compute.coordinates())
     if shard and sum(holders) > 1:
-        return Layout((r, r), compute.mesh, (Split(0, bounds=_share_out(r, holders)),))
+        return Layout((r, r), compute.mesh, (Split(0, bounds=_even_bounds(r, holders)),))
     if all(holders):
         return Layout((r, r), compute.mesh, (None,))
     return Held((r, r), compute.mesh, (None,), holders=holders)
 
 
-def _share_out(count: int, holding: Sequence[bool]) -> tuple[int, ...]:
-    """Where to cut rows or columns so that all ranks that hold something get about as many."""
+def _even_bounds(count: int, holding: Sequence[bool]) -> tuple[int, ...]:
+    """Bounds that divide ``count`` rows or columns evenly between the ranks in ``holding``."""
     before, holders = itertools.accumulate(holding, initial=0), sum(holding)
     return tuple(count * rank // holders for rank in before)
 
 
 @lru_cache(maxsize=65536)
 def _flat_blocks(shape: tuple[int, ...], start: int, stop: int) -> tuple[Block, ...]:
-    """The elements [start, stop) of a flattened tensor as boxes; offsets count from ``start``."""
+    """The elements [start, stop) of a flattened tensor as boxes; local offsets begin at 0."""
     strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     blocks: list[Block] = []
 
     def add(prefix: tuple[int, ...], first: int, last: int) -> None:
-        """Adds elements [first, last) of what ``prefix`` selects."""
+        """Adds the elements [first, last) of the subtensor at the leading indices ``prefix``."""
         if first >= last:
             return
         dim = len(prefix)
         inner = strides[dim]
-        if -(-first // inner) > last // inner:  # all inside one row
+        if -(-first // inner) > last // inner:  # all inside one index of this dimension
             index = first // inner
             add((*prefix, index), first - index * inner, last - index * inner)
             return

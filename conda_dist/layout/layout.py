@@ -1,9 +1,9 @@
-"""Where the elements of a tensor live: pure descriptions, no tensors and no communication.
+"""Which elements of a tensor each rank holds: pure descriptions, without tensors or communication.
 
-A :class:`Layout` says which elements of a global tensor each coordinate of a device mesh holds.
-DTensor placements, a plain tensor (no mesh) and DDP (replicated over one mesh dimension) are all
-layouts. :func:`to_compute` derives the layout Conda computes in, as the :class:`Move` s along one
-mesh dimension each that lead there.
+A :class:`Layout` describes a global tensor that is spread over a device mesh. DTensor placements, a
+plain tensor (no mesh) and DDP (copies along one mesh dimension) are all layouts. For a coordinate
+of the mesh, a layout gives the *runs* (ranges of consecutive indices) of each tensor dimension that
+the rank holds, and from these the *blocks*: the boxes of elements in its local tensor.
 """
 
 import math
@@ -38,9 +38,10 @@ class Topology:
 
 
 def nested(topologies: Iterable[Topology]) -> list[tuple[Topology, list[Topology]]]:
-    """Every topology once, the largest first, with those before it that contain all its ranks.
+    """Every distinct topology, largest first, with the earlier ones that contain all its ranks.
 
-    What is decided for a topology may depend on those only: its other ranks may not know more.
+    A decision for a topology may depend on these larger topologies only. All ranks of the topology
+    are in them, so all ranks decide the same. Other topologies are not known to all ranks.
     """
     ordered = sorted(set(topologies), key=lambda t: (-len(t.ranks), t.ranks, t.sizes))
     return [
@@ -51,17 +52,17 @@ def nested(topologies: Iterable[Topology]) -> list[tuple[Topology, list[Topology
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A mesh dimension that splits a tensor dimension, as ``torch.chunk`` would or where told.
+    """A mesh dimension that splits one tensor dimension into pieces, one for each index along it.
 
     Attributes:
         dim: the tensor dimension, not negative.
-        stride: 1, or the number of equal pieces that later mesh dimensions cut the tensor
-            dimension into before this one splits each piece: DTensor's ``_StridedShard``, whose
-            ``split_factor`` this is. FSDP over tensor parallelism produces it.
-        bounds: () for ``torch.chunk``'s pieces, else where they begin and the last one ends: one
-            number more than there are ranks, ascending. Only with a stride of 1.
-        among: the indices of the mesh dimension that hold a piece, ``(first, count)``; the others
-            hold nothing. None: all hold one.
+        stride: 1, or the ``split_factor`` of DTensor's ``_StridedShard``: later mesh dimensions cut
+            the tensor dimension into so many equal pieces first, then this one splits each piece.
+            FSDP over tensor parallelism produces it.
+        bounds: () to split as ``torch.chunk`` does. Else piece i is [bounds[i], bounds[i + 1]):
+            ascending, one number more than there are pieces. Only with a stride of 1.
+        among: ``(first, count)``: the indices along the mesh dimension that hold a piece each. The
+            others hold nothing. None: every index holds a piece.
     """
 
     dim: int
@@ -79,10 +80,10 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """A mesh dimension of which some indices hold a copy of the tensor, and the others nothing.
+    """A mesh dimension along which some indices hold a copy of the tensor, and the others nothing.
 
     Attributes:
-        among: the indices that hold a copy, ``(first, count)``.
+        among: ``(first, count)``: the indices that hold a copy.
     """
 
     among: tuple[int, int]
@@ -92,7 +93,7 @@ class Copies:
 
 
 Placement: TypeAlias = Split | Copies | None
-"""What a mesh dimension does to a tensor; None where every index holds a copy."""
+"""How the indices along one mesh dimension hold a tensor. None: each holds a copy."""
 
 
 def _span(among: tuple[int, int]) -> str:
@@ -101,7 +102,7 @@ def _span(among: tuple[int, int]) -> str:
 
 
 def holds(among: tuple[int, int] | None, index: int) -> bool:
-    """Whether an index of a mesh dimension is among those that hold something."""
+    """Whether an index along a mesh dimension is in ``among``; always if that is None."""
     return among is None or among[0] <= index < among[0] + among[1]
 
 
@@ -110,11 +111,11 @@ class Block:
     """A box of elements that one rank holds.
 
     Attributes:
-        start: first index of the box in the global tensor.
-        shape: extent of the box.
-        local: first index of the box in the rank's local tensor; the offset of its first element
-            where that tensor is flat.
-        strides: None, or for a box in a flat tensor its strides there.
+        start: index of the box's first element in the global tensor.
+        shape: shape of the box.
+        local: index of the first element in the rank's local tensor: one number for each dimension,
+            or a single offset if the local tensor is flat (1-D).
+        strides: the strides of the box in a flat local tensor; None if it is not flat.
     """
 
     start: tuple[int, ...]
@@ -130,12 +131,12 @@ class Layout:
     Attributes:
         shape: shape of the global tensor.
         mesh: sizes of the mesh dimensions; ``()`` for a tensor of one process.
-        placements: for each mesh dimension what it does to the tensor. Applied from left to right,
-            as DTensor does.
-        window: for some rows (dimension -2) of a larger tensor, which is what the placements
-            split: which rows, ascending, and how many there are in all.
-        kernel: for a convolution kernel (out, in, ...) that is seen as a matrix
-            (out, in * ...): the kernel's shape; else ().
+        placements: one for each mesh dimension, applied from left to right, as DTensor does.
+        window: None, or, if this tensor consists of some rows (dimension -2) of a larger one:
+            ``(rows, total)``, ascending ranges of the larger tensor's rows, and how many rows it
+            has. The placements then split the larger tensor.
+        kernel: (), or, if this tensor is a convolution kernel (out, in, ...) viewed as a matrix
+            (out, in * ...): the kernel's shape.
     """
 
     shape: tuple[int, ...]
@@ -145,28 +146,32 @@ class Layout:
     kernel: tuple[int, ...] = ()
 
     def rows(self, rows: tuple[range, ...]) -> "Layout":
-        """Some rows of a tensor (..., m, n) as a tensor of their own, where they are."""
+        """The layout of some rows of this tensor (..., m, n); every element stays where it is.
+
+        Args:
+            rows: ascending ranges of rows.
+        """
         shape = (*self.shape[:-2], sum(map(len, rows)), self.shape[-1])
         return replace(self, shape=shape, window=(rows, self.shape[-2]))
 
     @property
     def whole(self) -> "Layout":
-        """The layout of the stored tensor of which this is a part or a view; else this one."""
+        """The layout of the stored tensor: without the window, and in the kernel's shape."""
         return replace(self, shape=self.kernel or self.split_shape, window=None, kernel=())
 
     def as_matrix(self) -> "Layout":
-        """A kernel (out, in, ...) as the matrix (out, in * ...), where it is.
+        """The layout of a kernel (out, in, ...) viewed as a matrix (out, in * ...).
 
         Raises:
-            ValueError: it is split in a dimension other than the first two, or unevenly in the
-                second, so that some rank's elements are no even part of the matrix's columns.
+            ValueError: a dimension other than the first two is split, or the second one unevenly.
+                Then some rank's elements are not a contiguous range of the matrix's columns.
         """
         ways = math.prod(self.mesh[d] for d in self.splitting(1))
         others = [p for p in self.placements if isinstance(p, Split) and p.dim > 1]
         if others or self.shape[1] % ways:
             raise ValueError(
                 f"a kernel {self.shape} in the layout {self} cannot be seen as a matrix "
-                "(out, in * k * k): shard dimension 0, or dimension 1 where it divides evenly"
+                "(out, in * k * k): shard dimension 0, or dimension 1 if it divides evenly"
             )
         shape = (self.shape[0], math.prod(self.shape[1:]))
         return replace(self, shape=shape, kernel=self.shape)
@@ -179,10 +184,10 @@ class Layout:
         return (*self.shape[:-2], self.window[1], self.shape[-1])
 
     def spans(self, coordinate: Coordinate) -> tuple[tuple[int, int], ...]:
-        """Where these rows are among those a coordinate holds of the larger tensor.
+        """Where the rows of the window are in a coordinate's local tensor of the larger tensor.
 
         Returns:
-            First row in the local tensor and number of rows, of each run.
+            ``(first row in the local tensor, number of rows)`` of each contiguous range.
         """
         assert self.window is not None
         spans: list[tuple[int, int]] = []
@@ -199,16 +204,16 @@ class Layout:
         return tuple(spans)
 
     def move(self, mesh_dim: int, placement: Placement) -> "Layout":
-        """This layout with the placement of one mesh dimension exchanged for another."""
+        """This layout with another placement for one mesh dimension."""
         placements = list(self.placements)
         placements[mesh_dim] = placement
         return replace(self, placements=tuple(placements))
 
     def splitting(self, dim: int) -> tuple[int, ...]:
-        """Mesh dimensions that split tensor dimension ``dim``, the outermost cut first.
+        """The mesh dimensions that split tensor dimension ``dim``, outermost cut first.
 
-        A strided split cuts inside the later mesh dimensions its stride counts, so it comes after
-        them.
+        A strided split comes after the later mesh dimensions that its stride counts, because it
+        cuts inside their pieces.
         """
         order: list[int] = []
         for mesh_dim in reversed(range(len(self.mesh))):
@@ -227,18 +232,19 @@ class Layout:
         return tuple(sum(map(len, runs)) for runs in _runs(self, coordinate))
 
     def blocks(self, coordinate: Coordinate) -> tuple[Block, ...]:
-        """The boxes held at a coordinate, in the order of the local tensor; no empty ones."""
+        """The non-empty boxes held at a coordinate, in the order of the local tensor."""
         return _blocks(self, coordinate)
 
     def numel(self, coordinate: Coordinate) -> int:
-        """Elements held at a coordinate."""
+        """Number of elements held at a coordinate."""
         return math.prod(self.local_shape(coordinate))
 
     def matrices(self, coordinate: Coordinate) -> tuple[int, ...]:
-        """Which matrices of the batch an (..., m, n) tensor is are held at a coordinate.
+        """The matrices of an (..., m, n) tensor of which a coordinate holds elements.
 
-        Row-major indices over the leading dimensions, in the order of the local tensor; ``(0,)``
-        for a tensor of two dimensions.
+        Returns:
+            Row-major indices over the leading dimensions, in the order of the local tensor;
+            ``(0,)`` for a 2-D tensor.
         """
         runs = _runs(self, coordinate)[:-2]
         indices: tuple[int, ...] = (0,)
@@ -256,7 +262,7 @@ class Layout:
 
 
 def _chunk(runs: tuple[range, ...], pieces: int, index: int) -> tuple[range, ...]:
-    """Piece ``index`` of the concatenated runs, cut as ``torch.chunk`` cuts."""
+    """Piece ``index`` of the concatenated runs, cut into ``pieces`` as ``torch.chunk`` does."""
     total = sum(map(len, runs))
     size = -(-total // pieces)
     if len(runs) == 1:
@@ -265,13 +271,13 @@ def _chunk(runs: tuple[range, ...], pieces: int, index: int) -> tuple[range, ...
     return _slice(runs, min(index * size, total), min((index + 1) * size, total))
 
 
-@lru_cache(maxsize=4096)  # the same for all ranks along a mesh dimension
+@lru_cache(maxsize=4096)  # all ranks along a mesh dimension ask for the same
 def _chunks(runs: tuple[range, ...], pieces: int) -> tuple[tuple[range, ...], ...]:
     return tuple(_chunk(runs, pieces, index) for index in range(pieces))
 
 
 def _slice(runs: tuple[range, ...], start: int, stop: int) -> tuple[range, ...]:
-    """Positions [start, stop) of the concatenated runs, neighbours merged."""
+    """Positions [start, stop) of the concatenated runs; adjacent runs are merged."""
     result: list[range] = []
     offset = 0
     for run in runs:
@@ -286,7 +292,7 @@ def _slice(runs: tuple[range, ...], start: int, stop: int) -> tuple[range, ...]:
 
 @lru_cache(maxsize=65536)
 def _runs(layout: Layout, coordinate: Coordinate) -> tuple[tuple[range, ...], ...]:
-    """For each tensor dimension the runs of indices held at a coordinate."""
+    """The runs of indices held at a coordinate, for each tensor dimension."""
     return tuple(dim_runs(layout, dim, coordinate) for dim in range(len(layout.shape)))
 
 
@@ -307,6 +313,7 @@ def dim_runs(layout: Layout, dim: int, coordinate: Coordinate) -> tuple[range, .
 
 
 def _split_runs(layout: Layout, dim: int, coordinate: Coordinate) -> tuple[range, ...]:
+    """Like :func:`dim_runs`, but indices of the tensor that the placements split (no window)."""
     size = layout.split_shape[dim]
     runs: tuple[range, ...] = (range(size),) if size else ()
     for pieces, index, placement in zip(layout.mesh, coordinate, layout.placements, strict=True):
@@ -335,17 +342,18 @@ def _split_runs(layout: Layout, dim: int, coordinate: Coordinate) -> tuple[range
 def even_pieces(
     layout: Layout, dim: int, mesh_dim: int, coordinate: Coordinate
 ) -> tuple[range, int, int] | None:
-    """What the ranks along a mesh dimension cut as ``torch.chunk`` does, if they cut one run.
+    """How a mesh dimension cuts one run of indices into equal pieces, if it does.
 
     Args:
         layout: the layout.
         dim: the tensor dimension that ``mesh_dim`` splits.
         mesh_dim: the mesh dimension.
-        coordinate: of any of these ranks.
+        coordinate: of any rank along the mesh dimension.
 
     Returns:
-        The run of indices, which may be longer than a window of it; the length of every piece but
-        the last ones; and the index of the mesh dimension that has the first piece.
+        ``(run, size, first)``: the run that is cut, which may be longer than the window; the length
+        of every piece but the last ones; and the index along the mesh dimension that holds the
+        first piece. None if ``mesh_dim`` does not cut a single run as ``torch.chunk`` does.
     """
     placement = layout.placements[mesh_dim]
     if not isinstance(placement, Split) or placement.bounds or placement.stride > 1:
@@ -364,10 +372,11 @@ def even_pieces(
 
 
 def overlaps(ours: Sequence[range], theirs: Sequence[range]) -> list[tuple[int, int, int]]:
-    """What two lists of ascending runs have in common, ascending.
+    """The runs that two ascending lists of runs have in common, ascending.
 
     Returns:
-        Of each common run where it begins among our indices and among theirs, and its length.
+        For each common run: its position in the concatenation of ``ours``, its position in the
+        concatenation of ``theirs``, and its length.
     """
     found = []
     i = j = our_offset = their_offset = 0
@@ -406,7 +415,7 @@ def _blocks(layout: Layout, coordinate: Coordinate) -> tuple[Block, ...]:
 
 
 def intersect(ours: Block, theirs: Block) -> tuple[Block, Block] | None:
-    """The common box of two blocks, as a part of each, or None where they share no element."""
+    """The box that two blocks share, once as a part of each; None if they share no element."""
     start = tuple(map(max, ours.start, theirs.start))
     stop = (
         min(a + s, b + t)

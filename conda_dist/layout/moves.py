@@ -1,4 +1,8 @@
-"""Where a weight is computed, and the moves along single mesh dimensions that lead there. Pure."""
+"""The layout that a weight is computed in, and the moves that lead there. Pure.
+
+Each :class:`Move` changes the placement of one mesh dimension, so it needs communication only
+between the ranks along that dimension.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -10,12 +14,13 @@ from conda_dist.layout.layout import Copies, Layout, Placement, Split, dim_runs,
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One stage on the way between two layouts: what changes along one mesh dimension.
+    """One stage between two layouts: the placement of one mesh dimension changes.
 
     Attributes:
-        mesh_dim: the mesh dimension whose group exchanges elements.
+        mesh_dim: the mesh dimension whose ranks exchange elements.
         source: layout before.
-        target: layout after. The ranks that differ in ``mesh_dim`` alone hold the same together.
+        target: layout after. Ranks that differ only in ``mesh_dim`` together hold the same elements
+            before and after.
     """
 
     mesh_dim: int
@@ -24,22 +29,24 @@ class Move:
 
 
 def kept_dim(shape: tuple[int, ...]) -> int:
-    """The dimension of an (..., m, n) weight that the projection leaves alone.
+    """The dimension of an (..., m, n) weight that the projection does not mix.
 
-    Rows for m >= n (``G Q``, the right side), columns for m < n (``Q^T G``, the left side).
+    Rows for m >= n (``G Q``, projected from the right), columns for m < n (``Q^T G``, from the
+    left). The other one is called the mixed dimension.
     """
     return len(shape) - 2 if shape[-2] >= shape[-1] else len(shape) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The ranks that compute a weight, where those are not all that store it.
+    """A compute group: the ranks that compute a weight, if these are not all that store it.
 
     Attributes:
-        mesh_dim: the mesh dimension along which only some ranks do.
-        among: their indices along it, ``(first, count)``.
-        single: for a rule that needs whole matrices the other mesh dimensions that split them, each
-            with the one index along it that computes. Along all others, all do.
+        mesh_dim: the mesh dimension along which only some ranks compute.
+        among: ``(first, count)``: their indices along it.
+        single: for a rule that needs whole matrices: pairs ``(mesh dimension, index)`` of the other
+            mesh dimensions that split matrices. Along each of them only that index computes. Along
+            all remaining mesh dimensions every rank computes.
     """
 
     mesh_dim: int
@@ -51,22 +58,23 @@ class Group:
 def to_compute(storage: Layout, group: Group | None = None) -> tuple[Move, ...]:
     """Stages from the storage layout of an (..., m, n) weight to its compute layout.
 
-    In the compute layout each rank holds whole rows (m >= n) or whole columns (m < n). Every
-    split of the mixed dimension moves to the kept one, the innermost cut first, and cuts inside
-    the splits that are already there: so each stage stays within the ranks of a single mesh
-    dimension and moves only the elements that must. Empty where nothing splits the mixed
-    dimension; stages over a mesh dimension of one rank only rename the placement.
+    In the compute layout each rank holds whole rows (m >= n) or whole columns (m < n). Each split
+    of the mixed dimension becomes a split of the kept dimension, innermost cut first. It cuts
+    inside the splits that the kept dimension already has. So each stage stays within the ranks
+    along one mesh dimension, and moves only elements that must move. The result is empty if nothing
+    splits the mixed dimension. A stage over a mesh dimension of one rank moves no element.
 
-    A group's ranks share the rows or columns along its mesh dimension, or, of a batch, the
-    matrices; the other ranks hold nothing. Along its ``single`` mesh dimensions the splits, of
-    either dimension, are gathered by one index each.
+    With a group, its ranks share the rows or columns (of a batch: the matrices) along its mesh
+    dimension, and the other ranks hold nothing. Along each of its ``single`` mesh dimensions, one
+    index gathers what the mesh dimension splits, rows or columns.
 
-    On meshes of several dimensions a few shapes that divide unevenly cannot be cut that way
-    (``torch.chunk`` of a part is not a part of ``torch.chunk``); those are gathered and sliced.
+    On meshes of several dimensions a few shapes that divide unevenly cannot be cut this way,
+    because ``torch.chunk`` of a piece is not a piece of ``torch.chunk``. They are gathered first,
+    and then sliced.
     """
     kept = kept_dim(storage.shape)
     mixed = 2 * len(storage.shape) - 3 - kept
-    dealt = 0 if len(storage.shape) > 2 else kept
+    grouped_dim = 0 if len(storage.shape) > 2 else kept  # a group shares a batch by matrices
     layout, moves = storage, []
 
     dims = list(reversed(storage.splitting(mixed)))
@@ -74,7 +82,8 @@ def to_compute(storage: Layout, group: Group | None = None) -> tuple[Move, ...]:
         dims.append(group.mesh_dim)
     single = {} if group is None else dict(group.single)
     if group is not None and single:
-        # Placements apply from left to right: undone from right to left, stages stay in groups.
+        # Placements apply from left to right, so each stage must undo the rightmost one that is
+        # left: then it needs the ranks along its own mesh dimension only.
         dims = sorted((group.mesh_dim, *single), reverse=True)
         if len(storage.shape) == 2:
             single[group.mesh_dim] = group.among[0]
@@ -82,18 +91,20 @@ def to_compute(storage: Layout, group: Group | None = None) -> tuple[Move, ...]:
         if mesh_dim in single:
             target = layout.move(mesh_dim, Copies((single[mesh_dim], 1)))
         elif group is not None and mesh_dim == group.mesh_dim:
-            target = _to_group(layout, group, dealt)
+            target = _to_group(layout, group, grouped_dim)
         else:
             later = [d for d in layout.splitting(kept) if d > mesh_dim]
             stride = math.prod(layout.mesh[d] for d in later)
             target = layout.move(mesh_dim, Split(kept, stride))
         moves.append(Move(mesh_dim, layout, target))
         layout = target
-    return tuple(moves) if all(map(_stays_in_group, moves)) else _through_whole(storage, group)
+    return (
+        tuple(moves) if all(map(_stays_along_mesh_dim, moves)) else _through_whole(storage, group)
+    )
 
 
 def _to_group(layout: Layout, group: Group, dim: int) -> Layout:
-    """A layout with the pieces that a mesh dimension makes of ``dim`` held by a group's ranks."""
+    """The layout in which the ranks of a group, along its mesh dimension, split ``dim``."""
     mesh_dim, (_, count) = group.mesh_dim, group.among
     present = layout.placements[mesh_dim]
     if not isinstance(present, Split) or present.dim != dim:
@@ -102,7 +113,8 @@ def _to_group(layout: Layout, group: Group, dim: int) -> Layout:
         return layout.move(mesh_dim, Split(dim, stride, among=group.among))
     order = layout.splitting(dim)
     target = layout.move(mesh_dim, replace(present, among=group.among))
-    # What was cut inside each of the pieces is cut inside as many, now that fewer ranks hold them.
+    # Fewer ranks hold larger pieces now. A strided split inside them counted the smaller pieces:
+    # raise its stride, so that it still cuts at the same places.
     for inside in order[order.index(mesh_dim) + 1 :]:
         split = layout.placements[inside]
         if inside > mesh_dim and isinstance(split, Split):
@@ -112,7 +124,7 @@ def _to_group(layout: Layout, group: Group, dim: int) -> Layout:
 
 
 def _through_whole(storage: Layout, group: Group | None) -> tuple[Move, ...]:
-    """Stages to the compute layout by gathering both dimensions and slicing the kept one."""
+    """Stages that gather both matrix dimensions on every rank, and then slice the kept one."""
     kept = kept_dim(storage.shape)
     gather = to_whole(storage, (len(storage.shape) - 2, len(storage.shape) - 1))
     layout, slices = gather[-1].target, []
@@ -128,8 +140,8 @@ def _through_whole(storage: Layout, group: Group | None) -> tuple[Move, ...]:
     return gather + tuple(slices)
 
 
-def _stays_in_group(move: Move) -> bool:
-    """Whether every rank finds all it needs on the ranks that differ in ``move.mesh_dim`` only."""
+def _stays_along_mesh_dim(move: Move) -> bool:
+    """Whether every rank finds all its new elements on ranks that differ in ``mesh_dim`` only."""
     source = move.source
     if math.prod(source.mesh) == source.mesh[move.mesh_dim]:
         return True
@@ -137,7 +149,7 @@ def _stays_in_group(move: Move) -> bool:
 
 
 def _dim_stays(move: Move, dim: int) -> bool:
-    """The same for the indices of one dimension: what splits the others does not matter there."""
+    """The same for the indices of one tensor dimension, which is independent of the others."""
     source, target, mesh_dim = move.source, move.target, move.mesh_dim
 
     def cuts(layout: Layout, d: int) -> bool:
@@ -166,15 +178,15 @@ def _dim_stays(move: Move, dim: int) -> bool:
 
 
 def reverse(moves: tuple[Move, ...]) -> tuple[Move, ...]:
-    """The way back."""
+    """The stages of the way back."""
     return tuple(Move(move.mesh_dim, move.target, move.source) for move in reversed(moves))
 
 
 def to_whole(layout: Layout, dims: tuple[int, ...]) -> tuple[Move, ...]:
     """Stages that gather the given tensor dimensions on every rank.
 
-    Placements apply from left to right, so undoing them from right to left keeps every stage
-    within its group, however unevenly the shape divides.
+    Placements apply from left to right. Undoing them from right to left keeps every stage within
+    the ranks along one mesh dimension, however unevenly the shape divides.
     """
     moves = []
     for mesh_dim in reversed(range(len(layout.mesh))):

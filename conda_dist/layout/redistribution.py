@@ -1,8 +1,9 @@
-"""Who sends which elements to whom: pure index arithmetic over layouts, no communication.
+"""Which rank sends which elements to which: pure index arithmetic over layouts.
 
-A :class:`Route` takes one tensor through several moves; :func:`plan_hops` packs the routes of many
-tensors into as few exchanges as possible, one per mesh dimension crossed, and works out for one
-rank which boxes of its local tensors go to each peer and come from it.
+The *route* of a tensor is a sequence of :class:`Leg`, each a move along one mesh dimension.
+:func:`plan_hops` packs the legs of many tensors into as few :class:`Hop` as possible, each an
+exchange along one mesh dimension. It finds, for one rank, which boxes of its local tensors go to
+each peer, and which come from each.
 """
 
 import math
@@ -18,10 +19,10 @@ from conda_dist.layout.layout import Block, Coordinate, Copies, Layout, Split, i
 from conda_dist.layout.moves import Move
 from conda_dist.layout.packing import (
     Copy,
-    Run,
-    block_runs,
+    PeerRange,
+    block_peers,
     block_stay,
-    chunked_runs,
+    chunked_peers,
     chunked_stay,
     lay_out,
 )
@@ -29,19 +30,21 @@ from conda_dist.layout.packing import (
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """A move, perhaps by some ranks of the mesh only.
+    """A move of one tensor, in which perhaps only some ranks of the mesh take part.
 
     Attributes:
         move: what changes along one mesh dimension.
-        sender: the one index along ``move.mesh_dim`` that holds the tensor; None if all do.
-        receiver: the one index along ``move.mesh_dim`` that shall hold it; None if all shall.
-        among: ``{mesh dimension: index}`` of the ranks that take part; the others look on.
+        sender: the index along ``move.mesh_dim`` that alone holds the tensor before; None if the
+            layout says who does.
+        receiver: the index along ``move.mesh_dim`` that alone holds the tensor afterwards; None if
+            the layout says who does.
+        only: ``{mesh dimension: index}``: only ranks with these indices take part; {} if all do.
     """
 
     move: Move
     sender: int | None = None
     receiver: int | None = None
-    among: dict[int, int] = field(default_factory=dict)
+    only: dict[int, int] = field(default_factory=dict)
 
     @property
     def is_local(self) -> bool:
@@ -56,39 +59,42 @@ class Leg:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One tensor's part in one exchange, as one rank sees it.
+    """One tensor's part in one exchange, seen from one rank.
 
     Attributes:
-        item: which of the tensors exchanged together.
-        shape: shape of the rank's local tensor afterwards; None where it holds none.
-        sends: the boxes of the local tensor that each peer gets, this rank as well.
-        receives: the boxes of the new local tensor that each peer fills, this rank as well.
-        stays: what this rank has in both tensors.
-        even: whether each rank sends as much to each, so that nobody has to say how much.
+        item: position of the tensor among those that are exchanged together.
+        shape: shape of this rank's local tensor afterwards; None if it holds none.
+        sends: the boxes of the local tensor for each peer, this rank included.
+        receives: the boxes of the new local tensor from each peer, this rank included.
+        stays: copies of the elements that this rank holds before and afterwards, from the old
+            local tensor to the new one.
+        even: whether every rank sends the same number of elements to every rank, so that the
+            collective needs no list of sizes.
     """
 
     item: int
     shape: tuple[int, ...] | None
-    sends: tuple[Run, ...] = ()
-    receives: tuple[Run, ...] = ()
+    sends: tuple[PeerRange, ...] = ()
+    receives: tuple[PeerRange, ...] = ()
     stays: tuple[Copy, ...] = ()
     even: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How tensors of one dtype travel in one collective.
+    """The buffers of one collective, which carries tensors of one dtype.
 
     Attributes:
         transfers: the tensors.
-        send_sizes: elements for each peer.
-        receive_sizes: elements from each peer.
-        packs: for each tensor the copies into the buffer that is sent.
-        unpacks: for each tensor the copies out of the buffer that is received.
-        straight: whether what stays on this rank is copied from tensor to tensor. Else it is sent
-            and received as the other parts are, which takes fewer copies.
-        even: whether all sizes of all ranks are equal. All ranks know. Torch takes two
-            microseconds for each size that it is given.
+        send_sizes: number of elements for each peer.
+        receive_sizes: number of elements from each peer.
+        packs: for each tensor the copies from it to the send buffer.
+        unpacks: for each tensor the copies from the receive buffer to the new local tensor.
+        straight: whether elements that stay on this rank are copied directly from the old local
+            tensor to the new one. Else this rank sends them to itself in the buffers, which takes
+            fewer copies.
+        even: whether all sizes are equal on all ranks. All ranks know it from the layouts. Then
+            torch gets no sizes, which saves two microseconds for each.
     """
 
     transfers: tuple[Transfer, ...]
@@ -101,21 +107,22 @@ class Packing:
 
 
 SENT_TO_ITSELF = 8
-"""Part of the elements that a rank may send to itself: an eighth, an even share of eight ranks.
-That makes two copies of five. Where more of a tensor stays, as on few ranks or in flat partitions,
-it is not packed, which would take memory for it twice."""
+"""A rank sends elements to itself if they are at most 1/8 of all that it sends, as in an even
+exchange of eight ranks or more: that takes two strided copies instead of five. If more elements
+stay, as on few ranks or in flat partitions, they are not packed: packing would hold them twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One packed exchange along one mesh dimension; local if nothing leaves any rank.
+    """One packed exchange along one mesh dimension, or copies within every rank.
 
     Attributes:
         mesh_dim: the mesh dimension.
-        is_local: whether every rank finds what it needs in its own local tensors.
+        is_local: whether every rank finds its new elements in its own local tensors, so that
+            nothing is sent.
         transfers: the tensors.
-        size: ranks along the mesh dimension.
-        index: this rank's own index among them.
+        size: number of ranks along the mesh dimension.
+        index: this rank's index along it.
     """
 
     mesh_dim: int
@@ -128,19 +135,24 @@ class Hop:
     )
 
     def sent(self, index: int, item: int) -> int:
-        """Elements of a tensor this rank sends to others; ``index`` is its own in ``mesh_dim``."""
+        """Number of elements of a tensor that this rank sends to others.
+
+        Args:
+            index: this rank's index along ``mesh_dim``.
+            item: position of the tensor among those that are exchanged.
+        """
         return sum(
-            run.numel * (run.count - (run.peer <= index < run.peer + run.count))
+            peers.numel * (peers.count - (peers.first <= index < peers.first + peers.count))
             for transfer in self.transfers
             if transfer.item == item
-            for run in transfer.sends
+            for peers in transfer.sends
         )
 
     def packings(self, dtypes: tuple[Hashable, ...]) -> list[Packing]:
-        """One collective for each dtype, nearly always one; planned once.
+        """The collectives of this hop: one for each dtype, so nearly always one. Cached.
 
         Args:
-            dtypes: of the transfers.
+            dtypes: the dtype of each transfer.
         """
         if dtypes not in self._packings:
             self._packings[dtypes] = [
@@ -164,13 +176,14 @@ class Hop:
 
 
 def plan_hops(routes: Sequence[tuple[Leg, ...]], coordinate: Coordinate) -> tuple[Hop, ...]:
-    """Packs the legs of all routes into hops, seen from one coordinate.
+    """Packs the legs of all routes into hops, seen from one rank.
 
-    Every coordinate of the mesh gets the same sequence of mesh dimensions, whatever it holds.
+    All ranks of the mesh get hops along the same mesh dimensions in the same order, whatever
+    elements they hold.
 
     Args:
-        routes: for each tensor its legs, in order; empty for a tensor that stays.
-        coordinate: the rank for which boxes are computed.
+        routes: the legs of each tensor, in order; () for a tensor that stays.
+        coordinate: the rank whose boxes are computed.
     """
     progress = [0] * len(routes)
     hops = []
@@ -183,7 +196,7 @@ def plan_hops(routes: Sequence[tuple[Leg, ...]], coordinate: Coordinate) -> tupl
         ]
 
     while heads := waiting():
-        # Local slicing first: it may line further routes up for the same exchange.
+        # Local legs first: then more routes may wait for the same mesh dimension, and share a hop.
         local = [(item, leg) for item, leg in heads if leg.is_local]
         mesh_dim = (local or heads)[0][1].move.mesh_dim
         chosen = [(item, leg) for item, leg in (local or heads) if leg.move.mesh_dim == mesh_dim]
@@ -197,7 +210,7 @@ def plan_hops(routes: Sequence[tuple[Leg, ...]], coordinate: Coordinate) -> tupl
 
 def _transfer(item: int, leg: Leg, coordinate: Coordinate) -> Transfer:
     mesh_dim = leg.move.mesh_dim
-    if any(coordinate[dim] != index for dim, index in leg.among.items()):
+    if any(coordinate[dim] != index for dim, index in leg.only.items()):
         return Transfer(item, None)
     boxes = _boxes(leg.move, leg.sender, leg.receiver, coordinate)
     holds = leg.receiver is None or leg.receiver == coordinate[mesh_dim]
@@ -207,7 +220,10 @@ def _transfer(item: int, leg: Leg, coordinate: Coordinate) -> Transfer:
 
 @lru_cache(maxsize=4096)
 def _cut_evenly(move: Move) -> bool:
-    """Whether all ranks send as much to each, judged by the layouts, so that all ranks know."""
+    """Whether every rank sends the same number of elements to every rank.
+
+    Decided from the layouts alone, so that all ranks decide the same.
+    """
     source, target = move.source, move.target
     if type(source) is not Layout or type(target) is not Layout or source.window:
         return False
@@ -225,7 +241,7 @@ def _cut_evenly(move: Move) -> bool:
 
 
 def _is_gathered_evenly(layout: Layout) -> bool:
-    """Whether all ranks have as much, each mesh dimension splitting a tensor dimension alone."""
+    """Whether all ranks hold the same number of elements; False if two splits share a dimension."""
     split = [
         (p.dim, size)
         for p, size in zip(layout.placements, layout.mesh, strict=True)
@@ -237,19 +253,19 @@ def _is_gathered_evenly(layout: Layout) -> bool:
 
 
 def _is_even(leg: Leg) -> bool:
-    return leg.sender is None and leg.receiver is None and not leg.among and _cut_evenly(leg.move)
+    return leg.sender is None and leg.receiver is None and not leg.only and _cut_evenly(leg.move)
 
 
-Boxes: TypeAlias = tuple[tuple[Run, ...], tuple[Run, ...], tuple[Copy, ...]]
+Boxes: TypeAlias = tuple[tuple[PeerRange, ...], tuple[PeerRange, ...], tuple[Copy, ...]]
 
 
 @lru_cache(maxsize=65536)  # the layers of a model are alike
 def _boxes(move: Move, sender: int | None, receiver: int | None, coordinate: Coordinate) -> Boxes:
-    """What one rank sends to each peer, what it receives from each, and what it keeps."""
+    """What one rank sends to each peer, what it receives from each, and what stays on it."""
     source, target, mesh_dim = move.source, move.target, move.mesh_dim
     here, everyone = coordinate[mesh_dim], range(source.mesh[mesh_dim])
     own, nobody = range(here, here + 1), range(0)
-    copied = sender is None and source.placements[mesh_dim] is None  # each has its own copy
+    copied = sender is None and source.placements[mesh_dim] is None  # every rank has a copy
     takers = everyone if receiver is None else range(receiver, receiver + 1)
     givers = everyone if sender is None else range(sender, sender + 1)
     if here not in takers:
@@ -262,11 +278,11 @@ def _boxes(move: Move, sender: int | None, receiver: int | None, coordinate: Coo
         takers = own if here in takers else nobody
     chunked = type(source) is Layout and type(target) is Layout
     if chunked:
-        sends = chunked_runs(source, target, mesh_dim, coordinate, takers)
-        receives = chunked_runs(target, source, mesh_dim, coordinate, givers)
+        sends = chunked_peers(source, target, mesh_dim, coordinate, takers)
+        receives = chunked_peers(target, source, mesh_dim, coordinate, givers)
     else:
-        sends = block_runs(_boxes_shared(source, target, mesh_dim, coordinate, takers))
-        receives = block_runs(_boxes_shared(target, source, mesh_dim, coordinate, givers))
+        sends = block_peers(_boxes_shared(source, target, mesh_dim, coordinate, takers))
+        receives = block_peers(_boxes_shared(target, source, mesh_dim, coordinate, givers))
     if here not in takers or here not in givers:
         return sends, receives, ()
     if chunked:
@@ -280,7 +296,7 @@ def _boxes(move: Move, sender: int | None, receiver: int | None, coordinate: Coo
 def _boxes_shared(
     mine: Layout, theirs: Layout, mesh_dim: int, coordinate: Coordinate, peers: range
 ) -> Iterator[tuple[int, list[Block]]]:
-    """The boxes of a rank's local tensor that each peer's has, too, in an order both agree on."""
+    """The boxes that a rank's local tensor shares with each peer's, in an order both agree on."""
     ours = mine.blocks(coordinate)
     for peer in _nearby(theirs, ours, peers) if ours else ():
         there = theirs.blocks((*coordinate[:mesh_dim], peer, *coordinate[mesh_dim + 1 :]))
@@ -289,7 +305,7 @@ def _boxes_shared(
 
 
 def _nearby(layout: Layout, boxes: Sequence[Block], peers: range) -> Iterable[int]:
-    """Those of the peers that may have some of the boxes: few of thousands of a flat weight."""
+    """The peers that may hold elements of the boxes: of a flat weight a few of thousands."""
     if isinstance(layout, Held):
         return (peer for peer in peers if layout.holders[peer])
     split = layout.placements[0]
@@ -315,36 +331,36 @@ def _pairs(ours: Sequence[Block], theirs: Sequence[Block]) -> list[tuple[Block, 
 
 
 def redistribution(moves: tuple[Move, ...]) -> tuple[Leg, ...]:
-    """The route of a tensor of which every rank has its part before and after."""
+    """The route of a tensor between layouts of all ranks: a leg for each move."""
     return tuple(map(Leg, moves))
 
 
 def gather_to(
     layout: Layout, dims: tuple[int, ...], owner: Coordinate, fixed: tuple[int, ...]
 ) -> tuple[Leg, ...]:
-    """The route of a tensor to one owner.
+    """The route that gathers a tensor on one rank, its owner.
 
     Args:
-        layout: where its parts are.
+        layout: the layout of the tensor.
         dims: tensor dimensions to gather.
-        owner: coordinate that shall hold the whole.
-        fixed: mesh dimensions along which other indices hold another tensor (the experts of a
-            3-D weight), or a replica that is not needed.
+        owner: coordinate of the owner.
+        fixed: mesh dimensions to leave out: along them other ranks hold another tensor (other
+            experts of a 3-D weight) or a replica.
     """
-    among = {mesh_dim: owner[mesh_dim] for mesh_dim in fixed}
+    only = {mesh_dim: owner[mesh_dim] for mesh_dim in fixed}
     legs = []
     for mesh_dim in reversed(range(len(layout.mesh))):
         placement = layout.placements[mesh_dim]
         if isinstance(placement, Split) and placement.dim in dims:
             move = Move(mesh_dim, layout, layout.move(mesh_dim, None))
-            legs.append(Leg(move, receiver=owner[mesh_dim], among=dict(among)))
-            layout, among = move.target, among | {mesh_dim: owner[mesh_dim]}
+            legs.append(Leg(move, receiver=owner[mesh_dim], only=dict(only)))
+            layout, only = move.target, only | {mesh_dim: owner[mesh_dim]}
     return tuple(legs)
 
 
 SPREAD_BEYOND = 4
-"""Ranks to which an owner sends what all shall have itself. For more it would have to pack as many
-copies: it deals the rows out instead, and all ranks send theirs to all."""
+"""An owner sends whole copies itself to at most so many ranks. To more ranks it sends a part of the
+rows each, and then all ranks send their rows to all: so the owner packs the tensor only once."""
 
 
 def send_from(
@@ -354,30 +370,36 @@ def send_from(
     fixed: tuple[int, ...],
     target: Layout | None = None,
 ) -> tuple[Leg, ...]:
-    """The route of a tensor from its owner to every rank along the mesh dimensions not fixed.
+    """The route that copies a tensor from one rank, its owner, to others.
 
-    Or, along those of which ``target`` has :class:`Copies`, to the indices that hold one; or, on a
-    mesh of one dimension, to those that have it in ``target``.
+    Args:
+        shape: shape of the tensor.
+        mesh: sizes of the mesh dimensions.
+        owner: coordinate of the owner.
+        fixed: mesh dimensions to leave out: only ranks with the owner's index along them take part.
+        target: None to copy to every rank along the other mesh dimensions. Else the layout of the
+            copies: with :class:`Copies` along some mesh dimensions, only those indices get one; a
+            :class:`Held` layout (1-D mesh) names the ranks that get one.
     """
     layout = Layout(shape, mesh, (None,) * len(mesh))
-    only = [None] * len(mesh) if target is None else list(target.placements)
-    if target is not None and not any(isinstance(placement, Copies) for placement in only):
+    placements = [None] * len(mesh) if target is None else list(target.placements)
+    if target is not None and not any(isinstance(placement, Copies) for placement in placements):
         return (Leg(Move(0, layout, target), sender=owner[0]),)
-    ways = [d for d in range(len(mesh)) if d not in fixed]
-    # Who has a copy along a mesh dimension, if not all have.
-    among = {d: p.among for d, p in enumerate(only) if isinstance(p, Copies)}
-    ways = [d for d in ways if among.get(d, (0, 2))[1] > 1]
+    # (first, count) of the indices that get a copy along a mesh dimension, if not all do.
+    among = {d: p.among for d, p in enumerate(placements) if isinstance(p, Copies)}
+    crossed = [d for d in range(len(mesh)) if d not in fixed and among.get(d, (0, 2))[1] > 1]
     legs = []
-    for i, mesh_dim in enumerate(ways):
-        beside = {d: owner[d] for d in range(len(mesh)) if d not in ways[: i + 1]}
+    for i, mesh_dim in enumerate(crossed):
+        # Ranks that differ from the owner along a dimension not crossed yet do not take part.
+        only = {d: owner[d] for d in range(len(mesh)) if d not in crossed[: i + 1]}
         sender, inside = owner[mesh_dim], among.get(mesh_dim)
         copies = None if inside is None else Copies(inside)
         if (mesh[mesh_dim] if inside is None else inside[1]) > SPREAD_BEYOND:
             rows = layout.move(mesh_dim, Split(0, among=inside))
-            legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, among=beside))
-            legs.append(Leg(Move(mesh_dim, rows, rows.move(mesh_dim, copies)), among=beside))
+            legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, only=only))
+            legs.append(Leg(Move(mesh_dim, rows, rows.move(mesh_dim, copies)), only=only))
         else:
             move = Move(mesh_dim, layout, layout.move(mesh_dim, copies))
-            legs.append(Leg(move, sender=sender, among=beside))
+            legs.append(Leg(move, sender=sender, only=only))
         layout = legs[-1].move.target
     return tuple(legs)

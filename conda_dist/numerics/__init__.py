@@ -1,1 +1,1 @@
-"""Arithmetic on tensors, without torch.distributed."""
+"""Arithmetic: functions of plain tensors, without torch.distributed."""

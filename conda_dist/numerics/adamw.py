@@ -1,7 +1,8 @@
-"""The adamw path: AdamW for parameters that are not projected, in torch's fused kernels.
+"""The adamw path: AdamW for parameters that are not projected, with torch's fused kernels.
 
-All operations are elementwise, so they work on shards of any form. As in the authors' code, eps is
-added to the uncorrected root of the second moment, and decay comes after the update.
+All operations are elementwise, so they work on any shard. As in the authors' code, eps is added to
+the square root of the second moment before the bias correction, and weight decay comes after the
+update.
 """
 
 import itertools
@@ -20,7 +21,7 @@ from conda_dist.numerics.low_precision import decode, rounding_of, store_
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """This rank's part of one parameter, its gradient and its moments, all of one shape."""
+    """This rank's shard of a parameter, of its gradient and of its moments; all of one shape."""
 
     name: str
     param: Tensor
@@ -30,21 +31,21 @@ class Entry:
 
 
 CHUNK_NUMEL = 2**24
-"""Without the fused kernel so many elements are updated at a time, which bounds a step's memory
-for models of any size."""
+"""Elements that are updated at a time without the fused kernel. It bounds the temporary memory."""
 
 
 def adamw_(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool = False) -> None:
-    """Takes a step in place.
+    """Takes an AdamW step of some parameters, in place.
 
     Args:
-        entries: parameters that have taken equally many steps.
-        step: how many, counting this one, from 1.
-        hyper: their hyperparameters; ``scale`` is their group's ``adamw_scale``.
-        stochastic: whether bfloat16 moments are rounded up or down in proportion.
+        entries: the parameters; all have taken the same number of steps.
+        step: that number, this step included, so from 1.
+        hyper: hyperparameters; ``scale`` is the group's ``adamw_scale``.
+        stochastic: whether bfloat16 moments are rounded up with a frequency proportional to the
+            rounded part, instead of to nearest.
 
     Raises:
-        ValueError: an entry's tensors differ in shape or device; nothing was changed then.
+        ValueError: the tensors of an entry differ in shape or device. Nothing is changed then.
     """
     alike: dict[Any, tuple[list[Entry], list[Entry]]] = defaultdict(lambda: ([], []))
     for entry in entries:
@@ -107,7 +108,7 @@ def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool
     if not entries:
         return
     params = [entry.param for entry in entries]
-    # Moments of fewer bits are rounded once, at the end, not at every operation.
+    # Compute in at least float32, and round moments of fewer bits once, at the end.
     work = torch.promote_types(entries[0].exp_avg.dtype, torch.float32)
     grads = [entry.grad.to(work) for entry in entries]
     exp_avgs = [entry.exp_avg.to(work) for entry in entries]

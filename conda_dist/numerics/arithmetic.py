@@ -1,11 +1,13 @@
-"""The mathematics of a Conda step as functions of tensors: no parallelism, no optimizer state.
+"""The arithmetic of a Conda step, as functions of tensors.
 
-Everything works on a slice of a weight along its kept dimension (rows for m >= n, "right";
-columns for m < n, "left") exactly as on the whole of it, because the projection commutes with
-such slicing; leading dimensions are batches of matrices. Notation: G gradient, M first moment,
-Q basis (r, r) with r = min(m, n), and proj(X) = X Q (right) or Q^T X (left). The first moment is
-stored projected, where it obeys its own recursion: proj(M) <- b1 proj(M) + (1 - b1) proj(G).
-Arithmetic is done in float32, or float64 if the basis is, whatever the moments' and bases' dtype.
+Notation, for one weight W (m, n): G is the gradient, M the first moment, Q the basis (r, r) with
+r = min(m, n). The projection is proj(X) = X Q for m >= n ("right") and Q^T X for m < n ("left").
+
+Every function works on a slice of the weight in the same way as on the whole weight: on rows
+(m', n) for m >= n, on columns (m, n') for m < n. The projection commutes with such slicing. Leading
+dimensions are batches of matrices. The first moment is stored projected, because it then follows a
+recursion of its own: proj(M) <- b1 proj(M) + (1 - b1) proj(G). Elementwise operations are computed
+in float32, or in float64 if the basis is float64, whatever the dtypes of moments and bases are.
 """
 
 import math
@@ -21,7 +23,7 @@ from conda_dist.numerics.low_precision import decode, store_
 
 @dataclass(frozen=True, slots=True)
 class Hyper:
-    """Hyperparameters of one step; see :class:`conda_dist.Conda` for their meaning."""
+    """Hyperparameters of one step; see :class:`conda_dist.Conda` for what they mean."""
 
     lr: float | Tensor
     beta1: float
@@ -32,7 +34,11 @@ class Hyper:
     correct_bias: bool
 
     def step_size(self, step: int) -> float | Tensor:
-        """Factor on the normalised step; ``step`` counts this one, from 1."""
+        """Factor on the normalised update.
+
+        Args:
+            step: number of steps taken, this one included, so from 1.
+        """
         factor = self.scale
         if self.correct_bias:
             factor *= math.sqrt(1 - self.beta2**step) / (1 - self.beta1**step)
@@ -40,12 +46,12 @@ class Hyper:
 
     @property
     def keep(self) -> float | Tensor:
-        """What decoupled weight decay leaves of a weight."""
+        """The factor with which decoupled weight decay multiplies a weight."""
         return 1 - self.lr * self.weight_decay
 
 
 def matrices(tensor: Tensor) -> Tensor:
-    """A tensor's last two dimensions, the others as one batch: (..., m, n) as (b, m, n)."""
+    """A view of a tensor (..., m, n) as a batch of matrices (b, m, n)."""
     return tensor.unsqueeze(0) if tensor.ndim == 2 else tensor.flatten(0, -3)
 
 
@@ -56,9 +62,17 @@ def project(
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``x Q`` or ``Q^T x``, multiplied in ``dtype`` (None: the basis's).
+    """Projects a tensor: ``x Q`` or ``Q^T x``.
 
-    In at least float32, or written to ``out``, of x's shape.
+    Args:
+        x: the tensor, (..., m', n) if ``right``, else (..., m, n').
+        basis: Q, (..., r, r).
+        right: whether Q is multiplied from the right (m >= n).
+        dtype: dtype of the operands of the product; None for the basis's.
+        out: takes the result, of x's shape, if given.
+
+    Returns:
+        The projected tensor, of x's shape, in at least float32 (or in the dtype of ``out``).
     """
     Q = basis.to(dtype or basis.dtype)
     x = x.to(Q.dtype)
@@ -69,7 +83,7 @@ def project(
 
 
 def project_back(y: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:
-    """``y Q^T`` or ``Q y``: the inverse of :func:`project`."""
+    """``y Q^T`` or ``Q y``: the inverse of :func:`project`, with the same arguments."""
     return project(y, basis.mT, right, dtype)
 
 
@@ -78,9 +92,10 @@ FUSED_DTYPES = frozenset({torch.float32, torch.float64})
 
 
 def can_fuse(first: Tensor, *others: Tensor) -> bool:
-    """Whether torch's fused kernel takes these tensors: of one shape and dtype, in one order.
+    """Whether torch's fused AdamW kernel can take these tensors.
 
-    The kernel compares none of that, and would read and write beyond the end of the shorter ones.
+    They must be contiguous, and of one shape, dtype and device. The kernel does not check this, and
+    would read and write beyond the end of shorter tensors.
     """
     dtype, shape, device = first.dtype, first.shape, first.device
     if dtype not in FUSED_DTYPES or device.type not in FUSED_DEVICES or not first.numel():
@@ -94,11 +109,13 @@ def can_fuse(first: Tensor, *others: Tensor) -> bool:
 
 
 def check_alike(name: str, parts: Mapping[str, Tensor]) -> None:
-    """Refuses tensors that a kernel would broadcast, or read or write beyond the end of.
+    """Checks that tensors of a parameter have one shape and one device.
+
+    Otherwise kernels would broadcast them, or read and write beyond their ends.
 
     Args:
-        name: of the parameter.
-        parts: what belongs to it and must be of one shape on one device, by what it is.
+        name: fully qualified name of the parameter.
+        parts: the tensors, by what to call them in an error.
 
     Raises:
         ValueError: two of them differ.
@@ -108,8 +125,8 @@ def check_alike(name: str, parts: Mapping[str, Tensor]) -> None:
         if tensor.shape != first.shape or tensor.device != first.device:
             raise ValueError(
                 f"{name}: its {key} has shape {tuple(tensor.shape)} on {tensor.device}, but its "
-                f"{what} {tuple(first.shape)} on {first.device}; drop the state "
-                "(del optimizer.state[param]) of a parameter that is resized or moved."
+                f"{what} has shape {tuple(first.shape)} on {first.device}; after resizing or "
+                "moving a parameter, drop its state (del optimizer.state[param])."
             )
 
 
@@ -120,20 +137,23 @@ def average_and_normalise_(
     hyper: Hyper,
     out: Tensor | None = None,
 ) -> Tensor:
-    """:func:`average_` and :func:`normalise_` in one pass, for tensors that :func:`can_fuse`.
+    """:func:`average_` and :func:`normalise_` in one kernel, for tensors that :func:`can_fuse`.
+
+    If the square of an element overflows, its update is 0 on a CPU, as in :func:`normalise_`.
+    torch's CUDA kernel gives NaN, because it computes fma(-b2, g^2, g^2).
 
     Args:
-        projected_grad: proj(G), (..., m, n) as all of them.
+        projected_grad: proj(G), a slice of (..., m, n), as all other tensors.
         exp_avg: projected first moment, updated in place.
         exp_avg_sq: second moment, updated in place.
         hyper: hyperparameters of the step.
-        out: takes the result; contiguous, and of no memory that the others have.
+        out: takes the result, if given; contiguous, with memory of its own.
 
-    Where the square of an element overflows, a CPU makes an update of 0 of it as :func:`normalise_`
-    does; torch's kernel for CUDA, which adds as fma(-b2, g^2, g^2), makes NaN.
+    Returns:
+        proj(M) / (sqrt(v) + eps).
     """
     result = torch.zeros_like(projected_grad) if out is None else out.zero_()
-    # AdamW's step of rate -1 from zero, after so many that no correction of bias is left.
+    # This is AdamW's step from 0 with lr -1, after infinitely many steps (no bias correction).
     fused_adamw_([result], [projected_grad], [exp_avg], [exp_avg_sq], math.inf, -1.0, hyper)
     return result
 
@@ -147,18 +167,21 @@ def fused_adamw_(
     lr: float | Tensor,
     hyper: Hyper,
 ) -> None:
-    """A step without decay in one kernel, which holds nothing beside.
+    """An AdamW step without weight decay, in one kernel that needs no temporary memory.
+
+    ``hyper.eps`` is added to the square root of the second moment before the bias correction.
+    torch's kernel adds its eps after the correction, so it gets eps divided by the correction.
 
     Args:
-        params: parameters of any shapes, updated in place; on one device, each with its gradient
-            and moments of one dtype, float32 or float64, and contiguous (:func:`can_fuse`).
-        grads: their gradients.
-        exp_avgs: their first moments, updated in place.
-        exp_avg_sqs: their second moments, updated in place.
-        step: how many they have taken with this one; infinitely many: no bias is corrected.
+        params: parameters of any shapes, on one device, updated in place. Each has the same dtype
+            (float32 or float64) as its gradient and moments, and all are contiguous
+            (:func:`can_fuse`).
+        grads: the gradients.
+        exp_avgs: the first moments, updated in place.
+        exp_avg_sqs: the second moments, updated in place.
+        step: number of steps taken, this one included; infinity for no bias correction.
         lr: the learning rate.
-        hyper: the betas, and eps, which is added to the uncorrected root of the second moment:
-            torch's adds it to the corrected one, so that eps over the correction is that.
+        hyper: betas and eps.
     """
     taken = torch.full((), step, dtype=torch.float32, device=params[0].device)
     torch._fused_adamw_(
@@ -184,17 +207,17 @@ def average_(
     beta1: float,
     rounding: float | None = None,
 ) -> None:
-    """Updates the projected first moment in place.
+    """Updates the projected first moment in place: proj(M) <- b1 proj(M) + (1 - b1) proj(G).
 
     Args:
-        exp_avg: the moment.
-        projected_grad: proj(G).
-        beta1: its decay rate.
-        rounding: as of :func:`store_`.
+        exp_avg: the projected first moment.
+        projected_grad: proj(G), of the same shape.
+        beta1: b1.
+        rounding: see :func:`conda_dist.numerics.low_precision.store_`.
     """
     if exp_avg.dtype == projected_grad.dtype:
         exp_avg.lerp_(projected_grad, 1 - beta1)
-    else:  # moments of fewer bits are rounded once, not at every operation
+    else:  # compute in the gradient's dtype, and round a moment of fewer bits once
         average = exp_avg.to(projected_grad.dtype).lerp_(projected_grad, 1 - beta1)
         store_(exp_avg, average, rounding)
 
@@ -206,14 +229,14 @@ def normalise_(
     hyper: Hyper,
     rounding: float | None = None,
 ) -> Tensor:
-    """Updates the second moment and returns proj(M) / (sqrt(v) + eps).
+    """Updates the second moment v in place, and returns proj(M) / (sqrt(v) + eps).
 
     Args:
         projected_grad: proj(G); overwritten with the result.
         exp_avg: projected first moment, already updated.
-        exp_avg_sq: second moment, updated in place.
+        exp_avg_sq: second moment: v <- b2 v + (1 - b2) proj(G)^2.
         hyper: hyperparameters of the step.
-        rounding: as of :func:`store_`.
+        rounding: see :func:`conda_dist.numerics.low_precision.store_`.
     """
     second = decode(exp_avg_sq, projected_grad.dtype)
     second.mul_(hyper.beta2)
@@ -225,7 +248,14 @@ def normalise_(
 
 
 def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:
-    """``W <- W - step_size * update``, then the decay, in place."""
+    """``W <- (W - step_size * update) * keep``: the update, then weight decay, in place.
+
+    Args:
+        param: the weight or any elements of it.
+        update: the update of the same elements.
+        step: number of steps taken, this one included.
+        hyper: hyperparameters of the step.
+    """
     step_size = hyper.step_size(step)
     if isinstance(step_size, Tensor):
         param.sub_(update * step_size.to(update.device))
@@ -239,22 +269,35 @@ def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:
 def project_back_and_apply_(
     param: Tensor, y: Tensor, basis: Tensor, right: bool, step: int, hyper: Hyper
 ) -> None:
-    """:func:`project_back` and :func:`apply_` as one product accumulated into the weight.
+    """:func:`project_back` and :func:`apply_` as one product that is added to the weight.
 
-    For weights and y of the basis's dtype and a learning rate that is a number; saves a tensor
-    the size of the weight and two passes over it.
+    It saves a tensor of the weight's size and two passes over it.
+
+    Args:
+        param: a slice of the weight, updated in place; of the same dtype as y and the basis.
+        y: the update in projected coordinates, of the slice's shape.
+        basis: Q, (..., r, r).
+        right: whether Q is multiplied from the right (m >= n).
+        step: number of steps taken, this one included.
+        hyper: hyperparameters of the step; the learning rate must be a number.
     """
     keep = float(hyper.keep)
     factor = -float(hyper.step_size(step)) * keep
-    a, b = (y, basis.mT) if right else (basis, y)
+    a, b = (y, basis.mT) if right else (basis, y)  # (m', n) @ (n, n), or (m, m) @ (m, n')
     if param.ndim == 2:
         param.addmm_(a, b, beta=keep, alpha=factor)
     elif param.ndim == 3:
         param.baddbmm_(a, b, beta=keep, alpha=factor)
-    else:  # its leading dimensions may be none that can be flattened without a copy
+    else:  # leading dimensions cannot always be flattened without a copy
         apply_(param, project_back(y, basis, right), step, hyper)
 
 
 def rotate_(x: Tensor, rotation: Tensor, right: bool) -> None:
-    """Takes projected ``x`` from the basis Q to Q P in place: ``x P`` or ``P^T x``."""
+    """Rotates projected ``x`` from the basis Q to the basis Q P, in place: ``x P`` or ``P^T x``.
+
+    Args:
+        x: the projected tensor, (m', n) if ``right``, else (m, n').
+        rotation: P, (r, r).
+        right: whether the basis is multiplied from the right (m >= n).
+    """
     x.copy_(project(x, rotation, right))

@@ -1,1 +1,1 @@
-"""Who computes, sends and decomposes what, and when: pure functions of layouts and numbers."""
+"""Which ranks compute, send and decompose what, and when: pure functions of layouts and numbers."""

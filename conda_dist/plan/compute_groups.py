@@ -1,12 +1,12 @@
-"""Which ranks compute a weight, and which of them decomposes its momentum.
+"""Which ranks compute a weight, and which of them decomposes its momentum (its owner).
 
-Pure functions of layouts, costs and the budget: the same on every rank.
+Pure functions of layouts, costs and the budget: every rank computes the same.
 """
 
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,17 +15,17 @@ from conda_dist.layout.layout import Coordinate, Layout, Split, Topology, nested
 from conda_dist.layout.moves import Group
 from conda_dist.plan.weight_plan import WeightPlan, copied_basis_bytes, inside, plan_weight
 
-MOST_GROUPED = 16
-"""Ranks of a group along its mesh dimension, at most: each has a copy of the basis."""
+LARGEST_GROUP = 16
+"""The largest number of ranks in a compute group: each of them has a copy of the basis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How a weight is to be planned.
+    """Which ranks compute a weight, and how they hold its basis.
 
     Attributes:
-        group: the ranks that compute it; None for all that hold any of its rows or columns.
-        shard_basis: of a weight in flat partitions, whether its basis is split over the ranks.
+        group: the compute group; None if all ranks compute that hold any rows (or columns).
+        shard_basis: for a weight in flat partitions: whether the ranks split the basis.
     """
 
     group: Group | None = None
@@ -34,15 +34,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A weight for which a choice is to be made.
+    """A weight for which :func:`choose` makes a choice.
 
     Attributes:
-        name: its fully qualified name.
-        topology: the ranks that share it.
-        storage: where its elements are.
-        basis_itemsize: bytes of an element of its basis.
-        whole: whether its rule needs the whole matrix on one rank.
-        known: the choice that its state was made with; None without state.
+        name: the weight's fully qualified name.
+        topology: the ranks that share the weight.
+        storage: layout of the weight.
+        basis_itemsize: bytes of an element of the basis; 0 if the rule has none.
+        whole: whether the rule needs whole matrices on one rank.
+        known: the choice with which the weight's state was made; None without state.
     """
 
     name: str
@@ -56,15 +56,14 @@ class Request:
 def choose(requests: Sequence[Request], budget: int | None) -> list[Choice]:
     """Chooses the ranks that compute each weight.
 
-    All ranks that hold a weight compute their rows (or columns) of it while the copies of the
-    bases that this takes fit the budget: on each mesh first those of weights that then step
-    without communication. The others are dealt to groups, or, in flat partitions, split their
-    bases. A weight that has state keeps its choice.
+    Without a group, every rank that holds rows (or columns) of a weight computes them, and needs a
+    copy of the basis. Weights get no group as long as these copies fit the budget; on each mesh,
+    weights that then step without communication come first. The other weights are assigned to
+    groups, or, in flat partitions, split their bases. A weight that has state keeps its choice.
 
     Args:
         requests: the weights.
-        budget: bytes that a rank may spend on bases of weights that have no group; None for no
-            limit.
+        budget: bytes that a rank may spend on bases of weights without a group; None for no limit.
     """
     over = _over_budget(requests, budget)
     choices = [
@@ -81,14 +80,14 @@ def choose(requests: Sequence[Request], budget: int | None) -> list[Choice]:
         if has_group or (beyond and request.known is None):
             grouped[request.topology, mesh_dims].append(index)
     for (_, mesh_dims), members in grouped.items():
-        deal = _deal_groups if len(mesh_dims) == 1 else _deal_single
-        for index, group in deal(requests, choices, members, mesh_dims).items():
+        assign = _assign_groups if len(mesh_dims) == 1 else _assign_single_ranks
+        for index, group in assign(requests, choices, members, mesh_dims).items():
             choices[index] = Choice(group)
     return choices
 
 
 def _over_budget(requests: Sequence[Request], budget: int | None) -> list[bool]:
-    """Which weights do not fit the budget, or need the whole matrix on one rank."""
+    """For each weight whether it exceeds the budget, or its rule needs whole matrices."""
     plans = [plan_weight("", request.topology, request.storage) for request in requests]
     over = [False] * len(requests)
     spent: dict[Topology, dict[int, int]] = {}
@@ -110,12 +109,11 @@ def _over_budget(requests: Sequence[Request], budget: int | None) -> list[bool]:
 
 
 def _grouping_dims(storage: Layout) -> tuple[int, ...]:
-    """The mesh dimensions that split matrices, the largest first.
+    """The mesh dimensions that split matrices, largest first; () for flat weights.
 
-    Along the first a group's ranks are chosen. Along the others all ranks take part, so that what
-    moves crosses this one alone, or those that a step without groups crosses, too; but for rules
-    that need whole matrices, of which one rank along each computes. Empty where ranks hold whole
-    matrices, and for flat weights.
+    The ranks of a group are chosen along the first of them. Along the others all ranks compute, so
+    that a step with a group crosses no mesh dimension that it would not cross without one, except
+    the first. For rules that need whole matrices, one rank along each of the others computes.
     """
     if isinstance(storage, Flat):
         return ()
@@ -131,34 +129,44 @@ def _grouping_dims(storage: Layout) -> tuple[int, ...]:
 
 
 def group_size(matrices: int, ranks: int) -> int:
-    """Ranks of each group: the smallest power of two that gives every rank something to do.
+    """Number of ranks in each group: the smallest power of two that gives every rank work.
 
     Args:
-        matrices: how many are dealt over a mesh dimension.
-        ranks: its size.
+        matrices: number of matrices to assign along a mesh dimension.
+        ranks: number of ranks along it.
     """
     size = 1
-    while size < MOST_GROUPED and 2 * size <= ranks and matrices * size < ranks:
+    while size < LARGEST_GROUP and 2 * size <= ranks and matrices * size < ranks:
         size *= 2
     return size
 
 
-def _deal_groups(
+def _assign_groups(
     requests: Sequence[Request],
     choices: Sequence[Choice],
     members: Sequence[int],
     mesh_dims: tuple[int, ...],
 ) -> dict[int, Group]:
-    """Deals weights of one mesh to groups along one mesh dimension: the costliest first."""
+    """Assigns weights of one mesh to groups along one mesh dimension, the most expensive first.
+
+    Args:
+        requests: all weights.
+        choices: the choices so far; groups of weights with state are kept.
+        members: indices of the weights to assign.
+        mesh_dims: the mesh dimension.
+
+    Returns:
+        The group of each member, by index.
+    """
     (mesh_dim,) = mesh_dims
     ranks = requests[members[0]].topology.sizes[mesh_dim]
     single = [i for i in members if len(requests[i].storage.shape) == 2]
     size = group_size(len(single), ranks)
     loads = [0.0] * ranks
-    dealt: dict[int, Group] = {}
+    assigned: dict[int, Group] = {}
 
     def take(index: int, among: tuple[int, int]) -> None:
-        dealt[index] = Group(mesh_dim, among)
+        assigned[index] = Group(mesh_dim, among)
         first, count = among
         for place in range(first, first + count):
             loads[place] += _cost(requests[index]) / count
@@ -172,14 +180,14 @@ def _deal_groups(
             take(index, group.among)
     for index in sorted(new, key=lambda i: (-_cost(requests[i]), requests[i].name, i)):
         storage = requests[index].storage
-        if len(storage.shape) > 2:  # whole matrices of the batch, dealt over the ranks
+        if len(storage.shape) > 2:  # a batch: the ranks of the group get whole matrices of it
             count = min(ranks, len(storage.matrices((0,) * len(storage.mesh))))
         else:
             count = 1 if requests[index].whole else size
         starts = range(0, ranks - count + 1, count)
         first = min(starts, key=lambda start: max(loads[start : start + count]))
         take(index, (first, count))
-    return dealt
+    return assigned
 
 
 def _cost(request: Request) -> float:
@@ -187,34 +195,35 @@ def _cost(request: Request) -> float:
     return float(math.prod(batch) * m * n * min(m, n))
 
 
-def _deal_single(
+def _assign_single_ranks(
     requests: Sequence[Request],
     choices: Sequence[Choice],
     members: Sequence[int],
     mesh_dims: tuple[int, ...],
 ) -> dict[int, Group]:
-    """Deals whole matrices, which several mesh dimensions split, to one rank along each.
+    """Assigns weights of which several mesh dimensions split the matrices, to single ranks.
 
-    Those of a batch are dealt over the ranks of the first of these dimensions, at one index along
-    each other.
+    For rules that need whole matrices. A matrix goes to one rank. The matrices of a batch go to
+    ranks along the first of the mesh dimensions, which have the same index along each other one.
+    Arguments as in :func:`_assign_groups`.
     """
     first, *others = mesh_dims
     sizes = requests[members[0]].topology.sizes
     loads = dict.fromkeys(itertools.product(*(range(sizes[d]) for d in mesh_dims)), 0.0)
-    dealt: dict[int, Group] = {}
+    assigned: dict[int, Group] = {}
 
     def places(at: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
         return [(at[0] + i, *at[1:]) for i in range(count)]
 
     def add(index: int, at: tuple[int, ...], count: int) -> None:
-        dealt[index] = Group(first, (at[0], count), tuple(zip(others, at[1:], strict=True)))
+        assigned[index] = Group(first, (at[0], count), tuple(zip(others, at[1:], strict=True)))
         for place in places(at, count):
             loads[place] += _cost(requests[index]) / count
 
     for index in members:
         if (known := choices[index].group) is not None:
             add(index, (known.among[0], *(i for _, i in known.single)), known.among[1])
-    new = [index for index in members if index not in dealt]
+    new = [index for index in members if index not in assigned]
     for index in sorted(new, key=lambda i: (-_cost(requests[i]), requests[i].name, i)):
         storage, count = requests[index].storage, 1
         if len(storage.shape) > 2:
@@ -225,27 +234,27 @@ def _deal_single(
             continue
         most = {at: max(loads[place] for place in places(at, count)) for at in starts}
         add(index, min(most, key=most.__getitem__), count)
-    return dealt
+    return assigned
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """One matrix of one weight, and those who may decompose it, by their order in the mesh."""
+class Decomposition:
+    """One matrix to decompose.
+
+    Attributes:
+        weight: index of its weight.
+        matrix: its index in the weight's batch.
+        candidates: the ranks that may decompose it, by their row-major position in the mesh.
+    """
 
     weight: int
     matrix: int
     candidates: tuple[int, ...]
 
 
-def _seats(plans: Sequence[WeightPlan]) -> Iterator[Seat]:
-    for index, plan in enumerate(plans):
-        for matrix, candidates in _holders(plan.compute, plan.whole_basis):
-            yield Seat(index, matrix, candidates)
-
-
 @lru_cache(maxsize=4096)  # the layers of a model are alike
 def _holders(compute: Layout, basis: Layout) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Every matrix of a batch with the ranks that have its basis, by their order in the mesh."""
+    """Each matrix of a batch with the row-major mesh positions of the ranks that have its basis."""
     holders: dict[int, list[int]] = defaultdict(list)
     for coordinate in inside(compute):
         if basis.numel(coordinate):
@@ -257,46 +266,50 @@ def _holders(compute: Layout, basis: Layout) -> tuple[tuple[int, tuple[int, ...]
     return tuple((matrix, tuple(places)) for matrix, places in sorted(holders.items()))
 
 
-def deal_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
-    """Deals the decompositions out: the costliest first, to the least loaded rank that may.
+def assign_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
+    """Assigns each decomposition to an owner: the most expensive first, to the least loaded rank.
 
-    Equal costs so go round-robin. Ties are broken by name and by order in the mesh. Replicas of a
-    weight count as ranks like any others, and matrices stay with the ranks that have their bases.
-    A rank's load counts what it owns on meshes that contain the one at hand, of which all ranks
-    there know.
+    Only ranks that have a matrix's basis may own it. Decompositions of equal cost are thus assigned
+    round-robin. Ties are broken by name and by position in the mesh. Replicas count as ranks like
+    any others. The load of a rank includes what it owns on other meshes, but only on meshes that
+    contain the one at hand, so that all its ranks know the same loads.
+
+    Returns:
+        The plans with owners and turns.
     """
     loads: dict[Topology, dict[int, int]] = {}
     owners: dict[tuple[int, int], tuple[Coordinate, int]] = {}
-    seats: dict[Topology, list[Seat]] = defaultdict(list)
-    for seat in _seats(plans):
-        seats[plans[seat.weight].topology].append(seat)
+    to_assign: dict[Topology, list[Decomposition]] = defaultdict(list)
+    for index, plan in enumerate(plans):
+        for matrix, candidates in _holders(plan.compute, plan.whole_basis):
+            to_assign[plan.topology].append(Decomposition(index, matrix, candidates))
 
-    def key(seat: Seat) -> tuple[int, int, str, int]:
-        # Of equal costs first those that few ranks may take: the others fill the gaps.
-        plan = plans[seat.weight]
-        return -plan.cost, len(seat.candidates), plan.name, seat.matrix
+    def order(job: Decomposition) -> tuple[int, int, str, int]:
+        # At equal costs first those that few ranks may take: the others fill the gaps.
+        plan = plans[job.weight]
+        return -plan.cost, len(job.candidates), plan.name, job.matrix
 
     for topology, containing in nested(plan.topology for plan in plans):
         ranks, queued = topology.ranks, [0] * len(topology.ranks)
         scores = [sum(loads[t][r] for t in containing) for r in ranks]
         own = [0] * len(ranks)
-        for seat in sorted(seats[topology], key=key):
-            cost = plans[seat.weight].cost
-            if len(seat.candidates) == len(ranks):
+        for job in sorted(to_assign[topology], key=order):
+            cost = plans[job.weight].cost
+            if len(job.candidates) == len(ranks):
                 place = scores.index(min(scores))
             else:
-                place = min(seat.candidates, key=scores.__getitem__)
-            owners[seat.weight, seat.matrix] = _coordinate(topology, place), queued[place]
+                place = min(job.candidates, key=scores.__getitem__)
+            owners[job.weight, job.matrix] = _coordinate(topology, place), queued[place]
             scores[place] += cost
             own[place] += cost
             queued[place] += 1
         loads[topology] = dict(zip(ranks, own, strict=True))
-    dealt = []
+    assigned = []
     for index, plan in enumerate(plans):
         count = math.prod(plan.storage.shape[:-2])
         who, turns = zip(*(owners[index, matrix] for matrix in range(count)), strict=True)
-        dealt.append(replace(plan, owners=who, turns=turns))
-    return dealt
+        assigned.append(replace(plan, owners=who, turns=turns))
+    return assigned
 
 
 def _coordinate(topology: Topology, place: int) -> Coordinate:

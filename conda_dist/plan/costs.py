@@ -1,4 +1,4 @@
-"""What a plan costs: bytes of state and bytes sent, for any rank, without being it."""
+"""What a plan costs: bytes of state and bytes sent, for any rank of any mesh."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,26 +9,25 @@ from conda_dist.layout.redistribution import Hop, plan_hops
 from conda_dist.plan.schedule import plan_async_refresh, plan_task
 from conda_dist.plan.weight_plan import WeightPlan, copy_to_saved, moments_to_saved
 
-BESIDE = 4
-"""Bytes of an element of what goes back beside an update."""
+EXTRA_ITEMSIZE = 4
+"""Bytes of an element of the extra tensor that goes back with an update."""
 
 Sent = Mapping[int, int]
-"""Bytes that a rank sends along each mesh dimension."""
+"""Bytes that a rank sends, by mesh dimension."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes of what a rule keeps and sends of a weight.
+    """Bytes of an element of what a rule keeps and sends.
 
     Attributes:
-        travel: bytes of an element of the gradient on its way to where the update is computed.
-        back: bytes of an element of the update on its way back.
-        cut: bytes of an element of each state whose elements are where the weight's are.
-        copied: of each state of which all that compute a matrix have a copy its shape for one
-            matrix, and the bytes of an element.
-        counts: how many counts it keeps of each matrix.
-        basis: bytes of an element of the basis, 0 without one.
-        rotation: bytes of an element of what a refresh sends back.
+        travel: of the gradient on its way to the compute layout.
+        back: of the update on its way back to the storage layout.
+        cut: of each state that is cut like the weight, (m, n).
+        copied: for each copied state its shape for one matrix, and the bytes of an element.
+        counts: number of counts (4 bytes each) that the rule keeps of each matrix.
+        basis: of the basis; 0 without one.
+        rotation: of the rotation that a refresh sends to the ranks that compute.
     """
 
     travel: int = 4
@@ -45,9 +44,9 @@ class Costs:
     """What one weight costs one rank.
 
     Attributes:
-        state: bytes it keeps.
-        step: bytes it sends in a step without a refresh.
-        refresh: bytes it sends more for a refresh.
+        state: bytes of state that the rank keeps.
+        step: bytes that it sends in a step without a refresh.
+        refresh: bytes that a refresh adds to these.
     """
 
     state: int
@@ -56,15 +55,15 @@ class Costs:
 
 
 def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Costs:
-    """What a weight costs the rank at a coordinate, all matrices of its batch refreshed at once."""
+    """What a weight costs the rank at a coordinate, if a refresh includes its whole batch."""
     plans, count = [plan], len(plan.owners)
     task = plan_task(plans, (0,), [range(count) if sizes.basis else ()], coordinate)
-    # Moments of a flat weight travel with its gradient, and with others' gradients their flags.
+    # Moments of a flat weight are exchanged with its gradient; other weights exchange flags.
     two = list(sizes.cut[:2]) if task.loading else []
     flags = [sizes.travel] * len(task.flags)
     steady: list[Exchanged] = [
         (task.forward, [sizes.travel, sizes.basis, *two, *flags]),
-        (task.backward, [sizes.back, *two, BESIDE]),
+        (task.backward, [sizes.back, *two, EXTRA_ITEMSIZE]),
     ]
     moved = [(r.hops, [sizes.rotation] * count) for r in task.rotations]
     gather = task.gather
@@ -72,13 +71,13 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
         gather = plan_async_refresh(plans, (0,), [range(count)], coordinate).gather
     moved.append((gather, [sizes.cut[0]] * count))
     state = plan.moments.numel(coordinate) * sum(sizes.cut) + 4 + 4 * count * sizes.counts
-    state += sum(plan.copies(shape).numel(coordinate) * size for shape, size in sizes.copied)
+    state += sum(plan.copied_layout(shape).numel(coordinate) * size for shape, size in sizes.copied)
     step, refresh = _sent(coordinate, *steady), _sent(coordinate, *moved)
     return Costs(state, step, refresh)
 
 
 def save_costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes) -> Sent:
-    """Bytes that the rank at a coordinate sends of a weight's state for ``state_dict()``."""
+    """Bytes of a weight's state that the rank at a coordinate sends in ``state_dict()``."""
     if not plan.separate:
         return {}
     routes = [moments_to_saved(plan)] * len(sizes.cut)
@@ -88,12 +87,12 @@ def save_costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes) -> Sent:
 
 
 Exchanged = tuple[Sequence[Hop], Sequence[int]]
-"""Exchanges, and the bytes of an element of each of their items."""
+"""The hops of an exchange, and the bytes of an element of each of its items."""
 
 
 def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Sizes) -> int:
-    """How many collectives a step of weights takes that are in one task, and not refreshed."""
-    # Weights whose routes cross the same mesh dimensions travel together.
+    """Number of collectives of a step without a refresh, if all weights are in one task."""
+    # Weights whose routes cross the same mesh dimensions share collectives: one of each is enough.
     alike = {tuple(move.mesh_dim for move in plan.moves): plan for plan in plans}
     count = len(alike)
     task = plan_task(list(alike.values()), tuple(range(count)), [()] * count, coordinate)
@@ -102,7 +101,7 @@ def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Size
             task.forward,
             [sizes.travel] * count + [sizes.basis] * count + [sizes.travel] * len(task.flags),
         ),
-        (task.backward, [sizes.back] * count + [BESIDE] * count),
+        (task.backward, [sizes.back] * count + [EXTRA_ITEMSIZE] * count),
     ]
     return sum(
         len({itemsizes[transfer.item] for transfer in hop.transfers})
@@ -122,18 +121,22 @@ def _sent(coordinate: Coordinate, *exchanges: Exchanged) -> Sent:
 
 
 def svd_flops(m: int, n: int) -> float:
-    """Operations of one thin SVD, 6 m r^2 + 20 r^3 (Golub and Van Loan 2013, section 8.6.3)."""
+    """Floating-point operations of a thin SVD: 6 max(m, n) r^2 + 20 r^3, r = min(m, n).
+
+    Golub and Van Loan 2013, section 8.6.3.
+    """
     long, r = max(m, n), min(m, n)
     return 6.0 * long * r**2 + 20.0 * r**3
 
 
 def refresh_flops(m: int, n: int, method: str) -> float:
-    """Operations of one decomposition by its owner.
+    """Floating-point operations of the decomposition of one matrix (m, n).
 
     Args:
-        m: rows.
-        n: columns.
-        method: the SVD, or what takes a Gram matrix and its QR or eigenvectors.
+        m: number of rows.
+        n: number of columns.
+        method: ``refresh_method``: "svd", or one that decomposes a Gram matrix:
+            "orthogonal_iteration" (QR) or "eigh64" (eigenvectors).
     """
     long, r = max(m, n), min(m, n)
     if method == "svd":

@@ -1,9 +1,9 @@
-"""What one step does: tasks, each some weights of one mesh that are exchanged together.
+"""The tasks of one step. A task is a bucket of weights of one mesh that are exchanged together.
 
     [gradients to the compute layout] -> [refresh, if due] -> update -> [updates back] -> apply
 
-A weight that needs no other rank is in a task whose exchanges are empty. Pure: every rank plans
-the same tasks, and a planner can ask what any rank of an imagined mesh would do.
+A weight that needs no other rank is in a task whose exchanges are empty. Pure: every rank plans the
+same tasks, and one process can plan the step of any rank of any mesh.
 """
 
 import math
@@ -22,13 +22,13 @@ from conda_dist.layout.redistribution import (
     redistribution,
     send_from,
 )
-from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims, beside_update
+from conda_dist.plan.weight_plan import WeightPlan, batch_mesh_dims, extra_to_storage
 
 ITEMSIZE = 4
-"""Bytes of an element by which tasks are filled, whatever its own are."""
+"""Bytes that every element counts when tasks are filled, whatever its dtype."""
 
 Which = Mapping[int, Collection[int]]
-"""By index of a weight some matrices of its batch."""
+"""From the index of a weight to the indices of some matrices of its batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class Matrix:
     """One matrix that takes a new basis.
 
     Attributes:
-        position: which weight of the task it belongs to.
-        index: which matrix of that weight's batch it is.
-        local: its place in this rank's local batch; None if this rank has nothing of it.
-        owner: the coordinate that decomposes it.
-        mine: whether that is this rank.
+        position: position of its weight in the task.
+        index: its index in that weight's batch.
+        local: its index in this rank's local batch; None if this rank holds nothing of it.
+        owner: coordinate of the rank that decomposes its momentum.
+        mine: whether this rank is the owner.
         in_background: whether its decomposition was started in an earlier step.
     """
 
@@ -54,12 +54,12 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Rotations:
-    """Rotations that travel together, from those who decomposed to all who compute the weights.
+    """The broadcast of some rotations (r, r), from the owners to the ranks that compute.
 
     Attributes:
-        start: the first of their matrices in the task.
-        stop: the one after the last.
-        hops: the exchanges. Items: these matrices.
+        start: index, in the task, of the first matrix whose rotation is sent.
+        stop: index after the last one.
+        hops: the exchanges. Items: the rotations of these matrices.
     """
 
     start: int
@@ -69,18 +69,18 @@ class Rotations:
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """Weights of which ranks tell each other, beside the gradients, whether they have one.
+    """Flags that ranks exchange with gradients: whether a rank has a gradient of each weight.
 
     Attributes:
-        dims: the mesh dimensions that their gradients cross. All ranks along them learn the flags.
-        positions: the weights, by position in their task. Each rank has a flag for each.
+        dims: the mesh dimensions that the gradients cross. All ranks along them get all flags.
+        positions: positions of the k weights in their task. Every rank sends one flag for each.
     """
 
     dims: tuple[int, ...]
     positions: tuple[int, ...]
 
     def route(self, mesh: tuple[int, ...]) -> tuple[Leg, ...]:
-        """The way of the flags from one of each rank, (1, ..., 1, k), to those of all of them."""
+        """Route that gathers the flags (1, ..., 1, k) of all ranks along ``dims`` on each one."""
         placements: list[Placement] = [None] * len(mesh)
         for dim, mesh_dim in enumerate(self.dims):
             placements[mesh_dim] = Split(dim)
@@ -98,18 +98,23 @@ class Task:
     """Weights of one mesh that step together.
 
     Attributes:
-        weights: their indices.
-        loading: positions among them of those that step on copies of their moments.
-        forward: exchanges before the update. Items: the gradients of ``weights``, storage to
-            compute layout; as many bases, as they are kept to whole; first and second moment of
-            each of ``loading``, storage to compute layout; ``flags``.
-        matrices: those that take new bases, in a refresh before the update.
-        gather: exchanges of a refresh that bring each projected momentum to its owner. Items:
-            ``matrices``, of which those in the background stay where they are.
-        rotations: how the rotations travel, in parts.
-        backward: exchanges after the update. Items: the updates, compute to storage layout; the
-            moments of ``loading``; what goes beside the updates, of those that have it.
-        flags: which weights' flags travel with their gradients.
+        weights: indices of the weights.
+        loading: positions in ``weights`` of the weights whose moments are exchanged, too
+            (:attr:`WeightPlan.loads_moments`).
+        forward: exchanges before the update. Items, in this order: for each of ``weights`` the
+            gradient, from storage to compute layout; for each of ``weights`` the basis, from the
+            kept layout to a whole one; for each of ``loading`` the first and the second moment,
+            from storage to compute layout; one tensor for each of ``flags``.
+        matrices: the matrices that take a new basis, in a refresh before the update.
+        gather: exchanges of the refresh that bring each projected momentum (m, n) to its owner.
+            Items: ``matrices``; those in the background have nothing to send.
+        rotations: the broadcasts of the rotations, a bounded number of bytes in each.
+        backward: exchanges after the update. Items, in this order: for each of ``weights`` the
+            update, from compute to storage layout; for each of ``loading`` the two moments; for
+            each weight with an ``extra_shape`` the extra tensor.
+        flags: the flags that are exchanged with the gradients.
+        in_place: whether all weights are updated where they are stored, so that nothing is sent
+            back.
     """
 
     weights: tuple[int, ...]
@@ -120,15 +125,16 @@ class Task:
     rotations: tuple[Rotations, ...]
     backward: tuple[Hop, ...]
     flags: tuple[Flags, ...] = ()
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AsyncRefresh:
-    """Weights whose momenta go to their owners ahead of the step that takes their new bases.
+    """Weights whose momenta are decomposed in the background; a later step takes the bases.
 
     Attributes:
-        weights: their indices, all of one mesh.
-        matrices: their matrices.
+        weights: indices of the weights, all of one mesh.
+        matrices: the matrices to decompose.
         gather: exchanges that bring each projected momentum to its owner. Items: ``matrices``.
     """
 
@@ -140,16 +146,24 @@ class AsyncRefresh:
 def fill_tasks(
     plans: Sequence[WeightPlan], weights: Iterable[int], limit: int, *, refreshing: bool
 ) -> list[tuple[int, ...]]:
-    """Cuts weights into tasks, each of one mesh, that hold at most ``limit`` bytes on any rank.
+    """Groups weights into tasks, each of one mesh and of at most ``limit`` bytes on any rank.
 
-    A rank holds its share of what each weight moves, and besides what it computes for a group and,
-    in a refresh, the whole matrices that it decomposes. Tasks take the ranks' queues in turn, so
-    that all have work in each. Every rank may have one matrix in each, however large, and may
-    compute as much: all others would wait for it.
+    A rank holds its share of what each weight moves, what it computes for compute groups, and, in a
+    refresh, the whole matrices that it decomposes. Matrices are taken in the order of their turns
+    (their places in their owners' queues), so that in each refresh task all owners have work. A
+    single matrix for each rank always fits, however large it is: tasks with fewer would only let
+    the other ranks wait.
+
+    Args:
+        plans: all plans.
+        weights: indices of the weights.
+        limit: bytes.
+        refreshing: whether the weights' matrices are decomposed.
     """
     tasks: list[list[int]] = []
     current: dict[tuple[Topology, bool], _Filling] = {}
-    # Mesh after mesh: ranks that share one of several must not wait for each other in a circle.
+    # Mesh after mesh, on all ranks in the same order: otherwise ranks of several meshes could wait
+    # for each other in a circle.
     for index in sorted(weights, key=lambda i: _task_order(plans[i], i)):
         plan = plans[index]
         key = plan.topology, plan.communicates or refreshing
@@ -166,11 +180,11 @@ class _Filling:
     """A task that is being filled.
 
     Attributes:
-        weights: those in it.
-        shares: bytes that every rank holds of what moves.
+        weights: indices of the weights in it.
+        shares: bytes that every rank holds of what the weights move.
         bases: bytes of bases that every rank gathers.
-        computed: bytes that ranks compute for groups, by coordinate.
-        owned: bytes of whole matrices that ranks decompose, by coordinate.
+        computed: by coordinate, bytes that the rank computes for compute groups.
+        owned: by coordinate, bytes of whole matrices that the rank decomposes.
         largest: bytes of the largest matrix that is decomposed.
     """
 
@@ -182,7 +196,7 @@ class _Filling:
     largest: int = 0
 
     def add(self, index: int, plan: WeightPlan, limit: int, refreshing: bool) -> bool:
-        """Adds a weight if there is room for it, as there is in an empty task."""
+        """Adds a weight if it fits, and says whether it does. It always fits in an empty task."""
         shares = self.shares + plan.share * ITEMSIZE
         basis = plan.gathered_basis * ITEMSIZE
         matrix = plan.matrix_numel * ITEMSIZE if refreshing else 0
@@ -228,17 +242,19 @@ def plan_step(
 
     Args:
         plans: all plans.
-        due: for each weight that steps the matrices of its batch to be decomposed.
-        ready: the matrices that take bases whose decompositions were started before.
-        coordinates: of the rank for which boxes are computed, on each mesh.
-        limit: most bytes that a task holds on a rank.
-        dtypes: for each plan what its gradient travels in; () where all travel alike.
+        due: for each weight that steps, the matrices of its batch to decompose in this step.
+        ready: for some weights, the matrices that take bases from earlier background
+            decompositions.
+        coordinates: the coordinate, on each mesh, of the rank whose boxes are computed.
+        limit: bytes that a task may hold on a rank.
+        dtypes: for each plan the dtype in which its gradient is exchanged; () if it is the same for
+            all.
     """
     taking = {i: (*which, *ready.get(i, ())) for i, which in due.items()}
     steady = fill_tasks(
         plans, (i for i, which in taking.items() if not which), limit, refreshing=False
     )
-    # Those without exchanges in between: others' gradients are on their way meanwhile.
+    # Tasks without exchanges first: the first exchange of the others runs while they compute.
     steady.sort(key=lambda task: plans[task[0]].communicates)
     fresh = fill_tasks(plans, (i for i, which in taking.items() if which), limit, refreshing=True)
     return tuple(
@@ -264,17 +280,17 @@ def plan_task(
     limit: float = math.inf,
     dtypes: Sequence[Hashable] = (),
 ) -> Task:
-    """Plans the exchanges of weights of one mesh, seen from one rank.
+    """Plans a task: the exchanges of weights of one mesh, seen from one rank.
 
     Args:
         plans: all plans.
-        weights: those of the task.
-        due: for each of them which matrices of its batch take new bases.
-        coordinate: the rank for which boxes are computed.
-        in_background: for each of them which of these were started in an earlier step; () for
-            none.
-        limit: most bytes of rotations that travel together, and at least one of them.
-        dtypes: as of :func:`plan_step`.
+        weights: indices of the task's weights.
+        due: for each weight of the task, the matrices of its batch that take new bases.
+        coordinate: the rank whose boxes are computed.
+        in_background: for each weight of the task, those of ``due`` whose decomposition was started
+            in an earlier step; () if there are none.
+        limit: bytes of rotations that are sent together; a single rotation may be larger.
+        dtypes: see :func:`plan_step`.
     """
     chosen = [plans[i] for i in weights]
     grads = [redistribution(plan.moves) for plan in chosen]
@@ -283,7 +299,7 @@ def plan_task(
     loading = tuple(i for i, plan in enumerate(chosen) if plan.loads_moments)
     there = [grads[i] for i in loading for _ in range(2)]
     back = [updates[i] for i in loading for _ in range(2)]
-    back += [beside_update(plan) for plan in chosen if plan.beside is not None]
+    back += [extra_to_storage(plan) for plan in chosen if plan.extra_shape is not None]
     flags = _plan_flags(chosen, [dtypes[i] for i in weights] if dtypes else [None] * len(weights))
     flagged = [f.route(chosen[0].storage.mesh) for f in flags]
     matrices = tuple(plan_matrices(plans, weights, due, coordinate, in_background))
@@ -298,13 +314,15 @@ def plan_task(
         tuple(_plan_rotations(routes, coordinate, limit)),
         plan_hops(updates + back, coordinate),
         flags,
+        all(plan.in_place for plan in chosen),
     )
 
 
 def crossed_dims(plan: WeightPlan) -> tuple[int, ...]:
-    """Mesh dimensions that the gradient of a weight crosses in a step.
+    """The mesh dimensions along which a step exchanges the gradient of a weight.
 
-    None of a weight in flat partitions: engines have a gradient of a partition on all ranks.
+    () for a weight in flat partitions: an engine with partitions has a gradient on every rank, so
+    flags are not needed.
     """
     if isinstance(plan.storage, Flat):
         return ()
@@ -313,7 +331,7 @@ def crossed_dims(plan: WeightPlan) -> tuple[int, ...]:
 
 
 def _plan_flags(plans: Sequence[WeightPlan], dtypes: Sequence[Hashable]) -> tuple[Flags, ...]:
-    """Flags of weights travel together where their gradients do."""
+    """The flags of a task: one tensor for all weights whose gradients share a collective."""
     together: dict[tuple[tuple[int, ...], Hashable], list[int]] = defaultdict(list)
     for position, (plan, dtype) in enumerate(zip(plans, dtypes, strict=True)):
         if dims := crossed_dims(plan):
@@ -341,7 +359,7 @@ def plan_async_refresh(
     due: Sequence[Collection[int]],
     coordinate: Coordinate,
 ) -> AsyncRefresh:
-    """Plans the way of projected momenta to their owners; arguments as of :func:`plan_task`."""
+    """Plans the gather of projected momenta on their owners; arguments as in :func:`plan_task`."""
     matrices = tuple(plan_matrices(plans, weights, due, coordinate))
     routes = [_to_owner(plans[weights[m.position]], m) for m in matrices]
     return AsyncRefresh(weights, matrices, plan_hops(routes, coordinate))
@@ -354,7 +372,7 @@ def plan_matrices(
     coordinate: Coordinate,
     in_background: Sequence[Collection[int]] = (),
 ) -> Iterator[Matrix]:
-    """The matrices of a task; arguments as of :func:`plan_task`."""
+    """The matrices of a task that take new bases; arguments as in :func:`plan_task`."""
     for position, index in enumerate(weights):
         plan = plans[index]
         held = plan.compute.matrices(coordinate) if plan.whole_basis.numel(coordinate) else ()
@@ -366,7 +384,7 @@ def plan_matrices(
 
 
 def _matrix_layout(plan: WeightPlan) -> Layout:
-    """Where the elements of each single matrix of the batch are, in compute layout."""
+    """The layout (m, n) of each single matrix of the batch, while the weight is computed."""
     batch_dims = len(plan.compute.shape) - 2
 
     def place(placement: Placement) -> Placement:
@@ -379,17 +397,17 @@ def _matrix_layout(plan: WeightPlan) -> Layout:
 
 
 def _to_owner(plan: WeightPlan, matrix: Matrix) -> tuple[Leg, ...]:
-    """Route of a projected momentum (m, n) to its owner."""
+    """Route of a matrix's projected momentum (m, n) to its owner."""
     if plan.alone:
         return ()
     layout = _matrix_layout(plan)
-    # Along these, ranks have a replica, of which one will do, or other matrices.
+    # Along these mesh dimensions other ranks hold a replica or other matrices: leave them out.
     fixed = tuple(d for d, placement in enumerate(layout.placements) if placement is None)
     return gather_to(layout, (0, 1), matrix.owner, fixed)
 
 
 def _from_owner(plan: WeightPlan, owner: Coordinate) -> tuple[Leg, ...]:
-    """Route of one rotation, (r, r), from the owner to all who compute a part of its matrix."""
+    """Route of a rotation (r, r) from the owner to all ranks that compute a part of its matrix."""
     if plan.alone:
         return ()
     r, whole = min(plan.compute.shape[-2:]), plan.whole_basis

@@ -1,7 +1,7 @@
-"""The plan of one weight: where it is stored, where it is computed, and how it gets there.
+"""The plan of one weight: its storage layout, its compute layout, and the moves between them.
 
-Pure functions of layouts and numbers: the same on every rank, without torch.distributed, and the
-same for a mesh of thousands of ranks that is only imagined.
+Pure functions of layouts and numbers, without torch.distributed: every rank computes the same plan,
+and one process can compute the plan of a mesh of thousands of ranks.
 """
 
 import math
@@ -17,23 +17,26 @@ from conda_dist.layout.redistribution import Leg, gather_to, redistribution
 
 @dataclass(frozen=True, slots=True)
 class WeightPlan:
-    """The plan of one weight on the conda path: a matrix, or a batch of them.
+    """The plan of one weight (..., m, n) that a rule steps: a matrix, or a batch of matrices.
 
     Attributes:
-        name: its fully qualified name, or what stands for one.
-        topology: the ranks that share it.
-        storage: where its elements, and its gradient's, are.
-        compute: where gradient, moments and update are during the step: whole rows or columns.
-        moves: stages from storage to there; empty where they agree on every rank.
-        basis: where the elements of its basis, shape (..., r, r), are kept, if its rule has one;
-            as the other states are of which all that compute a matrix have a copy.
-        part: which block of rows of a stored weight this is; None for a weight of its own.
-        group: the ranks that compute it, where those are not all that store it.
-        beside: the shape, for one matrix, of what goes back beside the update; None for nothing.
-        separate: whether its moments are tensors of their own in compute layout, which checkpoints
-            convert; else they are DTensors like the parameter, or flat as its partition is.
-        owners: for each matrix of the batch the coordinate that decomposes its momentum.
-        turns: for each matrix its place in its owner's queue.
+        name: the weight's fully qualified name, or a generated one.
+        topology: the ranks that share the weight.
+        storage: layout of the weight and of its gradient.
+        compute: layout of gradient, moments and update during the step: whole rows or columns.
+        moves: stages from ``storage`` to ``compute``; empty if they are equal on every rank.
+        basis: layout in which the basis (..., r, r) is kept, if the rule has one. Other copied
+            states are placed in the same way, see :meth:`copied_layout`.
+        part: index of the block of rows that this is, if the group's ``splits`` cut the stored
+            weight into blocks; None if this is all of it.
+        group: the compute group; None if all ranks compute that hold any rows (or columns).
+        separate: whether the moments are plain tensors in compute layout, which checkpoints
+            convert. Else they are DTensors like the parameter, or flat like its partition.
+        extra_shape: shape, for one matrix, of the extra tensor that goes back with the update, see
+            :meth:`conda_dist.rules.Rule.extra_shape`; None without one.
+        owners: for each matrix of the batch, the coordinate of its owner, which decomposes its
+            momentum.
+        turns: for each matrix of the batch, its place in its owner's queue.
     """
 
     name: str
@@ -45,44 +48,48 @@ class WeightPlan:
     part: int | None = None
     group: Group | None = None
     separate: bool = False
-    beside: tuple[int, int] | None = None
+    extra_shape: tuple[int, int] | None = None
     owners: tuple[Coordinate, ...] = ()
     turns: tuple[int, ...] = ()
 
     @property
     def moments(self) -> Layout:
-        """Where its moments are kept: where they are used, but for flat weights.
+        """Layout in which the moments are kept.
 
-        ZeRO's checkpoints know moments only as partitions like the parameters'. Parts of a weight
-        that are in place have views of the moments of the whole weight.
+        It is the compute layout, with two exceptions. Moments of a flat weight are partitioned like
+        the parameter, because ZeRO's checkpoints know no other form. Parts of a weight, and
+        kernels, whose elements need not move are views of the moments of the stored weight.
         """
         viewed = self.part is not None or bool(self.storage.kernel)
         if isinstance(self.storage, Flat) or (viewed and not self.separate):
             return self.storage
         return self.compute
 
-    def copies(self, shape: tuple[int, ...]) -> Layout:
-        """Where a state is kept of which all that compute any of a matrix have a copy.
+    def copied_layout(self, shape: tuple[int, ...]) -> Layout:
+        """Layout of a copied state: one that every rank that computes any of a matrix has whole.
 
         Args:
-            shape: its shape for one matrix.
+            shape: shape of the state for one matrix, such as (r, r).
         """
         return replace(self.basis, shape=(*self.storage.shape[:-2], *shape))
 
     @property
     def seen_as_matrix(self) -> bool:
-        """Whether it is a convolution kernel, stored with more dimensions than a matrix has."""
+        """Whether it is a convolution kernel (out, in, ...) that is viewed as a matrix."""
         return bool(self.storage.kernel)
 
     @property
     def in_place(self) -> bool:
-        """Whether the local rows of the stored weight are, in one piece, what a step works on."""
+        """Whether a step works on one contiguous block of the stored weight's local rows.
+
+        Then neither the gradient nor the update moves, and the rule may update the weight itself.
+        """
         window = self.storage.window
         return not self.moves and (window is None or len(window[0]) == 1)
 
     @property
     def loads_moments(self) -> bool:
-        """Whether a step works on copies of the moments, which travel with the gradient."""
+        """Whether a step works on copies of the moments, exchanged together with the gradient."""
         return isinstance(self.storage, Flat) and not self.in_place
 
     @property
@@ -92,7 +99,7 @@ class WeightPlan:
 
     @property
     def basis_moves(self) -> tuple[Move, ...]:
-        """Stages that bring a basis that is split over the ranks to all who need it in a step."""
+        """Stages that gather a basis that is split over the ranks; empty if it is not split."""
         if not any(isinstance(p, Split) for p in self.basis.placements):
             return ()
         if isinstance(self.storage, Flat) and len(self.basis.shape) == 2:
@@ -102,46 +109,46 @@ class WeightPlan:
 
     @property
     def whole_basis(self) -> Layout:
-        """Where the basis is after them."""
+        """Layout of the basis after :attr:`basis_moves`."""
         moves = self.basis_moves
         return moves[-1].target if moves else self.basis
 
     @property
     def communicates(self) -> bool:
-        """Whether a step needs other ranks even if nothing is refreshed."""
+        """Whether a step without a refresh exchanges anything with other ranks."""
         return any(not leg.is_local for leg in redistribution(self.moves + self.basis_moves))
 
     @property
     def alone(self) -> bool:
-        """Whether one rank of several computes all of it, by itself."""
+        """Whether one rank of several computes the whole weight (in flat partitions)."""
         return isinstance(self.basis, Held) and sum(self.basis.holders) == 1
 
     @property
     def cost(self) -> int:
-        """Cost of decomposing one matrix, r^2 max(m, n), in the order of its operations."""
+        """Cost of decomposing one matrix: r^2 max(m, n), proportional to its operations."""
         m, n = self.storage.shape[-2:]
         return min(m, n) ** 2 * max(m, n)
 
     @property
     def matrix_numel(self) -> int:
-        """Elements of one matrix."""
+        """Number of elements of one matrix."""
         return math.prod(self.storage.shape[-2:])
 
     @property
     def share(self) -> int:
-        """Elements that every rank has of what a step moves of it, by an even split."""
+        """Number of elements that a step moves for this weight, divided by the number of ranks."""
         if not self.communicates and self.in_place:
             return 0
         moved = (3 if self.loads_moments else 1) * math.prod(self.storage.shape)
         return -(-moved // len(self.topology.ranks))
 
     def computing(self) -> Iterator[Coordinate]:
-        """The coordinates that compute any of it."""
+        """The coordinates that compute any of the weight."""
         return inside(self.compute)
 
     @property
     def gathered_basis(self) -> int:
-        """Elements that every rank gathers of its basis for a step."""
+        """Number of elements of the basis that every rank gathers for a step."""
         if all(leg.is_local for leg in redistribution(self.basis_moves)):
             return 0
         split = math.prod(self.topology.sizes[d] for d in batch_mesh_dims(self.basis))
@@ -156,7 +163,7 @@ class WeightPlan:
 
 
 def inside(layout: Layout) -> Iterator[Coordinate]:
-    """The coordinates that hold a piece of a layout, if only an empty one."""
+    """The coordinates to which a layout gives a piece, even if that piece is empty."""
     held = [placement.among if placement else None for placement in layout.placements]
     return product(
         *(
@@ -174,20 +181,20 @@ def plan_weight(
     group: Group | None = None,
     shard_basis: bool = False,
     part: int | None = None,
-    beside: tuple[int, int] | None = None,
+    extra_shape: tuple[int, int] | None = None,
 ) -> WeightPlan:
-    """The plan of a weight (..., m, n) before owners are dealt.
+    """The plan of a weight (..., m, n), still without owners.
 
     Args:
-        name: its fully qualified name.
-        topology: the ranks that share it.
-        storage: where its elements are.
-        group: the ranks that compute it; None for all that hold any of its rows (or columns).
-            Each has a copy of the basis.
-        shard_basis: of a weight in flat partitions, whether those that compute it share the basis
-            instead of having a copy each; it is then gathered for each step.
-        part: which block of rows of a stored weight this is, if it is one.
-        beside: see :class:`WeightPlan`.
+        name: the weight's fully qualified name.
+        topology: the ranks that share the weight.
+        storage: layout of the weight.
+        group: the compute group; None if all ranks compute that hold any rows (or columns). Each
+            rank that computes has a copy of the basis.
+        shard_basis: for a weight in flat partitions: whether the ranks that compute it split the
+            basis, and gather it for each step, instead of having a copy each.
+        part: see :class:`WeightPlan`.
+        extra_shape: see :class:`WeightPlan`.
     """
     if isinstance(storage, Flat):
         compute, moves = flat_to_compute(storage)
@@ -213,14 +220,14 @@ def plan_weight(
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
     separate = group is not None
     return WeightPlan(
-        name, topology, storage, compute, exchanged, basis, part, group, separate, beside
+        name, topology, storage, compute, exchanged, basis, part, group, separate, extra_shape
     )
 
 
 def copied_basis_bytes(plan: WeightPlan, itemsize: int) -> list[int]:
-    """Bytes each rank spends on the basis of a weight that has neither a group nor a split basis.
+    """Bytes of the basis on each rank, for a weight with neither a group nor a split basis.
 
-    Where shards are uneven, all are taken for the largest, the first.
+    If shards are uneven, every rank counts as much as the first one, which has the largest shard.
     """
     if not isinstance(plan.storage, Flat):
         count = len(plan.topology.ranks)
@@ -229,18 +236,18 @@ def copied_basis_bytes(plan: WeightPlan, itemsize: int) -> list[int]:
 
 
 def is_batch_split(layout: Layout, mesh_dim: int) -> bool:
-    """Whether a mesh dimension deals whole matrices out: along it each rank has others."""
+    """Whether a mesh dimension splits a batch: ranks along it hold different whole matrices."""
     placement = layout.placements[mesh_dim]
     return isinstance(placement, Split) and placement.dim < len(layout.shape) - 2
 
 
 def batch_mesh_dims(layout: Layout) -> tuple[int, ...]:
-    """Mesh dimensions that deal whole matrices out."""
+    """The mesh dimensions that split the batch."""
     return tuple(d for d in range(len(layout.mesh)) if is_batch_split(layout, d))
 
 
 def basis_to_first(plan: WeightPlan) -> tuple[Leg, ...]:
-    """Route of a flat weight's whole basis to the first rank, for checkpoints."""
+    """Route of a flat weight's basis to the first rank, which saves it."""
     basis, first = plan.basis, (0,) * len(plan.basis.mesh)
     if isinstance(basis, Held):
         everywhere = Layout(basis.shape, basis.mesh, (None,))
@@ -250,15 +257,16 @@ def basis_to_first(plan: WeightPlan) -> tuple[Leg, ...]:
 
 
 def saved_copy(plan: WeightPlan, shape: tuple[int, ...]) -> Layout:
-    """Where the elements of a copied state of a separate weight are in a checkpoint.
+    """Layout in a checkpoint of a copied state of a weight with separate states.
 
-    Its first dimension is split over the ranks that split the weight, its batch as in the step.
+    The ranks that split the weight split the state's first dimension (after the batch's). The batch
+    is split as in the step.
 
     Args:
         plan: the weight's plan.
-        shape: the state's shape for one matrix, such as a basis's (r, r).
+        shape: shape of the state for one matrix, such as (r, r) of a basis.
     """
-    copies = plan.copies(shape)
+    copies = plan.copied_layout(shape)
     dim = len(copies.shape) - len(shape)
 
     def place(basis: Placement, stored: Placement) -> Placement:
@@ -272,8 +280,8 @@ def saved_copy(plan: WeightPlan, shape: tuple[int, ...]) -> Layout:
 
 
 def copy_to_saved(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]:
-    """Route of a copied state of a separate weight to its layout in a checkpoint."""
-    layout, target, legs = plan.copies(shape), saved_copy(plan, shape), []
+    """Route of a copied state from the ranks that compute to :func:`saved_copy`'s layout."""
+    layout, target, legs = plan.copied_layout(shape), saved_copy(plan, shape), []
     for mesh_dim, (placement, wanted) in enumerate(
         zip(layout.placements, target.placements, strict=True)
     ):
@@ -286,16 +294,16 @@ def copy_to_saved(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]:
 
 
 def copy_from_saved(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]:
-    """The way back of :func:`copy_to_saved`."""
+    """Route of a copied state from a checkpoint's layout to the ranks that compute."""
     return tuple(
         Leg(Move(leg.move.mesh_dim, leg.move.target, leg.move.source))
         for leg in reversed(copy_to_saved(plan, shape))
     )
 
 
-def beside_update(plan: WeightPlan) -> tuple[Leg, ...]:
-    """Route of what goes back beside the update, (..., 1, n) or (..., 1, 1), where that goes."""
-    if plan.beside is None:
+def extra_to_storage(plan: WeightPlan) -> tuple[Leg, ...]:
+    """Route of the extra tensor, (..., 1, n) or (..., 1, 1), to the ranks that get the update."""
+    if plan.extra_shape is None:
         return ()
     legs = []
     for move in reverse(plan.moves):
@@ -308,20 +316,20 @@ def beside_update(plan: WeightPlan) -> tuple[Leg, ...]:
 
 
 def _of_one_row(plan: WeightPlan, layout: Layout) -> Layout:
-    """Where what goes beside an update is, if every rank has what belongs to its columns."""
-    assert plan.beside is not None
+    """Layout of the extra tensor if each rank holds the entries for its columns of ``layout``."""
+    assert plan.extra_shape is not None
     batch_dims = len(layout.shape) - 2
-    kept = (batch_dims + 1,) if plan.beside[1] == layout.shape[-1] else ()
+    kept = (batch_dims + 1,) if plan.extra_shape[1] == layout.shape[-1] else ()
 
     def place(placement: Placement) -> Placement:
         if not isinstance(placement, Split) or placement.dim in (*range(batch_dims), *kept):
             return placement
         return None if placement.among is None else Copies(placement.among)
 
-    shape = (*layout.shape[:-2], *plan.beside)
+    shape = (*layout.shape[:-2], *plan.extra_shape)
     return Layout(shape, layout.mesh, tuple(map(place, layout.placements)))
 
 
 def moments_to_saved(plan: WeightPlan) -> tuple[Leg, ...]:
-    """Route of a separate weight's moments to the parameter's layout, as checkpoints have them."""
+    """Route of separate moments to the parameter's layout, which checkpoints use."""
     return redistribution(reverse(plan.moves))

@@ -1,10 +1,10 @@
-"""What an optimizer of matrices is to the engine: its states, its needs, its arithmetic.
+"""Rules: the arithmetic of optimizers of matrices, and what the engine must know about it.
 
-The engine moves shards, deals compute groups, stores and saves state by what a :class:`Rule` says
-of itself, and knows none of them. A rule computes with the tensors that it is given, and knows no
-mesh, rank or collective.
+The engine (``plan`` and ``runtime``) moves shards, assigns compute groups and saves state from what
+a :class:`Rule` declares; it has no code for a particular rule. A rule computes with the tensors
+that it is given; it has no code for meshes, ranks or collectives.
 """
 
-from conda_dist.rules.rule import Part, RefreshedRule, Rule, State
+from conda_dist.rules.rule import RefreshedRule, Rule, StateSpec, WeightSlice
 
-__all__ = ["Part", "RefreshedRule", "Rule", "State"]
+__all__ = ["RefreshedRule", "Rule", "StateSpec", "WeightSlice"]

@@ -11,14 +11,15 @@ from conda_dist.numerics.arithmetic import Hyper
 from conda_dist.numerics.decomposition import Outcome
 from conda_dist.options import Options
 from conda_dist.rules.hyperparameters import hyper_of
-from conda_dist.rules.rule import Buffers, Part, RefreshedRule, State
+from conda_dist.rules.rule import Buffers, RefreshedRule, StateSpec, WeightSlice
 from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype, second_key
 
 
 class CondaRule(RefreshedRule):
-    """Conda's arithmetic on slices along the dimension that the projection leaves alone.
+    """Conda's arithmetic on slices: rows for m >= n, columns for m < n.
 
-    States: ``exp_avg``, projected, and ``exp_avg_sq`` (m, n), and ``basis`` (r, r).
+    States: ``exp_avg`` (m, n), the projected first moment; ``exp_avg_sq`` (m, n), the second moment
+    of the projected gradient; ``basis`` (r, r).
 
     Args:
         options: the optimizer's options.
@@ -33,25 +34,26 @@ class CondaRule(RefreshedRule):
         self.options = options
         self.second_key = second_key(options)
         self.is_async = options.is_async
+        self._product_dtype = options.product_dtype
         self.counts = ("basis_step", *(("snapshot_step",) if self.is_async else ()))
 
-    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
+    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """See Rule."""
         r, first = min(m, n), moment_dtype(dtype, self.options)
         states = {
-            "exp_avg": State((m, n), first, cut=True),
-            self.second_key: State((m, n), second_dtype(dtype, self.options), cut=True),
+            "exp_avg": StateSpec((m, n), first, cut=True),
+            self.second_key: StateSpec((m, n), second_dtype(dtype, self.options), cut=True),
         }
         if self.is_async:
-            states["snapshot"] = State((m, n), first, cut=True, optional=True)
-        basis = State((r, r), basis_dtype(dtype, self.options), identity=True)
+            states["snapshot"] = StateSpec((m, n), first, cut=True, optional=True)
+        basis = StateSpec((r, r), basis_dtype(dtype, self.options), identity=True)
         return states | {"basis": basis}
 
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """See Rule. Both are rounded to the products' dtype anyway."""
-        product = self.options.product_dtype or basis_dtype(dtype, self.options)
-        travel = min(dtype, product, key=lambda dtype: dtype.itemsize)
-        return travel, travel
+        """See Rule. The matrix products round both to their own dtype anyway."""
+        product = self._product_dtype or basis_dtype(dtype, self.options)
+        smaller = min(dtype, product, key=lambda dtype: dtype.itemsize)
+        return smaller, smaller
 
     def describe(self, group: Mapping[str, Any]) -> str:
         """See Rule."""
@@ -63,7 +65,7 @@ class CondaRule(RefreshedRule):
         """See RefreshedRule."""
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if buffers is None else buffers.take(0, grad, dtype)
-        return arithmetic.project(grad, basis, right, self.options.product_dtype, out)
+        return arithmetic.project(grad, basis, right, self._product_dtype, out)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
@@ -74,37 +76,38 @@ class CondaRule(RefreshedRule):
         arithmetic.average_(momentum, projected, beta1, rounding)
 
     def refresh(self, momentum: Tensor, right: bool, first: bool) -> tuple[Outcome, Tensor | None]:
-        """See RefreshedRule. The rotation leads to the momentum's singular vectors."""
+        """See RefreshedRule. The new basis consists of singular vectors of the momentum."""
         method = "svd" if first else self.options.refresh_method
         return decomposition.decompose(momentum, right, method)
 
-    def update(self, part: Part) -> Tensor | None:
+    def update(self, weight: WeightSlice) -> Tensor | None:
         """See Rule."""
-        hyper, right, dtype = hyper_of(part.group), part.right, self.options.product_dtype
-        basis, param = part.states["basis"], part.param
-        y = self._normalise(part, basis, hyper)
+        hyper, right, dtype = hyper_of(weight.group), weight.right, self._product_dtype
+        basis, param = weight.states["basis"], weight.param
+        y = self._normalise(weight, basis, right, hyper)  # (m', n), or (m, n') if m < n
         if param is not None and {y.dtype, basis.dtype, dtype or param.dtype} == {param.dtype}:
             if not isinstance(hyper.lr, Tensor):
-                arithmetic.project_back_and_apply_(param, y, basis, right, part.step, hyper)
+                # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n)
+                arithmetic.project_back_and_apply_(param, y, basis, right, weight.step, hyper)
                 return None
             dtype = None
-        return arithmetic.project_back(y, basis, right, dtype)
+        return arithmetic.project_back(y, basis, right, dtype)  # (m', n) @ (n, n)
 
-    def _normalise(self, part: Part, basis: Tensor, hyper: Hyper) -> Tensor:
+    def _normalise(self, weight: WeightSlice, basis: Tensor, right: bool, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""
-        first, second = part.states["exp_avg"], part.states[self.second_key]
-        projected = part.grad
-        if not part.averaged:
-            projected = part.grad = self.project(part.grad, basis, part.right, part.buffers)
+        first, second = weight.states["exp_avg"], weight.states[self.second_key]
+        projected = weight.grad
+        if not weight.averaged:
+            projected = weight.grad = self.project(weight.grad, basis, right, weight.buffers)
             if arithmetic.can_fuse(projected, first, second):
-                buffers, out = part.buffers, None
+                buffers, out = weight.buffers, None
                 if buffers is not None:
                     out = buffers.take(1, projected, projected.dtype)
                 return arithmetic.average_and_normalise_(projected, first, second, hyper, out)
             moments = {"exp_avg": first, self.second_key: second}
-            arithmetic.check_alike(part.name, {"gradient": projected, **moments})
-            self.average(first, projected, part.group, part.step)
-        rounding = low_precision.rounding_of(second, part.step, self.options.stochastic_rounding)
+            arithmetic.check_alike(weight.name, {"gradient": projected, **moments})
+            self.average(first, projected, weight.group, weight.step)
+        rounding = low_precision.rounding_of(second, weight.step, self.options.stochastic_rounding)
         return arithmetic.normalise_(projected, first, second, hyper, rounding)
 
     def apply(
@@ -114,7 +117,7 @@ class CondaRule(RefreshedRule):
         group: Mapping[str, Any],
         step: int,
         shape: tuple[int, int],
-        beside: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> None:
         """See Rule."""
         arithmetic.apply_(param, update, step, hyper_of(group))

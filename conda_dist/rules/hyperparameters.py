@@ -11,14 +11,16 @@ from conda_dist.numerics.arithmetic import Hyper
 def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
     """The current hyperparameters of a group, as numbers that torch's kernels accept.
 
+    ``eps`` is the group's ``adamw_eps`` if it has one: then its rule uses ``eps`` for something
+    else.
+
     Args:
-        group: the group.
-        scale: the key of the factor on the update: "scale", or "adamw_scale" on the adamw path,
-            where a group that has ``adamw_eps`` has another use for ``eps``.
+        group: the parameter group.
+        scale: the key of the factor on the update: "scale", or "adamw_scale" for the adamw path.
     """
     beta1, beta2 = group["betas"]
     lr = group["lr"]
-    # A rate on the CPU is read, which costs nothing. Foreach kernels need other rates 0-d.
+    # Reading a CPU tensor costs nothing. On a device, foreach kernels need a 0-d tensor.
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     return Hyper(
         lr.reshape(()) if on_device else float(lr),

@@ -1,4 +1,4 @@
-"""Muon: the momentum of a whole matrix, orthogonalised; to the bit as torch.optim.Muon does."""
+"""Muon: the momentum of a whole matrix, orthogonalised. Equal to torch.optim.Muon bit for bit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.options import LARGEST, check_number
-from conda_dist.rules.rule import Part, Rule, State
+from conda_dist.rules.rule import Rule, StateSpec, WeightSlice
 
 ADJUSTMENTS = ("original", "match_rms_adamw", "spectral_unclamped")
 
@@ -21,9 +21,17 @@ def newton_schulz(
     eps: float,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """A matrix (m, n) with its singular values taken near to one, in ``dtype``.
+    """Orthogonalises a matrix (m, n) by Newton-Schulz iterations, in ``dtype``.
 
-    As torch does, a matrix of that dtype is divided by its norm in place.
+    The singular values of the result are near one. If the matrix has that dtype, it is divided by
+    its norm in place, as in torch.
+
+    Args:
+        matrix: the matrix.
+        coefficients: a, b and c of X <- a X + (b A + c A^2) X with A = X X^T.
+        steps: number of iterations.
+        eps: lower bound of the norm that the matrix is divided by.
+        dtype: dtype of the computation and of the result.
     """
     a, b, c = coefficients
     x = matrix.to(dtype)
@@ -38,7 +46,7 @@ def newton_schulz(
 
 
 def adjusted(how: str | None, shape: tuple[int, int]) -> float:
-    """What the learning rate of a matrix (m, n) is multiplied by."""
+    """The factor on the learning rate of a matrix (m, n); ``how``: ``adjust_lr_fn``."""
     m, n = shape
     if how == "match_rms_adamw":
         return 0.2 * math.sqrt(max(m, n))
@@ -46,7 +54,7 @@ def adjusted(how: str | None, shape: tuple[int, int]) -> float:
 
 
 class MuonRule(Rule):
-    """Muon's arithmetic on whole matrices. State: ``momentum_buffer`` (m, n)."""
+    """Muon's arithmetic on whole matrices. StateSpec: ``momentum_buffer`` (m, n)."""
 
     name, title = "muon", "Muon"
     whole = True
@@ -56,18 +64,18 @@ class MuonRule(Rule):
         "adamw_eps",
     )
 
-    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
+    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """See Rule."""
-        return {"momentum_buffer": State((m, n), dtype, cut=True)}
+        return {"momentum_buffer": StateSpec((m, n), dtype, cut=True)}
 
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """See Rule. The momentum takes the gradient as it is; the iteration rounds its result."""
+        """See Rule. The gradient is exchanged as it is; the update is bfloat16 already."""
         return dtype, torch.bfloat16
 
-    def update(self, part: Part) -> Tensor:
+    def update(self, weight: WeightSlice) -> Tensor:
         """See Rule."""
-        group, buffer = part.group, part.states["momentum_buffer"]
-        grad = part.grad.to(buffer.dtype)
+        group, buffer = weight.group, weight.states["momentum_buffer"]
+        grad = weight.grad.to(buffer.dtype)
         buffer.lerp_(grad, 1 - group["momentum"])
         momentum = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
         iteration = group["ns_coefficients"], group["ns_steps"], group["eps"]
@@ -85,9 +93,9 @@ class MuonRule(Rule):
         group: Mapping[str, Any],
         step: int,
         shape: tuple[int, int],
-        beside: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> None:
-        """See Rule. Decay comes first, and on the weight as it was."""
+        """See Rule. Weight decay is applied before the update."""
         lr = group["lr"]
         lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
         rate, keep = lr * adjusted(group["adjust_lr_fn"], shape), 1 - lr * group["weight_decay"]
@@ -95,7 +103,8 @@ class MuonRule(Rule):
         if group["weight_decay"]:
             param.mul_(keep.to(param.device) if on_device else keep)
         if on_device:
-            param.sub_(update.to(param.dtype) * rate.to(param.device))  # alpha would be waited for
+            # As an alpha, the rate would be read on the host, which would wait for the device.
+            param.sub_(update.to(param.dtype) * rate.to(param.device))
         else:
             param.add_(update, alpha=-float(rate))
 

@@ -1,4 +1,4 @@
-"""The seam between the engine and the arithmetic of a step."""
+"""The interface between the engine and the arithmetic of a step: :class:`Rule`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 
 from conda_dist.numerics.decomposition import Outcome
-from conda_dist.rules.states import OF_RULES
+from conda_dist.rules.states import RULE_STATES
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """A state that a rule keeps of each matrix (m, n).
+class StateSpec:
+    """A state that a rule keeps for each matrix (m, n).
 
     Attributes:
-        shape: its shape for one matrix, of one dimension or more: (m, n), (r, r), (m,) for a vector
-            or (1,) for a number. A batch has one for each matrix.
-        dtype: its dtype.
-        cut: whether its elements are where the matrix's are, of the same shape. Else every rank
-            that computes any of a matrix has a copy of its state.
-        identity: whether it starts as the identity, not as zeros.
-        optional: whether checkpoints may lack it. Steps do not read it.
+        shape: shape for one matrix, of at least one dimension: (m, n), (r, r), (m,) for a vector or
+            (1,) for a number. A batch of matrices has the batch dimensions before it.
+        dtype: dtype of the state.
+        cut: True for a state of shape (m, n) that is cut like the matrix: a rank holds the elements
+            of the rows or columns that it computes. False for a copied state: every rank that
+            computes any of the matrix holds all of it.
+        identity: whether the state is initialized to the identity instead of zeros.
+        optional: whether checkpoints may lack the state. :meth:`Rule.update` does not read it.
     """
 
     shape: tuple[int, ...]
@@ -34,30 +35,38 @@ class State:
 
 
 class Buffers(Protocol):
-    """Memory to work in; see :class:`conda_dist.runtime.scratch.Scratch`."""
+    """Reusable memory; implemented by :class:`conda_dist.runtime.scratch.Scratch`."""
 
     def take(self, slot: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of a shape, not initialised, until the slot is taken again."""
+        """A contiguous uninitialized tensor shaped like ``like``, valid until the next call for it.
+
+        Args:
+            slot: a number that names the memory; the next call with it reuses the memory.
+            like: gives shape and device.
+            dtype: dtype of the result.
+        """
 
 
 @dataclass(slots=True)
-class Part:
-    """What a rule works on in a step: a slice of a matrix, or matrices of a batch.
+class WeightSlice:
+    """What a rule works on in a step: a slice of a matrix, or slices of the matrices of a batch.
+
+    For m >= n the slice is some rows, (..., m', n); else some columns, (..., m, n'). If the rule is
+    ``whole``, it is the whole matrix.
 
     Attributes:
-        name: of the parameter, for errors.
-        grad: the gradient (..., m', n'); may be overwritten.
-        states: the rule's states by name, updated in place.
-        group: the parameter group with the hyperparameters.
-        step: how many steps the weight has taken, counting this one.
-        shape: (m, n) of the whole matrix. A rule that is not ``whole`` gets rows of it if m >= n,
-            else columns.
-        param: the elements of the weight itself, if they are the same slice; None if the update
-            goes to other ranks.
-        buffers: memory to work in, or None.
-        averaged: whether a refresh before this step has brought gradient and momentum to a new
-            basis already.
-        beside: what the rule has to say of it to all that store it, see :meth:`Rule.beside`.
+        name: fully qualified name of the parameter, for errors.
+        grad: the gradient of the slice; may be overwritten.
+        states: the rule's states by name, to be updated in place.
+        group: the parameter group, with the hyperparameters.
+        step: number of steps that the weight has taken, this one included.
+        shape: (m, n) of the whole matrix.
+        param: the slice of the weight, if this rank stores it; None if the update goes to the ranks
+            that store it.
+        buffers: reusable memory, or None.
+        averaged: whether a refresh has already projected ``grad`` and updated the momentum with it
+            in this step, see :meth:`RefreshedRule.average`.
+        extra: set by the rule: the extra tensor, see :meth:`Rule.extra_shape`.
     """
 
     name: str
@@ -69,60 +78,76 @@ class Part:
     param: Tensor | None = None
     buffers: Buffers | None = None
     averaged: bool = False
-    beside: Tensor | None = None
+    extra: Tensor | None = None
 
     @property
     def right(self) -> bool:
-        """Whether slices are rows (m >= n)."""
+        """Whether slices are rows, and the basis is multiplied from the right (m >= n)."""
         return self.shape[0] >= self.shape[1]
 
 
 class Rule(ABC):
-    """The arithmetic of an optimizer's steps on matrices, and what the engine must know of it."""
+    """The arithmetic of an optimizer of matrices, and what the engine must know about it."""
 
     name: ClassVar[str]
-    """The path's name: of a group's ``algorithm``, in reports, plans and checkpoints."""
+    """The name of the path: in a group's ``algorithm``, in reports, plans and checkpoints."""
     title: ClassVar[str]
-    """The optimizer's name, for messages."""
+    """The optimizer's name in messages."""
     whole: ClassVar[bool] = False
-    """Whether it needs a whole matrix on one rank; else it computes slices apart."""
+    """Whether the rule needs a whole matrix on one rank; else it computes each slice by itself."""
     refreshes: ClassVar[bool] = False
-    """Whether it is a :class:`RefreshedRule`."""
+    """Whether the rule is a :class:`RefreshedRule`."""
     state_names: ClassVar[frozenset[str]] = frozenset()
-    """Names of its states and counts that adamw has not, by which they are known."""
+    """Names of the states and counts that adamw does not have. They tell whose state it is."""
     counts: tuple[str, ...] = ()
-    """Counts that it keeps of each matrix, beside the engine's own "step"."""
+    """Names of the counts that the rule keeps of each matrix, in addition to "step"."""
     hyperparameters: ClassVar[tuple[str, ...]] = ()
-    """Keys of a group that it reads, beside those that all rules share."""
+    """Keys of a group that the rule reads, in addition to those that all rules share."""
     factor: ClassVar[str | None] = None
-    """The hyperparameter that multiplies ``lr``, for reports, if there is one."""
+    """The hyperparameter that multiplies ``lr``, for reports; None without one."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        OF_RULES.update(cls.state_names)
+        RULE_STATES.update(cls.state_names)
 
     @abstractmethod
-    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
-        """Its states of a matrix (m, n) of a parameter of that dtype, by name."""
+    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
+        """The states of a matrix (m, n), by name; ``dtype`` is the parameter's."""
 
     @abstractmethod
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-        """Dtypes in which a gradient goes to a group, and its update back, for a parameter's."""
+        """The dtypes in which gradients and updates are exchanged.
 
-    def beside(self, m: int, n: int) -> tuple[int, int] | None:
-        """Shape of what goes back beside the update of a matrix (m, n), in float32.
+        Args:
+            dtype: the parameter's dtype.
 
-        For what :meth:`apply` needs and only :meth:`update` knows, such as a decay that depends on
-        the gradient: a number for each column, (1, n), or for the matrix, (1, 1). None: nothing.
-        ``update`` leaves it in ``part.beside``.
+        Returns:
+            The dtype of a gradient on its way to the compute layout, and of an update on its way
+            back.
+        """
+
+    def extra_shape(self, m: int, n: int) -> tuple[int, int] | None:
+        """Shape of the extra tensor (float32) that goes with the update of a matrix (m, n).
+
+        It carries what :meth:`apply` needs and only :meth:`update` can compute, such as a decay
+        that depends on the gradient: a number for each column, (1, n), or one number, (1, 1).
+        ``update`` stores it in ``weight.extra``, with the batch dimensions before it.
+
+        Returns:
+            The shape for one matrix; None if there is no extra tensor.
         """
         return None
 
     @abstractmethod
-    def update(self, part: Part) -> Tensor | None:
-        """Updates the states; returns the update, for :meth:`apply`.
+    def update(self, weight: WeightSlice) -> Tensor | None:
+        """Updates the states in place, and computes the update of the slice.
 
-        Or None, if ``part.param`` is there and has been updated already.
+        Args:
+            weight: the slice.
+
+        Returns:
+            The update, of the shape of ``weight.grad``, to be passed to :meth:`apply`. None if the
+            rule has updated ``weight.param`` itself.
         """
 
     @abstractmethod
@@ -133,38 +158,46 @@ class Rule(ABC):
         group: Mapping[str, Any],
         step: int,
         shape: tuple[int, int],
-        beside: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> None:
-        """Takes an update off a slice of the weight, decay included.
+        """Subtracts an update from some elements of the weight, and applies weight decay.
 
         Args:
-            param: the slice, updated in place; of any rows and columns.
-            update: what :meth:`update` returned, for the same elements.
-            group: see :class:`Part`.
-            step: see :class:`Part`.
-            shape: see :class:`Part`.
-            beside: see :meth:`beside`; of the columns of the slice.
+            param: elements of the weight (..., m', n'), any rows and columns; updated in place.
+            update: what :meth:`update` returned for the same elements.
+            group: see :class:`WeightSlice`.
+            step: see :class:`WeightSlice`.
+            shape: see :class:`WeightSlice`.
+            extra: the extra tensor, (..., 1, n') or (..., 1, 1), see :meth:`extra_shape`.
         """
 
     def check(self, values: Mapping[str, Any], where: str) -> None:  # noqa: B027 (few need it)
-        """Checks those of its hyperparameters that are among ``values``.
+        """Checks the rule's own hyperparameters, as far as ``values`` has them.
+
+        Args:
+            values: hyperparameters by name.
+            where: what to put before a name in an error.
 
         Raises:
-            TypeError: one is of the wrong type.
-            ValueError: one is out of its range.
+            TypeError: a hyperparameter has the wrong type.
+            ValueError: a hyperparameter is out of its range.
         """
 
     def describe(self, group: Mapping[str, Any]) -> str:
-        """Its name, with what ranks must agree on for their exchanges to be the same."""
+        """The rule's name and those hyperparameters that must be equal on all ranks.
+
+        Ranks compare this text. It has what decides when they exchange something.
+        """
         return self.name
 
 
 class RefreshedRule(Rule):
-    """A rule that steps in a basis (r, r) of each matrix, which refreshes replace.
+    """A rule that steps in a basis (r, r) of each matrix. A refresh computes a new basis.
 
-    Its states have "basis", and first the momentum, projected, that a refresh decomposes; its
-    counts have "basis_step", and where refreshes are asynchronous "snapshot_step", beside an
-    optional state "snapshot" like the momentum.
+    The first of its states is the projected momentum (m, n), which a refresh decomposes. One state
+    is "basis". One count is "basis_step", the step at which the matrix took its basis. If refreshes
+    are asynchronous, there is also an optional state "snapshot" (m, n), a copy of the momentum, and
+    a count "snapshot_step".
     """
 
     refreshes = True
@@ -173,23 +206,40 @@ class RefreshedRule(Rule):
     def project(
         self, grad: Tensor, basis: Tensor, right: bool, buffers: Buffers | None = None
     ) -> Tensor:
-        """The projected gradient, in the memory of ``buffers`` where given."""
+        """Projects a gradient.
+
+        Args:
+            grad: the gradient, (..., m', n) or (..., m, n').
+            basis: the basis (..., r, r).
+            right: whether the basis is multiplied from the right.
+            buffers: memory for the result, or None.
+        """
 
     @abstractmethod
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
     ) -> None:
-        """Updates the momentum with the projected gradient, before a refresh.
+        """Updates the projected momentum in place with the projected gradient, before a refresh.
 
-        :meth:`update` then gets a part that is ``averaged``.
+        :meth:`update` then gets a slice that is ``averaged``.
+
+        Args:
+            momentum: the projected momentum of a slice.
+            projected: the projected gradient, of the same shape.
+            group: see :class:`WeightSlice`.
+            step: see :class:`WeightSlice`.
         """
 
     @abstractmethod
     def refresh(self, momentum: Tensor, right: bool, first: bool) -> tuple[Outcome, Tensor | None]:
-        """What came of decomposing a whole projected momentum, and the rotation to a new basis.
+        """Decomposes a projected momentum.
 
         Args:
-            momentum: the momentum (m, n).
+            momentum: the whole projected momentum (m, n) of one matrix.
             right: whether the basis is multiplied from the right.
-            first: whether the matrix has no basis yet.
+            first: whether the matrix has no basis yet (the basis is the identity).
+
+        Returns:
+            The outcome, and the rotation P (r, r) from the basis Q to the new basis Q P; None
+            unless the outcome is ``DONE``.
         """

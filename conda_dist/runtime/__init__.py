@@ -1,1 +1,1 @@
-"""Carries a schedule out: collectives, tensors and the step."""
+"""Runs what ``plan`` has planned: collectives, tensors and the step."""

@@ -22,11 +22,11 @@ class AdamWParameter:
     """A parameter on the adamw path.
 
     Attributes:
-        name: its fully qualified name, or what stands for one.
+        name: the parameter's fully qualified name, or a generated one.
         param: the parameter.
-        mesh: the ranks that share it.
-        layout: where its elements, and its moments', are.
-        group: the parameter group it is in.
+        mesh: the ranks that share the parameter.
+        layout: layout of the parameter and its moments.
+        group: the parameter group that contains it.
         states: ``optimizer.state``.
         options: the optimizer's options.
     """
@@ -41,26 +41,27 @@ class AdamWParameter:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Its current state. Before it is allocated, only a wrapper's states are in it."""
+        """The parameter's entry of ``optimizer.state``; {} if there is none."""
         return self.states.get(self.param, {})
 
     def state_layouts(self) -> dict[str, Layout]:
-        """Where the elements of each state are."""
+        """The layout of each state, by name."""
         return {"exp_avg": self.layout, self.second_key: self.layout}
 
     counts = ()
+    """Names of counts in addition to "step": none."""
 
     @property
     def second_key(self) -> str:
-        """Name of the state that is its second moment."""
+        """Name of the state that is the second moment."""
         return second_key(self.options)
 
     def saved_key(self, key: str) -> str:
-        """What a state is called in checkpoints."""
+        """The name of a state in checkpoints."""
         return key
 
     def init_state(self) -> None:
-        """Allocates the state, unless it is there."""
+        """Allocates the state, unless it exists."""
         if has_own(self.state):
             return
         state = self.states.setdefault(self.param, {})
@@ -77,12 +78,14 @@ def adamw_step(
     grads: Mapping[Tensor, Tensor | None],
     stochastic: bool,
 ) -> None:
-    """Takes one step. Parameters of one group with equally many steps are updated together.
+    """Takes one step of the parameters on the adamw path.
+
+    Parameters of the same group that have taken the same number of steps are updated together.
 
     Args:
-        plains: the parameters.
-        grads: this rank's part of each gradient; None leaves that parameter alone.
-        stochastic: as of :func:`conda_dist.adamw.adamw_`.
+        adamw_parameters: the parameters.
+        grads: the local gradient of each parameter; a parameter with None is not changed.
+        stochastic: see :func:`conda_dist.numerics.adamw.adamw_`.
     """
     alike: dict[tuple[int, int], list[Entry]] = defaultdict(list)
     groups = {}

@@ -1,8 +1,9 @@
-"""Whether all ranks have gradients of the same parameters: flags beside gradients, compared counts.
+"""Checks that all ranks have gradients of the same parameters.
 
-Exchanges are planned for all trainable weights. A missing gradient travels as zeros with a flag,
-which all receivers read at the start of the next step, so that no rank waits for it. A step without
-an exchange has no flags: there the ranks compare their counts of steps before every refresh.
+There are two checks. If gradients are exchanged, a rank without a gradient sends zeros, and flags
+go with the gradients: all receivers read them at the start of the next step, so no rank waits for
+them. If nothing is exchanged, there are no flags: the ranks compare how many steps each parameter
+has taken, before every refresh.
 """
 
 import math
@@ -21,27 +22,27 @@ from conda_dist.runtime.collectives import Mesh, agree
 from conda_dist.runtime.weight import Weight
 
 PRESENT, MISSING = 0.0, 3.0
-"""Values of a flag, exact in every dtype. Any other value counts as ``PRESENT``."""
+"""Values of a flag, exact in every dtype. Every other value means ``PRESENT``, too."""
 
 ADVICE = (
-    "Every rank must have a gradient of the same parameters in every step: where one has none, "
-    "give it zeros, or set it to None on all ranks."
+    "All ranks must have gradients of the same parameters in every step: if a rank has none of a "
+    "parameter, set it to zeros on that rank, or to None on all ranks."
 )
-LOST = "The parameters have differed since; resume from a checkpoint of before."
+LOST = "The parameters have differed between ranks since then; resume from an earlier checkpoint."
 SHOWN = 3
-"""Parameters that an error names, at most."""
+"""The largest number of parameters that an error names."""
 
 
 @dataclass(slots=True)
 class _Arrived:
-    """Flags of one task, on their way to the host.
+    """Flags of one task that this rank has received, on their way to the host.
 
     Attributes:
         mesh: the ranks.
-        dims: mesh dimensions along which this rank knows all flags.
-        names: of the weights.
-        values: flags by index along each of ``dims`` and by weight.
-        copied: when they have arrived on the host; None on CPUs.
+        dims: mesh dimensions along which this rank has the flags of all ranks.
+        names: fully qualified names of the k weights.
+        values: the flags, (ranks along each of ``dims``..., k), on the CPU once copied.
+        copied: event after the copy to the host; None if the flags were on the CPU.
     """
 
     mesh: Mesh
@@ -52,7 +53,7 @@ class _Arrived:
 
 
 class GradientFlags:
-    """The flags of a step, which are read at the start of the next one."""
+    """The flags of a step. They are read at the start of the next step."""
 
     def __init__(self) -> None:
         self._arrived: list[_Arrived] = []
@@ -61,13 +62,13 @@ class GradientFlags:
     def make(
         flags: Flags, present: Sequence[bool], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """This rank's flags of some weights of a task, (1, ..., 1, k).
+        """This rank's flags for some weights of a task, (1, ..., 1, k).
 
         Args:
-            flags: which weights.
+            flags: the plan, with the positions of the k weights.
             present: for each weight of the task whether this rank has a gradient of it.
-            dtype: what their gradients travel in.
-            device: where their gradients are.
+            dtype: dtype in which the gradients are exchanged.
+            device: device of the gradients.
         """
         shape = (*(1 for _ in flags.dims), len(flags.positions))
         made = torch.full(shape, PRESENT, dtype=dtype, device=device)
@@ -77,7 +78,14 @@ class GradientFlags:
         return made
 
     def keep(self, mesh: Mesh, flags: Flags, names: tuple[str, ...], values: Tensor) -> None:
-        """Takes the flags that arrived, and copies them to the host without waiting for that."""
+        """Stores received flags, and starts to copy them to the host without waiting.
+
+        Args:
+            mesh: the ranks.
+            flags: the plan.
+            names: names of the k weights.
+            values: the flags of all ranks along ``flags.dims``, (..., k).
+        """
         copied = None
         if values.device.type != "cpu":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -88,19 +96,19 @@ class GradientFlags:
     def check(self) -> None:
         """Reads the flags of the last step.
 
-        Where they tell some ranks of a mesh only, these warn: the comparison of counts before the
-        next refresh raises, on all ranks.
+        If only some ranks of the mesh got the flags, these ranks warn. The comparison of counts
+        before the next refresh then raises the error on all ranks.
 
         Raises:
-            RuntimeError: some ranks had a gradient of a parameter, and others had none; on all
-                ranks of its mesh.
+            RuntimeError: some ranks had a gradient of a parameter, and others had none. Raised on
+                all ranks of the parameter's mesh.
         """
         arrived, self._arrived = self._arrived, []
         raised: list[str] = []
         warned: list[str] = []
         for flags in arrived:
             if flags.copied is not None:
-                flags.copied.synchronize()  # a step ago: it has nearly always happened
+                flags.copied.synchronize()  # the copy began a step ago: nearly always finished
             missing = flags.values == MISSING
             if missing.any():
                 known = set(flags.mesh.shared_dims()) <= set(flags.dims)
@@ -113,7 +121,7 @@ class GradientFlags:
 
 
 def _describe(flags: _Arrived, missing: Tensor) -> Iterable[str]:
-    """What is wrong with each weight that some ranks have a gradient of, and others have not."""
+    """A sentence for each weight of which some ranks had a gradient and others had none."""
     sizes, here = missing.shape[:-1], flags.mesh.coordinate
     rows = missing.flatten(0, -2).tolist()
     for place, name in enumerate(flags.names):
@@ -128,7 +136,7 @@ def _describe(flags: _Arrived, missing: Tensor) -> Iterable[str]:
 
 
 def _rank(flags: _Arrived, sizes: Sequence[int], here: Coordinate, place: int) -> int:
-    """The global rank whose flags are at a place."""
+    """The global rank whose flags are at index ``place`` of the flattened ``dims``."""
     coordinate = list(here)
     for mesh_dim, size in reversed(list(zip(flags.dims, sizes, strict=True))):
         place, coordinate[mesh_dim] = divmod(place, size)
@@ -146,16 +154,16 @@ def _message(said: Sequence[str]) -> str:
 
 
 class Comparison:
-    """When the ranks of one mesh compare how many steps their parameters have taken.
+    """The ranks of one mesh compare how many steps their parameters have taken.
 
-    They do before every step in which a weight may be refreshed, and so in the same steps whatever
-    gradients they have: a weight is refreshed after a number of steps of its own, of which it takes
-    one at each call, or fewer if it has no gradient.
+    They compare in every call of ``step`` in which a weight may be refreshed. All ranks know these
+    calls in advance, whatever gradients they have: a weight takes at most one step in a call, so a
+    weight that needs k more steps to its refresh cannot be refreshed in fewer than k calls.
 
     Args:
         mesh: the ranks.
-        weights: the weights of the mesh, on the conda path.
-        others: its parameters on the adamw path.
+        weights: the weights of the mesh that the rule steps.
+        others: the parameters of the mesh on the adamw path.
     """
 
     def __init__(
@@ -165,10 +173,13 @@ class Comparison:
         self._members: list[Weight | AdamWParameter] = [*weights, *others]
         self._groups = list({id(m.group): m.group for m in self._members}.values())
         self._gaps: list[int] = []
-        self._left = 0.0  # calls before the next comparison
-        self._asleep: list[Weight] = []  # due at their next gradient, which no rank had
-        self._agreed: dict[str, int] = {}  # steps by name when the ranks last compared them
-        self._fresh = self._compared = False
+        self._left = 0.0  # calls of step before the next comparison
+        # Weights that will be refreshed at their next gradient; no rank had one in the last step.
+        self._asleep: list[Weight] = []
+        self._agreed: dict[str, int] = {}  # by name, steps at the last comparison
+        self._fresh = False  # whether the plans' comparison has already included this call's lines
+        self._compared = False  # whether the ranks have compared in this call
+        self._shared = bool(mesh.shared_dims())  # whether there are other ranks
 
     def _counts(self) -> dict[str, int]:
         counts = {w.name: w.step if "step" in w.state else 0 for w in self._weights}
@@ -179,7 +190,11 @@ class Comparison:
         return counts
 
     def lines(self) -> list[str]:
-        """What to compare: by parameter its steps, those at the last comparison, any gradient."""
+        """What ranks compare: a line of four fields for each parameter.
+
+        The fields are name, steps at the last comparison, steps now, and whether there is a
+        gradient.
+        """
         counts = self._counts()
         self._agreed = self._agreed or counts
         return [
@@ -187,44 +202,50 @@ class Comparison:
             for m in self._members
         ]
 
-    def compared(self) -> None:
-        """Takes note that ranks have compared their lines for this call, and found them equal."""
+    def record_agreement(self) -> None:
+        """Records that the ranks have compared their lines in this call and found them equal."""
         self._agreed = self._counts()
         self._fresh = self._compared = True
 
     def compare(self) -> None:
-        """Compares, in a call in which a weight may be refreshed.
+        """Compares the ranks' lines, if a weight may be refreshed in this call.
 
         Raises:
-            RuntimeError: ranks differ; on all alike, and before anything was changed.
+            RuntimeError: the lines differ. Raised on all ranks, before anything is changed.
         """
         fresh, self._fresh = self._fresh, False
-        if fresh or not self.mesh.shared_dims():
+        if fresh or not self._shared:
             return
         self._left -= 1
-        woken = any(weight.param.grad is not None for weight in self._asleep)
-        if self._left >= 0 and not woken and self._gaps == self._gaps_now():
+        due = self._left < 0
+        for weight in self._asleep:
+            due = due or weight.param.grad is not None
+        for group, gap in zip(self._groups, self._gaps, strict=False):
+            due = due or int(group.get("update_proj_gap", 0)) != gap
+        if not due:
             return
         agree(self.mesh, self.lines(), None, explain=explain)
-        self.compared()
+        self.record_agreement()
         self._fresh = False
 
-    def _gaps_now(self) -> list[int]:
-        return [int(group.get("update_proj_gap", 0)) for group in self._groups]
-
-    def settle(self) -> None:
-        """After a step: finds the next one for which to compare, if this one did."""
-        if not self._compared or not self.mesh.shared_dims():
+    def schedule_next(self) -> None:
+        """Finds the call of the next comparison, after a step in which the ranks have compared."""
+        if not self._compared or not self._shared:
             return
-        self._compared, self._gaps = False, self._gaps_now()
-        waits = [(weight, weight.wait()) for weight in self._weights]
+        self._compared = False
+        self._gaps = [int(group.get("update_proj_gap", 0)) for group in self._groups]
+        waits = [(weight, weight.steps_to_refresh()) for weight in self._weights]
         self._asleep = [w for w, wait in waits if not wait and w.param.grad is None]
         asleep = set(map(id, self._asleep))
         self._left = min((wait for w, wait in waits if id(w) not in asleep), default=math.inf)
 
 
 def explain(texts: Mapping[int, str]) -> str:
-    """Says how the lines of ranks differ, see :meth:`Comparison.lines`."""
+    """The message for lines that differ, see :meth:`Comparison.lines`.
+
+    Args:
+        texts: the joined lines of each global rank.
+    """
     said, lost = [], False
     tables = [[line.split("\t") for line in text.split("\n")] for text in texts.values()]
     for row in zip(*tables, strict=True):

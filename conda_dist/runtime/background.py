@@ -1,7 +1,7 @@
-"""Decompositions in a thread of their own, while training goes on.
+"""Decompositions in a background thread, while training goes on.
 
-The thread computes and never communicates: what it is given was gathered before, and what it found
-is taken, by the ranks together, at a step that all of them know beforehand.
+The thread computes and never communicates. Momenta are gathered on their owners before they are
+handed to the thread. All ranks take the results in the same later step, which they know in advance.
 """
 
 import threading
@@ -27,10 +27,11 @@ class _Job(NamedTuple):
 
 
 class Background:
-    """Decompositions that were started and not taken yet.
+    """Decompositions that were started and whose results were not taken yet.
 
-    On an accelerator they run on a stream beside training's. The thread ends with its work, and
-    with the process: that waits for the matrix at hand, not for those after it.
+    On an accelerator they run on a stream of their own. The thread ends when there is nothing left
+    to decompose. When the process ends, it waits for the matrix that is being decomposed, but not
+    for those in the queue.
     """
 
     def __init__(self) -> None:
@@ -42,7 +43,7 @@ class Background:
         self._starter: threading.Thread | None = None
 
     def __contains__(self, key: Hashable) -> bool:
-        """Whether that decomposition was started, here or on another rank."""
+        """Whether the decomposition of ``key`` was started, on this rank or on another one."""
         return key in self._started
 
     def start(
@@ -51,10 +52,10 @@ class Background:
         """Starts a decomposition.
 
         Args:
-            key: what it is of.
-            momentum: the whole projected momentum, which must not change before the result is
-                taken; None where another rank decomposes it.
-            find: decomposes it.
+            key: names the decomposition: a weight and the index of a matrix.
+            momentum: the whole projected momentum (m, n), which must not change before the result
+                is taken; None if another rank decomposes it.
+            find: the function that decomposes it.
         """
         self._started[key] = None
         if momentum is None:
@@ -74,18 +75,13 @@ class Background:
                 threading.Thread(target=self._work, name="conda_dist refresh").start()
                 self._working = True
 
-    def fail(self, key: Hashable, error: Exception) -> None:
-        """Has a decomposition that was not started raise an error when it is taken."""
-        found = self._started[key] = Future[Found]()
-        found.set_exception(error)
-
     def _is_wanted(self) -> bool:
-        """Whether anybody may still ask: training may be in another thread than the main one."""
+        """Whether training may still take a result: its thread, or the main one, is alive."""
         starter = self._starter
         return threading.main_thread().is_alive() or (starter is not None and starter.is_alive())
 
     def _work(self) -> None:
-        # No thread of an executor: those finish all their work before the interpreter may end.
+        # Not an executor's thread: the interpreter would wait for all of its queue before it ends.
         while self._is_wanted():
             with self._lock:
                 if not self._jobs:
@@ -105,14 +101,17 @@ class Background:
         with job.stream:
             job.stream.wait_event(job.gathered)
             found = job.find(job.momentum)
-            job.stream.synchronize()  # this thread has the time
+            job.stream.synchronize()  # waits in this thread only
         return found
 
     def take(self, key: Hashable) -> Found:
-        """What was found, once; waits for it. UNKNOWN where another rank decomposed it.
+        """Waits for the result of a decomposition, and removes it.
+
+        Returns:
+            The outcome and the rotation; (UNKNOWN, None) if another rank decomposed the momentum.
 
         Raises:
-            Exception: what the decomposition raised, or what it was failed with.
+            Exception: what the decomposition raised.
         """
         future = self._started.pop(key)
         if future is None:
@@ -123,7 +122,7 @@ class Background:
         return outcome, rotation
 
     def drop(self) -> None:
-        """Forgets all; the matrix at hand is the last one that is decomposed."""
+        """Drops all decompositions; only the one that is running is finished."""
         with self._lock:
             self._jobs.clear()
         self._started.clear()

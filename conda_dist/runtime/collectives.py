@@ -1,8 +1,9 @@
-"""Moving elements between ranks: process groups, packed all-to-alls and agreement.
+"""Collectives: process groups, packed all-to-alls, and agreement between ranks.
 
-The only module that calls collectives. What goes where was decided by ``transfer``; here boxes
-are packed into one buffer, exchanged and unpacked. Every collective runs on a group of the
-parameters' own mesh: ranks outside it, such as other pipeline stages, are never waited for.
+The only module that calls collectives. ``layout/redistribution`` has decided which elements go
+where; here they are packed into one buffer, exchanged and unpacked. Every collective runs on a
+process group of the parameters' own mesh, so no rank waits for a rank outside the mesh, such as
+another pipeline stage.
 """
 
 import hashlib
@@ -26,13 +27,14 @@ from conda_dist.layout.redistribution import Hop, Packing, Transfer
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place among the ranks that share parameters, and the groups that join them.
+    """The ranks that share parameters, this rank's position among them, and their process groups.
 
     Attributes:
         topology: the ranks.
         coordinate: this rank's position.
-        groups: for each mesh dimension the process group that varies along it alone.
-        names: of the mesh dimensions; () if they have none.
+        groups: for each mesh dimension the process group of the ranks along it that includes this
+            rank.
+        names: names of the mesh dimensions; () if they have none.
     """
 
     topology: Topology = field(default_factory=Topology)
@@ -57,30 +59,34 @@ class Mesh:
 
     @classmethod
     def of_group(cls, group: dist.ProcessGroup) -> "Mesh":
-        """One mesh dimension: the ranks of a process group, as in DDP.
+        """A mesh of one dimension: the ranks of a process group, as in DDP.
 
         Raises:
             ValueError: this rank is not in ``group``.
         """
         if dist.get_rank(group) < 0:
-            raise ValueError(f"rank {dist.get_rank()} is not part of process_group")
+            raise ValueError(
+                f"rank {dist.get_rank()} is not part of process_group: pass a group that contains "
+                "the rank, or None"
+            )
         ranks = tuple(dist.get_process_group_ranks(group))
         return cls(Topology((len(ranks),), ranks), (dist.get_rank(group),), (group,))
 
     @property
     def rank(self) -> int:
-        """Global rank of this process, 0 without torch.distributed."""
+        """Global rank of this process; 0 without torch.distributed."""
         return self.topology.rank_at(self.coordinate)
 
     @property
     def sort_key(self) -> tuple[object, ...]:
-        """Puts meshes in an order that all their ranks share, however they met them."""
+        """A key that sorts meshes in the same order on all ranks."""
         return (self.topology.ranks, self.topology.sizes, self.names)
 
     def device(self, mesh_dim: int, preferred: torch.device) -> torch.device:
-        """``preferred`` if the group's backend carries its tensors, else where to stage them.
+        """The device on which tensors must be to be sent along a mesh dimension.
 
-        With CPU offload the states are on the CPU and the groups are NCCL's.
+        It differs from ``preferred`` with CPU offload: the states are on the CPU, and the process
+        groups are NCCL's.
         """
         carried = [device.type for device in self.groups[mesh_dim]._device_types]
         if preferred.type in carried:
@@ -88,19 +94,19 @@ class Mesh:
         return torch.device(carried[0], torch.accelerator.current_device_index())
 
     def shared_dims(self) -> list[int]:
-        """Mesh dimensions of more than one rank."""
+        """The mesh dimensions that have more than one rank."""
         return [mesh_dim for mesh_dim, size in enumerate(self.topology.sizes) if size > 1]
 
 
 class Exchange:
-    """Tensors on their way between two layouts; the first collective starts at once.
+    """An exchange of tensors between two layouts. The first collective starts at construction.
 
     Args:
         mesh: the ranks that take part.
-        hops: what to do, from :func:`conda_dist.layout.redistribution.plan_hops`.
-        tensors: the local tensors, None where this rank holds none.
+        hops: the plan, from :func:`conda_dist.layout.redistribution.plan_hops`.
+        tensors: the local tensors; None for a tensor of which this rank holds nothing.
         dtypes: dtype of each tensor, the same on all ranks.
-        device: where the new local tensors are made.
+        device: device of the new local tensors.
     """
 
     def __init__(
@@ -115,10 +121,11 @@ class Exchange:
         self._tensors = list(tensors)
         self._hops = list(hops)
         self._inflight: list[_Packed] = []
-        self._start()
+        if self._hops:
+            self._start()
 
     def _start(self) -> None:
-        """Does the local hops that are next and launches the first that is not."""
+        """Runs local hops up to the first one that communicates, and starts that one."""
         while self._hops and not self._inflight:
             hop = self._hops.pop(0)
             if hop.is_local:
@@ -129,7 +136,7 @@ class Exchange:
                 self._inflight.append(self._launch(hop.mesh_dim, packing))
 
     def _slice(self, transfer: Transfer) -> Tensor | None:
-        """The new local tensor, all of which this rank has already."""
+        """The new local tensor of a local hop, from elements that this rank has."""
         if transfer.shape is None:
             return None
         source = self._tensors[transfer.item]
@@ -145,13 +152,13 @@ class Exchange:
         return torch.empty(transfer.shape, dtype=dtype, device=self._device)
 
     def _launch(self, mesh_dim: int, packing: Packing) -> "_Packed":
-        """Packs tensors, which are let go of, and sends them."""
+        """Packs tensors into a buffer, drops the references to them, and starts the collective."""
         dtype = self._dtypes[packing.transfers[0].item]
         carried = self._mesh.device(mesh_dim, self._device)
         send = self._buffer(sum(packing.send_sizes), dtype, carried)
         pack(packing, self._tensors, send)
         if carried.type != self._device.type:
-            # One copy for the buffer; its pinned memory is not given away before that is done.
+            # torch reuses the pinned memory only after this copy has finished.
             send = send.to(carried, non_blocking=True)
         kept = [self._tensors[t.item] if packing.straight else None for t in packing.transfers]
         for transfer in packing.transfers:
@@ -168,12 +175,12 @@ class Exchange:
         return _Packed(work, packing, send, received, kept)
 
     def _buffer(self, numel: int, dtype: torch.dtype, carried: torch.device) -> Tensor:
-        """A buffer beside the tensors, to be copied from or to where the backend needs it."""
+        """A buffer on the tensors' device, pinned if it is copied from or to a CUDA device."""
         pinned = carried.type == "cuda" and self._device.type == "cpu"
         return torch.empty(numel, dtype=dtype, device=self._device, pin_memory=pinned)
 
     def _unpack(self, packed: "_Packed") -> None:
-        """Waits for a collective and makes its tensors."""
+        """Waits for a collective, and unpacks the new local tensors."""
         if packed.work is not None:
             packed.work.wait()
         packed.work = packed.send = None
@@ -186,7 +193,7 @@ class Exchange:
         self._tensors = [outputs.get(i, tensor) for i, tensor in enumerate(self._tensors)]
 
     def wait(self) -> list[Tensor | None]:
-        """The local tensors in their new layouts, None where this rank holds none."""
+        """Waits, and returns the new local tensors; None where this rank now holds nothing."""
         while self._inflight:
             while self._inflight:
                 self._unpack(self._inflight.pop(0))
@@ -196,14 +203,14 @@ class Exchange:
 
 @dataclass
 class _Packed:
-    """One collective under way; keeps its buffers alive until it is done.
+    """A collective that has been started, with its buffers.
 
     Attributes:
-        work: the collective; None from backends that finish at once.
-        packing: what is in it.
-        send: what the peers get.
-        received: what comes from them.
-        kept: the old local tensors of which this rank keeps a part; else None.
+        work: torch's handle; None from backends that finish at once.
+        packing: the layout of the buffers.
+        send: the buffer that is sent.
+        received: the buffer that is received.
+        kept: the old local tensors, if elements of them stay on this rank; else None.
     """
 
     work: Any
@@ -214,7 +221,7 @@ class _Packed:
 
 
 def pack(packing: Packing, tensors: Sequence[Tensor | None], buffer: Tensor) -> None:
-    """Copies what the peers get from the local tensors to a buffer."""
+    """Copies the elements that the peers get from the local tensors to a send buffer."""
     for transfer, copies in zip(packing.transfers, packing.packs, strict=True):
         source = tensors[transfer.item]
         for copy in copies:
@@ -225,7 +232,14 @@ def pack(packing: Packing, tensors: Sequence[Tensor | None], buffer: Tensor) -> 
 def unpack(
     packing: Packing, buffer: Tensor, kept: Sequence[Tensor | None], outputs: dict[int, Tensor]
 ) -> None:
-    """Fills the new local tensors, by item, from a buffer and from old tensors that were kept."""
+    """Fills the new local tensors from a receive buffer, and with elements that stay on this rank.
+
+    Args:
+        packing: the layout of the buffer.
+        buffer: the receive buffer.
+        kept: the old local tensors, where elements of them stay.
+        outputs: the new local tensors, by item.
+    """
     for transfer, copies, source in zip(packing.transfers, packing.unpacks, kept, strict=True):
         for copy in copies:
             target = _view(outputs[transfer.item], copy.shape, copy.local)
@@ -235,7 +249,7 @@ def unpack(
 
 
 def keep(transfer: Transfer, source: Tensor | None, output: Tensor | None) -> None:
-    """Copies what stays on this rank from its old local tensor to the new one."""
+    """Copies the elements that stay on this rank from its old local tensor to the new one."""
     for copy in transfer.stays:
         assert source is not None
         assert output is not None
@@ -248,51 +262,56 @@ def _view(tensor: Tensor, shape: tuple[int, ...], place: Place) -> Tensor:
 
 
 def is_distributed() -> bool:
-    """Whether torch.distributed has been initialized, on however many ranks."""
+    """Whether torch.distributed is initialized, even with a single rank."""
     return dist.is_available() and dist.is_initialized()
 
 
 class SharedGroup:
-    """A process group in an object that may be copied: copies share it, pickles name it.
+    """A process group in an object that can be copied and pickled, as the group itself cannot.
+
+    A deep copy shares the group. A pickle has its ranks only.
 
     Args:
-        group: the process group, if there is one.
+        group: the process group, or None.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedGroup":
-        """Itself: a process group is nothing that could be copied."""
+        """Returns itself."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What a pickle has of it: its ranks."""
+        """Pickles the ranks of the group."""
         ranks = [] if self.group is None else dist.get_process_group_ranks(self.group)
         return _find_group, (ranks, ranks == list(range(world())))
 
 
 def _find_group(ranks: Sequence[int], whole: bool) -> SharedGroup:
-    """The process group of a pickle: all ranks if it was all, none if it was some."""
+    """Unpickles: the group of all ranks if it had all ranks, else no group."""
     if whole and is_distributed():
         return SharedGroup(dist.group.WORLD)
     if ranks:
         warnings.warn(
             f"the optimizer was saved with a process_group of ranks {list(ranks)}, which a pickle "
-            "cannot hold: each rank decomposes all plain parameters itself now. To share that "
-            "work, make the optimizer with its process_group and load its state_dict().",
+            "cannot hold: now each rank decomposes all plain parameters itself. To share that "
+            "work, construct the optimizer with process_group and load its state_dict().",
             stacklevel=2,
         )
     return SharedGroup(None)
 
 
 def world() -> int:
-    """How many ranks torch.distributed was initialised with; 1 without it."""
+    """Number of ranks of torch.distributed; 1 if it is not initialized."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:
-    """The largest of each value over all ranks of a mesh; every rank must give as many."""
+    """The element-wise maximum of the values over all ranks of a mesh.
+
+    Every rank must pass the same number of values. The host waits for the result.
+    """
     result = torch.tensor(values, dtype=torch.int64, device="cpu")
     for mesh_dim in mesh.shared_dims():
         result = result.to(mesh.device(mesh_dim, torch.device("cpu")))
@@ -301,7 +320,7 @@ def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:
 
 
 def all_texts(mesh: Mesh, text: str) -> dict[int, str]:
-    """What every rank of a mesh has to say, by global rank. For the way out with an error."""
+    """The text of every rank of a mesh, by global rank. Slow: only used to make an error."""
     texts = {mesh.rank: text}
     for mesh_dim in mesh.shared_dims():
         gathered: list[Any] = [None] * mesh.topology.sizes[mesh_dim]
@@ -311,22 +330,22 @@ def all_texts(mesh: Mesh, text: str) -> dict[int, str]:
 
 
 ALL_CALL_WITHIN = timedelta(minutes=5)
-"""How long the first of some ranks waits for the others in a call that all must make, where the
-backend can tell. The others wait twice as long for it."""
+"""How long the first rank waits for each other rank in :func:`await_all`. The others wait twice as
+long for the first."""
 
 
 def await_all(mesh: Mesh, call: str) -> None:
-    """Waits until all ranks of a mesh have made a call that moves data between them.
+    """Waits until all ranks of a mesh have made a call in which they exchange data.
 
-    Only gloo can say which of them have not. With other backends ranks wait for as long as a
-    collective of the process group may take, and end as it says.
+    Only gloo can tell which ranks have not made it. With other backends this returns at once, and
+    the first collective of the call waits for as long as the process group's timeout says.
 
     Args:
         mesh: the ranks.
-        call: what all of them must call.
+        call: name of the call, for the error.
 
     Raises:
-        RuntimeError: some ranks did not call in time; on those that did.
+        RuntimeError: some ranks did not make the call in time; raised on the ranks that did.
     """
     for mesh_dim in mesh.shared_dims():
         group = mesh.groups[mesh_dim]
@@ -337,16 +356,19 @@ def await_all(mesh: Mesh, call: str) -> None:
             minutes = ALL_CALL_WITHIN.total_seconds() / 60
             raise RuntimeError(
                 f"{who} has not called {call} within {minutes:g} minutes of the others of ranks "
-                f"{ranks}. It moves data between all ranks that share the parameters, because "
-                "some weights are in compute groups: call it on all of them, also where one alone "
-                "writes the result; or set basis_budget=None, with which no rank needs another."
+                f"{ranks}. All ranks that share the parameters must call it, because it moves the "
+                "state of weights in compute groups between them. Call it on all ranks, even if "
+                "only one writes the result; or set basis_budget=None, so that no rank needs "
+                "another."
             )
 
 
 def _find_missing(ranks: Sequence[int], group: dist.ProcessGroup) -> str | None:
-    """Which rank of a gloo group does not get here in time; the first of them asks the others.
+    """Says which rank of a gloo group does not call this in time; None if all do.
 
-    A wait that times out closes the first rank's connections, so the others cannot be told which.
+    Every rank sends a token to the first one and waits for its answer. If a token does not come in
+    time, the first rank names its sender. gloo then closes the first rank's connections, so the
+    other ranks cannot learn the name.
     """
     first, *others = ranks
     token, answer = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
@@ -382,18 +404,19 @@ def agree(
     what: str = "cannot plan its step",
     explain: Callable[[Mapping[int, str]], str] | None = None,
 ) -> None:
-    """Holds the ranks' plans against each other before anything else is sent.
+    """Compares the ranks' plans, by a hash of them, before anything else is exchanged.
 
     Args:
-        mesh: the ranks whose plans must be the same.
-        lines: the plan of this rank, a line for each parameter.
-        error: what went wrong in making it, or None.
-        what: what the optimizer cannot do if a rank has an error.
-        explain: says how lines differ, of the joined lines by global rank; None if they are plans.
+        mesh: the ranks whose plans must be equal.
+        lines: the plan of this rank as text.
+        error: the exception with which planning failed on this rank, or None.
+        what: what the optimizer cannot do if there is an error, for the message.
+        explain: makes the message if plans differ, from the joined lines of each global rank. None:
+            :func:`difference`.
 
     Raises:
-        RuntimeError: on all ranks alike, if the plans differ or a rank could not make one.
-        Exception: ``error`` itself, where there is no other rank to tell.
+        RuntimeError: plans differ, or a rank has an error; raised on all ranks.
+        Exception: ``error`` itself, if there is only one rank.
     """
     if error is not None and not mesh.shared_dims():
         raise error
@@ -409,7 +432,7 @@ def agree(
 
 
 def difference(texts: Mapping[int, str]) -> str:
-    """Names the first line in which a rank's plan differs from the first rank's."""
+    """The message for plans that differ, with the first line that differs from the first rank's."""
     (first, reference), *others = texts.items()
     for rank, text in others:
         pairs = zip_longest(reference.split("\n"), text.split("\n"), fillvalue="nothing")

@@ -1,4 +1,4 @@
-"""Between torch's tensors and layouts: what a plain tensor or a DTensor holds on this rank."""
+"""From torch's tensors to layouts and back: what a plain tensor or a DTensor holds on this rank."""
 
 from collections.abc import Container
 
@@ -14,12 +14,12 @@ from conda_dist.runtime.collectives import Mesh
 
 
 def find_mesh(tensor: Tensor, group: dist.ProcessGroup | None) -> Mesh:
-    """The ranks that share a parameter.
+    """The ranks that share a parameter: a DTensor's mesh, or ``group`` for a plain tensor.
 
     Args:
-        tensor: a DTensor, whose mesh it is, or a plain tensor.
-        group: ranks that hold equal copies of the plain tensors (DDP); None if they shall not
-            be told of each other.
+        tensor: the parameter.
+        group: ranks that hold equal copies of plain tensors (DDP). None: replicas do not share
+            refresh work, so each rank is a mesh of its own.
 
     Raises:
         ValueError: this rank is not among them.
@@ -30,18 +30,24 @@ def find_mesh(tensor: Tensor, group: dist.ProcessGroup | None) -> Mesh:
 
 
 def find_layout(name: str, tensor: Tensor, mesh: Mesh) -> Layout:
-    """Where the elements of a parameter are.
+    """The layout of a parameter.
+
+    Args:
+        name: fully qualified name, for errors.
+        tensor: the parameter.
+        mesh: from :func:`find_mesh`.
 
     Raises:
-        ValueError: its placements are none that an optimizer can update, or they do not describe
-            the local tensor, or that is a tensor subclass.
+        ValueError: an optimizer cannot update a tensor with such placements; the placements do not
+            fit the shape of the local tensor; or the local tensor is a tensor subclass.
     """
     shape = tuple(tensor.shape)
     if is_traceable_wrapper_subclass(local(tensor)):
         raise ValueError(
-            f"{name}: its elements are a {type(local(tensor)).__name__}, whose arithmetic is not "
-            "that of the numbers it stands for; only plain floating-point tensors can be updated. "
-            "Leave the conversion (such as float8 all-gather) of this parameter out."
+            f"{name}: its elements are a {type(local(tensor)).__name__}, but only plain "
+            "floating-point tensors can be updated: arithmetic on a subclass may differ from "
+            "arithmetic on the numbers it represents. Do not convert this parameter (for example "
+            "to a float8 all-gather)."
         )
     if not isinstance(tensor, DTensor):
         return Layout(shape, mesh.topology.sizes, (None,) * len(mesh.topology.sizes))
@@ -65,13 +71,13 @@ def _split(name: str, tensor: DTensor, placement: Placement) -> Split | None:
     if isinstance(placement, Shard):
         return Split(placement.dim % tensor.ndim)
     raise ValueError(
-        f"{name}: placement {placement!r} cannot be updated by an optimizer; redistribute the "
-        "parameter to Shard or Replicate first."
+        f"{name}: an optimizer cannot update a parameter with the placement {placement!r}; "
+        "redistribute it to Shard or Replicate first."
     )
 
 
 def placements(layout: Layout) -> tuple[Placement, ...]:
-    """DTensor's words for a layout of which every rank along a mesh dimension holds a piece."""
+    """A layout's placements as DTensor placements; the layout must not have an ``among``."""
     found: list[Placement] = []
     for split in layout.placements:
         assert split is None or (isinstance(split, Split) and split.among is None)
@@ -85,23 +91,28 @@ def placements(layout: Layout) -> tuple[Placement, ...]:
 
 
 def is_split(tensor: Tensor, dims: Container[int]) -> bool:
-    """Whether any of these dimensions of a tensor is split over ranks."""
+    """Whether a tensor is a DTensor that splits any of these dimensions."""
     return isinstance(tensor, DTensor) and any(
         isinstance(p, Shard | _StridedShard) and p.dim in dims for p in tensor.placements
     )
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The elements this rank holds, sharing their memory."""
+    """The local tensor of this rank, detached; it shares the parameter's memory."""
     held = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return held.detach() if held.requires_grad else held
 
 
 def like(param: Tensor, layout: Layout, elements: Tensor) -> Tensor:
-    """Wraps this rank's ``elements`` as the parameter is wrapped: DTensor on its mesh, or plain."""
+    """Wraps a local tensor like the parameter: as a DTensor on its mesh, or not at all.
+
+    Args:
+        param: the parameter.
+        layout: the layout of the new tensor.
+        elements: this rank's local tensor, contiguous.
+    """
     if not isinstance(param, DTensor):
         return elements
-    # The stride is that of a contiguous tensor: local tensors are made here, and are.
     stride = torch.empty(layout.shape, device="meta").stride()
     return DTensor.from_local(
         elements,
@@ -114,7 +125,7 @@ def like(param: Tensor, layout: Layout, elements: Tensor) -> Tensor:
 
 
 def copy_blocks(elements: Tensor, layout: Layout, coordinate: Coordinate, whole: Tensor) -> None:
-    """Copies what a coordinate holds of a whole tensor into its local one."""
+    """Copies the elements that a coordinate holds from a whole tensor to its local tensor."""
     for block in layout.blocks(coordinate):
         here = tuple(slice(s, s + n) for s, n in zip(block.local, block.shape, strict=True))
         there = tuple(slice(s, s + n) for s, n in zip(block.start, block.shape, strict=True))
@@ -122,11 +133,11 @@ def copy_blocks(elements: Tensor, layout: Layout, coordinate: Coordinate, whole:
 
 
 def form(param: Tensor) -> tuple[object, ...]:
-    """Everything that plans and kernels rely on, so that any change of it can be noticed.
+    """The properties of a parameter on which plans and kernels depend.
 
-    It changes when the parameter is replaced, frozen, resized, cast, moved or resharded, through
-    ``.data``, ``torch.utils.swap_tensors`` or the local tensor of a DTensor. Comparing two forms
-    reads no elements.
+    The result changes if the parameter is replaced, frozen, resized, cast, moved or resharded, also
+    through ``.data``, ``torch.utils.swap_tensors`` or the local tensor of a DTensor. Comparing two
+    results reads no elements.
     """
     given = (
         id(param),
@@ -139,22 +150,28 @@ def form(param: Tensor) -> tuple[object, ...]:
     )
     if not isinstance(param, DTensor):
         return given
-    with torch.no_grad():
-        here = param.to_local()
+    here = param.to_local()
     shards = param.device_mesh, param.placements, here.shape, here.stride(), here.device, type(here)
     return given + shards
 
 
 def check_state(name: str, param: Tensor, key: str, held: Tensor, layout: Layout) -> None:
-    """Holds one state of a parameter against where its elements should be.
+    """Checks that a state of a parameter has the device and the placements that its layout says.
+
+    Args:
+        name: fully qualified name of the parameter.
+        param: the parameter.
+        key: name of the state.
+        held: the state.
+        layout: the layout that the state should have.
 
     Raises:
-        ValueError: it was made for another device, or for other shards of the parameter.
+        ValueError: the state was made for another device, or for other shards of the parameter.
     """
     advice = (
         "Shard, move and resize the model before the optimizer has state: before its first step "
-        "and before loading a checkpoint into it. Else drop the state (del optimizer.state[param]) "
-        "or load a checkpoint afterwards."
+        "and before a checkpoint is loaded into it. Otherwise drop the state (del "
+        "optimizer.state[param]) or load a checkpoint afterwards."
     )
     if isinstance(held, DTensor) != isinstance(param, DTensor):
         raise ValueError(
@@ -165,7 +182,7 @@ def check_state(name: str, param: Tensor, key: str, held: Tensor, layout: Layout
         found = held.device_mesh, held.placements
         if found != (param.device_mesh, placements(layout)):
             raise ValueError(
-                f"{name}: its {key} is stored as {found[1]} on {found[0]}, but should be as "
+                f"{name}: its {key} has the placements {found[1]} on {found[0]}, but should have "
                 f"{placements(layout)} on {param.device_mesh}: the parameter was resharded after "
                 f"its state was made. {advice}"
             )
@@ -177,12 +194,12 @@ def check_state(name: str, param: Tensor, key: str, held: Tensor, layout: Layout
 
 
 def check_gradient(name: str, param: Tensor) -> None:
-    """Refuses a gradient that is none of this parameter.
+    """Checks that a gradient fits its parameter.
 
     Raises:
-        RuntimeError: the gradient is sparse, not of real numbers or without any; of another shape
-            or device than the parameter; a plain tensor where the parameter is a DTensor, or a
-            DTensor on another mesh or of other shards.
+        RuntimeError: the gradient is sparse, not floating-point, or on the meta device; has another
+            shape or device than the parameter; is a DTensor and the parameter is not, or the other
+            way round; or is a DTensor on another mesh or with other shards.
     """
     grad = param.grad
     if grad is None:
@@ -193,7 +210,9 @@ def check_gradient(name: str, param: Tensor) -> None:
             "embedding with sparse=False."
         )
     if not grad.dtype.is_floating_point:
-        raise RuntimeError(f"{name}: its gradient has to be of real numbers, got {grad.dtype}.")
+        raise RuntimeError(
+            f"{name}: its gradient must be floating-point (real numbers), got {grad.dtype}."
+        )
     if grad.is_meta:
         raise RuntimeError(
             f"{name}: it is on the meta device, where it has no elements; materialize the model "
@@ -215,7 +234,7 @@ def check_gradient(name: str, param: Tensor) -> None:
             "set the gradient to None when the parameter is moved."
         )
     if isinstance(grad, DTensor) and isinstance(param, DTensor):
-        # Equal meshes are nearly always one object, and comparing others takes time.
+        # Equal meshes are nearly always the same object; comparing distinct objects takes time.
         meshes = grad.device_mesh, param.device_mesh
         if meshes[0] is not meshes[1] and meshes[0] != meshes[1]:
             raise RuntimeError(
@@ -226,12 +245,15 @@ def check_gradient(name: str, param: Tensor) -> None:
         if held != expected and grad.placements == param.placements:
             raise RuntimeError(
                 f"{name}: this rank holds {tuple(held)} of its gradient, but {tuple(expected)} of "
-                "the parameter; make the gradient's DTensor from shards of the same shapes."
+                "the parameter; make the gradient's DTensor from shards of the parameter's shapes."
             )
 
 
 def local_gradient(name: str, param: Tensor) -> Tensor | None:
-    """This rank's part of a parameter's gradient, where the parameter's own elements are.
+    """The local tensor of a parameter's gradient, redistributed to the parameter's placements.
+
+    Returns:
+        The local tensor, of the parameter's local shape; None if there is no gradient.
 
     Raises:
         RuntimeError: see :func:`check_gradient`.
@@ -239,16 +261,24 @@ def local_gradient(name: str, param: Tensor) -> Tensor | None:
     grad = param.grad
     if grad is None:
         return None
-    if (  # what nearly all are, said without a further look
-        type(grad) is Tensor
+    if (  # nearly all gradients pass this one test, without the slower check
+        grad.dtype is param.dtype
         and grad.layout is torch.strided
-        and grad.dtype is param.dtype
         and grad.shape == param.shape
         and grad.device == param.device
         and not grad.is_meta
-        and not isinstance(param, DTensor)
     ):
-        return grad
+        if type(grad) is Tensor and not isinstance(param, DTensor):
+            return grad
+        if (
+            isinstance(grad, DTensor)
+            and isinstance(param, DTensor)
+            and grad.device_mesh is param.device_mesh
+            and grad.placements == param.placements
+        ):
+            held = grad.to_local()
+            if held.shape == param.to_local().shape:
+                return held
     check_gradient(name, param)
     if not isinstance(grad, DTensor) or not isinstance(param, DTensor):
         return grad
@@ -258,17 +288,17 @@ def local_gradient(name: str, param: Tensor) -> Tensor | None:
 
 
 def meta_like(grad: DTensor) -> DTensor:
-    """A DTensor of the same layout and dtype without elements."""
+    """A DTensor with the same placements, shape and dtype, whose elements are on "meta"."""
     with torch.no_grad():
         return _from_local(grad, grad.to_local().to("meta"))
 
 
 def reduce_zeros(param: Tensor, example: DTensor) -> None:
-    """Has a rank without a gradient take its part in summing up the others'.
+    """Takes part, with zeros, in the reduction of a partial gradient that other ranks have.
 
     Args:
-        param: the parameter.
-        example: what a gradient looks like, from :func:`meta_like`.
+        param: the parameter, of which this rank has no gradient.
+        example: a gradient without elements, from :func:`meta_like`.
     """
     assert isinstance(param, DTensor)
     zeros = torch.zeros_like(example.to_local(), device=local(param).device)

@@ -1,4 +1,4 @@
-"""Keeps what surrounds a step from changing it: the caller's autocast, a CUDA graph."""
+"""Settings of the surrounding program that would change a step: autocast, TF32, CUDA graphs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,18 +8,19 @@ import torch
 
 @contextmanager
 def without_autocast() -> Iterator[None]:
-    """Computes in the tensors' own dtypes, though the caller may be inside ``torch.autocast``.
+    """Turns ``torch.autocast`` off in a block, and clears its cache of weights.
 
-    Autocast would round the operands of every product to 8 or 11 bits, and so the bases. It also
-    caches the weights that the forward pass has cast, until the caller leaves the outermost
-    autocast block (even a disabled one). This clears the cache, so that the next forward pass casts
-    the weights as they are after the step.
+    Autocast would round the operands of every matrix product to 8 or 11 bits, also those that make
+    bases. It also caches the cast weights of the forward pass until the caller leaves the outermost
+    autocast block, even a disabled one. A step changes the weights, so the cache must be cleared:
+    then the next forward pass casts the new weights.
     """
     accelerator = torch.accelerator.current_accelerator()
-    kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-    enabled = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
-    for kind in enabled:
-        torch.set_autocast_enabled(kind, False)
+    enabled = []
+    for kind in ("cpu",) if accelerator is None else ("cpu", accelerator.type):
+        if torch.is_autocast_enabled(kind):
+            torch.set_autocast_enabled(kind, False)
+            enabled.append(kind)
     try:
         yield
     finally:
@@ -30,10 +31,10 @@ def without_autocast() -> Iterator[None]:
 
 @contextmanager
 def tf32_products() -> Iterator[None]:
-    """Lets CUDA round the operands of float32 products to TF32, in this block alone.
+    """Lets CUDA round the operands of float32 matrix products to TF32, in a block.
 
-    The setting belongs to the process, so keep the block around the products that want it. Without
-    CUDA nothing is set.
+    torch's setting holds for the whole process, so the block must contain only the products that
+    may be rounded. Without CUDA this does nothing.
     """
     if not torch.cuda.is_available():
         yield
@@ -48,15 +49,16 @@ def tf32_products() -> Iterator[None]:
 
 
 def refuse_capture() -> None:
-    """Refuses to be recorded in a CUDA graph.
+    """Raises an error while a CUDA graph is being captured.
 
-    A replay would repeat the count of one step, and would never refresh a basis.
+    A replay of the graph would repeat the same step count, and would never refresh a basis.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "Conda cannot be captured in a CUDA graph: which steps refresh their bases is decided "
-            "on the host. Capture forward and backward, and call optimizer.step() outside."
+            "Conda cannot be captured in a CUDA graph, because the host decides in which steps "
+            "bases are refreshed. Capture forward and backward only, and call optimizer.step() "
+            "outside the graph."
         )

@@ -1,4 +1,4 @@
-"""What wrappers keep in the state of a parameter, beside this optimizer's own."""
+"""State that wrappers of the optimizer, such as Lookahead, keep in a parameter's state dict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,16 @@ from conda_dist.runtime import dtensor
 
 
 def keep(value: Any, param: Tensor, here: Any) -> Any:
-    """A copy of what a wrapper keeps in a parameter's state, as this optimizer is to keep it.
+    """A copy of a wrapper's saved state, to be put into ``optimizer.state[param]``.
 
-    Dtypes and types stay. Tensors go to the parameter's device, as with torch's loader, but single
-    numbers (counts) stay where they are. A tensor whose like is here already is laid out alike.
+    Types and dtypes stay. As in torch's loader, tensors are moved to the parameter's device, and
+    0-d tensors (counts) stay on theirs. A DTensor gets the placements of the state that the
+    optimizer has in its place, if that has the same shape.
 
     Args:
-        value: what was saved.
+        value: the saved value, of any type.
         param: the parameter.
-        here: what the optimizer has in its place, if anything.
+        here: the value that the optimizer has in its place; None if there is none.
     """
     if isinstance(value, Mapping):
         known = here if isinstance(here, Mapping) else {}
@@ -36,7 +37,7 @@ def keep(value: Any, param: Tensor, here: Any) -> Any:
 
 
 def _laid_out(value: Tensor, here: DTensor) -> Tensor:
-    """A copy of a tensor, a DTensor of any layout or a whole one, laid out like another."""
+    """A copy of a whole tensor, or of a DTensor of any placements, placed like ``here``."""
     if isinstance(value, DTensor) and value.device_mesh == here.device_mesh:
         return value.redistribute(placements=here.placements).clone()
     whole = value.full_tensor() if isinstance(value, DTensor) else value

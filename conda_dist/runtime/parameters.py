@@ -1,6 +1,6 @@
-"""From parameter groups to weights with plans: the layout is resolved here, at the first step.
+"""Makes the plans of an optimizer's parameters.
 
-Not at construction, because frameworks replace parameters between the two.
+Not when the optimizer is constructed but at the first step: frameworks replace parameters before.
 """
 
 import itertools
@@ -8,7 +8,6 @@ from collections.abc import Container, Iterable, Mapping, MutableMapping, Sequen
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -17,7 +16,7 @@ from conda_dist.layout.layout import Layout
 from conda_dist.options import Options
 from conda_dist.parameter_groups import check_parameter
 from conda_dist.parameter_names import name_of, path_of
-from conda_dist.plan.compute_groups import Choice, Request, choose, deal_owners
+from conda_dist.plan.compute_groups import Choice, Request, assign_owners, choose
 from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.replaced_parameters import refuse_strangers
 from conda_dist.routing import ADAMW, CONDA, check_kernel, check_matrix, check_splits
@@ -41,20 +40,21 @@ from conda_dist.runtime.weight import Weight
 
 @dataclass(slots=True)
 class Setup:
-    """An optimizer's parameters, resolved.
+    """The trainable parameters of an optimizer with their plans.
 
     Attributes:
-        weights: those that the rule steps, mesh after mesh, in the order of the parameters.
-        adamw_parameters: those on the adamw path.
-        meshes: the meshes they are on, in the order in which all ranks use them.
-        signature: of the parameters all this was made for.
+        weights: the weights that the rule steps, mesh after mesh, in the order of the parameters.
+        adamw_parameters: the parameters on the adamw path.
+        meshes: the meshes of all parameters, in the same order on all ranks.
+        signature: :func:`signature` of the parameter groups that this was made for.
         rule: the rule's name.
-        agreed: whether the ranks have found their plans to be the same.
+        agreed: whether the ranks have compared their plans.
         started: for each mesh whether a step of its parameters has counted.
-        comparisons: for each mesh when its ranks compare which gradients they have had.
-        reduced: parameters whose gradients were still to be summed up over ranks, with what such a
-            gradient looks like.
-        looked: whether parameters that were replaced have been looked for since the first step.
+        comparisons: for each mesh the comparison of its ranks' step counts.
+        reduced: parameters that have had a gradient with partial sums, which had to be reduced over
+            ranks, with a gradient without elements as an example.
+        searched_replaced: whether replaced parameters have been searched for after the first step.
+        members: all parameters: the weights, then those on the adamw path.
     """
 
     weights: list[Weight]
@@ -66,10 +66,13 @@ class Setup:
     started: list[bool] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     reduced: dict[Tensor, DTensor] = field(default_factory=dict)
-    looked: bool = False
+    searched_replaced: bool = False
+    members: tuple[Weight | AdamWParameter, ...] = field(init=False)
+    _stepping: tuple[list[int], list[AdamWParameter]] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        """Takes up from the states there are."""
+        """Finds from the existing states which meshes have started, and makes the comparisons."""
+        self.members = (*self.weights, *self.adamw_parameters)
         self.started = [False] * len(self.meshes)
         for member in self.members:
             if "step" in member.state and member.state["step"].any():
@@ -83,64 +86,63 @@ class Setup:
             for mesh in self.meshes
         ]
 
-    @property
-    def members(self) -> tuple[Weight | AdamWParameter, ...]:
-        """All parameters."""
-        return (*self.weights, *self.adamw_parameters)
-
     def outdated(self, groups: Iterable[Mapping[str, Any]], state: Mapping[Tensor, Any]) -> bool:
-        """Whether parameters were added, replaced or unfrozen, or state thrown away, since."""
-        return (
-            self.signature != signature(groups)
-            or any(member.states is not state for member in self.members[:1])
-            or (self.agreed and any("step" not in state.get(m.param, ()) for m in self.members))
-        )
+        """Whether parameters were added, replaced or unfrozen, or state was removed."""
+        if self.signature != signature(groups):
+            return True
+        if self.members and self.members[0].states is not state:
+            return True
+        for member in self.members if self.agreed else ():
+            if "step" not in state.get(member.param, ()):
+                return True
+        return False
 
     def init_state(self) -> None:
-        """Allocates what state is missing."""
+        """Allocates missing state."""
         for member in self.members:
             member.init_state()
 
     def check_state(self) -> None:
-        """Holds the states that are there against the plan.
+        """Checks that the existing states fit the plans.
 
         Raises:
-            ValueError: one is not where the plan has it.
+            ValueError: a state is missing, or its local shape, placements or device differ from the
+                plan.
         """
         for member in (m for m in self.members if has_own(m.state)):
             needed = ("step", *member.counts, *member.state_layouts())
             missing = [key for key in needed if key not in member.state]
             if missing and all(base_name(key) in ("exp_avg_sq", CODES) for key in missing):
                 raise ValueError(
-                    f"{member.name}: its state was made with another second_moment_dtype; drop it "
-                    "(del optimizer.state[param]), or load its state dict, which converts it."
+                    f"{member.name}: its state was made with another second_moment_dtype; drop the "
+                    "state (del optimizer.state[param]), or load a state dict, which converts it."
                 )
             if missing:
                 raise ValueError(
-                    f"{member.name}: its state has no {', '.join(missing)}; drop the rest, too "
-                    "(del optimizer.state[param]), or load a checkpoint."
+                    f"{member.name}: its state has no {', '.join(missing)}; drop the other states, "
+                    "too (del optimizer.state[param]), or load a checkpoint."
                 )
             for key, layout in member.state_layouts().items():
                 held = tuple(dtensor.local(member.state[key]).shape)
                 if held != (expected := layout.local_shape(member.mesh.coordinate)):
                     raise ValueError(
-                        f"{member.name}: rank {member.mesh.rank} holds {held} of its {key}, and "
+                        f"{member.name}: rank {member.mesh.rank} holds {held} of its {key}, but "
                         f"should hold {expected}: the parameter was moved or resharded after its "
-                        "state was made. Drop the state (del optimizer.state[param]) or load a "
-                        "checkpoint after moving it."
+                        "state was made. Drop the state (del optimizer.state[param]), or load a "
+                        "checkpoint after the move."
                     )
                 if isinstance(member, AdamWParameter) or not member.plan.separate:
                     dtensor.check_state(member.name, member.param, key, member.state[key], layout)
 
     def agree(self, error: Exception | None, *, new: bool) -> None:
-        """Holds the ranks' plans against each other before anything else is sent, and allocates.
+        """Compares the ranks' plans before anything else is exchanged, then allocates state.
 
         Args:
-            error: what went wrong on this rank in making the plan, or None.
-            new: whether the optimizer has had no plan before.
+            error: the exception with which planning failed on this rank, or None.
+            new: whether these are the optimizer's first plans.
 
         Raises:
-            RuntimeError: on all ranks alike, if plans differ, or something is wrong on a rank.
+            RuntimeError: plans or gradients differ, or a rank has an error; raised on all ranks.
         """
         wrong = None if error else self._wrong_gradient(new)
         for mesh, comparison in zip(self.meshes, self.comparisons, strict=True):
@@ -151,17 +153,14 @@ class Setup:
                 if wrong is None:
                     raise
                 break
-            comparison.compared()
-        if wrong is not None:  # it says more than that some rank has one
+            comparison.record_agreement()
+        if wrong is not None:  # this rank's own error says more than the other ranks' message
             raise wrong
         self.init_state()
         self.agreed = True
 
     def _wrong_gradient(self, new: bool) -> Exception | None:
-        """What is wrong with the gradients, for all ranks to hear of it before any of them sends.
-
-        Looked at whenever the parameters were planned anew.
-        """
+        """The error in this rank's gradients, which all ranks must learn before any sends one."""
         try:
             for member in self.members:
                 dtensor.check_gradient(member.name, member.param)
@@ -172,16 +171,16 @@ class Setup:
         return None
 
     def gradients(self) -> dict[Tensor, Tensor | None]:
-        """This rank's part of the gradient of each parameter, None where it has none.
+        """The local gradient of each parameter; None if it has none.
 
-        A gradient that is a partial sum is summed up over the ranks: with zeros of this rank where
-        it has none, for the others would wait.
+        Gradients that are partial sums are reduced over the ranks. Then a rank without the gradient
+        contributes zeros, because the other ranks would wait for it.
 
         Raises:
             RuntimeError: see :func:`conda_dist.runtime.dtensor.check_gradient`.
         """
         grads: dict[Tensor, Tensor | None] = {}
-        for member in self.members:  # parts share a parameter, whose gradient is reduced once
+        for member in self.members:  # parts of a weight share a parameter: reduce its gradient once
             param, grad = member.param, member.param.grad
             if param in grads:
                 continue
@@ -197,10 +196,10 @@ class Setup:
         return grads
 
     def refuse_strangers(self) -> None:
-        """Refuses parameters without gradients that have been replaced in the model alone.
+        """Raises an error for parameters that the model has replaced, but the optimizer has not.
 
-        Looked for in a distributed job where it is likely, for it takes time: in the first step,
-        and once in a later one without any gradient.
+        The search takes time, so it is made in distributed jobs only, in the first step and once in
+        a later step without any gradient.
 
         Raises:
             RuntimeError: see :func:`conda_dist.replaced_parameters.refuse_strangers`.
@@ -208,22 +207,32 @@ class Setup:
         if is_distributed():
             refuse_strangers((m.name, m.param) for m in self.members if m.param.grad is None)
 
-    def live(self, grads: Mapping[Tensor, Tensor | None]) -> set[Mesh]:
-        """Meshes whose parameters step: all, but for one whose gradients have all been zero.
+    def stepping(
+        self, grads: Mapping[Tensor, Tensor | None]
+    ) -> tuple[list[int], list[AdamWParameter]]:
+        """The indices of the weights, and the parameters on the adamw path, that take this step.
 
-        Frameworks run such a step to create state; it must not count, nor decay weights. Looked
-        at until a step has counted, and so without a wait for the device later on.
+        These are all, except on a mesh whose gradients have all been zero so far: frameworks run a
+        step with zero gradients to create state, and it must not count. Once a step has counted, no
+        gradient is read, so that the host does not wait for the device.
         """
+        if self._stepping is not None:
+            return self._stepping
         for i, mesh in enumerate(self.meshes):
             if not self.started[i]:
                 params = {member.param for member in self.members if member.mesh == mesh}
                 ours = (grads[param] for param in params)
                 any_here = any(bool(grad.any()) for grad in ours if grad is not None)
                 self.started[i] = bool(all_max(mesh, [any_here])[0])
-        return {mesh for mesh, started in zip(self.meshes, self.started, strict=True) if started}
+        meshes = [m for m, started in zip(self.meshes, self.started, strict=True) if started]
+        weights = [i for i, weight in enumerate(self.weights) if weight.mesh in meshes]
+        stepping = weights, [other for other in self.adamw_parameters if other.mesh in meshes]
+        if all(self.started):
+            self._stepping = stepping
+        return stepping
 
     def lines(self, mesh: Mesh) -> list[str]:
-        """The plan of one mesh as text, for the ranks to compare."""
+        """The plans of one mesh as text, which its ranks compare."""
         said = [
             f"{w.plan} {w.rule.describe(w.group)}, {w.param.dtype}"
             for w in self.weights
@@ -238,7 +247,7 @@ class Setup:
 
 
 def _explain(texts: Mapping[int, str]) -> str:
-    """Says how plans differ, or else which gradients ranks have."""
+    """The message for texts of :meth:`Setup.agree` that differ: in plans, or in gradients."""
     parts = {rank: text.partition("\n\n") for rank, text in texts.items()}
     plans = {rank: plan for rank, (plan, _, _) in parts.items()}
     if len(set(plans.values())) > 1:
@@ -247,19 +256,18 @@ def _explain(texts: Mapping[int, str]) -> str:
 
 
 def signature(groups: Iterable[Mapping[str, Any]]) -> object:
-    """What a setup was made for: changes when parameters are added, replaced or changed in form.
+    """A value that changes when plans have to be made anew.
 
-    Paths are decided when it is made, so that a steady step does not read names.
+    It has the form of each parameter (see :func:`conda_dist.runtime.dtensor.form`) and the keys of
+    its group that decide its path. Names are not in it: paths are decided when plans are made, so a
+    steady step does not read names.
     """
-    return [
-        (
-            id(group),
-            group["algorithm"],
-            (str(group["splits"]), group.get("kernels")),
-            [dtensor.form(param) for param in group["params"]],
-        )
-        for group in groups
-    ]
+    found: list[object] = []
+    for group in groups:
+        found += id(group), group["algorithm"], str(group["splits"]), group.get("kernels")
+        for param in group["params"]:
+            found.append(dtensor.form(param))
+    return found
 
 
 def find_meshes(
@@ -267,10 +275,10 @@ def find_meshes(
     process_group: dist.ProcessGroup | None,
     frozen: Container[Tensor] = (),
 ) -> dict[Tensor, Mesh]:
-    """The mesh of every parameter that is trainable or in ``frozen``; equal meshes are one object.
+    """The mesh of every parameter that is trainable or in ``frozen``, sorted by mesh.
 
-    In the order of the meshes: parameters may have been listed in different orders on ranks that
-    share several meshes, which must not wait for each other on two of them at once.
+    Equal meshes are one object. The order is the same on all ranks, even if they list parameters in
+    different orders: otherwise two ranks could wait for each other on two meshes.
     """
     known: dict[Any, Mesh] = {}
     meshes: dict[Tensor, Mesh] = {}
@@ -292,25 +300,26 @@ def set_up(
     choices: MutableMapping[tuple[Tensor, int | None], Choice],
     rule: Rule,
 ) -> Setup:
-    """Plans parameters.
+    """Makes the plans of parameters.
 
     Args:
         groups: the optimizer's parameter groups.
-        state: its state.
-        options: its options.
-        meshes: from :func:`find_meshes`: the parameters to plan.
-        choices: see :func:`plan_sites`.
-        rule: what steps the matrices.
+        state: ``optimizer.state``.
+        options: the optimizer's options.
+        meshes: the parameters to plan, with their meshes, from :func:`find_meshes`.
+        choices: see :func:`plan_weights`.
+        rule: the rule that steps the matrices.
 
     Raises:
-        ValueError: a parameter's layout is none that can be planned, or not that of its state.
+        ValueError: a parameter has a layout that cannot be planned, or one that does not fit its
+            state.
     """
     places = {
         param: (group, name_of(groups, g, i))
         for g, group in enumerate(groups)
         for i, param in enumerate(group["params"])
     }
-    sites: list[Site] = []
+    unplanned: list[UnplannedWeight] = []
     adamw_parameters: list[AdamWParameter] = []
     for param, mesh in meshes.items():
         group, name = places[param]
@@ -319,8 +328,8 @@ def set_up(
         path = path_of(name, param, group)
         if has_own(held) and is_of_rule(held) != (path != ADAMW):
             raise ValueError(
-                f"{name}: its state was made on the other path than the {path} path, which it "
-                f"takes by {chosen_by(group)}; drop the state first: del optimizer.state[param]."
+                f"{name}: it takes the {path} path (decided by {chosen_by(group)}), but its state "
+                "was made on the other path; drop the state first: del optimizer.state[param]."
             )
         dtypes = {"exp_avg": moment_dtype(param.dtype, options)}
         dtypes[second_key(options)] = second_dtype(param.dtype, options)
@@ -332,12 +341,12 @@ def set_up(
         layout = dtensor.find_layout(name, param, mesh)
         if path != ADAMW:
             check_matrix(name, param, path)  # it may have been replaced
-            sites += _sites(name, param, mesh, group, layout)
+            unplanned += _unplanned(name, param, mesh, group, layout)
         else:
             adamw_parameters.append(
                 AdamWParameter(name, param, mesh, layout, group, state, options)
             )
-    weights = plan_sites(sites, state, options, choices, rule)
+    weights = plan_weights(unplanned, state, options, choices, rule)
     order = list(dict.fromkeys(meshes.values()))
     setup = Setup(weights, adamw_parameters, order, signature(groups), rule.name)
     setup.check_state()
@@ -345,8 +354,8 @@ def set_up(
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """A weight, or one of the parts its group splits it into, before it has a plan."""
+class UnplannedWeight:
+    """A weight, or one part of it if its group has ``splits``, before it has a plan."""
 
     name: str
     param: Tensor
@@ -356,72 +365,65 @@ class Site:
     part: int | None = None
 
 
-def plan_sites(
-    sites: Sequence[Site],
+def plan_weights(
+    unplanned: Sequence[UnplannedWeight],
     state: MutableMapping[Tensor, dict[str, Any]],
     options: Options,
     choices: MutableMapping[tuple[Tensor, int | None], Choice],
     rule: Rule,
 ) -> list[Weight]:
-    """Plans the weights that a rule steps together: who computes and who decomposes what.
+    """Plans weights together: which ranks compute each, and which decomposes each matrix.
 
     Args:
-        sites: the weights, or parts of them.
-        state: the optimizer's state.
-        options: its options.
-        choices: by parameter and part what was chosen for those that have state; the others' are
-            added.
-        rule: what steps them.
+        unplanned: the weights, or parts of them.
+        state: ``optimizer.state``.
+        options: the optimizer's options.
+        choices: by parameter and part, the choices with which existing state was made; choices for
+            the other weights are added.
+        rule: the rule that steps the weights.
     """
-    requests = [
-        Request(
-            site.name,
-            site.mesh.topology,
-            site.layout,
-            _copied_itemsize(rule, site.param.dtype),
-            rule.whole,
-            known=choices.get((site.param, site.part)) if state.get(site.param) else None,
-        )
-        for site in sites
-    ]
+    requests = []
+    for weight in unplanned:
+        basis = rule.states(1, 1, weight.param.dtype).get("basis")
+        itemsize = 0 if basis is None else basis.dtype.itemsize
+        known = choices.get((weight.param, weight.part)) if state.get(weight.param) else None
+        topology, layout = weight.mesh.topology, weight.layout
+        requests.append(Request(weight.name, topology, layout, itemsize, rule.whole, known))
     plans = []
-    for site, choice in zip(sites, choose(requests, options.basis_budget), strict=True):
-        choices[site.param, site.part] = choice
+    for weight, choice in zip(unplanned, choose(requests, options.basis_budget), strict=True):
+        choices[weight.param, weight.part] = choice
         plans.append(
             plan_weight(
-                site.name,
-                site.mesh.topology,
-                site.layout,
+                weight.name,
+                weight.mesh.topology,
+                weight.layout,
                 group=choice.group,
                 shard_basis=choice.shard_basis,
-                part=site.part,
-                beside=rule.beside(site.layout.shape[-2], site.layout.shape[-1]),
+                part=weight.part,
+                extra_shape=rule.extra_shape(weight.layout.shape[-2], weight.layout.shape[-1]),
             )
         )
-    # Kernels, and the parts of a weight, have views of its moments, if all parts are in place.
-    apart = {
-        site.param
-        for site, plan in zip(sites, plans, strict=True)
+    # Kernels and the parts of a weight are views of the stored weight's moments, but only if all
+    # parts of the weight are in place. Else they have moments of their own.
+    separate = {
+        weight.param
+        for weight, plan in zip(unplanned, plans, strict=True)
         if plan.separate or ((plan.part is not None or plan.seen_as_matrix) and not plan.in_place)
     }
     plans = [
-        replace(plan, separate=site.param in apart) for site, plan in zip(sites, plans, strict=True)
+        replace(plan, separate=weight.param in separate)
+        for weight, plan in zip(unplanned, plans, strict=True)
     ]
     return [
-        Weight(site.param, plan, site.mesh, site.group, state, options, rule)
-        for site, plan in zip(sites, deal_owners(plans), strict=True)
+        Weight(weight.param, plan, weight.mesh, weight.group, state, options, rule)
+        for weight, plan in zip(unplanned, assign_owners(plans), strict=True)
     ]
 
 
-def _copied_itemsize(rule: Rule, dtype: torch.dtype) -> int:
-    """Bytes of an element of the basis, or what stands for one in the budget; 0 without any."""
-    kept = rule.states(1, 1, dtype).get("basis")
-    return 0 if kept is None else kept.dtype.itemsize
-
-
-def _sites(
+def _unplanned(
     name: str, param: Tensor, mesh: Mesh, group: dict[str, Any], layout: Layout
-) -> list[Site]:
+) -> list[UnplannedWeight]:
+    """One weight, or one for each part that the group's ``splits`` make."""
     kernel = bool(group.get("kernels")) and param.ndim > 2
     if kernel:
         check_kernel(name, dtensor.local(param))
@@ -430,14 +432,14 @@ def _sites(
         except ValueError as error:
             raise ValueError(f"{name}: {error}, or keep it with adamw.") from None
     if group["splits"] is None:
-        return [Site(name, param, mesh, group, layout, None)]
+        return [UnplannedWeight(name, param, mesh, group, layout, None)]
     check_splits(name, param, group["splits"], kernel)
     total, period = layout.shape[-2], sum(group["splits"])
     again = f" of every {period}" if total > period else ""
     ends = list(itertools.accumulate(group["splits"]))
-    sites = []
+    unplanned = []
     for part, (start, stop) in enumerate(itertools.pairwise([0, *ends])):
         rows = tuple(range(i + start, i + stop) for i in range(0, total, period))
         full = f"{name}[{start}:{stop}{again}]"
-        sites.append(Site(full, param, mesh, group, layout.rows(rows), part))
-    return sites
+        unplanned.append(UnplannedWeight(full, param, mesh, group, layout.rows(rows), part))
+    return unplanned

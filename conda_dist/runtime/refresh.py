@@ -1,8 +1,11 @@
-"""New bases: momenta to their owners, decompositions in parallel, rotations back to their groups.
+"""Refreshes: new bases from momenta.
 
-Two packed exchanges and one agreement on what came of it. An owner that fails says so in the
-agreement, so no rank ever waits for it. A refresh is one step's, or is started in one, from a
-snapshot of the momenta, and its rotations are taken some steps later.
+Ranks send each projected momentum (m, n) to its owner. The owners decompose them in parallel. All
+ranks agree on the outcomes with one all-reduce; an owner that failed takes part, too, so no rank
+waits for it. Then each rotation P (r, r) is sent to the ranks that compute its weight.
+
+A synchronous refresh happens within a step. An asynchronous one is started in a step, from a
+snapshot of the momentum, and its rotation is taken some steps later.
 """
 
 import warnings
@@ -17,21 +20,22 @@ from conda_dist.layout.redistribution import Hop
 from conda_dist.numerics import decomposition
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.numerics.decomposition import Outcome
+from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
 from conda_dist.runtime.background import Background
 from conda_dist.runtime.collectives import Exchange, Mesh, all_max, all_texts
-from conda_dist.runtime.weight import MAX_FAILURES, NO_BASIS, Weight
+from conda_dist.runtime.weight import MAX_FAILURES, Weight
 
 
 def start_in_background(
     plan: AsyncRefresh, weights: Sequence[Weight], background: Background
 ) -> None:
-    """Has owners start to decompose the momenta of which their weights have snapshots.
+    """Gathers snapshots of momenta on their owners, which start to decompose them.
 
     Args:
         plan: the plan.
-        weights: its weights.
-        background: takes the decompositions, by weight and matrix.
+        weights: the weights of the plan.
+        background: runs the decompositions; their key is (weight, index of the matrix).
     """
     whole = _gather(plan.matrices, plan.gather, weights, [weight.snapshot for weight in weights])
     for matrix, momentum in zip(plan.matrices, whole, strict=True):
@@ -46,10 +50,17 @@ def _gather(
     weights: Sequence[Weight],
     moments: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Sends momenta, in compute layout, to the owners.
+    """Gathers projected momenta on their owners.
+
+    Args:
+        taking: the matrices.
+        hops: the exchanges, with ``taking`` as items.
+        weights: the weights of the matrices.
+        moments: this rank's elements of each weight's projected momentum, in compute layout.
 
     Returns:
-        What this rank owns of them, by matrix, those in the background left out.
+        For each matrix the whole momentum (m, n) if this rank is its owner, else None. Matrices in
+        the background are not gathered.
     """
     sent = [
         None if matrix.in_background else _local_matrix(moments[matrix.position], matrix)
@@ -67,24 +78,25 @@ def refresh(
     background: Background,
     begun: bool,
 ) -> list[bool]:
-    """Takes the weights of a task to new bases.
+    """Rotates the matrices of a task to new bases.
 
     Args:
         task: the plan.
-        weights: its weights, with their first moments updated.
-        bases: the whole basis of each; replaced in place.
-        projected: the projected gradient of each, in compute layout; replaced in place.
-        background: has the decompositions that were started before.
-        begun: whether a weight of this mesh has moved in an earlier step.
+        weights: the weights of the task; their first moments include this step's gradient.
+        bases: the whole basis (..., r, r) of each weight; rotated in place.
+        projected: the projected gradient of each weight, in compute layout; rotated in place.
+        background: has the decompositions that were started in earlier steps.
+        begun: whether a weight of this mesh has taken a step before.
 
     Returns:
-        For each weight whether its step counts: not while it is the first and all momentum zero.
+        For each weight whether its step counts. It does not if the weight has taken no step and its
+        momentum is zero.
 
     Raises:
-        RuntimeError: an owner's decomposition raised, or a matrix failed too often in a row; on
-            every rank of the mesh.
+        RuntimeError: a decomposition raised an error, or a matrix failed too often in a row. Raised
+            on all ranks of the mesh.
     """
-    if begun and _nothing_yet(task, weights):
+    if begun and _all_are_zero(task, weights):
         _record(task.matrices, weights, [Outcome.ZERO] * len(task.matrices))
         return [bool(weight.step) for weight in weights]
     moments = [weight.moments[0] for weight in weights]
@@ -109,10 +121,11 @@ def refresh(
     return [bool(weight.step) or i in moved for i, weight in enumerate(weights)]
 
 
-def _nothing_yet(task: Task, weights: Sequence[Weight]) -> bool:
-    """Whether all that is due waits for its first momentum still, the same on all ranks.
+def _all_are_zero(task: Task, weights: Sequence[Weight]) -> bool:
+    """Whether no matrix of the task has a basis, and all their momenta are still zero on all ranks.
 
-    As do experts that get no tokens, which are asked in every step: this is all that it costs.
+    That is so for experts that get no tokens, which are due in every step. For them a refresh costs
+    this check (one all-reduce), and nothing more.
     """
     if any(
         m.in_background or weights[m.position].taken(m.index) != NO_BASIS for m in task.matrices
@@ -124,12 +137,12 @@ def _nothing_yet(task: Task, weights: Sequence[Weight]) -> bool:
 
 
 def rotation_dtype(basis: Tensor) -> torch.dtype:
-    """A rotation is rounded once, with the basis it makes."""
+    """The dtype of rotations: at least float32, so that only the new basis is rounded."""
     return torch.promote_types(basis.dtype, torch.float32)
 
 
 def _local_matrix(computed: Tensor | None, matrix: Matrix) -> Tensor | None:
-    """This rank's part, in compute layout, of one matrix of a batch."""
+    """This rank's slice of one matrix of a batch, in compute layout; None if it holds nothing."""
     if matrix.local is None or computed is None:
         return None
     return matrices(computed)[matrix.local]
@@ -142,17 +155,18 @@ def _decompose(
     whole: Sequence[Tensor | None],
     background: Background,
 ) -> tuple[list[Tensor | None], list[Outcome]]:
-    """Decomposes matrices on their owners, and has all ranks know what came of it.
+    """Decomposes momenta on their owners, and lets all ranks agree on the outcomes.
 
     Args:
         taking: the matrices.
-        weights: their weights.
+        weights: the weights of the matrices.
         bases: the whole basis of each weight.
-        whole: the whole projected momentum of each matrix that this rank owns.
-        background: has the decompositions that were started before.
+        whole: for each matrix the whole projected momentum (m, n), if this rank is its owner.
+        background: has the decompositions that were started in earlier steps.
 
     Returns:
-        For each matrix its rotation where this rank owns it, and the outcome.
+        For each matrix its rotation (r, r), if this rank is its owner; and for each matrix the
+        outcome, the same on all ranks.
 
     Raises:
         RuntimeError: see :func:`refresh`.
@@ -173,11 +187,12 @@ def _decompose_mine(
     whole: Sequence[Tensor | None],
     background: Background,
 ) -> tuple[list[Tensor | None], list[int], Exception | None]:
-    """Decomposes the momenta this rank owns, or takes what the background has found of them.
+    """Decomposes this rank's momenta, or takes the results of the background.
 
     Returns:
-        Rotations (the identity where there is none) and outcomes by matrix, None and UNKNOWN for
-        those of others; the first exception that was raised.
+        For each matrix its rotation, the identity if the decomposition gave none; for each matrix
+        the outcome; and the first exception that was raised, or None. Matrices of other owners have
+        None and ``UNKNOWN``.
     """
     found: list[Tensor | None] = [None] * len(taking)
     outcomes = [int(Outcome.UNKNOWN)] * len(taking)
@@ -198,10 +213,10 @@ def _decompose_mine(
                 if not first and weight.drifts:
                     rotation = decomposition.orthonormal(rotation, basis)
                 found[i] = rotation.contiguous()
-        except Exception as caught:  # the other ranks are waiting: tell them first
+        except Exception as caught:  # raised later, after the other ranks were told
             outcome, error = Outcome.ERROR, error or caught
             error.add_note(f"while decomposing the momentum of {weight.plan.name}")
-        if matrix.mine and found[i] is None:  # the exchange of rotations has a place for it
+        if matrix.mine and found[i] is None:  # the planned exchange needs a tensor in any case
             basis = _basis(bases, matrix)
             dtype, device = rotation_dtype(basis), basis.device
             found[i] = torch.eye(basis.shape[-1], dtype=dtype, device=device)
@@ -216,6 +231,7 @@ def _basis(bases: Sequence[Tensor], matrix: Matrix) -> Tensor:
 
 
 def _raise_together(mesh: Mesh, error: Exception | None) -> None:
+    """Raises the errors of all ranks on all ranks."""
     notes = "; ".join(getattr(error, "__notes__", []))
     text = f"{type(error).__name__}: {error} ({notes})" if error else ""
     said = "; ".join(f"rank {r}: {t}" for r, t in all_texts(mesh, text).items() if t)
@@ -225,9 +241,11 @@ def _raise_together(mesh: Mesh, error: Exception | None) -> None:
 def _record(
     taking: Sequence[Matrix], weights: Sequence[Weight], outcomes: Sequence[Outcome]
 ) -> None:
-    """Has every weight take note of its outcomes; warns on the first rank, raises on all.
+    """Records the outcomes in the weights. Warns of failures, on the first rank of the mesh.
 
-    Where it raises no matrix has taken its basis: the others stay due.
+    Raises:
+        RuntimeError: a matrix failed too often in a row; raised on all ranks. Then no matrix has
+            taken a new basis, and all stay due.
     """
     failed = [pair for pair in zip(taking, outcomes, strict=True) if pair[1] > Outcome.ZERO]
     complaints = [

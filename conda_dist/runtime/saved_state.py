@@ -1,9 +1,9 @@
-"""The state of separate weights as checkpoints have it, which know no compute groups.
+"""Converts separate states (``plan.separate``) to the form of checkpoints, and back.
 
-Every state becomes a DTensor on the parameter's own mesh: moments are placed as the parameter is,
-bases and other copied states are split by rows. So a checkpoint that was written under any
-grouping, on any number of ranks, loads under any other. Both ways are for all ranks of a mesh to go
-together.
+Checkpoints do not depend on compute groups. In them every state is a DTensor on the parameter's own
+mesh: moments have the parameter's placements; bases and other copied states are split along their
+first dimension. So a checkpoint loads on any number of ranks, with any compute groups. All ranks of
+a mesh must convert together, because they exchange elements.
 """
 
 from collections import defaultdict
@@ -27,10 +27,13 @@ from conda_dist.runtime.weight import Weight
 
 
 def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
-    """The states of separate weights, by parameter and name, as a checkpoint has them.
+    """Converts the states of weights to the form of checkpoints.
 
     Args:
-        weights: in the same order on all ranks of a mesh.
+        weights: weights with separate states, of one mesh, in the same order on all ranks.
+
+    Returns:
+        The states by parameter and name. They are copies.
     """
     saved: dict[Tensor, dict[str, Tensor]] = {}
     for weight in weights:
@@ -49,7 +52,7 @@ def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
             assert elements is not None
             if not spec.cut:
                 layout = saved_copy(plan, spec.shape)
-                # What nothing moved is the state itself, which the next step changes.
+                # If nothing moved, this is the state itself; the next step changes it, so copy it.
                 kept = elements.clone() if elements is weight.state[key] else elements
                 states[key] = dtensor.like(weight.param, layout, kept)
                 continue
@@ -67,13 +70,16 @@ def to_saved(weights: Sequence[Weight]) -> dict[Tensor, dict[str, Tensor]]:
 
 
 def from_saved(weight: Weight, key: str, value: Tensor) -> Tensor:
-    """This rank's elements of a state of a separate weight, in the value's dtype.
+    """Converts a state from the form of checkpoints.
 
     Args:
-        weight: the weight.
-        key: which of its states.
-        value: the state that a checkpoint has of the parameter: a DTensor of any layout, which all
-            ranks of the mesh must have, or the whole as a plain tensor.
+        weight: a weight with separate states.
+        key: name of the state.
+        value: the parameter's state in a checkpoint: a DTensor of any placements, on all ranks of
+            the mesh, or a whole plain tensor.
+
+    Returns:
+        This rank's elements of the weight's state, in the dtype of ``value``.
     """
     plan, coordinate = weight.plan, weight.mesh.coordinate
     device, spec = dtensor.local(weight.param).device, weight.specs[weight.names[key]]
@@ -110,12 +116,12 @@ COUNTS = ("step", "basis_step", "snapshot_step")
 def convert(
     weights: Iterable[Weight], params: Sequence[Tensor], states: MutableMapping[int, Any]
 ) -> None:
-    """Puts states as checkpoints have them in the place of those that only this rank knows.
+    """Replaces separate states in a state dict by their form in checkpoints.
 
     Args:
-        weights: those with state.
+        weights: the weights that have state.
         params: the optimizer's parameters, in order.
-        states: of a state dict, by index of the parameter; changed.
+        states: the states of the state dict, by index of the parameter; changed in place.
     """
     saved: dict[Tensor, dict[str, Tensor]] = {}
     local: dict[Tensor, set[str]] = defaultdict(set)
@@ -135,9 +141,9 @@ def convert(
 
 
 def _count(value: Tensor, param: Tensor, copied: bool) -> Tensor:
-    """A count as checkpoints have it; a copy where the other states of its parameter are copies.
+    """A count in the form of checkpoints, copied if the other states of its parameter are copies.
 
-    torch wants all states of a dimension or more on one device.
+    torch needs all states that are not 0-d on one device.
     """
     value = value.to(param.device) if value.ndim else value
     return value.clone() if copied else value
@@ -148,15 +154,16 @@ def agree_to_load(
     states: Mapping[Tensor, Mapping[str, Any]],
     error: Exception | None,
 ) -> None:
-    """Has all ranks that will exchange elements of a state dict know that all can load it.
+    """Checks, before elements of a state dict are exchanged, that all ranks can load it.
 
     Args:
-        weights: the optimizer's.
-        states: what the state dict has of each parameter.
-        error: what is wrong with it on this rank, or None.
+        weights: the optimizer's weights.
+        states: the states of each parameter in the state dict.
+        error: the exception with which the state dict was refused on this rank, or None.
 
     Raises:
-        RuntimeError: it does not fit on some rank, or is given in another form; on all alike.
+        RuntimeError: a rank has an error, or ranks have the states in different forms (DTensors and
+            plain tensors). Raised on all ranks.
     """
     for mesh, separate in _separate(weights).items():
         lines = [
@@ -169,6 +176,7 @@ def agree_to_load(
 
 
 def _separate(weights: Iterable[Weight]) -> dict[Mesh, list[Weight]]:
+    """The weights with separate states, by mesh."""
     found: dict[Mesh, list[Weight]] = defaultdict(list)
     for weight in weights:
         if weight.plan.separate:

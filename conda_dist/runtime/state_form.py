@@ -1,4 +1,4 @@
-"""Whether a state still fits its parameter: its shape, its dtype, its parts and its path."""
+"""Checks that a state fits its parameter: shape, dtype, and the parts that ``splits`` make."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,17 +13,20 @@ from conda_dist.rules.states import base_name
 def check_form(
     name: str, param: Tensor, state: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Refuses a parameter whose data has changed so much that its state is of another one.
+    """Checks that the states of a parameter's shape still have that shape, and the right dtype.
 
     Args:
-        name: its name.
+        name: fully qualified name of the parameter.
         param: the parameter.
-        state: its state.
-        dtypes: what dtypes the states must have that are of its shape.
+        state: the parameter's state; may be empty.
+        dtypes: by name of a state of the parameter's shape, the dtype that it must have.
+
+    Raises:
+        ValueError: a shape or a dtype has changed after the state was made.
     """
     for key, dtype in dtypes.items():
         if key not in state or f"{key}_0" in state:
-            continue  # parts that have moments of their own are checked against their plans
+            continue  # parts with their own moments are checked against their plans
         held = state[key]
         separate = isinstance(param, DTensor) and not isinstance(held, DTensor)
         if held.shape != param.shape and not separate:
@@ -31,31 +34,38 @@ def check_form(
                 f"{name}: the parameter has shape {tuple(param.shape)}, but its {key} has shape "
                 f"{tuple(held.shape)}: the parameter was resized or replaced after its state was "
                 "made. Drop the state (del optimizer.state[param]), so that the parameter starts "
-                "afresh, or put moments of the new shape in its place."
+                "anew, or replace the moments by moments of the new shape."
             )
         if held.dtype != dtype:
             raise ValueError(
-                f"{name}: the parameter is {param.dtype} and needs {dtype} for its {key}, which "
-                f"is {held.dtype}: the dtype of one of them was changed after the state was made. "
+                f"{name}: the parameter is {param.dtype}, so its {key} must be {dtype}, but it is "
+                f"{held.dtype}: the dtype of one of them was changed after the state was made. "
                 "Drop the state (del optimizer.state[param]), or load a checkpoint after the "
-                "change, which converts it."
+                "change: loading converts it."
             )
 
 
 def chosen_by(group: Mapping[str, Any]) -> str:
-    """What decided the path of a parameter of the group."""
+    """What decides the path of a parameter in this group, for an error."""
     if group["algorithm"] is None:
-        return "its name and shape, for its group has no algorithm"
+        return "its name and shape, because its group has no algorithm"
     return f"its group's algorithm, {group['algorithm']!r}"
 
 
 def check_parts(
     name: str, state: Mapping[str, Any], splits: Sequence[int] | None, copied: Sequence[str]
 ) -> None:
-    """Refuses a state that is of other parts; ``copied``: names of those each part has of its own.
+    """Checks that a state was made for the parts that the group's ``splits`` make.
+
+    Args:
+        name: fully qualified name of the parameter.
+        state: the parameter's state; may be empty.
+        splits: rows of each part; None if the weight is in one part.
+        copied: names of the rule's copied states, of which each part has its own, such as
+            "basis_0" and "basis_1".
 
     Raises:
-        ValueError: it is.
+        ValueError: the state has other parts.
     """
     ends = [""] if splits is None else [f"_{part}" for part in range(len(splits))]
     held = {key for key in state if base_name(key) in copied}
@@ -66,6 +76,6 @@ def check_parts(
     if held and held != needed:
         raise ValueError(
             f"{name}: its state has {', '.join(sorted(held))}, but its group's splits are "
-            f"{splits}; they cannot change once there is state: drop it first "
+            f"{splits}. splits cannot change while there is state: drop the state first "
             "(del optimizer.state[param])."
         )

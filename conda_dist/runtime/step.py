@@ -1,12 +1,12 @@
-"""A step of all weights on the conda path: one loop over the tasks of its schedule.
+"""A step of all weights that a rule steps: one loop over the tasks of the schedule.
 
-While one task is computed, the gradients of the next are on their way to it, and the updates of the
-one before on their way back.
+While a task is computed, the gradients of the next task are being sent to their compute layout, and
+the updates of the previous one back to their storage layout.
 """
 
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,17 +31,17 @@ from conda_dist.runtime.weight import Weight
 
 T = TypeVar("T")
 Grads = Mapping[int, Tensor | None]
-"""By index of a weight this rank's part of its gradient, if there is one."""
+"""From the index of a weight to its local gradient; None if this rank has none."""
 Which = Mapping[int, tuple[int, ...]]
-"""By index of a weight some matrices of its batch."""
+"""From the index of a weight to the indices of some matrices of its batch."""
 
 MAX_SCHEDULES = 64
-"""Schedules kept: one for steps without refreshes, one for those with, more if gradients come and
-go."""
+"""Number of schedules that are cached: one for steps without refreshes, one for steps with them,
+and more if different weights have gradients in different steps."""
 
 
 def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
-    """What was made for this key before, or is made now."""
+    """The cached value for a key, made now if there is none."""
     if key not in kept:
         if len(kept) == MAX_SCHEDULES:
             kept.clear()
@@ -50,10 +50,10 @@ def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
 
 
 class MatrixPath:
-    """All weights of an optimizer that are on the conda path.
+    """All weights of an optimizer that its rule steps.
 
     Args:
-        weights: in the order of the optimizer's parameters, the same on all ranks.
+        weights: the weights, in the same order on all ranks.
         options: the optimizer's options.
     """
 
@@ -64,7 +64,8 @@ class MatrixPath:
         self._schedules: dict[Hashable, tuple[Task, ...]] = {}
         self._async_refreshes: dict[Hashable, list[AsyncRefresh]] = {}
         self._background = Background()
-        # Their exchanges are the same whether there is a gradient or not.
+        self._is_async = options.is_async
+        # Weights whose gradients are exchanged: they take part in every step, with or without one.
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
         self._products = tf32_products if options.tf32 else nullcontext
@@ -73,39 +74,46 @@ class MatrixPath:
         """Takes one step.
 
         Args:
-            grads: by index of the weight, this rank's part of its gradient: of the parameter's
-                local shape; of a weight in parts, the same for each. None where it has none.
+            grads: for each weight, by index, the local gradient of its parameter, of the
+                parameter's local shape. Parts of a weight have the same one. None if this rank has
+                no gradient.
 
         Raises:
-            RuntimeError: a decomposition raised, or failed too often; on all ranks alike.
+            RuntimeError: a decomposition raised an error, or failed too often in a row. Raised on
+                all ranks.
         """
         try:
             self._step(grads)
         except BaseException:
-            self.drop()  # what is pending is started anew
+            self.drop()
             raise
 
     def drop(self) -> None:
-        """Forgets what is being decomposed: it is started anew, from its snapshots."""
+        """Drops the background decompositions. The next step starts them again from snapshots."""
         self._background.drop()
 
     def _step(self, grads: Grads) -> None:
-        there = [i for i, grad in grads.items() if grad is not None]
-        due = {
-            i: () if grad is None else self.weights[i].due()
-            for i, grad in grads.items()
-            if grad is not None or self._exchanged[i]
-        }
-        ready: Which = {}
-        if self.options.is_async:
+        due: dict[int, tuple[int, ...]] = {}
+        ready: dict[int, tuple[int, ...]] = {}
+        for i, grad in grads.items():
+            if grad is not None:
+                due[i] = self.weights[i].due()
+            elif self._exchanged[i]:
+                due[i] = ()
+        if self._is_async:
             # Restart the refreshes that were pending in a loaded checkpoint.
             self._start({i: w.pending() for i, w in enumerate(self.weights)})
-            ready = {i: which for i in there if (which := self.weights[i].ready())}
+            ready = {
+                i: which
+                for i, grad in grads.items()
+                if grad is not None and (which := self.weights[i].ready())
+            }
         key = tuple(due.items()), tuple(ready.items())
-        tasks = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
+        if (tasks := self._schedules.get(key)) is None:
+            tasks = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
         self._run(tasks, grads)
-        if self.options.is_async:
-            self._start({i: self.weights[i].start() for i in there})
+        if self._is_async:
+            self._start({i: self.weights[i].start() for i, g in grads.items() if g is not None})
 
     def plan_step(self, due: Which, ready: Which) -> tuple[Task, ...]:
         """The tasks of a step; see :func:`conda_dist.plan.schedule.plan_step`."""
@@ -114,7 +122,7 @@ class MatrixPath:
         return plan_step(self._plans, due, ready, self._coordinates, limit, dtypes)
 
     def _start(self, pending: Which) -> None:
-        """Has those of these matrices decomposed in the background that are not there already."""
+        """Starts to decompose the pending matrices in the background, unless they are started."""
         due = {
             i: which
             for i, which in pending.items()
@@ -136,18 +144,20 @@ class MatrixPath:
 
     def _run(self, tasks: Sequence[Task], grads: Grads) -> None:
         """Carries the tasks out, one after another, with the exchanges of their neighbours."""
-        # As of before this step, and mesh by mesh: other ranks may have other weights beside.
-        refreshing = any(task.matrices for task in tasks)
-        begun = {w.plan.topology for w in self.weights if refreshing and w.step}
+        # The meshes with a weight that has taken a step before this one. The ranks of one mesh find
+        # the same, although they may have different weights on other meshes.
+        begun = set()
+        if tasks and tasks[-1].matrices:  # tasks with refreshes come last
+            begun = {w.plan.topology for w in self.weights if w.step}
         scratch = Scratch()
         coming = self._forward(tasks[0], grads) if tasks else None
         going: tuple[Task, Exchange, Container[int]] | None = None
         for k, task in enumerate(tasks):
             assert coming is not None
             tensors, bases = self._arrived(task, coming)
-            missing = {i for i in task.weights if grads[i] is None}
+            missing = [i for i in task.weights if grads[i] is None] if task.flags else ()
             if task.matrices:
-                # It may raise, on all ranks: no update may be lost then, nor be under way.
+                # A refresh may raise an error: the previous task's updates must be applied before.
                 if going is not None:
                     self._apply(*going)
                 going = None
@@ -160,8 +170,10 @@ class MatrixPath:
                     updates = self._updates(task, tensors, bases, scratch, missing)
             if going is not None:
                 self._apply(*going)
-            going = task, self._backward(task, updates), missing
-            del updates  # they are packed
+            going = None
+            if not task.in_place:
+                going = task, self._backward(task, updates), missing
+            del updates  # the exchange has packed them: free the memory
         if going is not None:
             self._apply(*going)
 
@@ -173,9 +185,18 @@ class MatrixPath:
         scratch: Scratch,
         missing: Container[int],
     ) -> list[Tensor | None]:
-        """What the gradients of a task become, one after another; they are used up.
+        """Computes the updates of a task without a refresh, one weight after another.
 
-        Of a weight in ``missing`` this rank has no gradient, and leaves its state alone.
+        Args:
+            task: the task.
+            grads: the gradient of each weight, in compute layout; removed from the list one by one.
+            bases: the whole basis of each weight; removed in the same way.
+            scratch: memory that weights reuse.
+            missing: indices of weights of which this rank has no gradient. Their states are not
+                changed.
+
+        Returns:
+            See :meth:`conda_dist.runtime.weight.Weight.advance`, for each weight.
         """
         updates: list[Tensor | None] = []
         for i in task.weights:
@@ -184,14 +205,14 @@ class MatrixPath:
                 updates.append(weight.nothing(grads.pop(0)))
                 bases.pop(0)
                 continue
-            reused = scratch if weight.plan.in_place else None
+            reused = scratch if weight.in_place else None
             updates.append(weight.advance(bases.pop(0), grads.pop(0), scratch=reused))
         return updates
 
     def _refreshing(
         self, task: Task, grads: list[Tensor], bases: list[Tensor], begun: bool
     ) -> list[Tensor | None]:
-        """The updates of weights that take new bases; ``begun``: see :func:`refresh`."""
+        """Refreshes the bases of a task, then computes its updates; ``begun``: see `refresh`."""
         weights = [self.weights[i] for i in task.weights]
         projected = []
         with self._products():
@@ -208,37 +229,35 @@ class MatrixPath:
             ]
 
     def _forward(self, task: Task, grads: Grads) -> Exchange:
-        """Starts gradients to the compute layout, and split bases to every rank."""
-        weights = [self.weights[i] for i in task.weights]
-        given = [grads[i] for i in task.weights]
-        tensors = [
-            self._zeros(weight) if grad is None else weight.gradient(grad)
-            for weight, grad in zip(weights, given, strict=True)
-        ]
-        tensors = [
-            grad.to(w.exchange_dtype) if w.plan.communicates else grad
-            for grad, w in zip(tensors, weights, strict=True)
-        ]
-        tensors += [weight.basis for weight in weights]
-        tensors += [moment for i in task.loading for moment in weights[i].kept]
-        device = tensors[len(weights)].device
-        there = [grad is not None for grad in given]
+        """Starts the exchange before a task's update; see :attr:`Task.forward` for its items."""
+        tensors: list[Tensor] = []
+        bases: list[Tensor] = []
+        for i in task.weights:
+            weight, given = self.weights[i], grads[i]
+            grad = self._zeros(weight) if given is None else weight.gradient(given)
+            tensors.append(grad.to(weight.exchange_dtype) if weight.communicates else grad)
+            bases.append(weight.basis)
+        tensors += bases
+        for i in task.loading:
+            tensors += self.weights[task.weights[i]].kept
+        device, mesh = bases[0].device, self.weights[task.weights[0]].mesh
         for flags in task.flags:
-            dtype = weights[flags.positions[0]].exchange_dtype
+            dtype = self.weights[task.weights[flags.positions[0]]].exchange_dtype
+            there = [grads[i] is not None for i in task.weights]
             tensors.append(self.flags.make(flags, there, dtype, device))
-        dtypes = [tensor.dtype for tensor in tensors]
-        return Exchange(weights[0].mesh, task.forward, tensors, dtypes, device)
+        dtypes = [tensor.dtype for tensor in tensors] if task.forward else ()
+        return Exchange(mesh, task.forward, tensors, dtypes, device)
 
     @staticmethod
     def _zeros(weight: Weight) -> Tensor:
-        """What travels in the place of a gradient that this rank does not have."""
+        """The zeros that this rank sends instead of a gradient that it does not have."""
         shape = weight.plan.storage.local_shape(weight.mesh.coordinate)
         device = dtensor.local(weight.param).device
         return torch.zeros(shape, dtype=weight.exchange_dtype, device=device)
 
     def _arrived(self, task: Task, exchange: Exchange) -> tuple[list[Tensor], list[Tensor]]:
-        """The gradients in compute layout and the whole bases."""
-        tensors = [tensor for tensor in exchange.wait() if tensor is not None]
+        """Waits for that exchange. Returns gradients in compute layout and whole bases."""
+        tensors: list[Any] = exchange.wait()
         count = len(task.weights)
         arrived = iter(tensors[2 * count :])
         for i, first, second in zip(task.loading, arrived, arrived, strict=False):
@@ -250,24 +269,25 @@ class MatrixPath:
         return tensors[:count], tensors[count : 2 * count]
 
     def _backward(self, task: Task, updates: list[Tensor | None]) -> Exchange:
-        """Starts updates to the storage layout."""
+        """Starts the exchange after a task's update; see :attr:`Task.backward` for its items."""
         weights = [self.weights[i] for i in task.weights]
         dtypes = [weight.update_dtype for weight in weights]
         for i in task.loading:
             moments = weights[i].unload_moments()
             updates, dtypes = [*updates, *moments], [*dtypes, *(m.dtype for m in moments)]
-        beside = [weight.take_beside() for weight in weights if weight.plan.beside is not None]
-        updates, dtypes = [*updates, *beside], [*dtypes, *(torch.float32 for _ in beside)]
+        extras = [weight.take_extra() for weight in weights if weight.plan.extra_shape is not None]
+        updates, dtypes = [*updates, *extras], [*dtypes, *(torch.float32 for _ in extras)]
         device = weights[0].param.device
         return Exchange(weights[0].mesh, task.backward, updates, dtypes, device)
 
     def _apply(self, task: Task, returning: Exchange, missing: Container[int]) -> None:
+        """Waits for that exchange, applies the updates and stores the moments."""
         tensors = returning.wait()
-        beside = iter(tensors[len(task.weights) + 2 * len(task.loading) :])
+        extras = iter(tensors[len(task.weights) + 2 * len(task.loading) :])
         for i, update in zip(task.weights, tensors, strict=False):
-            here = None if self._plans[i].beside is None else next(beside)
+            extra = None if self._plans[i].extra_shape is None else next(extras)
             if update is not None and i not in missing:
-                self.weights[i].apply(update, here)
+                self.weights[i].apply(update, extra)
         arrived = iter(tensors[len(task.weights) :])
         for i, first, second in zip(task.loading, arrived, arrived, strict=False):
             assert first is not None

@@ -1,4 +1,4 @@
-"""One weight that a rule steps at run time: its plan, its tensors and its part of a step."""
+"""One weight that a rule steps: its plan, its tensors, and the steps of its refreshes."""
 
 import math
 from collections.abc import MutableMapping
@@ -13,15 +13,13 @@ from conda_dist.numerics import arithmetic
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.numerics.decomposition import CAUSES, Outcome
 from conda_dist.options import Options
+from conda_dist.plan import calendar
+from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.plan.weight_plan import WeightPlan
-from conda_dist.rules.rule import Part, RefreshedRule, Rule, State
+from conda_dist.rules.rule import RefreshedRule, Rule, StateSpec, WeightSlice
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.collectives import Mesh
 from conda_dist.runtime.scratch import Scratch
-
-NO_BASIS = -1.0
-"""The ``basis_step`` of a matrix that still has the identity for a basis, and the
-``snapshot_step`` of one that has no refresh pending."""
 
 MAX_FAILURES = 3  # refreshes of one matrix in a row, after which all ranks raise
 
@@ -31,27 +29,27 @@ drifts by less than 5e-6 in float32, measured for r from 16 to 1024."""
 
 
 def _pieces(rows: Tensor, views: list[Tensor]) -> tuple[Tensor, ...]:
-    """The rows of a part cut as its views are."""
+    """Rows (..., m', n) split into pieces with as many rows as the views have."""
     if len(views) == 1:
         return (rows,)
     return torch.split(rows, [view.shape[-2] for view in views], dim=-2)
 
 
 class Weight:
-    """A weight (..., m, n) that a rule steps, or some rows of one.
+    """A weight (..., m, n) that a rule steps, or one part of it (some rows) if it has ``splits``.
 
-    Parts of a weight share its parameter and its state: counts have an entry for each part, and
-    each part has copied states (a basis) of its own. Where all parts are in place, they have views
-    of one moment of all rows, else each has moments of its own (``plan.separate``).
+    The parts of a weight share its parameter and its state. Counts have an entry for each part, and
+    each part has its own copied states, such as "basis_0". Moments are shared, and each part uses a
+    view of its rows, if all parts are in place; else each part has its own (``plan.separate``).
 
     Args:
-        param: the parameter; of one in flat partitions this rank's range of elements, (elements,).
-        plan: its plan, the same on all ranks.
-        mesh: the ranks that share it.
-        group: the parameter group it is in, read at every step.
+        param: the parameter; in flat partitions this rank's range of elements, (elements,).
+        plan: the plan, the same on all ranks.
+        mesh: the ranks that share the weight.
+        group: the parameter group, read at every step.
         states: ``optimizer.state``.
         options: the optimizer's options.
-        rule: what it is stepped by.
+        rule: the rule.
     """
 
     def __init__(
@@ -64,65 +62,60 @@ class Weight:
         options: Options,
         rule: Rule,
     ) -> None:
-        self.param, self.plan, self.mesh = param, plan, mesh
+        self.param, self.plan, self.mesh, self.name = param, plan, mesh, plan.name
         self.group, self.states, self.options = group, states, options
         self.rule = rule
-        self.failures: dict[int, int] = {}  # refreshes of a matrix that failed in a row
+        self.is_async = rule.refreshes and options.is_async  # the first refresh is never async
+        self.communicates, self.in_place = plan.communicates, plan.in_place
+        self._kernel, flat = plan.seen_as_matrix, isinstance(plan.storage, Flat) and plan.in_place
+        # Whether a step works on other shapes or rows than the parameter's local tensor has.
+        self._reshaped = flat or self._kernel or plan.part is not None
+        self.failures: dict[int, int] = {}  # by matrix, failed refreshes in a row
         self._loaded: tuple[Tensor, ...] | None = None
-        self._beside: Tensor | None = None
+        self._extra: Tensor | None = None
         m, n = self.shape = plan.storage.shape[-2], plan.storage.shape[-1]
-        self.specs: dict[str, State] = self.rule.states(m, n, param.dtype)
+        self.specs: dict[str, StateSpec] = self.rule.states(m, n, param.dtype)
         self.exchange_dtype, self.update_dtype = self.rule.exchange_dtypes(param.dtype)
         of_part = "" if plan.part is None else f"_{plan.part}"
         self.keys = {
             name: f"{name}{of_part if plan.separate or not spec.cut else ''}"
             for name, spec in self.specs.items()
         }
-        """What each of the rule's states is called in the parameter's state."""
+        """From the rule's name of a state to its key in ``optimizer.state[param]``."""
         self.names = {key: name for name, key in self.keys.items()}
         self._cut = [n for n, spec in self.specs.items() if spec.cut and not spec.optional]
         self._copied = [n for n, spec in self.specs.items() if not spec.cut and n != "basis"]
         self.computes = bool(plan.whole_basis.numel(mesh.coordinate))
-        """Whether this rank computes any of it."""
+        """Whether this rank computes any of the weight."""
         self._none = dtensor.local(param).new_empty(0)
 
     @property
     def state(self) -> dict[str, Any]:
-        """Its parameter's state as it is now; empty before it is allocated."""
+        """The parameter's entry of ``optimizer.state``; {} before it is allocated."""
         return self.states.get(self.param, {})
 
-    @property
-    def name(self) -> str:
-        """Its fully qualified name, or what stands for one."""
-        return self.plan.name
-
     def state_layouts(self) -> dict[str, Layout]:
-        """Where the elements of each state are; the first part in place speaks for the moments."""
+        """The layout of each state, by key. Only the first part lists moments that parts share."""
         whole = self.plan.moments if self.plan.separate else self.plan.moments.whole
         shared = bool(self.plan.part) and not self.plan.separate
         return {
-            self.keys[name]: whole if spec.cut else self.plan.copies(spec.shape)
+            self.keys[name]: whole if spec.cut else self.plan.copied_layout(spec.shape)
             for name, spec in self.specs.items()
             if not (spec.cut and shared)
         }
 
     def saved_key(self, key: str) -> str:
-        """What a state is called in checkpoints, where parts share the moments of all rows."""
+        """The name of a state in checkpoints, where all parts share the moments."""
         name = self.names[key]
         return name if self.specs[name].cut else key
 
     @property
     def counts(self) -> tuple[str, ...]:
-        """States that are counts, beside "step"; the first part speaks for all."""
+        """Names of counts in addition to "step". Only the first part lists them."""
         return () if self.plan.part else self.rule.counts
 
-    @property
-    def is_async(self) -> bool:
-        """Whether its refreshes, after the first, are decomposed in the background."""
-        return self.rule.refreshes and self.options.is_async
-
     def init_state(self) -> None:
-        """Allocates the state, whole and at once; leaves alone what is there."""
+        """Allocates all missing states at once; existing ones are not changed."""
         layouts = self.state_layouts()
         if "step" in self.state and layouts.keys() <= self.state.keys():
             return
@@ -132,124 +125,107 @@ class Weight:
         if not self.plan.part:
             state.setdefault("step", torch.zeros(parts, dtype=torch.float32, device="cpu"))
         for key, layout in layouts.items():
-            if key in state:  # moments in flat partitions are whoever's made the partition
+            if key in state:  # who made a flat partition has allocated its moments
                 continue
             spec = self.specs[self.names[key]]
             shape = layout.local_shape(self.mesh.coordinate)
             elements = torch.zeros(shape, dtype=spec.dtype, device=device)
             if spec.identity:
                 self._set_identity(elements)
-            state[key] = self._wrap(layout, elements)
+            separate = self.plan.separate  # then a plain tensor, else wrapped like the parameter
+            state[key] = elements if separate else dtensor.like(self.param, layout, elements)
             # torchtitan loads only the states whose names it finds in optimizer.state.
             state.setdefault(self.saved_key(key), elements.new_empty(0))
         taken = (*parts, *self.plan.storage.shape[:-2])
         for name in self.counts:
             state[name] = torch.full(taken, NO_BASIS, dtype=torch.float32, device="cpu")
 
-    def _wrap(self, layout: Layout, elements: Tensor) -> Tensor:
-        """This rank's elements of a state as they are kept."""
-        return elements if self.plan.separate else dtensor.like(self.param, layout, elements)
-
     def _set_identity(self, elements: Tensor) -> None:
+        """Sets this rank's rows of a basis of zeros to rows of the identity."""
         for block in self.plan.basis.blocks(self.mesh.coordinate):
             rows = torch.arange(block.shape[-2], device=elements.device)
             elements[..., block.local[-2] + rows, block.start[-2] + rows] = 1
 
     def _own(self, key: str) -> Tensor:
-        """This part's entry or entries of ``step`` or ``basis_step``; a view."""
-        counts: Tensor = self.state[key]
+        """This part's entry of "step", (), or its entries of "basis_step", (...); a view."""
+        counts: Tensor = self.states[self.param][key]
         return counts if self.plan.part is None else counts[self.plan.part]
 
-    def _counts(self, key: str) -> Tensor:
-        """The same by matrix of the batch."""
-        return self._own(key).view(-1)
+    def _counts(self, key: str) -> list[float]:
+        """This part's entries of "basis_step" or "snapshot_step", one for each matrix."""
+        return self._own(key).view(-1).tolist()
 
     @property
     def step(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return int(self._own("step"))
 
-    def _last(self, step: int) -> int:
-        """The step, at or before this one, of the last refresh that its interval has."""
-        return step - step % int(self.group["update_proj_gap"])
+    @property
+    def interval(self) -> int:
+        """Number of steps between refreshes."""
+        return int(self.group["update_proj_gap"])
 
     def due(self) -> tuple[int, ...]:
-        """Matrices that must be decomposed in this step: at every interval, or still owed.
-
-        Of one that is refreshed asynchronously only the first basis.
-        """
+        """The matrices to decompose in this step; see :func:`conda_dist.plan.calendar.due`."""
         if not self.rule.refreshes:
             return ()
-        taken = self._counts("basis_step").tolist()
-        if self.is_async:
-            return tuple(i for i, when in enumerate(taken) if when == NO_BASIS)
-        last = self._last(self.step)
-        return tuple(i for i, when in enumerate(taken) if when == NO_BASIS or when < last)
+        taken, step = self._counts("basis_step"), int(self._own("step"))
+        return calendar.due(taken, step, int(self.group["update_proj_gap"]), self.is_async)
 
     def pending(self) -> tuple[int, ...]:
-        """Matrices with a snapshot, that have not taken their new bases."""
-        return tuple(
-            i for i, when in enumerate(self._counts("snapshot_step").tolist()) if when != NO_BASIS
-        )
+        """The matrices that have a snapshot and have not taken the new basis yet."""
+        return calendar.pending(self._counts("snapshot_step"))
 
     def ready(self) -> tuple[int, ...]:
-        """Matrices that take in this step the bases found from their snapshots."""
-        before = self.step - min(self.options.refresh_delay, self.group["update_proj_gap"])
-        taken = self._counts("snapshot_step").tolist()
-        return tuple(i for i, when in enumerate(taken) if NO_BASIS != when <= before)
+        """The matrices that take, in this step, the new basis of their snapshot."""
+        delay = self.options.refresh_delay
+        return calendar.ready(self._counts("snapshot_step"), self.step, self.interval, delay)
 
-    def wait(self) -> float:
-        """Steps that it takes before one in which other ranks are needed for a refresh."""
+    def steps_to_refresh(self) -> float:
+        """Number of steps of this weight before its next one with a refresh; 0 if that is next."""
         if not self.rule.refreshes:
             return math.inf
-        step, gap = self.step, int(self.group["update_proj_gap"])
-        last, taken = self._last(step), self._counts("basis_step").tolist()
-        if NO_BASIS in taken:
-            return 0
-        if self.is_async and self.pending():
-            delay = min(self.options.refresh_delay, gap)
-            pending = [w for w in self._counts("snapshot_step").tolist() if w != NO_BASIS]
-            return max(0, int(min(pending)) + delay - step)
-        return 0 if min(taken) < last else last + gap - step
+        taken, delay = self._counts("basis_step"), self.options.refresh_delay
+        snapshots = self._counts("snapshot_step") if self.is_async else ()
+        return calendar.steps_to_next(taken, snapshots, self.step, self.interval, delay)
 
     def start(self) -> tuple[int, ...]:
-        """Takes a snapshot after a step for which a refresh was due, unless one is pending.
+        """Copies the momentum to the snapshot, after a step at which a refresh was due.
 
         Returns:
-            The matrices to decompose in the background.
+            The matrices to decompose in the background; () if a refresh is still pending.
         """
         if not self.step or self.pending():
             return ()
-        now = self.step - 1
-        last = self._last(now)
-        taken = self._counts("basis_step").tolist()
-        which = tuple(i for i, when in enumerate(taken) if NO_BASIS < when < last)
+        which = calendar.to_start(self._counts("basis_step"), self.step - 1, self.interval)
         if which:
             pairs = (self._views_of(name) for name in ("snapshot", self._cut[0]))
             for snapshot, moment in zip(*pairs, strict=True):
                 snapshot.copy_(moment)
-            self._counts("snapshot_step")[list(which)] = float(now)
+            self._own("snapshot_step").view(-1)[list(which)] = float(self.step - 1)
         return which
 
     @property
     def snapshot(self) -> Tensor:
-        """This rank's elements of the first moment, in compute layout, when it was copied."""
+        """This rank's slice of the snapshot of the first moment, in compute layout."""
         views = self._views_of("snapshot")
         return views[0] if len(views) == 1 else torch.cat(views, -2)
 
     def _views_of(self, name: str) -> list[Tensor]:
-        """This part's rows of a moment, piece by piece."""
-        elements = dtensor.local(self.state[self.keys[name]])
-        return [elements] if self.plan.separate else self.views(elements)
+        """Views of this part's rows in a moment, one for each contiguous piece."""
+        elements = dtensor.local(self.states[self.param][self.keys[name]])
+        if self.plan.separate or not self._reshaped:
+            return [elements]
+        return self.views(elements)
 
     def views(self, elements: Tensor) -> list[Tensor]:
-        """This part's rows in a tensor (..., m, n) laid out as the parameter is, piece by piece.
+        """Views (..., m', n') of this part's rows in a local tensor with the parameter's layout.
 
-        Of a flat weight its range of elements, as rows or columns if that is what they are.
+        One for each contiguous piece; also of a flat local tensor, if the weight is in place.
         """
         if isinstance(self.plan.storage, Flat) and self.plan.in_place:
             return [elements.view(self.plan.compute.local_shape(self.mesh.coordinate))]
-        if self.plan.seen_as_matrix:
+        if self._kernel:
             elements = elements.view(elements.shape[0], math.prod(elements.shape[1:]))
         if self.plan.part is None:
             return [elements]
@@ -257,26 +233,28 @@ class Weight:
         return [elements.narrow(-2, start, count) for start, count in spans]
 
     def rows(self, elements: Tensor) -> Tensor:
-        """This part's rows in such a tensor; a view of it if they are in one piece."""
+        """This part's rows in such a tensor: a view if they are in one piece, else a copy."""
+        if not self._reshaped:
+            return elements
         pieces = self.views(elements)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -2)
 
     def set_rows(self, elements: Tensor, rows: Tensor) -> None:
-        """Copies this part's rows into a tensor laid out as the parameter is."""
+        """Copies ``rows`` to this part's rows in a local tensor with the parameter's layout."""
         views = self.views(elements)
         for view, piece in zip(views, _pieces(rows, views), strict=True):
             view.copy_(piece)
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """This part's rows in a gradient, which need not have a kernel's strides."""
-        return self.rows(grad.contiguous() if self.plan.seen_as_matrix else grad)
+        """This part's rows in a local gradient. A kernel's gradient is made contiguous first."""
+        return self.rows(grad.contiguous() if self._kernel else grad) if self._reshaped else grad
 
     @property
     def basis(self) -> Tensor:
-        """This rank's elements of the basis; none without one."""
+        """This rank's elements of the basis, as they are kept; an empty tensor without one."""
         if not self.rule.refreshes:
             return self._none
-        return dtensor.local(self.state[self.keys["basis"]])
+        return dtensor.local(self.states[self.param][self.keys["basis"]])
 
     @property
     def first_dtype(self) -> torch.dtype:
@@ -285,8 +263,11 @@ class Weight:
 
     @property
     def kept(self) -> tuple[Tensor, ...]:
-        """This rank's elements of the moments, where they are kept."""
-        return tuple([self._views_of(name)[0] for name in self._cut])
+        """This rank's elements of the moments, in the layout in which they are kept."""
+        if self._reshaped:
+            return tuple([self._views_of(name)[0] for name in self._cut])
+        state = self.states[self.param]
+        return tuple([dtensor.local(state[self.keys[name]]) for name in self._cut])
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -294,51 +275,53 @@ class Weight:
         return self._loaded or self.kept
 
     def load_moments(self, *moments: Tensor) -> None:
-        """Takes copies of the moments in compute layout to work on."""
+        """Sets copies of the moments, in compute layout, on which this step works."""
         self._loaded = moments
 
     def unload_moments(self) -> tuple[Tensor, ...]:
-        """Lets go of them, for their way back."""
+        """Returns these copies, to be sent back, and drops them."""
         moments, self._loaded = self.moments, None
         return moments
 
     def store_moments(self, *moments: Tensor) -> None:
-        """Copies the moments back to where they are kept."""
+        """Copies new moments into the kept ones."""
         for kept, moment in zip(self.kept, moments, strict=True):
             kept.copy_(moment)
 
     @property
     def _refreshed(self) -> RefreshedRule:
-        """The rule, which has a basis."""
+        """The rule, if it is a :class:`RefreshedRule`."""
         assert isinstance(self.rule, RefreshedRule)
         return self.rule
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
-        """Projects the gradient, in compute layout, before a refresh."""
+        """Projects a gradient in compute layout with the whole basis, before a refresh."""
         return self._refreshed.project(grad, basis, self.plan.right) if self.computes else grad
 
     def average(self, moment: Tensor, projected: Tensor) -> None:
-        """Updates a first moment, or some of it, with the projected gradient there."""
+        """Updates a first moment, or a slice of it, in place with the projected gradient."""
         self._refreshed.average(moment, projected, self.group, self.step + 1)
 
     def decompose(self, momentum: Tensor, first: bool) -> tuple[Outcome, Tensor | None]:
-        """The rotation to a new basis, of a whole momentum; see :class:`RefreshedRule`."""
+        """Decomposes a whole projected momentum (m, n); see :meth:`RefreshedRule.refresh`."""
         return self._refreshed.refresh(momentum, self.plan.right, first)
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
-        """Takes the first moment and the projected gradient to a new basis, and keeps the basis.
+        """Rotates the basis, the first moment and the projected gradient to a new basis, in place.
 
         Args:
-            basis: the whole basis (..., r, r) of this rank's matrices, replaced in place.
-            projected: the projected gradient, in compute layout, replaced in place.
-            rotations: P (r, r) by place in this rank's batch.
+            basis: the whole basis (..., r, r) of this rank's matrices.
+            projected: the projected gradient, in compute layout.
+            rotations: P (r, r), by index in this rank's local batch.
         """
         for place, rotation in rotations.items() if self.computes else ():
             for tensor in (self.moments[0], projected):
                 arithmetic.rotate_(matrices(tensor)[place], rotation, self.plan.right)
             arithmetic.rotate_(matrices(basis)[place], rotation, right=True)
         kept = self.basis
-        if rotations and kept.data_ptr() != basis.data_ptr():  # split: keep our rows of it
+        if (
+            rotations and kept.data_ptr() != basis.data_ptr()
+        ):  # the basis was gathered for this step
             for block in self.plan.basis.blocks(self.mesh.coordinate):
                 here, there = block.local[-2], block.start[-2]
                 rows = basis.narrow(-2, there, block.shape[-2])
@@ -352,97 +335,98 @@ class Weight:
         averaged: bool = False,
         scratch: Scratch | None = None,
     ) -> Tensor | None:
-        """Has the rule update the states, and counts the step.
+        """Lets the rule compute the update, and counts the step.
 
         Args:
-            basis: the whole basis of this rank's matrices, if the rule has one.
+            basis: the whole basis (..., r, r) of this rank's matrices, if the rule has one.
             grad: the gradient in compute layout, projected if ``averaged``; may be overwritten.
-            averaged: whether the first moment was updated before, as it is for a refresh.
-            scratch: memory to work in.
+            averaged: whether a refresh in this step has updated the first moment already.
+            scratch: memory to reuse, or None.
 
         Returns:
-            The update in compute layout, in the dtype it travels in, or None if it was applied,
-            which it is wherever storage and compute layout agree.
+            The update in compute layout and in the dtype in which it is exchanged; None if the
+            weight is in place, because then the update has been applied to the parameter.
         """
-        in_place = self.plan.in_place
+        count, in_place = self._own("step"), self.in_place
         if not self.computes:
-            self._own("step").add_(1)
+            count.add_(1)
             return None if in_place else grad.to(self.update_dtype)
-        states = dict(zip(self._cut, self.moments, strict=True))
+        states = dict(zip(self._cut, self._loaded or self.kept, strict=True))
         if self.rule.refreshes:
             states["basis"] = basis
         for name in self._copied:
-            states[name] = dtensor.local(self.state[self.keys[name]])
-        param = self.rows(dtensor.local(self.param)) if in_place else None
-        step, rule, group, shape = self.step + 1, self.rule, self.group, self.shape
-        part = Part(self.name, grad, states, group, step, shape, param, scratch, averaged)
-        del grad  # the rule may let go of it
-        update = rule.update(part)
-        self._beside = part.beside
-        self._own("step").add_(1)
+            states[name] = dtensor.local(self.states[self.param][self.keys[name]])
+        param = dtensor.local(self.param) if in_place else None
+        if param is not None and self._reshaped:
+            param = self.rows(param)
+        step, rule, group, shape = int(count) + 1, self.rule, self.group, self.shape
+        weight = WeightSlice(self.name, grad, states, group, step, shape, param, scratch, averaged)
+        del grad  # so that the rule can free it
+        update = rule.update(weight)
+        self._extra = weight.extra
+        count.add_(1)
         if update is None:
             return None
-        # Rounded in every layout, so that all compute the same.
+        # Round even if nothing is exchanged, so that all layouts compute the same.
         update = update.to(self.update_dtype)
         if param is None:
             return update
-        rule.apply(param, update, group, step, shape, self.take_beside())
+        rule.apply(param, update, group, step, shape, self.take_extra())
         return None
 
-    def take_beside(self) -> Tensor | None:
-        """What goes beside the update that was computed last, once."""
-        beside, self._beside = self._beside, None
-        return beside
+    def take_extra(self) -> Tensor | None:
+        """Returns the extra tensor of the last update, and drops it; None without one."""
+        extra, self._extra = self._extra, None
+        return extra
 
     def nothing(self, projected: Tensor) -> Tensor | None:
-        """Stands in for :meth:`advance` in a step that does not count."""
+        """The result of :meth:`advance` in a step that does not count: zeros, or None in place."""
         dtype = self.update_dtype
-        return None if self.plan.in_place else projected.new_zeros(projected.shape, dtype=dtype)
+        return None if self.in_place else projected.new_zeros(projected.shape, dtype=dtype)
 
-    def apply(self, update: Tensor, beside: Tensor | None = None) -> None:
-        """Adds an update in storage layout to the parameter; the step is already counted."""
+    def apply(self, update: Tensor, extra: Tensor | None = None) -> None:
+        """Applies an update in storage layout to the parameter, after :meth:`advance`."""
         if not self.step:
             return
         step, views = self.step, self.views(dtensor.local(self.param))
         for view, part in zip(views, _pieces(update, views), strict=True):
-            self.rule.apply(view, part, self.group, step, self.shape, beside)
+            self.rule.apply(view, part, self.group, step, self.shape, extra)
 
     def taken(self, matrix: int) -> float:
-        """The step at which a matrix of the batch took its basis, or ``NO_BASIS``."""
-        return float(self._counts("basis_step")[matrix])
+        """The step at which a matrix of the batch took its basis; ``NO_BASIS`` if it has none."""
+        return self._counts("basis_step")[matrix]
 
     @property
     def drifts(self) -> bool:
-        """Whether this step's refresh has to make the basis orthonormal again, too."""
+        """Whether this step's refresh must also make the basis orthonormal again."""
         if self.options.refresh_method != "orthogonal_iteration" or self.basis.dtype.itemsize < 4:
             return True
-        return self.step // int(self.group["update_proj_gap"]) % CORRECTED_EVERY == 0
+        return self.step // self.interval % CORRECTED_EVERY == 0
 
     def record_outcome(self, matrix: int, outcome: Outcome, in_background: bool) -> str | None:
-        """Takes note of what came of a matrix's refresh; the same on all ranks.
+        """Records the outcome of a matrix's refresh; all ranks record the same.
 
         Args:
-            matrix: which one of the batch.
-            outcome: what came of it.
-            in_background: whether it was started in an earlier step.
+            matrix: index of the matrix in the batch.
+            outcome: the outcome.
+            in_background: whether the refresh was started in an earlier step.
 
         Returns:
-            What has to be said of it, if it failed.
+            The text of a warning if the refresh failed, else None.
         """
         when = float(self.step)
         if in_background:
-            when = float(self._counts("snapshot_step")[matrix])
-            self._counts("snapshot_step")[matrix] = NO_BASIS
-        # A momentum that has become zero, as of an expert that gets no tokens any more, has a basis
-        # already; a first one is due until there is something to take it from.
+            when = self._counts("snapshot_step")[matrix]
+            self._own("snapshot_step").view(-1)[matrix] = NO_BASIS
+        # A zero momentum counts as refreshed if the matrix has a basis, as an expert has that gets
+        # no tokens any more. Without a basis the matrix stays due until its momentum is not zero.
         if outcome == Outcome.DONE or (outcome == Outcome.ZERO and self.taken(matrix) != NO_BASIS):
-            self._counts("basis_step")[matrix] = when
+            self._own("basis_step").view(-1)[matrix] = when
             self.failures.pop(matrix, None)
         if outcome in (Outcome.DONE, Outcome.ZERO):
             return None
         self.failures[matrix] = self.failures.get(matrix, 0) + 1
-        batch = len(self.plan.storage.shape) > 2
-        which = f" (matrix {matrix} of the batch)" if batch else ""
+        which = f" (matrix {matrix} of the batch)" if len(self.plan.storage.shape) > 2 else ""
         return (
             f"{self.plan.name}{which}: the basis could not be refreshed at step {self.step}, "
             f"because {CAUSES[outcome]}. The old basis is kept. Failure "

@@ -24,7 +24,7 @@ from conda_dist.rules.hyperparameters import hyper_of
 from conda_dist.rules.states import moment_dtype
 from conda_dist.runtime.adamw import AdamWParameter
 from conda_dist.runtime.collectives import Exchange, Mesh, all_max
-from conda_dist.runtime.parameters import Setup, Site, plan_sites
+from conda_dist.runtime.parameters import Setup, UnplannedWeight, plan_weights
 from conda_dist.runtime.step import MatrixPath
 from conda_dist.runtime.weight import Weight
 
@@ -72,11 +72,11 @@ class Unit:
         self._where: list[int] = []
         self._views = [piece.of(self.tensors[piece.index].detach()) for piece in pieces]
         sites = [
-            Site(p.member.name, view, mesh, groups[p.index], p.layout)
+            UnplannedWeight(p.member.name, view, mesh, groups[p.index], p.layout)
             for p, view in zip(pieces, self._views, strict=True)
             if p.member.algorithm == CONDA
         ]
-        self.weights = plan_sites(sites, self._states, options, {}, CondaRule(options))
+        self.weights = plan_weights(sites, self._states, options, {}, CondaRule(options))
         self._path = MatrixPath(self.weights, options)
         self._conda = [i for i, piece in enumerate(pieces) if piece.member.algorithm == CONDA]
         self._adamw = [i for i, piece in enumerate(pieces) if piece.member.algorithm != CONDA]

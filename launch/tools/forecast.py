@@ -20,7 +20,7 @@ from conda_dist.launch.job.optimizers import conda_arguments
 from conda_dist.launch.tools.hardware import Hardware, Mesh
 from conda_dist.layout.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import Options
-from conda_dist.plan.compute_groups import Request, choose, deal_owners
+from conda_dist.plan.compute_groups import Request, assign_owners, choose
 from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refresh_flops, svd_flops
 from conda_dist.plan.schedule import fill_tasks
 from conda_dist.plan.weight_plan import WeightPlan, plan_weight
@@ -151,7 +151,7 @@ def _plans(
         for name, shape in projected.items()
     ]
     choices = choose(requests, options.basis_budget)
-    return deal_owners(
+    return assign_owners(
         [
             plan_weight(request.name, topology, request.storage, group=choice.group)
             for request, choice in zip(requests, choices, strict=True)

@@ -21,7 +21,7 @@ from conda_dist.launch.tools import forecast, planned
 from conda_dist.launch.tools.hardware import HARDWARE, Mesh
 from conda_dist.launch.tools.planned import Planned
 from conda_dist.layout.layout import Layout, Split, Topology
-from conda_dist.plan.compute_groups import deal_owners
+from conda_dist.plan.compute_groups import assign_owners
 from conda_dist.plan.costs import svd_flops
 from conda_dist.plan.schedule import fill_tasks
 from conda_dist.plan.weight_plan import plan_weight
@@ -239,7 +239,7 @@ def test_owners_work_at_the_same_time() -> None:
     """Each of many ranks may have one matrix in a task, however large: none waits for another."""
     topology = Topology((8,), tuple(range(8)))
     large = Layout((8192, 8192), (8,), (Split(0),))
-    plans = deal_owners([plan_weight(f"{i}", topology, large) for i in range(16)])
+    plans = assign_owners([plan_weight(f"{i}", topology, large) for i in range(16)])
     tasks = fill_tasks(plans, range(16), 2**20, refreshing=True)
     assert [len(task) for task in tasks] == [8, 8]
     for task in tasks:

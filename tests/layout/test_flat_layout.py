@@ -18,7 +18,7 @@ from conda_dist.layout.layout import Topology
 from conda_dist.layout.moves import reverse
 from conda_dist.layout.redistribution import plan_hops, redistribution
 from conda_dist.options import Options
-from conda_dist.plan.compute_groups import deal_owners
+from conda_dist.plan.compute_groups import assign_owners
 from conda_dist.plan.schedule import plan_task
 from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.rules.conda import CondaRule
@@ -131,7 +131,7 @@ def test_who_computes_nothing_keeps_no_basis(
         plan = plan_weight(
             "weight", Topology(flat.mesh, tuple(range(world))), flat, shard_basis=shard
         )
-        (dealt,) = deal_owners([plan])
+        (dealt,) = assign_owners([plan])
         assert [dealt.basis.numel((rank,)) for rank in range(world)] == expected
         for rank in range(world):
             task = plan_task([dealt], (0,), [range(len(dealt.owners))], (rank,))
@@ -172,7 +172,7 @@ def _flat_run(kind: str, options: Options) -> dict[str, Tensor]:
     states: dict[Tensor, dict[str, Any]] = {}
     flats = {n: Flat.of(s, _bounds(math.prod(s), world, kind)) for n, s in SHAPES.items()}
     shard = options.basis_budget == 0
-    plans = deal_owners(
+    plans = assign_owners(
         [plan_weight(n, mesh.topology, f, shard_basis=shard) for n, f in flats.items()]
     )
     pieces = {n: _start(n).flatten()[slice(*f.held((rank,)))].clone() for n, f in flats.items()}

@@ -1,6 +1,10 @@
 """Conda in a training loop does what torch.optim.AdamW does there. One process."""
 
+import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -8,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
+import conda_dist
 import toys
 from conda_dist import Conda, param_groups
 
@@ -274,6 +279,57 @@ def test_hyperparameters_changed_by_hand() -> None:
     assert optimizer.state[params[0]]["basis_step"] == 5
     toys.take(optimizer, params, grads[6:])
     assert optimizer.state[params[0]]["basis_step"] == 5
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda group: group.update(lr=math.nan),
+        lambda group: group["betas"].__setitem__(0, 2.0),
+        lambda group: group["lr"].fill_(math.nan),
+        lambda group: group.update(scale=-1.0),
+    ],
+    ids=["lr", "betas_in_place", "lr_in_place", "scale"],
+)
+def test_wrong_hyperparameters_set_after_steps(spoil: Callable[[dict[str, Any]], Any]) -> None:
+    """Also those set in place: the next step refuses them, and changes nothing."""
+    params = toys.parameters((5, 3))
+    optimizer = Conda(params, **{**toys.OPTIONS, "lr": torch.tensor(0.1)})
+    optimizer.param_groups[0]["betas"] = [0.9, 0.99]
+    grads = toys.gradients(params, 3)
+    toys.take(optimizer, params, grads[:2])
+    before = toys.copies(params)
+    spoil(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match="parameter group 0: "):
+        toys.take(optimizer, params, grads[2:])
+    assert toys.same(params, before)
+
+
+def test_calls_of_a_steady_step() -> None:
+    """The host enters few Python functions for each weight: it must keep ahead of the device."""
+    package = str(Path(conda_dist.__file__).parent)
+
+    def calls(weights: int) -> int:
+        params, count = toys.parameters(*[(6, 4)] * weights), 0
+        optimizer = Conda(params, update_proj_gap=100)
+        grads = toys.gradients(params, 3)
+        toys.take(optimizer, params, grads[:2])
+        for param, grad in zip(params, grads[2], strict=True):
+            param.grad = grad
+
+        def count_calls(frame: FrameType, event: str, _: object) -> None:
+            nonlocal count
+            count += event == "call" and frame.f_code.co_filename.startswith(package)
+
+        sys.setprofile(count_calls)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+        return count
+
+    assert calls(2) <= 90
+    assert (calls(12) - calls(2)) / 10 <= 31
 
 
 def test_group_dicts_replaced_by_hand() -> None:

@@ -347,7 +347,7 @@ def test_a_rank_that_does_not_call_state_dict(who: int) -> None:
         if rank != who:
             named = f"rank {who}" if 0 in (rank, who) else "a rank (which rank 0 names)"
             assert f"{named} has not called state_dict() within" in said
-            assert "call it on all of them" in said
+            assert "Call it on all ranks" in said
             assert took < 10
 
 

@@ -23,7 +23,7 @@ from conda_dist import Conda, Muon, param_groups
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.options import Options
 from conda_dist.rules.muon import MuonRule
-from conda_dist.rules.rule import Part, State
+from conda_dist.rules.rule import StateSpec, WeightSlice
 from traffic import recorded
 
 S0, S1, S2, ALL = Shard(0), Shard(1), Shard(2), Replicate()
@@ -481,23 +481,22 @@ class VectorRule(MuonRule):
     def __init__(self, by_column: bool) -> None:
         self.by_column = by_column
 
-    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, State]:
+    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         shapes = {"of_rows": (m,), "of_columns": (n,), "of_all": (1,)}
-        vectors = {name: State(shape, torch.float32) for name, shape in shapes.items()}
+        vectors = {name: StateSpec(shape, torch.float32) for name, shape in shapes.items()}
         return super().states(m, n, dtype) | vectors
 
-    def update(self, part: Part) -> Tensor:
-        squares = part.grad.square()
+    def update(self, weight: WeightSlice) -> Tensor:
+        states, squares = weight.states, weight.grad.square()
         for name, dims in (("of_rows", -1), ("of_columns", -2), ("of_all", (-2, -1))):
-            state = part.states[name]
-            state.lerp_(squares.mean(dims).view(state.shape), 0.1)
-        update = super().update(part).float()
+            states[name].lerp_(squares.mean(dims).view(states[name].shape), 0.1)
+        update = super().update(weight).float()
         # A decay that depends on the gradient, as NAMO's does.
-        part.beside = part.states["of_columns" if self.by_column else "of_all"][..., None, :] + 0
-        rows, columns = part.states["of_rows"][..., None], part.states["of_columns"][..., None, :]
-        return update * (rows * columns / part.states["of_all"][..., None]).rsqrt() / 10 / part.step
+        weight.extra = states["of_columns" if self.by_column else "of_all"][..., None, :] + 0
+        rows, columns = states["of_rows"][..., None], states["of_columns"][..., None, :]
+        return update * (rows * columns / states["of_all"][..., None]).rsqrt() / 10 / weight.step
 
-    def beside(self, m: int, n: int) -> tuple[int, int]:
+    def extra_shape(self, m: int, n: int) -> tuple[int, int]:
         return (1, n) if self.by_column else (1, 1)
 
     def apply(
@@ -507,10 +506,10 @@ class VectorRule(MuonRule):
         group: Any,
         step: int,
         shape: tuple[int, int],
-        beside: Tensor | None = None,
+        extra: Tensor | None = None,
     ) -> None:
-        assert beside is not None
-        param.mul_(1 - group["lr"] * beside).sub_(update, alpha=group["lr"])
+        assert extra is not None
+        param.mul_(1 - group["lr"] * extra).sub_(update, alpha=group["lr"])
 
 
 def _vectors(
