@@ -1,5 +1,6 @@
 """Fixtures for all tests, their order, and which of them are quick."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def _processes() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     ranks.close()
+
+
+def pytest_collection_finish() -> None:
+    """Takes all that has been imported out of what each collection of garbage goes through."""
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

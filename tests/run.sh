@@ -12,6 +12,7 @@ source "$root/launch/setup_env.sh" dev
 cd "$root"
 
 # Several processes share few cores here: more threads in each would only get in the way.
+unset PYTHONDONTWRITEBYTECODE # or each process that a test starts compiles the package anew
 export OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1
 # DeepSpeed compiles for the Python it runs in; checkouts that share its cache do so in turns.
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.venv/torch_extensions}

@@ -41,6 +41,7 @@ def test_prints_its_table_and_draws_it(capsys: pytest.CaptureFixture[str], tmp_p
     assert "<svg" in picture.read_text()
 
 
+@pytest.mark.thorough
 def test_the_bytes_of_state_are_those_of_the_tensors() -> None:
     """A moment each of a 64 x 64 matrix for Muon, two for AdamW, and a basis for Conda."""
     sizes = [(64, 64)] * 3
@@ -110,6 +111,7 @@ def test_refreshes_are_in_the_mean() -> None:
     assert taken == {6}  # of 8 steps, two of them at the start
 
 
+@pytest.mark.thorough
 def test_ranks_are_compared_with_one_process(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2"]
     benchmark.main([*small, "--ranks", "2"])

@@ -173,6 +173,7 @@ def test_the_farthest_pair_of_curves_is_found() -> None:
     assert farthest(one, one).distance == 0.0
 
 
+@pytest.mark.thorough
 def test_engines_are_compared(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +247,7 @@ def test_the_table_of_refreshes_has_the_lowest_loss_first(tmp_path: Path) -> Non
     assert lines[3] == "| svd | 5 | 3.500, 3.250 | 3.375 | 20.0 |"
 
 
+@pytest.mark.thorough
 def test_refreshes_are_compared(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -376,6 +376,7 @@ def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
         sources.open_hf(config, "train")
 
 
+@pytest.mark.thorough
 def test_a_streamed_run_resumes_exactly(hub: Path, tmp_path: Path) -> None:
     config = launch_jobs.write_config(tmp_path)
     streamed = (config, "--data.path", "", "--data.hf", hub, "--data.shuffle_block", 11)
@@ -386,6 +387,7 @@ def test_a_streamed_run_resumes_exactly(hub: Path, tmp_path: Path) -> None:
     assert launch_jobs.curve(tmp_path / "parts") == launch_jobs.curve(tmp_path / "whole")
 
 
+@pytest.mark.thorough
 def test_a_stream_that_one_rank_cannot_read_is_gone_on_with(hub: Path, tmp_path: Path) -> None:
     """At a step with whose rows a block begins: others have read it, and it must not be skipped."""
     config = launch_jobs.write_config(tmp_path)

@@ -52,6 +52,7 @@ def test_one_process_stops_on_a_signal(config: Path, tmp_path: Path, number: int
     assert step_of(complete_checkpoints(tmp_path / "checkpoints")[-1]) == reached
 
 
+@pytest.mark.thorough
 def test_a_comparison_passes_the_stop_on(config: Path, tmp_path: Path) -> None:
     job = ("-m", "conda_dist.launch.compare", *endless(config, tmp_path))
     run = tmp_path / "adamw-lr0.01"

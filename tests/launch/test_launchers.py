@@ -50,6 +50,7 @@ def start(*command: Any, cwd: Any = None, **environment: str) -> subprocess.Comp
 
 
 @pytest.mark.parametrize("name", ["openmpi", "deepspeed"])
+@pytest.mark.thorough
 def test_launchers_start_the_same_job(
     name: str, config: Path, losses: list[float], tmp_path: Path
 ) -> None:

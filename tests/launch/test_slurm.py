@@ -71,6 +71,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.thorough
 def test_a_job_is_requeued_until_it_is_complete(tmp_path: Path, slurm: dict[str, str]) -> None:
     config, output = launch_jobs.write_config(tmp_path), tmp_path / "run"
     script = ["bash", str(ROOT / "launch" / "slurm.sh")]
@@ -110,6 +111,7 @@ def test_a_job_is_requeued_until_it_is_complete(tmp_path: Path, slurm: dict[str,
     assert curve(output) == curve(whole)
 
 
+@pytest.mark.thorough
 def test_a_job_that_fails_is_not_requeued(tmp_path: Path, slurm: dict[str, str]) -> None:
     """Nor one whose ranks have died of a signal that nobody sent to torchrun."""
     dies = tmp_path / "dies.py"
@@ -152,6 +154,7 @@ def _torchruns(session: int) -> dict[int, bool]:
 
 
 @pytest.mark.parametrize("started", [False, True])
+@pytest.mark.thorough
 def test_a_preemption_before_training(started: bool, tmp_path: Path, slurm: dict[str, str]) -> None:
     """Of the torchruns alone: while they import torch, and while they wait for ranks to train."""
     marker = tmp_path / "started"
