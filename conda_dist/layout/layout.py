@@ -397,6 +397,7 @@ def overlaps(ours: Sequence[range], theirs: Sequence[range]) -> list[tuple[int, 
 
 @lru_cache(maxsize=65536)
 def _blocks(layout: Layout, coordinate: Coordinate) -> tuple[Block, ...]:
+    """See :meth:`Layout.blocks`: one block for each combination of runs."""
     spans: list[list[tuple[range, int]]] = []
     for runs in _runs(layout, coordinate):
         offset, spans_of_dim = 0, []

@@ -98,9 +98,9 @@ def to_compute(storage: Layout, group: Group | None = None) -> tuple[Move, ...]:
             target = layout.move(mesh_dim, Split(kept, stride))
         moves.append(Move(mesh_dim, layout, target))
         layout = target
-    return (
-        tuple(moves) if all(map(_stays_along_mesh_dim, moves)) else _through_whole(storage, group)
-    )
+    if not all(map(_stays_along_mesh_dim, moves)):
+        return _through_whole(storage, group)
+    return tuple(moves)
 
 
 def _to_group(layout: Layout, group: Group, dim: int) -> Layout:
@@ -113,8 +113,8 @@ def _to_group(layout: Layout, group: Group, dim: int) -> Layout:
         return layout.move(mesh_dim, Split(dim, stride, among=group.among))
     order = layout.splitting(dim)
     target = layout.move(mesh_dim, replace(present, among=group.among))
-    # Fewer ranks hold larger pieces now. A strided split inside them counted the smaller pieces:
-    # raise its stride, so that it still cuts at the same places.
+    # Now each rank of the group holds several of the old pieces. A later mesh dimension that splits
+    # each old piece must still do so: its stride counts the old pieces.
     for inside in order[order.index(mesh_dim) + 1 :]:
         split = layout.placements[inside]
         if inside > mesh_dim and isinstance(split, Split):

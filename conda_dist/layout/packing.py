@@ -65,6 +65,7 @@ class _Progression:
 
     @property
     def grid(self) -> Grid:
+        """All of them as one grid, with one more axis if there are several."""
         if self.count == 1:
             return self.first
         shape, steps = (self.count, *self.first.shape), (self.step, *self.first.steps)
@@ -114,7 +115,7 @@ def chunked_peers(
 
     Args:
         mine: layout of the rank's local tensor; of placements only, neither Flat nor Held.
-        theirs: layout of the peers' local tensors, as well of placements only.
+        theirs: layout of the peers' local tensors; of placements only, too.
         mesh_dim: the mesh dimension along which the peers differ.
         coordinate: the rank.
         peers: the indices along ``mesh_dim`` of the peers to consider.
@@ -260,6 +261,7 @@ def block_peers(pairs: Iterable[tuple[int, Sequence[Block]]]) -> tuple[PeerRange
 
 
 def _block_grid(block: Block, offset: int) -> Grid:
+    """A box as a grid, from the local tensor to a buffer in which it begins at ``offset``."""
     strides = _contiguous(block.shape)
     local = _local_steps(block)
     steps = tuple((*step, stride) for step, stride in zip(local, strides, strict=True))

@@ -163,6 +163,7 @@ class Hop:
         return self._packings[dtypes]
 
     def _pack(self, transfers: Sequence[Transfer]) -> Packing:
+        """Lays out the buffers of one collective."""
         sends, receives = [t.sends for t in transfers], [t.receives for t in transfers]
         send_sizes, packs = lay_out(sends, self.size, None)
         receive_sizes, unpacks = lay_out(receives, self.size, None)
@@ -209,13 +210,15 @@ def plan_hops(routes: Sequence[tuple[Leg, ...]], coordinate: Coordinate) -> tupl
 
 
 def _transfer(item: int, leg: Leg, coordinate: Coordinate) -> Transfer:
+    """The part of a rank in a leg; an empty one if it does not take part."""
     mesh_dim = leg.move.mesh_dim
     if any(coordinate[dim] != index for dim, index in leg.only.items()):
         return Transfer(item, None)
     boxes = _boxes(leg.move, leg.sender, leg.receiver, coordinate)
     holds = leg.receiver is None or leg.receiver == coordinate[mesh_dim]
     shape = leg.move.target.local_shape(coordinate) if holds else None
-    return Transfer(item, shape, *boxes, even=_is_even(leg))
+    all_take_part = leg.sender is None and leg.receiver is None and not leg.only
+    return Transfer(item, shape, *boxes, even=all_take_part and _cut_evenly(leg.move))
 
 
 @lru_cache(maxsize=4096)
@@ -250,10 +253,6 @@ def _is_gathered_evenly(layout: Layout) -> bool:
     others = sum(p is not None for p in layout.placements) - len(split)
     alone = len({dim for dim, _ in split}) == len(split)
     return not others and alone and all(layout.shape[dim] % size == 0 for dim, size in split)
-
-
-def _is_even(leg: Leg) -> bool:
-    return leg.sender is None and leg.receiver is None and not leg.only and _cut_evenly(leg.move)
 
 
 Boxes: TypeAlias = tuple[tuple[PeerRange, ...], tuple[PeerRange, ...], tuple[Copy, ...]]
@@ -326,6 +325,7 @@ def _nearby(layout: Layout, boxes: Sequence[Block], peers: range) -> Iterable[in
 
 
 def _pairs(ours: Sequence[Block], theirs: Sequence[Block]) -> list[tuple[Block, Block]]:
+    """The boxes that any two blocks share, each as a part of both."""
     pairs = (intersect(a, b) for a in ours for b in theirs)
     return [both for both in pairs if both is not None]
 

@@ -88,6 +88,7 @@ def _is_fusable(entry: Entry, hyper: Hyper) -> bool:
 
 
 def _fused(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
+    """Updates entries of one device and dtype with torch's fused kernel."""
     if not entries:
         return
     params = [entry.param for entry in entries]
@@ -105,6 +106,7 @@ def _fused(entries: Sequence[Entry], step: int, hyper: Hyper) -> None:
 
 
 def _foreach(entries: Sequence[Entry], step: int, hyper: Hyper, stochastic: bool) -> None:
+    """Updates entries of one device and equal dtypes with foreach operations."""
     if not entries:
         return
     params = [entry.param for entry in entries]

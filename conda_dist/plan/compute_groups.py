@@ -191,6 +191,7 @@ def _assign_groups(
 
 
 def _cost(request: Request) -> float:
+    """Cost of a weight's step, proportional to the operations of its matrix products."""
     *batch, m, n = request.storage.shape
     return float(math.prod(batch) * m * n * min(m, n))
 
@@ -201,7 +202,7 @@ def _assign_single_ranks(
     members: Sequence[int],
     mesh_dims: tuple[int, ...],
 ) -> dict[int, Group]:
-    """Assigns weights of which several mesh dimensions split the matrices, to single ranks.
+    """Assigns matrices that several mesh dimensions split to single ranks.
 
     For rules that need whole matrices. A matrix goes to one rank. The matrices of a batch go to
     ranks along the first of the mesh dimensions, which have the same index along each other one.
@@ -271,8 +272,8 @@ def assign_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
 
     Only ranks that have a matrix's basis may own it. Decompositions of equal cost are thus assigned
     round-robin. Ties are broken by name and by position in the mesh. Replicas count as ranks like
-    any others. The load of a rank includes what it owns on other meshes, but only on meshes that
-    contain the one at hand, so that all its ranks know the same loads.
+    any others. The load of a rank includes what it owns on larger meshes that contain this one, but
+    on no others, so that all ranks of a mesh know the same loads.
 
     Returns:
         The plans with owners and turns.
@@ -313,6 +314,7 @@ def assign_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
 
 
 def _coordinate(topology: Topology, place: int) -> Coordinate:
+    """The coordinate at a row-major position in a mesh."""
     coordinate: list[int] = []
     for size in reversed(topology.sizes):
         place, index = divmod(place, size)

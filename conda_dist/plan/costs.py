@@ -21,8 +21,8 @@ class Sizes:
     """Bytes of an element of what a rule keeps and sends.
 
     Attributes:
-        travel: of the gradient on its way to the compute layout.
-        back: of the update on its way back to the storage layout.
+        gradient: of the gradient on its way to the compute layout.
+        update: of the update on its way back to the storage layout.
         cut: of each state that is cut like the weight, (m, n).
         copied: for each copied state its shape for one matrix, and the bytes of an element.
         counts: number of counts (4 bytes each) that the rule keeps of each matrix.
@@ -30,8 +30,8 @@ class Sizes:
         rotation: of the rotation that a refresh sends to the ranks that compute.
     """
 
-    travel: int = 4
-    back: int = 4
+    gradient: int = 4
+    update: int = 4
     cut: tuple[int, ...] = (4, 4)
     copied: tuple[tuple[tuple[int, ...], int], ...] = ()
     counts: int = 0
@@ -60,10 +60,10 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
     task = plan_task(plans, (0,), [range(count) if sizes.basis else ()], coordinate)
     # Moments of a flat weight are exchanged with its gradient; other weights exchange flags.
     two = list(sizes.cut[:2]) if task.loading else []
-    flags = [sizes.travel] * len(task.flags)
+    flags = [sizes.gradient] * len(task.flags)
     steady: list[Exchanged] = [
-        (task.forward, [sizes.travel, sizes.basis, *two, *flags]),
-        (task.backward, [sizes.back, *two, EXTRA_ITEMSIZE]),
+        (task.forward, [sizes.gradient, sizes.basis, *two, *flags]),
+        (task.backward, [sizes.update, *two, EXTRA_ITEMSIZE]),
     ]
     moved = [(r.hops, [sizes.rotation] * count) for r in task.rotations]
     gather = task.gather
@@ -99,9 +99,9 @@ def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Size
     exchanged: list[Exchanged] = [
         (
             task.forward,
-            [sizes.travel] * count + [sizes.basis] * count + [sizes.travel] * len(task.flags),
+            [sizes.gradient] * count + [sizes.basis] * count + [sizes.gradient] * len(task.flags),
         ),
-        (task.backward, [sizes.back] * count + [EXTRA_ITEMSIZE] * count),
+        (task.backward, [sizes.update] * count + [EXTRA_ITEMSIZE] * count),
     ]
     return sum(
         len({itemsizes[transfer.item] for transfer in hop.transfers})
@@ -112,6 +112,7 @@ def collectives(plans: Sequence[WeightPlan], coordinate: Coordinate, sizes: Size
 
 
 def _sent(coordinate: Coordinate, *exchanges: Exchanged) -> Sent:
+    """Bytes that the rank at a coordinate sends in some exchanges."""
     sent: dict[int, int] = defaultdict(int)
     for hops, itemsizes in exchanges:
         for hop in hops:

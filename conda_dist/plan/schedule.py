@@ -227,6 +227,7 @@ class _Filling:
 
 
 def _task_order(plan: WeightPlan, index: int) -> tuple[object, ...]:
+    """Sort key of weights: by mesh, then by the turns of their matrices, then by index."""
     return (plan.topology.ranks, plan.topology.sizes, max(plan.turns, default=0), index)
 
 
@@ -342,6 +343,7 @@ def _plan_flags(plans: Sequence[WeightPlan], dtypes: Sequence[Hashable]) -> tupl
 def _plan_rotations(
     routes: Sequence[tuple[Matrix, WeightPlan]], coordinate: Coordinate, limit: float
 ) -> Iterator[Rotations]:
+    """Cuts the matrices of a task into broadcasts of at most ``limit`` bytes of rotations."""
     start, size = 0, 0
     for stop in range(len(routes) + 1):
         last = stop == len(routes)

@@ -57,8 +57,9 @@ class WeightPlan:
         """Layout in which the moments are kept.
 
         It is the compute layout, with two exceptions. Moments of a flat weight are partitioned like
-        the parameter, because ZeRO's checkpoints know no other form. Parts of a weight, and
-        kernels, whose elements need not move are views of the moments of the stored weight.
+        the parameter, because ZeRO's checkpoints have no other form. If nothing has to move, a part
+        of a weight, or a kernel that is seen as a matrix, uses a view of the stored weight's
+        moments.
         """
         viewed = self.part is not None or bool(self.storage.kernel)
         if isinstance(self.storage, Flat) or (viewed and not self.separate):
@@ -136,7 +137,7 @@ class WeightPlan:
 
     @property
     def share(self) -> int:
-        """Number of elements that a step moves for this weight, divided by the number of ranks."""
+        """Number of elements that a step moves for this weight, per rank (rounded up)."""
         if not self.communicates and self.in_place:
             return 0
         moved = (3 if self.loads_moments else 1) * math.prod(self.storage.shape)
@@ -235,15 +236,10 @@ def copied_basis_bytes(plan: WeightPlan, itemsize: int) -> list[int]:
     return [plan.basis.numel(c) * itemsize for c in plan.basis.coordinates()]
 
 
-def is_batch_split(layout: Layout, mesh_dim: int) -> bool:
-    """Whether a mesh dimension splits a batch: ranks along it hold different whole matrices."""
-    placement = layout.placements[mesh_dim]
-    return isinstance(placement, Split) and placement.dim < len(layout.shape) - 2
-
-
 def batch_mesh_dims(layout: Layout) -> tuple[int, ...]:
-    """The mesh dimensions that split the batch."""
-    return tuple(d for d in range(len(layout.mesh)) if is_batch_split(layout, d))
+    """The mesh dimensions that split the batch: ranks along them hold different whole matrices."""
+    batch_dims, placements = len(layout.shape) - 2, enumerate(layout.placements)
+    return tuple(d for d, p in placements if isinstance(p, Split) and p.dim < batch_dims)
 
 
 def basis_to_first(plan: WeightPlan) -> tuple[Leg, ...]:

@@ -50,7 +50,7 @@ def moment_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
 
 
 def second_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
-    """Dtype of second moments: ``second_moment_dtype``, or else that of all moments."""
+    """Dtype of second moments: ``second_moment_dtype``, or else :func:`moment_dtype`."""
     return options.second_moment_dtype or moment_dtype(dtype, options)
 
 
@@ -60,5 +60,5 @@ def second_key(options: Options) -> str:
 
 
 def basis_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
-    """Dtype of bases: ``basis_dtype``, or else that of the moments, at least float32."""
+    """Dtype of bases: ``basis_dtype``, or else :func:`moment_dtype`, at least float32."""
     return options.basis_dtype or torch.promote_types(moment_dtype(dtype, options), torch.float32)

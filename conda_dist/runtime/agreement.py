@@ -182,6 +182,7 @@ class Comparison:
         self._shared = bool(mesh.shared_dims())  # whether there are other ranks
 
     def _counts(self) -> dict[str, int]:
+        """The number of steps that each parameter has taken, by name."""
         counts = {w.name: w.step if "step" in w.state else 0 for w in self._weights}
         for parameter in self._others:
             counts[parameter.name] = (

@@ -17,9 +17,15 @@ from conda_dist.numerics.decomposition import Outcome
 from conda_dist.numerics.precision import leaving_flags
 
 Found = tuple[Outcome, Tensor | None]
+"""The result of a decomposition: the outcome, and the rotation P (r, r) if it is DONE."""
 
 
 class _Job(NamedTuple):
+    """A decomposition to run: where to put the result, the momentum, and how to decompose it.
+
+    On an accelerator, it runs on ``stream``, after the event ``gathered``.
+    """
+
     found: Future[Found]
     momentum: Tensor
     find: Callable[[Tensor], Found]
@@ -82,6 +88,7 @@ class Background:
         return threading.main_thread().is_alive() or (starter is not None and starter.is_alive())
 
     def _work(self) -> None:
+        """The thread: runs jobs until there are none."""
         # Not an executor's thread: the interpreter would wait for all of its queue before it ends.
         while self._is_wanted():
             with self._lock:
@@ -98,6 +105,7 @@ class Background:
     @torch.no_grad()
     @leaving_flags()
     def _decompose(self, job: _Job) -> Found:
+        """Runs one job, and waits for its stream."""
         if job.stream is None or job.gathered is None:
             return job.find(job.momentum)
         with job.stream:

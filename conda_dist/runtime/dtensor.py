@@ -1,6 +1,5 @@
 """From torch's tensors to layouts and back: what a plain tensor or a DTensor holds on this rank."""
 
-from collections.abc import Container
 from dataclasses import replace
 
 import torch
@@ -69,6 +68,7 @@ def find_layout(name: str, tensor: Tensor, mesh: Mesh) -> Layout:
 
 
 def _split(name: str, tensor: DTensor, placement: Placement) -> Split | None:
+    """A DTensor placement as a layout's placement."""
     if isinstance(placement, Replicate):
         return None
     if isinstance(placement, _StridedShard):
@@ -93,13 +93,6 @@ def placements(layout: Layout) -> tuple[Placement, ...]:
         else:
             found.append(_StridedShard(split.dim, split_factor=split.stride))
     return tuple(found)
-
-
-def is_split(tensor: Tensor, dims: Container[int]) -> bool:
-    """Whether a tensor is a DTensor that splits any of these dimensions."""
-    return isinstance(tensor, DTensor) and any(
-        isinstance(p, Shard | _StridedShard) and p.dim in dims for p in tensor.placements
-    )
 
 
 def local(tensor: Tensor) -> Tensor:

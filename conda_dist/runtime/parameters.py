@@ -256,7 +256,7 @@ def _explain(texts: Mapping[int, str]) -> str:
 
 
 def signature(groups: Iterable[Mapping[str, Any]]) -> object:
-    """A value that changes when plans have to be made anew.
+    """A value that changes when new plans are needed.
 
     It has the form of each parameter (see :func:`conda_dist.runtime.dtensor.form`) and the keys of
     its group that decide its path. Names are not in it: paths are decided when plans are made, so a

@@ -128,7 +128,8 @@ def _all_are_zero(task: Task, weights: Sequence[Weight]) -> bool:
     this check (one all-reduce), and nothing more.
     """
     if any(
-        m.in_background or weights[m.position].taken(m.index) != NO_BASIS for m in task.matrices
+        m.in_background or weights[m.position].basis_step(m.index) != NO_BASIS
+        for m in task.matrices
     ):
         return False
     local = (_local_matrix(weights[m.position].moments[0], m) for m in task.matrices)
@@ -199,7 +200,7 @@ def _decompose_mine(
     error: Exception | None = None
     for i, (matrix, momentum) in enumerate(zip(taking, whole, strict=True)):
         weight = weights[matrix.position]
-        first = weight.taken(matrix.index) == NO_BASIS
+        first = weight.basis_step(matrix.index) == NO_BASIS
         outcome, rotation = Outcome.UNKNOWN, None
         try:
             if matrix.in_background:
@@ -210,7 +211,7 @@ def _decompose_mine(
             if rotation is not None:
                 basis = _basis(bases, matrix)
                 rotation = rotation.to(rotation_dtype(basis))
-                if not first and weight.drifts:
+                if not first and weight.must_orthonormalise:
                     rotation = decomposition.orthonormal(rotation, basis)
                 found[i] = rotation.contiguous()
         except Exception as caught:  # raised later, after the other ranks were told

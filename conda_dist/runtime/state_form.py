@@ -33,8 +33,8 @@ def check_form(
             raise ValueError(
                 f"{name}: the parameter has shape {tuple(param.shape)}, but its {key} has shape "
                 f"{tuple(held.shape)}: the parameter was resized or replaced after its state was "
-                "made. Drop the state (del optimizer.state[param]), so that the parameter starts "
-                "anew, or replace the moments by moments of the new shape."
+                "made. Drop the state (del optimizer.state[param]), so that new state is made, or "
+                "replace the moments by moments of the new shape."
             )
         if held.dtype != dtype:
             raise ValueError(

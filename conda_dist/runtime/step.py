@@ -40,13 +40,13 @@ MAX_SCHEDULES = 64
 and more if different weights have gradients in different steps."""
 
 
-def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
+def _cached(cache: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
     """The cached value for a key, made now if there is none."""
-    if key not in kept:
-        if len(kept) == MAX_SCHEDULES:
-            kept.clear()
-        kept[key] = make()
-    return kept[key]
+    if key not in cache:
+        if len(cache) == MAX_SCHEDULES:
+            cache.clear()
+        cache[key] = make()
+    return cache[key]
 
 
 class MatrixPath:
@@ -93,6 +93,7 @@ class MatrixPath:
         self._background.drop()
 
     def _step(self, grads: Grads) -> None:
+        """Finds which matrices are due, gets the step's tasks and runs them."""
         due: dict[int, tuple[int, ...]] = {}
         ready: dict[int, tuple[int, ...]] = {}
         for i, grad in grads.items():
@@ -110,10 +111,11 @@ class MatrixPath:
             }
         key = tuple(due.items()), tuple(ready.items())
         if (tasks := self._schedules.get(key)) is None:
-            tasks = _kept(self._schedules, key, lambda: self.plan_step(due, ready))
+            tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
         self._run(tasks, grads)
         if self._is_async:
-            self._start({i: self.weights[i].start() for i, g in grads.items() if g is not None})
+            stepped = [i for i, grad in grads.items() if grad is not None]
+            self._start({i: self.weights[i].take_snapshot() for i in stepped})
 
     def plan_step(self, due: Which, ready: Which) -> tuple[Task, ...]:
         """The tasks of a step; see :func:`conda_dist.plan.schedule.plan_step`."""
@@ -128,10 +130,12 @@ class MatrixPath:
             for i, which in pending.items()
             if which and (self.weights[i], which[0]) not in self._background
         }
-        for plan in _kept(self._async_refreshes, tuple(due.items()), lambda: self._plan_async(due)):
+        key = tuple(due.items())
+        for plan in _cached(self._async_refreshes, key, lambda: self._plan_async(due)):
             start_in_background(plan, [self.weights[i] for i in plan.weights], self._background)
 
     def _plan_async(self, due: Which) -> list[AsyncRefresh]:
+        """Plans the gather of the momenta of matrices that are decomposed in the background."""
         return [
             plan_async_refresh(
                 self._plans,
@@ -143,39 +147,43 @@ class MatrixPath:
         ]
 
     def _run(self, tasks: Sequence[Task], grads: Grads) -> None:
-        """Carries the tasks out, one after another, with the exchanges of their neighbours."""
+        """Runs the tasks one after another, overlapped with the exchanges of their neighbours.
+
+        ``arriving`` is the exchange of the next task's gradients; ``returning`` is the exchange of
+        the previous task's updates.
+        """
         # The meshes with a weight that has taken a step before this one. The ranks of one mesh find
         # the same, although they may have different weights on other meshes.
         begun = set()
         if tasks and tasks[-1].matrices:  # tasks with refreshes come last
             begun = {w.plan.topology for w in self.weights if w.step}
         scratch = Scratch()
-        coming = self._forward(tasks[0], grads) if tasks else None
-        going: tuple[Task, Exchange, Container[int]] | None = None
+        arriving = self._forward(tasks[0], grads) if tasks else None
+        returning: tuple[Task, Exchange, Container[int]] | None = None
         for k, task in enumerate(tasks):
-            assert coming is not None
-            tensors, bases = self._arrived(task, coming)
+            assert arriving is not None
+            tensors, bases = self._arrived(task, arriving)
             missing = [i for i in task.weights if grads[i] is None] if task.flags else ()
             if task.matrices:
                 # A refresh may raise an error: the previous task's updates must be applied before.
-                if going is not None:
-                    self._apply(*going)
-                going = None
+                if returning is not None:
+                    self._apply(*returning)
+                returning = None
                 mine = self._plans[task.weights[0]].topology
                 updates = self._refreshing(task, tensors, bases, mine in begun)
-                coming = self._forward(tasks[k + 1], grads) if k + 1 < len(tasks) else None
+                arriving = self._forward(tasks[k + 1], grads) if k + 1 < len(tasks) else None
             else:
-                coming = self._forward(tasks[k + 1], grads) if k + 1 < len(tasks) else None
+                arriving = self._forward(tasks[k + 1], grads) if k + 1 < len(tasks) else None
                 with self._products():
                     updates = self._updates(task, tensors, bases, scratch, missing)
-            if going is not None:
-                self._apply(*going)
-            going = None
+            if returning is not None:
+                self._apply(*returning)
+            returning = None
             if not task.in_place:
-                going = task, self._backward(task, updates), missing
+                returning = task, self._backward(task, updates), missing
             del updates  # the exchange has packed them: free the memory
-        if going is not None:
-            self._apply(*going)
+        if returning is not None:
+            self._apply(*returning)
 
     def _updates(
         self,
@@ -202,7 +210,7 @@ class MatrixPath:
         for i in task.weights:
             weight = self.weights[i]
             if i in missing:
-                updates.append(weight.nothing(grads.pop(0)))
+                updates.append(weight.zero_update(grads.pop(0)))
                 bases.pop(0)
                 continue
             reused = scratch if weight.in_place else None
@@ -224,7 +232,7 @@ class MatrixPath:
         parts = zip(weights, bases, projected, counts, strict=True)
         with self._products():
             return [
-                weight.advance(basis, grad, averaged=True) if counted else weight.nothing(grad)
+                weight.advance(basis, grad, averaged=True) if counted else weight.zero_update(grad)
                 for weight, basis, grad, counted in parts
             ]
 
@@ -239,7 +247,7 @@ class MatrixPath:
             bases.append(weight.basis)
         tensors += bases
         for i in task.loading:
-            tensors += self.weights[task.weights[i]].kept
+            tensors += self.weights[task.weights[i]].kept_moments
         device, mesh = bases[0].device, self.weights[task.weights[0]].mesh
         for flags in task.flags:
             dtype = self.weights[task.weights[flags.positions[0]]].exchange_dtype

@@ -189,7 +189,7 @@ class Weight:
         snapshots = self._counts("snapshot_step") if self.is_async else ()
         return calendar.steps_to_next(taken, snapshots, self.step, self.interval, delay)
 
-    def start(self) -> tuple[int, ...]:
+    def take_snapshot(self) -> tuple[int, ...]:
         """Copies the momentum to the snapshot, after a step at which a refresh was due.
 
         Returns:
@@ -262,7 +262,7 @@ class Weight:
         return self.specs[self._cut[0]].dtype
 
     @property
-    def kept(self) -> tuple[Tensor, ...]:
+    def kept_moments(self) -> tuple[Tensor, ...]:
         """This rank's elements of the moments, in the layout in which they are kept."""
         if self._reshaped:
             return tuple([self._views_of(name)[0] for name in self._cut])
@@ -272,7 +272,7 @@ class Weight:
     @property
     def moments(self) -> tuple[Tensor, ...]:
         """This rank's elements of the moments in compute layout."""
-        return self._loaded or self.kept
+        return self._loaded or self.kept_moments
 
     def load_moments(self, *moments: Tensor) -> None:
         """Sets copies of the moments, in compute layout, on which this step works."""
@@ -285,7 +285,7 @@ class Weight:
 
     def store_moments(self, *moments: Tensor) -> None:
         """Copies new moments into the kept ones."""
-        for kept, moment in zip(self.kept, moments, strict=True):
+        for kept, moment in zip(self.kept_moments, moments, strict=True):
             kept.copy_(moment)
 
     @property
@@ -319,9 +319,8 @@ class Weight:
                 arithmetic.rotate_(matrices(tensor)[place], rotation, self.plan.right)
             arithmetic.rotate_(matrices(basis)[place], rotation, right=True)
         kept = self.basis
-        if (
-            rotations and kept.data_ptr() != basis.data_ptr()
-        ):  # the basis was gathered for this step
+        was_gathered = kept.data_ptr() != basis.data_ptr()
+        if rotations and was_gathered:  # store this rank's rows of it
             for block in self.plan.basis.blocks(self.mesh.coordinate):
                 here, there = block.local[-2], block.start[-2]
                 rows = basis.narrow(-2, there, block.shape[-2])
@@ -351,7 +350,7 @@ class Weight:
         if not self.computes:
             count.add_(1)
             return None if in_place else grad.to(self.update_dtype)
-        states = dict(zip(self._cut, self._loaded or self.kept, strict=True))
+        states = dict(zip(self._cut, self._loaded or self.kept_moments, strict=True))
         if self.rule.refreshes:
             states["basis"] = basis
         for name in self._copied:
@@ -379,7 +378,7 @@ class Weight:
         extra, self._extra = self._extra, None
         return extra
 
-    def nothing(self, projected: Tensor) -> Tensor | None:
+    def zero_update(self, projected: Tensor) -> Tensor | None:
         """The result of :meth:`advance` in a step that does not count: zeros, or None in place."""
         dtype = self.update_dtype
         return None if self.in_place else projected.new_zeros(projected.shape, dtype=dtype)
@@ -389,15 +388,15 @@ class Weight:
         if not self.step:
             return
         step, views = self.step, self.views(dtensor.local(self.param))
-        for view, part in zip(views, _pieces(update, views), strict=True):
-            self.rule.apply(view, part, self.group, step, self.shape, extra)
+        for view, piece in zip(views, _pieces(update, views), strict=True):
+            self.rule.apply(view, piece, self.group, step, self.shape, extra)
 
-    def taken(self, matrix: int) -> float:
+    def basis_step(self, matrix: int) -> float:
         """The step at which a matrix of the batch took its basis; ``NO_BASIS`` if it has none."""
         return self._counts("basis_step")[matrix]
 
     @property
-    def drifts(self) -> bool:
+    def must_orthonormalise(self) -> bool:
         """Whether this step's refresh must also make the basis orthonormal again."""
         if self.options.refresh_method != "orthogonal_iteration" or self.basis.dtype.itemsize < 4:
             return True
@@ -420,7 +419,8 @@ class Weight:
             self._own("snapshot_step").view(-1)[matrix] = NO_BASIS
         # A zero momentum counts as refreshed if the matrix has a basis, as an expert has that gets
         # no tokens any more. Without a basis the matrix stays due until its momentum is not zero.
-        if outcome == Outcome.DONE or (outcome == Outcome.ZERO and self.taken(matrix) != NO_BASIS):
+        has_basis = self.basis_step(matrix) != NO_BASIS
+        if outcome == Outcome.DONE or (outcome == Outcome.ZERO and has_basis):
             self._own("basis_step").view(-1)[matrix] = when
             self.failures.pop(matrix, None)
         if outcome in (Outcome.DONE, Outcome.ZERO):

@@ -182,6 +182,7 @@ def _one_rank(stage: int) -> str:
     return models.attempt(zero.train, engine, range(1))
 
 
+@pytest.mark.thorough
 def test_a_bad_value_of_one_rank_at_the_first_step_is_told_to_all() -> None:
     for stage in (0, 2, 3):
         for said in ranks.run(2, _one_rank, stage, timeout=60):
@@ -479,6 +480,7 @@ def _mismatches(folder: Path) -> list[str]:
     return said
 
 
+@pytest.mark.thorough
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     for routed, placed, foreign in ranks.run(2, _mismatches, tmp_path):
         assert "blocks.0.up.weight: the checkpoint has (22, 10) on the conda path, here" in routed
@@ -535,6 +537,7 @@ def _skip() -> list[list[str]]:
     return changed
 
 
+@pytest.mark.thorough
 def test_steps_that_deepspeed_skips_change_nothing() -> None:
     for changed in ranks.run(2, _skip):
         assert dict(zip(map(str, SKIPPED), changed, strict=True)) == {

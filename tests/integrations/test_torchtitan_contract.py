@@ -108,6 +108,7 @@ def test_pattern_that_matches_nothing_is_refused_on_every_rank() -> None:
         assert "'layers.0.*'" not in refusal
 
 
+@pytest.mark.thorough
 def test_pattern_of_one_pipeline_stage_is_none() -> None:
     patterns = ("--optimizer.adamw_params=layers.0.*", "--optimizer.conda_params=lm_head.*")
     options = (*patterns, "--training.steps=3")
@@ -117,6 +118,7 @@ def test_pattern_of_one_pipeline_stage_is_none() -> None:
     assert whole != titan_jobs.trajectory(ONE, "llama3")[:3]
 
 
+@pytest.mark.thorough
 def test_option_wrong_on_one_stage_only_is_refused_on_every_rank() -> None:
     for option in (
         "splits=layers.0.*wqkv.weight=100+100",

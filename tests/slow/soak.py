@@ -14,19 +14,16 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import launch_jobs
 from conda_dist.launch.job.checkpoint import complete_checkpoints
 from conda_dist.launch.job.files import EXIT_STOPPED
-from processes import ENVIRONMENT, rank_environments
+from processes import ENVIRONMENT, Forked, rank_environments
 
-Process: TypeAlias = subprocess.Popen[bytes]
 PATIENCE = 120.0
 """Seconds in which ranks have to notice that another is gone, and a job has to take a step."""
 KINDS = {"one": signal.SIGKILL, "all": signal.SIGKILL, "stop": signal.SIGTERM}
@@ -88,17 +85,13 @@ class Report:
 
 
 @contextlib.contextmanager
-def started(world: int, arguments: Sequence[object], log: Path) -> Iterator[list[Process]]:
+def started(world: int, arguments: Sequence[object], log: Path) -> Iterator[list[Forked]]:
     """A job of so many processes, all of which are gone at the end."""
-    command = [sys.executable, "-m", "conda_dist.launch.pretrain", *map(str, arguments)]
-    processes = []
+    command = ("-m", "conda_dist.launch.pretrain", *map(str, arguments))
+    processes: list[Forked] = []
     try:
-        with log.open("a") as said:
-            for told in rank_environments(world):
-                environment = {**ENVIRONMENT, **told}
-                processes.append(
-                    subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-                )
+        for told in rank_environments(world):
+            processes.append(Forked(command, {**ENVIRONMENT, **told}, log))
         yield processes
     finally:
         for process in processes:
@@ -114,7 +107,7 @@ def reached(run: Path) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def wait_for(run: Path, step: int, processes: Sequence[Process], log: Path) -> bool:
+def wait_for(run: Path, step: int, processes: Sequence[Forked], log: Path) -> bool:
     """Waits until a run has reported a step; returns whether it has, rather than ended."""
     last, since = reached(run), time.monotonic()
     while reached(run) < step:
@@ -145,7 +138,7 @@ def damaged(run: Path) -> int:
     return count
 
 
-def resident(process: Process) -> float:
+def resident(process: Forked) -> float:
     """MiB of memory that a process has."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -167,7 +160,7 @@ def uninterrupted(
     return memory[0], memory[1]
 
 
-def end(kind: str, processes: Sequence[Process], draw: random.Random) -> int:
+def end(kind: str, processes: Sequence[Forked], draw: random.Random) -> int:
     """Ends a job; returns how many of its ranks had to be killed though they should have ended."""
     victims = [draw.choice(processes)] if kind == "one" else processes
     for process in victims:
@@ -236,7 +229,7 @@ def starts(log: Path) -> list[int]:
     return [int(fact.partition(",")[0]) for fact in facts]
 
 
-def resumed_at(before: int, processes: Sequence[Process], log: Path) -> int:
+def resumed_at(before: int, processes: Sequence[Forked], log: Path) -> int:
     """The step that a job says it goes on from, once more has been said than before."""
     since = time.monotonic()
     while len(told := starts(log)) <= before:
