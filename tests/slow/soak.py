@@ -3,7 +3,8 @@
     PYTHONPATH=tests/helpers python tests/slow/soak.py --steps 3000 --ranks 4 --output /tmp/soak
 
 Kills are drawn: of one rank, of all at once, or a request to stop (SIGTERM); so are the moments
-and the number of processes that go on. Prints a markdown table of what came of it.
+and the number of processes that go on. Each life allows the ranks other bytes of bases, so that a
+matrix is computed by all ranks, or by a group of them. Prints a markdown table of what came of it.
 """
 
 import argparse
@@ -28,6 +29,8 @@ PATIENCE = 120.0
 """Seconds in which ranks have to notice that another is gone, and a job has to take a step."""
 KINDS = {"one": signal.SIGKILL, "all": signal.SIGKILL, "stop": signal.SIGTERM}
 """Ways to end a job: one rank is killed, all are, or all are asked to stop."""
+BUDGETS = (2**32, 0, 2**17)
+"""Bytes of bases that a rank may have: all ranks compute a matrix, one does, or some do."""
 
 
 @dataclass
@@ -36,6 +39,7 @@ class Report:
 
     Attributes:
         kills: for each its kind, the world size, the step reached, and that gone on from.
+        budgets: bytes of bases that the ranks were allowed, life after life.
         damaged: checkpoints that are not what was written.
         hung: ranks that did not end when they should have.
         memory: MiB of the largest rank of the uninterrupted job, early on and at the end.
@@ -46,6 +50,7 @@ class Report:
     """
 
     kills: list[tuple[str, int, int, int]] = field(default_factory=list)
+    budgets: list[int] = field(default_factory=list)
     damaged: int = 0
     hung: int = 0
     memory: tuple[float, float] = (0.0, 0.0)
@@ -72,6 +77,7 @@ class Report:
             rows[what] += " at most"
         worlds = sorted({world for _, world, _, _ in self.kills})
         rows["world sizes killed"] = ", ".join(map(str, worlds))
+        rows["bytes of bases allowed"] = ", ".join(map(str, sorted({*self.budgets})))
         rows["checkpoints damaged"] = f"{self.damaged}"
         rows["ranks that hung"] = f"{self.hung}"
         rows["largest loss difference at equal steps"] = f"{self.difference:.2g}"
@@ -204,7 +210,10 @@ def interrupted(
     while True:
         told = starts(log)
         world = draw.choice([w for w in worlds if killed is None or w != killed[1]] or worlds)
-        with started(world, [*arguments, "--output", run, "--resume"], log) as processes:
+        report.budgets.append(BUDGETS[len(report.budgets) % len(BUDGETS)])
+        budget = ("--optimizer.conda.basis_budget", report.budgets[-1])
+        job = [*arguments, *budget, "--output", run, "--resume"]
+        with started(world, job, log) as processes:
             if killed is not None:
                 report.kills.append((*killed, resumed_at(len(told), processes, log)))
             target = reached(run) + draw.randint(*life)
