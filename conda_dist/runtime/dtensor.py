@@ -70,8 +70,8 @@ def _split(name: str, tensor: DTensor, placement: Placement) -> Split | None:
     if isinstance(placement, Shard):
         return Split(placement.dim % tensor.ndim)
     raise ValueError(
-        f"{name}: an optimizer cannot update a parameter with the placement {placement!r}; "
-        "redistribute it to Shard or Replicate first."
+        f"{name}: placement {placement!r} is not supported; redistribute the parameter to Shard "
+        "or Replicate first."
     )
 
 
