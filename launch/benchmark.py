@@ -1,17 +1,15 @@
-"""Time and memory of an optimizer's step on LLaMA-shaped matrices.
+"""Time of an optimizer's step and bytes of its state, on LLaMA-shaped matrices.
 
     python -m conda_dist.launch.benchmark [--width 512] [--mlp 1376] [--layers 4] [--rounds 40]
     python -m conda_dist.launch.benchmark --gap 5 [--refresh-method orthogonal_iteration]
-    python -m conda_dist.launch.benchmark --ranks 4 ...
     python -m conda_dist.launch.benchmark --picture FILE ...
 
 One process, one thread. All run in turns, so that whatever slows the machine down slows all;
 medians and quartiles of the rounds are printed, and the medians of their ratios to the first.
 Steps are those between refreshes, or with `--gap` the mean of so many, one of which refreshes the
 bases (SOAP's and the other Conda's, too). "two products" is the floor: the projection and the way
-back alone. After that come the bytes of state, those by which the process grows in a step, and the
-time that a refresh adds to the steps around it. `--ranks` instead compares the CPU time of a step
-on as many processes with one process's.
+back alone. After that come the bytes of state, and the time that a refresh adds to the steps around
+it.
 """
 
 from __future__ import annotations
@@ -34,14 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{option}", type=positive, default=default)
     parser.add_argument("--gap", type=positive, help="steps between refreshes (default: none)")
     parser.add_argument("--refresh-method", choices=REFRESH_METHODS, default=REFRESH_METHODS[1])
-    parser.add_argument("--ranks", type=positive, default=1, help="processes (default: this one)")
     parser.add_argument(
         "--picture", metavar="FILE", type=Path, help="draw the times, in the file's format"
     )
     given = parser.parse_args(arguments)
     try:
-        if given.ranks > 1 and given.gap:
-            raise ConfigError("--gap is for one process: with --ranks none of the steps refreshes")
         if given.picture:
             check_picture("--picture", given.picture)
     except ConfigError as error:

@@ -22,8 +22,6 @@ from conda_dist.launch.tools.command_line import Parser, check_picture, positive
 from conda_dist.launch.tools.hardware import AXES, HARDWARE, Mesh
 
 MOST_RANKS = 2**16
-DELAY = 20
-"""Steps of a background refresh that is shown beside a job without any."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -37,14 +37,14 @@ port=$((10000 + SLURM_JOB_ID % 20000))  # below those that systems give out
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $nodes nodes x $ranks ranks," \
     "rendezvous at $first:$port"
 
-# The ranks' own exit codes do not come through torchrun: a note says that a stop was asked for, of
-# this script, or (by a preemption with a grace time) of what srun has started: of ranks that train,
-# or of their torchruns before that.
+# The ranks' own exit codes do not come through torchrun: a stop is asked for of this script, or (by a
+# preemption with a grace time) of what srun has started. Ranks that train say so in a note; a
+# torchrun that has not started them dies of the signal.
 stopping= limit=
 export CONDA_DIST_STOP_NOTE=$root/.stopped-$SLURM_JOB_ID
 rm -f "$CONDA_DIST_STOP_NOTE"
 srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
-    python -P launch/cluster/torchrun_stop_file.py --nnodes="$nodes" --nproc-per-node="$ranks" \
+    torchrun --nnodes="$nodes" --nproc-per-node="$ranks" \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=100 \
     -m conda_dist.launch.pretrain "$@" --resume &
@@ -56,7 +56,7 @@ trap 'stopping=1; limit=1; kill -TERM $step 2>/dev/null' USR1
 # A wait ends when a signal comes, and has to be taken up again.
 while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
 
-[ -e "$CONDA_DIST_STOP_NOTE" ] && stopping=1
+if [ -e "$CONDA_DIST_STOP_NOTE" ] || [ "$code" -eq 143 ]; then stopping=1; fi  # 128 + SIGTERM
 rm -f "$CONDA_DIST_STOP_NOTE"
 # Slurm still calls a job running in the grace time of a preemption. One that it ends itself is
 # completing: it was cancelled, is requeued by Slurm, or took longer than its limit to save.

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from conda_dist.numerics.low_precision import decode, store_
+from conda_dist.numerics.precision import exact_product
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,4 +301,5 @@ def rotate_(x: Tensor, rotation: Tensor, right: bool) -> None:
         rotation: P, (r, r).
         right: whether the basis is multiplied from the right (m >= n).
     """
-    x.copy_(project(x, rotation, right))
+    wide = x.to(rotation.dtype)
+    x.copy_(exact_product(wide, rotation) if right else exact_product(rotation.mT, wide))

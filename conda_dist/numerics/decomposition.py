@@ -1,12 +1,14 @@
 """Decompositions: rotations to new bases, from projected momenta."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from conda_dist.numerics.precision import exact_product, leaves_flags, matmul_precision
 
 
 class Outcome(IntEnum):
@@ -23,7 +25,8 @@ class Outcome(IntEnum):
 CAUSES = {
     Outcome.NOT_FINITE: "its momentum is not finite: look for NaN or inf in the gradients, clip "
     "them, lower the learning rate or skip such steps",
-    Outcome.NOT_CONVERGED: "the SVD of its momentum converged neither in float32 nor in float64",
+    Outcome.NOT_CONVERGED: "its momentum could be decomposed neither in its dtype nor in float64, "
+    "nor on the CPU: no method converged, or there was no memory",
 }
 """Why a basis could not be refreshed, for the warning."""
 
@@ -44,39 +47,55 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
 
     Returns:
         The outcome, and P in at least float32 if the outcome is DONE, else None. A momentum that is
-        exactly zero or not finite is not decomposed. If the method does not converge, it is tried
-        once more in float64.
+        exactly zero or not finite is not decomposed. If the method does not converge, runs out of
+        memory or fails in CUDA's linear algebra libraries, it is tried again in float64, with
+        another driver, and on the CPU.
+
+    Raises:
+        RuntimeError: another error occurred.
     """
     tall = (exp_avg if right else exp_avg.mT).to(torch.promote_types(exp_avg.dtype, torch.float32))
-    # Not a norm: the sum of squares of finite float32 values may overflow.
-    largest = float(tall.abs().amax())
+    # Not the 2-norm: the sum of squares of finite float32 values may overflow.
+    largest = float(torch.linalg.vector_norm(tall, math.inf))
     if not math.isfinite(largest):
         return Outcome.NOT_FINITE, None
     if not largest:
         return Outcome.ZERO, None
-    if method == "svd":
-        return _first_finite(_right_singular_vectors, tall)
-    # The eigenvectors of a Gram matrix need twice the bits of the momentum.
-    dtype = torch.float64 if method == "eigh64" else tall.dtype
-    scaled = tall.to(dtype) / largest  # so that squares neither overflow nor underflow
-    find = {"eigh64": _eigenvectors, "orthogonal_iteration": _iterated}[method]
-    outcome, rotation = _first_finite(find, scaled.mT @ scaled)  # (r, max(m, n)) @ (max(m, n), r)
-    return outcome, None if rotation is None else rotation.to(tall.dtype)
-
-
-def _first_finite(
-    find: Callable[[Tensor], Tensor], matrix: Tensor
-) -> tuple[Outcome, Tensor | None]:
-    """The result of ``find`` in the matrix's dtype, or else in float64, if it is finite."""
-    for computed in (matrix.dtype, torch.float64):
+    for device, dtype, driver in _attempts(tall, method):
         try:
-            rotation = find(matrix.to(computed))
-        except LinAlgError:
-            continue
-        # Some GPU drivers give NaN instead of an error.
-        if math.isfinite(rotation.abs().amax()):
-            return Outcome.DONE, rotation.to(matrix.dtype)
+            matrix = tall.to(device, dtype)
+            if method == "svd":
+                rotation = _right_singular_vectors(matrix, driver)
+            else:
+                # The squares of small or large numbers leave the range.
+                scaled = matrix / largest
+                gram = exact_product(scaled.mT, scaled)
+                rotation = _eigenvectors(gram) if method == "eigh64" else _iterated(gram)
+            # Some GPU drivers give NaN instead of an error.
+            if math.isfinite(torch.linalg.vector_norm(rotation, math.inf)):
+                return Outcome.DONE, rotation.to(tall.device, tall.dtype)
+        except RuntimeError as error:
+            if not _may_be_retried(error):
+                raise
     return Outcome.NOT_CONVERGED, None
+
+
+def _attempts(tall: Tensor, method: str) -> Iterable[tuple[torch.device, torch.dtype, str | None]]:
+    """Where to try a decomposition, in which dtype and by which of CUDA's drivers, in turn."""
+    here, cpu = tall.device, torch.device("cpu")
+    # Eigenvectors of a Gram matrix need twice the bits of the momentum.
+    dtype = torch.float64 if method == "eigh64" else tall.dtype
+    driver = "gesvd" if here.type == "cuda" and method == "svd" else None
+    tried = [(here, dtype, None), (here, torch.float64, driver)]
+    return dict.fromkeys([*tried, (cpu, dtype, None), (cpu, torch.float64, None)])
+
+
+def _may_be_retried(error: RuntimeError) -> bool:
+    """Whether an error is about this attempt, not about the program or the device."""
+    said = str(error).lower()
+    return isinstance(error, LinAlgError | torch.OutOfMemoryError) or any(
+        library in said for library in ("cusolver", "cublas")
+    )
 
 
 def _eigenvectors(gram: Tensor) -> Tensor:
@@ -93,19 +112,69 @@ def _iterated(gram: Tensor) -> Tensor:
     diagonal is positive: then the rotation is near the identity, and the second moment keeps its
     meaning.
     """
+    rotation = cholesky_factor(gram) if gram.device.type in BY_CHOLESKY else None
+    return householder_factor(gram) if rotation is None else rotation
+
+
+BY_CHOLESKY = frozenset({"cuda"})
+"""Devices on which the orthogonal factor is taken by Cholesky: where products are many times faster
+than Householder's reflections, which come one after another. On one core of a CPU they take 1.8, 19
+and 129 ms for r = 256, 512 and 1024, and Cholesky 6.9, 45 and 335 ms. A GPU's are not measured yet:
+``bash tests/gpu.sh OUT refreshes`` does it."""
+
+
+def householder_factor(gram: Tensor) -> Tensor:
+    """The orthogonal factor of a matrix (r, r) whose R has a positive diagonal."""
     reflectors, factors = torch.geqrf(gram)  # only the diagonal of R is needed
     signs = torch.where(reflectors.diagonal() < 0, -1.0, 1.0).to(reflectors.dtype)
     rotation: Tensor = torch.linalg.householder_product(reflectors, factors).mul_(signs)
     return rotation
 
 
-def _right_singular_vectors(tall: Tensor) -> Tensor:
+NEWTON_STEPS, SQUARED_AWAY = 3, 5e-4
+"""A step of Newton's iteration leaves three quarters of the square of an error. Matrices of low
+rank take two steps."""
+SHIFT = 1e-5
+"""Added to the Gram matrix, times its largest diagonal element, so that float32 can factorise it.
+It concerns directions of less than 0.3 % of the largest singular value, which the iteration does
+not resolve in float32 anyway."""
+
+
+def cholesky_factor(gram: Tensor) -> Tensor | None:
+    """The same of a positive semidefinite matrix, by products and Cholesky factors alone.
+
+    With S = A A^T and A^T A = B B^T, both factors lower triangular, A B^-T is orthogonal and
+    S = (A B^-T) (B^T A^T), whose second factor is upper triangular: the QR decomposition.
+
+    Returns:
+        The factor, or None if the matrix cannot be factorised so.
+    """
+    if leaves_flags():
+        gram = gram.double()
+    with matmul_precision("ieee"):  # triangular solves obey the flags, too
+        shifted = gram.clone()
+        shifted.diagonal().add_(gram.diagonal().amax(), alpha=SHIFT)
+        first, wrong = torch.linalg.cholesky_ex(shifted)
+        second, wrong_too = torch.linalg.cholesky_ex(first.mT @ first)
+        if wrong.any() or wrong_too.any():
+            return None
+        rotation: Tensor = torch.linalg.solve_triangular(second.mT, first, upper=True, left=False)
+        for _ in range(NEWTON_STEPS):  # as in :func:`orthonormal`; one is enough, if not for few
+            off = rotation.mT @ rotation
+            off.diagonal().sub_(1)
+            rotation = torch.addmm(rotation, rotation, off, alpha=-0.5)
+            if float(torch.linalg.vector_norm(off, math.inf)) < SQUARED_AWAY:
+                return rotation
+    return None
+
+
+def _right_singular_vectors(tall: Tensor, driver: str | None) -> Tensor:
     """Right singular vectors (n, n) of a matrix (m, n), m >= n, as columns, descending."""
     m, n = tall.shape
     if 3 * m > 5 * n:  # from here on a QR first is cheaper (Chan, doi:10.1145/355984.355990)
         # R (n, n) has the same right singular vectors, and the (m, n) factor is never formed.
         tall = torch.linalg.qr(tall, mode="r").R
-    rotation: Tensor = torch.linalg.svd(tall, full_matrices=False).Vh.mT
+    rotation: Tensor = torch.linalg.svd(tall, full_matrices=False, driver=driver).Vh.mT
     return rotation
 
 
@@ -121,5 +190,6 @@ def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:
         basis: Q, (r, r).
     """
     Q = basis.to(rotation.dtype)
-    # 1.5 P - 0.5 Q^T (Q P), all (r, r)
-    return torch.addmm(rotation, Q.mT, Q @ rotation, beta=1.5, alpha=-0.5)
+    with matmul_precision("ieee"):
+        # 1.5 P - 0.5 Q^T (Q P), all (r, r)
+        return torch.addmm(rotation, Q.mT, Q @ rotation, beta=1.5, alpha=-0.5)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from conda_dist.numerics.decomposition import Outcome
+from conda_dist.numerics.precision import leaving_flags
 
 Found = tuple[Outcome, Tensor | None]
 """The result of a decomposition: the outcome, and the rotation P (r, r) if it is DONE."""
@@ -102,6 +103,7 @@ class Background:
             del job
 
     @torch.no_grad()
+    @leaving_flags()
     def _decompose(self, job: _Job) -> Found:
         """Runs one job, and waits for its stream."""
         if job.stream is None or job.gathered is None:

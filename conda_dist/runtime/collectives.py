@@ -35,12 +35,14 @@ class Mesh:
         groups: for each mesh dimension the process group of the ranks along it that includes this
             rank.
         names: names of the mesh dimensions; () if they have none.
+        home: the device of this rank's parameters.
     """
 
     topology: Topology = field(default_factory=Topology)
     coordinate: Coordinate = ()
     groups: tuple[dist.ProcessGroup, ...] = ()
     names: tuple[str, ...] = ()
+    home: torch.device | None = field(default=None, compare=False)
 
     @classmethod
     def of_device_mesh(cls, mesh: DeviceMesh) -> "Mesh":
@@ -89,8 +91,10 @@ class Mesh:
         groups are NCCL's.
         """
         carried = [device.type for device in self.groups[mesh_dim]._device_types]
-        if preferred.type in carried:
-            return preferred
+        for device in (preferred, self.home, self.groups[mesh_dim].bound_device_id):
+            if device is not None and device.type in carried:
+                return device
+        # Parameters are on the CPU: only the current device tells which one is this rank's.
         return torch.device(carried[0], torch.accelerator.current_device_index())
 
     def shared_dims(self) -> list[int]:

@@ -1,9 +1,13 @@
 """From torch's tensors to layouts and back: what a plain tensor or a DTensor holds on this rank."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -23,8 +27,10 @@ def find_mesh(tensor: Tensor, group: dist.ProcessGroup | None) -> Mesh:
         ValueError: this rank is not among them.
     """
     if isinstance(tensor, DTensor):
-        return Mesh.of_device_mesh(tensor.device_mesh)
-    return Mesh() if group is None else Mesh.of_group(group)
+        mesh = Mesh.of_device_mesh(tensor.device_mesh)
+    else:
+        mesh = Mesh() if group is None else Mesh.of_group(group)
+    return replace(mesh, home=local(tensor).device)
 
 
 def find_layout(name: str, tensor: Tensor, mesh: Mesh) -> Layout:
@@ -106,14 +112,7 @@ def like(param: Tensor, layout: Layout, elements: Tensor) -> Tensor:
     if not isinstance(param, DTensor):
         return elements
     stride = torch.empty(layout.shape, device="meta").stride()
-    return DTensor.from_local(
-        elements,
-        param.device_mesh,
-        placements(layout),
-        run_check=False,
-        shape=torch.Size(layout.shape),
-        stride=stride,
-    )
+    return _wrap(elements, param.device_mesh, placements(layout), layout.shape, stride)
 
 
 def copy_blocks(elements: Tensor, layout: Layout, coordinate: Coordinate, whole: Tensor) -> None:
@@ -298,6 +297,21 @@ def reduce_zeros(param: Tensor, example: DTensor) -> None:
 
 
 def _from_local(like: DTensor, elements: Tensor) -> DTensor:
-    mesh, placed = like.device_mesh, like.placements
-    shape, stride = like.shape, like.stride()
-    return DTensor.from_local(elements, mesh, placed, run_check=False, shape=shape, stride=stride)
+    return _wrap(elements, like.device_mesh, like.placements, like.shape, like.stride())
+
+
+def _wrap(
+    elements: Tensor,
+    mesh: DeviceMesh,
+    placed: tuple[Placement, ...],
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+) -> DTensor:
+    """A DTensor of this rank's elements, which stay on their device.
+
+    ``DTensor.from_local`` moves them to the mesh's. With FSDP2's CPU offload the parameters, and so
+    their states, are on the CPU, though their mesh is one of GPUs.
+    """
+    meta = TensorMeta(torch.Size(shape), stride, elements.dtype)
+    wrapped: DTensor = DTensor(elements, DTensorSpec(mesh, placed, meta), requires_grad=False)
+    return wrapped

@@ -29,25 +29,6 @@ def without_autocast() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-@contextmanager
-def tf32_products() -> Iterator[None]:
-    """Lets CUDA round the operands of float32 matrix products to TF32, in a block.
-
-    torch's setting holds for the whole process, so the block must contain only the products that
-    may be rounded. Without CUDA this does nothing.
-    """
-    if not torch.cuda.is_available():
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 def refuse_capture() -> None:
     """Raises an error while a CUDA graph is being captured.
 

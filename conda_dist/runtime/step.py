@@ -5,12 +5,13 @@ the updates of the previous one back to their storage layout.
 """
 
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from conda_dist.numerics.precision import matmul_precision
 from conda_dist.options import Options
 from conda_dist.plan.schedule import (
     AsyncRefresh,
@@ -24,7 +25,6 @@ from conda_dist.runtime import dtensor
 from conda_dist.runtime.agreement import GradientFlags
 from conda_dist.runtime.background import Background
 from conda_dist.runtime.collectives import Exchange
-from conda_dist.runtime.environment import tf32_products
 from conda_dist.runtime.refresh import refresh, start_in_background
 from conda_dist.runtime.scratch import Scratch
 from conda_dist.runtime.weight import Weight
@@ -68,7 +68,7 @@ class MatrixPath:
         # Weights whose gradients are exchanged: they take part in every step, with or without one.
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
-        self._products = tf32_products if options.tf32 else nullcontext
+        self._products = partial(matmul_precision, "tf32" if options.tf32 else "ieee")
 
     def step(self, grads: Grads) -> None:
         """Takes one step.

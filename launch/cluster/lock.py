@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from conda_dist.launch.cluster.process_group import JobError, World, from_main
 from conda_dist.launch.job.config import ConfigError
@@ -30,27 +28,22 @@ def locked(folder: Path, world: World) -> Iterator[None]:
     Raises:
         JobError: On every rank: another job holds it, or the file system has no locks.
     """
-    held: list[int] = []
+    lock = FileLock(folder / LOCK, timeout=PATIENCE_S, fallback_to_soft=False)
     made: list[Path] = []
 
-    def take() -> str:
+    def take() -> bool:
         made.extend(each for each in (folder, *folder.parents) if not each.exists())
         folder.mkdir(parents=True, exist_ok=True)
-        # A record lock: on network file systems it holds between hosts, and no child inherits it.
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        held.append(descriptor)
-        if not _taken(descriptor) or not _still(folder / LOCK, descriptor):
-            return os.read(descriptor, 1000).decode(errors="replace").strip() or "of unknown host"
-        with suppress(OSError):  # a full disk: the lock holds without a name in it
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        return ""
+        try:
+            lock.acquire()
+        except Timeout:
+            return False
+        return True
 
     try:
-        other = from_main(world, f"locking {folder / LOCK}", take)
-        if other:
+        if not from_main(world, f"locking {folder / LOCK}", take):
             raise JobError(
-                f"another job writes {folder} ({other}): wait for its end, or give another --output"
+                f"another job writes {folder}: wait for its end, or give another --output"
             )
         yield
     except ConfigError:
@@ -61,27 +54,4 @@ def locked(folder: Path, world: World) -> Iterator[None]:
                     each.rmdir()
         raise
     finally:
-        for descriptor in held:
-            os.close(descriptor)
-
-
-def _still(file: Path, descriptor: int) -> bool:
-    """Whether the file is the one that was locked, which a refused job may have removed."""
-    try:
-        return os.path.samestat(file.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _taken(descriptor: int) -> bool:
-    """Whether the lock could be had in time."""
-    begun = time.monotonic()
-    while True:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() - begun > PATIENCE_S:
-                return False
-            time.sleep(0.1)
-        else:
-            return True
+        lock.release()

@@ -1,7 +1,7 @@
 """Where documents come from: the standard library, files, or a Hugging Face set.
 
-A source yields documents in a fixed order and can say what it would read without reading it, so
-that the token cache knows when it is out of date.
+A source yields documents in a fixed order, with whether each is held out for validation. It can say
+what it would read without reading it, so that the token cache knows when it is out of date.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from conda_dist.launch.job.config import ConfigError, DataConfig
 
@@ -22,6 +22,25 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests"
 _PLAIN = {".txt", ".md", ".py", ".rst"}
 _PIECE = 4096  # characters
 _READABLE = (*sorted(_PLAIN), ".jsonl", ".jsonl.gz", ".parquet")
+
+
+Document = tuple[str, bool]
+"""A text, not empty, and whether it is held out."""
+
+
+class Source(Protocol):
+    """What text a job trains on."""
+
+    def signature(self) -> list[Any]:
+        """What decides the documents, as JSON-able facts."""
+
+    def documents(self) -> Iterator[Document]:
+        """The documents; raises ConfigError where they cannot be read."""
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that the config names."""
+    return HubSource(config) if config.hf else FileSource(config)
 
 
 def in_validation(document: str, fraction: float) -> bool:
@@ -39,7 +58,7 @@ class FileSource:
 
     def __init__(self, config: DataConfig) -> None:
         """Lists the files; raises ConfigError if a path is missing or holds nothing readable."""
-        self._field = config.text_field
+        self._field, self._fraction = config.text_field, config.val_fraction
         # Shells pass a backslash and an n where a line end is meant.
         self._separator = config.text_separator.replace("\\n", "\n").replace("\\t", "\t")
         if config.path:
@@ -59,9 +78,9 @@ class FileSource:
         listing = [
             (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self._files
         ]
-        return [self._field, self._separator, listing]
+        return [self._field, self._separator, self._fraction, listing]
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[Document]:
         """The documents, in the order of the sorted files.
 
         Raises:
@@ -69,7 +88,8 @@ class FileSource:
         """
         for file in self._files:
             try:
-                yield from (text for text in self._read(file) if text)
+                for text in filter(None, self._read(file)):
+                    yield text, in_validation(text, self._fraction)
             except ConfigError:
                 raise
             # Of the system, gzip, zlib, UTF-8 and JSON; pyarrow's derive from some of them.
@@ -126,6 +146,59 @@ class FileSource:
                 yield text_of({self._field: text}, self._field, str(file))
 
 
+class HubSource:
+    """The first documents of a Hugging Face data set, read as they are downloaded."""
+
+    def __init__(self, config: DataConfig) -> None:
+        """Reads nothing yet."""
+        self._config = config
+
+    def signature(self) -> list[Any]:
+        """What decides the documents: the set, its splits, and how much of it is read."""
+        c = self._config
+        which = [c.hf, c.hf_config, c.hf_revision, c.hf_split, c.hf_val_split]
+        return [*which, c.hf_mb, c.val_fraction, c.text_field]
+
+    def documents(self) -> Iterator[Document]:
+        """`hf_mb` of the training split, then the share of the validation split, if it has one.
+
+        Raises:
+            ConfigError: The set cannot be opened, or a record has no text.
+        """
+        config, size = self._config, self._config.hf_mb * 1e6
+        for text in self._first(config.hf_split, size):
+            held_out = not config.hf_val_split and in_validation(text, config.val_fraction)
+            yield text, held_out
+        if config.hf_val_split:
+            for text in self._first(config.hf_val_split, size * config.val_fraction):
+                yield text, True
+
+    def _first(self, split: str, size: float) -> Iterator[str]:
+        """The texts of a split until `size` characters are reached."""
+        for record in self._open(split):
+            if text := text_of(record, self._config.text_field, self._config.hf):
+                yield text
+                size -= len(text)
+                if size <= 0:
+                    return
+
+    def _open(self, split: str) -> Any:
+        import datasets
+
+        config = self._config
+        try:
+            return datasets.load_dataset(
+                config.hf,
+                config.hf_config or None,
+                revision=config.hf_revision or None,
+                split=split,
+                streaming=True,
+            )
+        except (OSError, ValueError) as error:
+            name = f"{config.hf} ({config.hf_config})" if config.hf_config else config.hf
+            raise ConfigError(f"data.hf: cannot open {name}, split {split}: {error}") from error
+
+
 def _paragraphs(text: str) -> Iterator[str]:
     """A text that is all there is, cut at blank lines, so that some of it can be held out."""
     piece: list[str] = []
@@ -149,31 +222,6 @@ def text_of(record: Any, field: str, where: str) -> str:
     if not isinstance(text, str):
         raise ConfigError(f"{where}: {field!r} is a {type(text).__name__}, not a text")
     return text
-
-
-def open_hf(config: DataConfig, split: str) -> Any:
-    """A Hugging Face data set as an iterable that is read as it is downloaded.
-
-    Args:
-        config: `hf` names it: a data set on the hub, or a folder of JSONL or parquet files.
-        split: Which of its splits.
-
-    Raises:
-        ConfigError: It cannot be opened; the library's own message is included.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            config.hf,
-            config.hf_config or None,
-            revision=config.hf_revision or None,
-            split=split,
-            streaming=True,
-        )
-    except (OSError, ValueError) as error:
-        name = f"{config.hf} ({config.hf_config})" if config.hf_config else config.hf
-        raise ConfigError(f"data.hf: cannot open {name}, split {split}: {error}") from error
 
 
 def _expand(path: str) -> list[Path]:

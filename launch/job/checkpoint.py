@@ -20,7 +20,7 @@ from conda_dist.launch.cluster.process_group import JobError, World, from_main, 
 from conda_dist.launch.job.config import ConfigError
 
 _FACTS = "trainer.json"
-FACTS = ("step", "train_s", "val_loss", "data", "fingerprint", "config")
+FACTS = ("step", "train_s", "val_loss", "fingerprint", "config")
 """What the job saves besides tensors; without one of them it cannot go on."""
 _NAME = re.compile(r"step-\d{8,}")
 _WRITING = ".writing-"
@@ -145,14 +145,7 @@ class Checkpoints:
         It is a ConfigError if the path does not lead to a checkpoint at all.
         """
         there = complete_checkpoints(self._folder)
-        if _is_universal(path):
-            advice = (
-                "It is a universal checkpoint, made by DeepSpeed's ds_to_universal, which has "
-                "neither the place in the data nor the settings that this job saves. Give --resume "
-                "the checkpoint that it was made from; or load it by engine.load_checkpoint, with "
-                '"load_universal": true in DeepSpeed\'s JSON, in a script of your own'
-            )
-        elif _NAME.fullmatch(path.name) is None:
+        if _NAME.fullmatch(path.name) is None:
             advice = "Checkpoints are folders such as RUN/checkpoints/step-00000300"
         elif older := [other for other in there if step_of(other) < step_of(path)]:
             advice = f"The one before it: continue from there with --resume {older[-1]}"
@@ -167,14 +160,6 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)), key=step_of)
-
-
-def _is_universal(path: Path) -> bool:
-    """Whether DeepSpeed's ds_to_universal made this folder: a folder for each parameter."""
-    try:
-        return any((path / "zero").glob("*/fp32.pt"))
-    except OSError:  # such as a name that is too long for one
-        return False
 
 
 def step_of(path: Path) -> int:

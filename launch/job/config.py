@@ -88,13 +88,14 @@ class DataConfig:
     path: Annotated[
         tuple[str, ...], Key("files, folders or globs: .txt .py .md .jsonl[.gz] .parquet")
     ] = ()
-    hf: Annotated[str, Key("a Hugging Face data set (name or folder), streamed")] = ""
+    hf: Annotated[str, Key("a Hugging Face data set (name or folder)")] = ""
     hf_config: Annotated[str, Key("its configuration, e.g. en")] = ""
     hf_revision: Annotated[str, Key("its revision, such as refs/convert/parquet")] = ""
     hf_split: Annotated[str, Key("its split to train on")] = "train"
     hf_val_split: Annotated[
-        str, Key("its validation split (default: val_fraction of hf_split)")
+        str, Key("its validation split, val_fraction of hf_mb (default: of hf_split)")
     ] = ""
+    hf_mb: Annotated[float, Key("MB of its text to take, from the start", gt=0, le=_LARGE)] = 1000.0
     text_field: Annotated[str, Key("field or column of the text in JSONL, parquet and hf")] = "text"
     text_separator: Annotated[
         str, Key(r"cuts plain-text files into documents, such as '\n\n' (default: one a file)")
@@ -102,9 +103,6 @@ class DataConfig:
     val_fraction: Annotated[
         float, Key("share of the documents held out for validation", gt=0, lt=1)
     ] = 0.05
-    shuffle_block: Annotated[
-        int, Key("hf: sequences read ahead and shuffled together", ge=1, le=_MOST)
-    ] = 1024
     cache: Annotated[
         str, Key("folder for tokens and tokenizers (default: ~/.cache/conda_dist)")
     ] = ""
@@ -166,9 +164,6 @@ class MuonConfig:
     adamw_scale: Annotated[
         float, Key("multiplies the update of the AdamW part", gt=0, le=_LARGE)
     ] = 1.0
-    adamw_lr: Annotated[
-        float | None, Key("peak rate of the AdamW part, instead of lr * adamw_scale", gt=0)
-    ] = None
     adamw_betas: Annotated[tuple[float, float], Key("betas of the AdamW part", ge=0, lt=1)] = (
         0.9,
         0.95,
@@ -321,17 +316,12 @@ def _conflicts(config: Config) -> list[tuple[bool, str]]:
     """Pairs of (is it wrong, what to say), for rules that span several keys."""
     model, data, schedule = config.model, config.data, config.schedule
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    peak, muon = config.optimizer.chosen.lr, config.optimizer.muon
+    peak = config.optimizer.chosen.lr
     return [
         (not config.output.strip(), "output is empty: name the folder that the run writes into"),
         (
             bool(data.path) and bool(data.hf),
             "data.path and data.hf are both set: the text comes from one of them",
-        ),
-        (
-            muon.adamw_lr is not None and muon.adamw_scale != 1.0,
-            "optimizer.muon.adamw_lr and optimizer.muon.adamw_scale are both set: the AdamW part's "
-            "rate comes from one of them",
         ),
         (
             model.hidden_size % heads != 0,

@@ -12,9 +12,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -163,23 +160,13 @@ class DeepSpeedEngine(Engine):
         }
 
 
-_HELD = [fragment_address, LossScaler, ZeroStageEnum]
-"""Classes in ZeRO's files besides tensors, and such as tensors are made of."""
-
-
 class _Files(TorchCheckpointEngine):  # type: ignore[misc]
-    """DeepSpeed's files, except that reading one runs no code, and how a failure to write ends.
+    """DeepSpeed's files, except that a failure to write is kept until all ranks are through.
 
-    DeepSpeed reads them without weights_only. A failure is kept until all ranks are through:
-    raised where it happens it would leave the others waiting in DeepSpeed's barriers.
+    Raised where it happens it would leave the others waiting in DeepSpeed's barriers.
     """
 
     error: Exception | None = None
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Reads one file; raises pickle.UnpicklingError if it names what no such file needs."""
-        with torch.serialization.safe_globals(_HELD):
-            return torch.load(path, map_location=map_location, weights_only=True)
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Writes one file."""

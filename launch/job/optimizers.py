@@ -65,9 +65,6 @@ def _adamw(
 
 
 def _muon(model: nn.Module, settings: MuonConfig) -> Muon:
-    scale = settings.adamw_scale
-    if settings.adamw_lr is not None:
-        scale = settings.adamw_lr / settings.lr
     return Muon(
         param_groups(model, rule="muon"),
         lr=settings.lr,
@@ -77,5 +74,5 @@ def _muon(model: nn.Module, settings: MuonConfig) -> Muon:
         adjust_lr_fn=settings.adjust_lr,
         betas=settings.adamw_betas,
         adamw_eps=settings.adamw_eps,
-        adamw_scale=scale,
+        adamw_scale=settings.adamw_scale,
     )

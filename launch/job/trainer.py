@@ -29,7 +29,6 @@ _IDENTITY = (
     "engine",
     "model.",
     "optimizer.name",
-    "data.shuffle_block",
     "training.seed",
     "training.sequence_length",
     "training.global_batch_size",
@@ -80,8 +79,6 @@ class Trainer:
             self._engine.load(path, facts["step"])
         except JobError as error:
             raise self._checkpoints.unusable(path, str(error)) from error
-        with process_group.together(self._world, "finding the data's place", patient=True):
-            self._data.batches.load_state_dict(facts["data"])
         self.step = self._saved_at = facts["step"]
         self._meter.train_s, self._val_loss = facts["train_s"], facts["val_loss"]
         abandoned = self._checkpoints.abandon_after(self.step)
@@ -98,7 +95,7 @@ class Trainer:
         training, saving = self._config.training, self._config.checkpoint.interval
         reporting = self._config.metrics.interval
         while self.step < training.steps:
-            started, position = time.perf_counter(), self._data.batches.state_dict()
+            started = time.perf_counter()
             asked, lost = bool(stop), reporter.failed
             # One that was asked to stop has little time: it does not wait for data that it leaves.
             rows, error = self._read() if not asked and not lost else (None, None)
@@ -107,7 +104,7 @@ class Trainer:
                 self._world, asked, lost, error is not None
             )
             if stopping or failed or unread:
-                self._save(reporter, position)
+                self._save(reporter)
                 reporter.require_written()
                 if unread and not stopping:  # a host that goes away may lose its network first
                     what = f"reading the data of step {self.step + 1}"
@@ -186,19 +183,13 @@ class Trainer:
         parts = micro_batches(rows[first:last], most, training.micro_batch_size)
         return self._engine.evaluate(parts, len(rows) * training.sequence_length)
 
-    def _save(self, reporter: Reporter, position: dict[str, Any] | None = None) -> None:
-        """Saves the whole state, once per step.
-
-        Args:
-            reporter: Says so.
-            position: Where the data stood after the last step, if more has been read since.
-        """
+    def _save(self, reporter: Reporter) -> None:
+        """Saves the whole state, once per step."""
         if self._saved_at == self.step:
             return
         self._watchdog.mark(self.step, "saving a checkpoint")
         facts = {
             **self.summary(),
-            "data": self._data.batches.state_dict() if position is None else position,
             "fingerprint": self._data.fingerprint,
             "config": options.to_values(self._config),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},

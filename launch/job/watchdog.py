@@ -6,8 +6,8 @@ has stood still for `training.stall_timeout_s` it reads what all have said: thos
 any more, or that are behind the rest, are who the others wait for. All of them print that and end.
 
 The words go through the job's rendezvous store, over a connection of their own: no collective, so
-that no order of the training's own is touched. A store that does not answer is noticed, too, since
-the thread that talks to it is not the one that judges.
+that no order of the training's own is touched. While the store does not answer, nobody is judged;
+`training.timeout_s` then ends the job.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ class Watchdog:
         self._place = _Place(0, 0, "starting", time.monotonic())
         self._held_until = 0.0  # when this process last came back from being held up
         self._over = threading.Event()
-        self._verdict: str | None = None
 
     def mark(self, step: int, phase: str) -> None:
         """Says that this rank begins a phase; every rank says the same ones in the same order."""
@@ -102,18 +101,15 @@ class Watchdog:
         self._connect()
         self._say()
         gather(self._world, None)  # from here on everybody has said something
-        self._ticked = self._heard = time.monotonic()
         self.mark(self._place.step, self._place.phase)
         self._arm()  # a rank may freeze before its first interval is over
-        threads = [threading.Thread(target=t, daemon=True) for t in (self._judge, self._talk)]
-        for thread in threads:
-            thread.start()
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
         try:
             yield
         finally:
             self._over.set()
-            for thread in threads:
-                thread.join(5.0)  # the store may not answer
+            thread.join(5.0)  # the store may not answer
             faulthandler.cancel_dump_traceback_later()
 
     def _connect(self) -> None:
@@ -126,55 +122,41 @@ class Watchdog:
         # From C, so that it is printed even where nothing lets our threads run.
         faulthandler.dump_traceback_later(self._limit, file=_STDERR)
 
-    def _idle(self, since: float) -> float:
-        """Seconds since then; 0 after this whole process was held up, as by a scheduler or ^Z."""
-        now = time.monotonic()
-        late = now - self._ticked > max(5 * self._interval, 2.0)
-        return 0.0 if late else now - since
+    def _idle(self) -> float:
+        """Seconds since the phase began, or since this whole process was held up, as by ^Z."""
+        return time.monotonic() - max(self._place.since, self._held_until)
 
-    @property
-    def _since(self) -> float:
-        return max(self._place.since, self._held_until)
-
-    def _judge(self) -> None:
-        """Ends this process once a verdict is there, or the store is not. Never blocks."""
+    def _watch(self) -> None:
+        """Reports, accuses where nothing goes on, and ends this process once a verdict is there."""
+        ticked = time.monotonic()
         while not self._over.wait(self._interval):
-            if not self._idle(0.0):
-                self._held_until = self._heard = time.monotonic()
-            self._ticked = time.monotonic()
+            now = time.monotonic()
+            if now - ticked > max(5 * self._interval, 2.0):  # by a scheduler, ^Z or the store
+                self._held_until = now
+            ticked = now
             self._arm()
-            if self._verdict is not None:
-                self._end(self._verdict)
-            unheard, idle = self._idle(self._heard), self._idle(self._since)
-            if min(unheard, idle) > self._limit:
-                self._end(json.dumps({"said": self._lost(unheard), "silent": [], "stuck": []}))
-
-    def _talk(self) -> None:
-        """Reports, and looks for a verdict; may block for as long as the store does."""
-        while not self._over.wait(self._interval):
-            # An error is silence: the judge notices that nothing was heard.
             try:
                 self._say()
-                if self._idle(self._since) > self._limit:
+                if self._idle() > self._limit:
                     self._accuse()
-                if self._store.check([_VERDICT]):
-                    self._verdict = self._store.get(_VERDICT).decode()
-                self._heard = time.monotonic()
+                verdict = self._store.check([_VERDICT]) and self._store.get(_VERDICT).decode()
             except Exception:
                 # A connection that was cut does not come back by itself, and without one this
                 # rank would be taken for the one that is silent.
                 with suppress(Exception):
                     self._connect()
+                continue
+            if verdict:
+                self._end(verdict)
 
     def _say(self) -> None:
         place = self._place
-        idle = time.monotonic() - max(place.since, self._held_until)
         self._own = replace(
             self._own,
             count=place.count,
             step=place.step,
             phase=place.phase,
-            idle_s=round(idle, 3),
+            idle_s=round(self._idle(), 3),
             beat=self._own.beat + 1,
         )
         self._store.set(str(self._own.rank), json.dumps(asdict(self._own)))
@@ -195,15 +177,6 @@ class Watchdog:
     def _reports(self) -> list[Report]:
         ranks = range(self._world.size)
         return [Report(**json.loads(self._store.get(str(rank)))) for rank in ranks]
-
-    def _lost(self, unheard: float) -> str:
-        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        whose = "torchrun on the first host keeps it" if agents else "rank 0 keeps it"
-        return (
-            f"no progress in step {self._place.step}, {self._place.phase}, and no answer of the "
-            f"rendezvous store for {unheard:.0f} s ({whose}): that process is stopped, or its "
-            "host cannot be reached"
-        )
 
     def _end(self, verdict: str) -> None:
         content = json.loads(verdict)

@@ -4,22 +4,18 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conda_dist import Conda
 from conda_dist.launch.job.picture import new_figure
-from conda_dist.launch.tools import benchmark_ranks
-from conda_dist.launch.tools.footprint import count_exactly, peak_bytes, state_bytes
 
 NEVER = 10**9  # steps between refreshes: none but the first
 STALL_GAP = 8  # the same, where the time is measured that they add
@@ -33,8 +29,6 @@ class Facts:
 
     state: int
     """Bytes of the optimizer's state."""
-    peak: int | None
-    """Bytes by which the process grows in a step; None where the system does not say."""
     stall_s: float | None
     """Seconds that a refresh adds to the steps around it; None: there are no refreshes."""
 
@@ -135,23 +129,20 @@ def facts(
     """
     made = builders(sizes, STALL_GAP, method)
     stalls = {name: stall(made[name]()) for name in made if "onda" in name or "SOAP" in name}
-    with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-        peaks = fresh.submit(_peaks, sizes, method).result()
     found = {}
     for name, step in steps.items():
         owner = getattr(step, "__self__", None)
-        state = state_bytes(owner) if isinstance(owner, Optimizer) else 0
-        found[name] = Facts(state, peaks.get(name), stalls.get(name))
+        state = _state_bytes(owner) if isinstance(owner, Optimizer) else 0
+        found[name] = Facts(state, stalls.get(name))
     if "conda_dist, async" not in found:
-        found["conda_dist, async"] = Facts(0, None, stalls["conda_dist, async"])
+        found["conda_dist, async"] = Facts(0, stalls["conda_dist, async"])
     return found
 
 
-def _peaks(sizes: Sequence[tuple[int, int]], method: str) -> dict[str, int | None]:
-    """Bytes by which a process grows in steps between refreshes; for a process of its own."""
-    count_exactly()
-    torch.set_num_threads(1)
-    return {name: peak_bytes(step) for name, step in contenders(sizes, NEVER, method).items()}
+def _state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the tensors in an optimizer's state."""
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
 
 
 def stall(step: Step, refreshes: int = 2) -> float:
@@ -186,7 +177,7 @@ def _table(taken: dict[str, list[float]], found: dict[str, Facts], title: str) -
     table = Table(title=title)
     for heading in (
         "step of", "median ms", "quartiles ms", "times the first",
-        "state MiB", "peak MiB", "a refresh ms",
+        "state MiB", "a refresh ms",
     ):  # fmt: skip
         justify: Literal["left", "right"] = "left" if heading == "step of" else "right"
         table.add_column(heading, justify=justify, no_wrap=True)
@@ -197,28 +188,26 @@ def _table(taken: dict[str, list[float]], found: dict[str, Facts], title: str) -
             ratio = statistics.median(a / b for a, b in zip(seconds, taken[first], strict=True))
             times = [f"{median:.1f}", f"{low:.1f} - {high:.1f}", f"{ratio:.3f}"]
         state = f"{about.state / 2**20:.1f}" if about.state else ""
-        peak = "" if about.peak is None else f"{about.peak / 2**20:.1f}"
         stalled = "" if about.stall_s is None else f"{1e3 * about.stall_s:.1f}"
-        table.add_row(name, *times, state, peak, stalled)
+        table.add_row(name, *times, state, stalled)
     return table
 
 
-def draw(taken: dict[str, list[float]], title: str, unit: str, file: Path) -> None:
+def draw(taken: dict[str, list[float]], title: str, file: Path) -> None:
     """Draws medians as bars, and the quartiles around them.
 
     Args:
         taken: seconds of every round, by name.
         title: of the picture.
-        unit: what the axis says.
         file: where to; its ending says in which format.
     """
     figure, (axis,) = new_figure(1)
     for place, (name, seconds) in enumerate(reversed(taken.items())):
         low, median, high = (1e3 * s for s in statistics.quantiles(seconds, n=4))
-        colour = "#1f5a94" if name.startswith("conda_dist") or "FSDP" in name else "#a9c1d9"
+        colour = "#1f5a94" if name.startswith("conda_dist") else "#a9c1d9"
         axis.barh(name, median, color=colour, xerr=[[median - low], [high - median]])
         axis.text(high, place, f" {median:.3g}", va="center")
-    axis.set(xlabel=unit, title=title)
+    axis.set(xlabel="ms a step", title=title)
     axis.margins(x=0.1)
     figure.savefig(file, dpi=150)
 
@@ -231,18 +220,11 @@ def run(given: argparse.Namespace) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    what = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}"
-    if given.ranks > 1:
-        taken, held = benchmark_ranks.measure(sizes, given.ranks, rounds)
-        title = f"{what}, {given.ranks} ranks: CPU time of all together"
-        console.print(benchmark_ranks.table(taken, held, given.ranks, title))
-        unit = "ms of CPU time in a step, all ranks together"
-    else:
-        steps = contenders(sizes, given.gap or NEVER, given.refresh_method)
-        taken = measure(steps, rounds, given.gap or 1)
-        title, unit = f"{what}, one thread", "ms a step"
-        if given.gap:
-            title += f", one step in {given.gap} with a refresh ({given.refresh_method})"
-        console.print(_table(taken, facts(steps, sizes, given.refresh_method), title))
+    steps = contenders(sizes, given.gap or NEVER, given.refresh_method)
+    taken = measure(steps, rounds, given.gap or 1)
+    title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, one thread"
+    if given.gap:
+        title += f", one step in {given.gap} with a refresh ({given.refresh_method})"
+    console.print(_table(taken, facts(steps, sizes, given.refresh_method), title))
     if given.picture:
-        draw(taken, title, unit, given.picture)
+        draw(taken, title, given.picture)

@@ -101,9 +101,7 @@ def check_picture(option: str, path: Path) -> None:
     formats = ("png", "pdf", "svg")
     if path.suffix.removeprefix(".") not in formats:
         raise ConfigError(f"{option} {path}: name a file that ends in .{', .'.join(formats)}")
-    if path.is_dir():
-        raise ConfigError(f"{option} {path}: a folder is there")
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{option} {path} cannot be written")

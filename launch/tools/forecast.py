@@ -17,7 +17,15 @@ from torch import nn
 from conda_dist import param_groups
 from conda_dist.launch.job.config import CondaConfig
 from conda_dist.launch.job.optimizers import conda_arguments
-from conda_dist.launch.tools.hardware import Hardware, Mesh
+from conda_dist.launch.tools.hardware import (
+    EXCHANGE_LAUNCHES,
+    HOST_EXCHANGE,
+    HOST_STEP,
+    HOST_UPDATE,
+    UPDATE_LAUNCHES,
+    Hardware,
+    Mesh,
+)
 from conda_dist.layout.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Request, assign_owners, choose
@@ -75,6 +83,8 @@ class Forecast:
         rotate: Operations of taking what it has to new bases.
         elements: Elements it updates in a step.
         collectives: Collectives of a step.
+        updates: Matrices of which it computes an update in a step.
+        copies: Times that it packs or unpacks a gradient or an update in a step.
         bf16: Whether its products are in bfloat16.
         svd: Whether its decompositions run at the SVD's rate, else at that of float32 products.
         kinds: Its projected weights.
@@ -90,6 +100,8 @@ class Forecast:
     rotate: float = 0.0
     elements: int = 0
     collectives: int = 0
+    updates: int = 0
+    copies: int = 0
     bf16: bool = False
     svd: bool = True
     kinds: list[Kind] = field(default_factory=list)
@@ -215,6 +227,9 @@ def _sum_up(
         found.flops += flops
         found.rotate += (2 * 2.0 * numel * r + 2.0 * r**3) * (computes and rule.refreshes)
         found.elements += plan.storage.numel(busiest) if plan.group is None else numel
+        found.updates += computes or plan.group is None
+        if plan.moves:  # it packs the gradient it stores and unpacks the update, or the reverse
+            found.copies += 2 + 2 * computes
         _count(found.kinds, plan, cost, flops)
     _together(found, rule, plans, options, busiest)
     moments = (moment_dtype(torch.float32, options), second_dtype(torch.float32, options))
@@ -322,12 +337,18 @@ def forecast_replicated(
     return found
 
 
+def launches(found: Forecast) -> int:
+    """Kernels that the device runs for the matrices in a step."""
+    return found.updates * UPDATE_LAUNCHES + found.copies * EXCHANGE_LAUNCHES
+
+
 @dataclass(frozen=True, slots=True)
 class Seconds:
     """Time of the busiest rank.
 
     Attributes:
-        step: Of a step without a refresh.
+        step: Of a step without a refresh: the device's, or the host's if that is longer.
+        host: Of the host in such a step.
         decompose: Of the decompositions in a refresh, where training waits for them.
         busiest: Of those of the busiest owner.
         exchange: Of what a refresh moves and rotates, beside them.
@@ -335,6 +356,7 @@ class Seconds:
     """
 
     step: float
+    host: float
     decompose: float
     busiest: float
     exchange: float
@@ -380,8 +402,9 @@ def seconds(
         + moved(found.step)
         + found.collectives * hardware.latency
     )
+    host = HOST_STEP + found.updates * HOST_UPDATE + found.copies * HOST_EXCHANGE
     exchange = moved(found.refresh) + found.rotate / fp32
     training = 6.0 * parameters * tokens / mesh.tp / (hardware.bf16_flops * hardware.training)
     decomposing = hardware.svd_flops if found.svd else fp32
     waited, busiest = found.decompose / decomposing, found.busiest / decomposing
-    return Seconds(step, waited, busiest, exchange, training)
+    return Seconds(max(step, host), host, waited, busiest, exchange, training)

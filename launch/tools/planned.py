@@ -101,6 +101,11 @@ class Planned:
             f"other {_time(time.decompose)}; exchanges and rotations take {_time(time.exchange)}; "
             f"forward and backward {_time(time.training)} a step"
         )
+        console.print(
+            f"the host is busy for {_time(time.host)} of a step, in which the device runs "
+            f"{forecast.launches(self.conda)} kernels for {self.conda.updates} matrices; neither "
+            "grows with the ranks"
+        )
 
     def _weights(self) -> Table:
         rate = self._settings

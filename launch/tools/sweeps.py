@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import get_args
 
@@ -17,14 +18,15 @@ from conda_dist.launch.job.config import Config, ConfigError, OptimizerName
 from conda_dist.launch.job.files import CONFIG, SUMMARY
 from conda_dist.launch.tools.command_line import check_output
 
-OPTIMIZERS = get_args(OptimizerName)
-REFRESH_METHODS = get_args(options.SCHEMA["optimizer.conda.refresh_method"].type)
+OPTIMIZERS = {name: [f"--optimizer.name={name}"] for name in get_args(OptimizerName)}
+"""What `--optimizers` can name, with the arguments of the job."""
+SINGLE = "single"
 ENGINES = {
     "fsdp2": ["--engine=fsdp2"],
     **{f"zero{n}": ["--engine=deepspeed", f"--deepspeed.stage={n}"] for n in range(4)},
-    "single": ["--engine=fsdp2"],
+    SINGLE: ["--engine=fsdp2"],
 }
-"""What `--engines` can name, with the arguments of the job; `single` is one process."""
+"""The same of `--engines`; `single` is one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,134 +34,101 @@ class Trial:
     """One run of a sweep."""
 
     name: str
-    """Of its optimizer or engine, or of its refresh method and interval."""
+    """Its optimizer or engine, and what is varied."""
     folder: Path
     arguments: tuple[str, ...]
     """Of the pretraining job, the config's path first."""
     config: Config
     """What they say."""
-
-    @property
-    def lr(self) -> float:
-        """The peak learning rate."""
-        return self.config.optimizer.chosen.lr
+    processes: int
 
 
-def _trial(name: str, folder: Path, config: str, arguments: Sequence[str]) -> Trial:
-    words = [*arguments, f"--output={folder}", "--resume"]
-    return Trial(name, folder, (config, *words), options.load(config, words))
-
-
-def optimizer_trials(
-    config: str, output: Path, names: Sequence[str], rates: Sequence[str], overrides: Sequence[str]
-) -> list[Trial]:
-    """A run for each optimizer, or for each of its learning rates.
-
-    Args:
-        config: Path of the common config.
-        output: Folder under which each run gets its own.
-        names: The optimizers, in the order of the runs.
-        rates: `NAME=RATE,RATE` for each optimizer to sweep.
-        overrides: `--section.key value` arguments for all runs; a key of one optimizer goes to
-            its runs only.
-
-    Raises:
-        ConfigError: An unknown optimizer, a malformed rate, or a config that cannot be run.
-    """
-    for name in names:
-        if name not in OPTIMIZERS:
-            raise ConfigError(f"unknown optimizer {name!r}: {', '.join(OPTIMIZERS)}")
-    sweeps: dict[str, list[float]] = {}
-    for text in rates:
-        name, _, listed = text.partition("=")
-        try:
-            sweeps[name] = [float(rate) for rate in listed.split(",")]
-        except ValueError:
-            raise ConfigError(f"--lr {text}: NAME=RATE,RATE is wanted") from None
-        if name not in names:
-            raise ConfigError(f"--lr {text}: {name!r} is not among the optimizers to run")
-    given = _overrides(overrides, "optimizer.name")
-    for key, _ in given:
-        if key.startswith("optimizer.") and key.count(".") == 1:
-            raise ConfigError(f"--{key}: of which optimizer? Give --optimizer.NAME.{key[10:]}")
-    trials = []
-    for name in names:
-        others = tuple(f"optimizer.{other}." for other in OPTIMIZERS if other != name)
-        own = [f"--{key}={text}" for key, text in given if not key.startswith(others)]
-        words = [f"--optimizer.name={name}", *own]
-        configured = options.load(config, words).optimizer.chosen.lr
-        trials += [
-            _trial(name, output / f"{name}-lr{lr:g}", config, [*words, f"--optimizer.lr={lr!r}"])
-            for lr in sweeps.get(name, [configured])
-        ]
-    return trials
-
-
-def engine_trials(
-    config: str, output: Path, names: Sequence[str], overrides: Sequence[str]
-) -> list[Trial]:
-    """The same job on each engine; arguments as above.
-
-    Raises:
-        ConfigError: An unknown engine, or a config that one of them cannot run.
-    """
-    given, trials = _overrides(overrides, "engine", "deepspeed.stage"), []
-    for name in dict.fromkeys(names):
-        if name not in ENGINES:
-            raise ConfigError(f"unknown engine {name!r}: {', '.join(ENGINES)}")
-        zero = name.startswith("zero")
-        own = [f"--{key}={text}" for key, text in given if zero or not key.startswith("deepspeed.")]
-        trials.append(_trial(name, output / name, config, [*ENGINES[name], *own]))
-    return trials
-
-
-def refresh_trials(
+def plan(
     config: str,
     output: Path,
-    refreshes: Sequence[str],
-    seeds: Sequence[str],
-    overrides: Sequence[str],
+    processes: int,
+    *,
+    optimizers: Sequence[str] = (),
+    engines: Sequence[str] = (),
+    vary: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> list[Trial]:
-    """A run of Conda for each refresh method, interval and seed.
+    """The runs: each optimizer or engine with each combination of the values that vary.
 
     Args:
         config: Path of the common config.
         output: Folder under which each run gets its own.
-        refreshes: `METHOD=GAP,GAP` for each method.
-        seeds: Of the runs of each pair.
-        overrides: `--section.key value` arguments for all runs.
+        processes: Of each run.
+        optimizers: Names; or else
+        engines: names; without either, the config's own optimizer and engine.
+        vary: `KEY=VALUE,VALUE` for each key of the job that varies. A key of one optimizer varies
+            its runs only.
+        overrides: `--section.key value` arguments for all runs; a key of one optimizer or engine
+            goes to its runs only.
 
     Raises:
-        ConfigError: A malformed or unknown method, interval or seed, or a config that cannot be
-            run.
+        ConfigError: An unknown name, a malformed `vary`, or a config that cannot be run.
     """
-    own = ("training.seed", "optimizer.name", ".refresh_method", ".update_proj_gap")
-    common = [f"--{key}={text}" for key, text in _overrides(overrides, *own)]
+    known = ENGINES if engines else OPTIMIZERS
+    kinds = dict.fromkeys(engines or optimizers)
+    for name in kinds:
+        if name not in known:
+            raise ConfigError(f"unknown {name!r}: name some of {', '.join(known)}")
+    axes, given = dict(_axis(text) for text in vary), options.split_arguments(overrides)
+    _check_keys(axes, given, optimizers, engines)
+    if not kinds:
+        words = [f"--{key}={text}" for key, text in given]
+        kinds = {options.load(config, words).optimizer.name: None}
     trials: dict[Path, Trial] = {}
-    for text in refreshes:
-        method, _, gaps = text.partition("=")
-        if method not in REFRESH_METHODS:
-            known = ", ".join(REFRESH_METHODS)
-            raise ConfigError(f"--refreshes {text}: {method!r} is none of the methods {known}")
-        if not all(gap.isdecimal() for gap in gaps.split(",")):
-            raise ConfigError(f"--refreshes {text}: METHOD=GAP,GAP is wanted")
-        for gap in gaps.split(","):
-            words = [*common, "--optimizer.name=conda"]
-            words += [f"--optimizer.refresh_method={method}", f"--optimizer.update_proj_gap={gap}"]
-            for seed in seeds:
-                folder = output / f"{method}-gap{gap}-seed{seed}"
-                words_of_seed = [*words, f"--training.seed={seed}"]
-                trials[folder] = _trial(f"{method}-gap{gap}", folder, config, words_of_seed)
+    for kind in kinds:
+        if engines:
+            foreign: tuple[str, ...] = () if kind.startswith("zero") else ("deepspeed.",)
+        else:
+            foreign = tuple(f"optimizer.{name}." for name in OPTIMIZERS if name != kind)
+        words = [*(known[kind] if engines or optimizers else [])]
+        words += [f"--{key}={text}" for key, text in given if not key.startswith(foreign)]
+        varied = {key: texts for key, texts in axes.items() if not key.startswith(foreign)}
+        for texts in product(*varied.values()):
+            chosen = list(zip(varied, texts, strict=True))
+            parts = [f"-{key.rpartition('.')[2]}{text}" for key, text in chosen]
+            name = kind + "".join(parts).replace("/", "_")
+            folder = output / name
+            each = [*words, *(f"--{key}={text}" for key, text in chosen)]
+            each += [f"--output={folder}", "--resume"]
+            found = options.load(config, each)
+            count = 1 if kind == SINGLE else processes
+            trials[folder] = Trial(name, folder, (config, *each), found, count)
     return list(trials.values())
 
 
-def _overrides(overrides: Sequence[str], *own: str) -> list[tuple[str, str]]:
-    """Keys and values for all runs; refuses those that differ from run to run."""
-    given = options.split_arguments(overrides)
-    for key, _ in given:
-        if key in ("output", "resume") or key.endswith(own):
+def _check_keys(
+    axes: Collection[str],
+    given: Sequence[tuple[str, str]],
+    optimizers: Sequence[str],
+    engines: Sequence[str],
+) -> None:
+    """Refuses keys that would say twice what a run is, or not of which optimizer."""
+    if optimizers and engines:
+        raise ConfigError("--engines runs one optimizer: give --optimizer.name NAME")
+    own = {"output", "resume"}
+    own |= {"optimizer.name"} if optimizers else set()
+    own |= {"engine", "deepspeed.stage"} if engines else set()
+    keys = [key for key, _ in given]
+    for key in (*axes, *keys):
+        if key in own or (key in axes and key in keys):
             raise ConfigError(f"--{key} differs from run to run: compare sets it itself")
-    return given
+        if optimizers and key.startswith("optimizer.") and key.count(".") == 1:
+            raise ConfigError(f"--{key}: of which optimizer? Give --optimizer.NAME.{key[10:]}")
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    """A key of the job and the values that it takes in turn."""
+    key, _, values = text.partition("=")
+    found = [value for value in values.split(",") if value]
+    if not key or not found:
+        raise ConfigError(f"--vary {text}: KEY=VALUE,VALUE is wanted")
+    options.parse_arguments([f"--{key}={value}" for value in found])
+    return key, found
 
 
 def check(trial: Trial) -> None:
@@ -184,7 +153,7 @@ def check(trial: Trial) -> None:
     )
 
 
-def run_trial(trial: Trial, processes: int) -> bool:
+def run_trial(trial: Trial) -> bool:
     """Runs or continues a trial unless it is complete; returns whether it is now.
 
     Raises:
@@ -195,12 +164,12 @@ def run_trial(trial: Trial, processes: int) -> bool:
         return True
     print(f"== {trial.folder}", flush=True)
     launcher = [sys.executable]
-    if processes > 1:
+    if trial.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=300"]
-        launcher += [f"--nproc-per-node={processes}"]
+        launcher += [f"--nproc-per-node={trial.processes}"]
     command = [*launcher, "-m", "conda_dist.launch.pretrain", *trial.arguments]
     # Threads are shared out among the processes, as torchrun would do, without its warning.
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    threads = str(max(1, (os.cpu_count() or 1) // trial.processes))
     # In a session of its own, the run hears of a stop once, from here and not from the terminal
     # as well; and by SIGTERM, which torchrun passes on to its processes.
     run = subprocess.Popen(

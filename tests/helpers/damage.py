@@ -1,13 +1,10 @@
-"""A job's checkpoints, damaged and forged."""
+"""A job's checkpoints, damaged."""
 
-import hashlib
-import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
 
-from conda_dist.launch.job.checkpoint import complete_checkpoints, record_hash
+from conda_dist.launch.job.checkpoint import complete_checkpoints
 
 Damage = Callable[[Path], None]
 
@@ -31,25 +28,3 @@ def flip(path: Path) -> None:
 
 def newest(run: Path) -> Path:
     return complete_checkpoints(run / "checkpoints")[-1]
-
-
-class Payload:
-    """Runs a command when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return os.mkdir, (str(self.path),)
-
-
-def forge(checkpoint: Path, name: str, content: bytes) -> None:
-    """Puts a file into a checkpoint as whoever knows its format would."""
-    file = checkpoint / name
-    file.write_bytes(content)
-    record = json.loads((checkpoint / "trainer.json").read_text())
-    digest = hashlib.sha256(content).hexdigest()
-    record["files"][name] = {"bytes": len(content), "sha256": digest}
-    del record["sha256"]
-    record["sha256"] = record_hash(record)
-    (checkpoint / "trainer.json").write_text(json.dumps(record))

@@ -22,8 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import launch_jobs
 from conda_dist.launch import pretrain
 from conda_dist.launch.cluster import launcher
-from conda_dist.launch.data.batches import StreamBatches, TokenBatches
-from conda_dist.launch.job.config import ConfigError
+from conda_dist.launch.data.batches import TokenBatches
 from launch_jobs import Result
 
 SLOW_S = 0.6
@@ -76,8 +75,7 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
         step: Its first step in which it does, counted from 1.
     """
     clock = _Clock(fault, rank, step)
-    readers: tuple[Any, ...] = (TokenBatches, StreamBatches)
-    rows, svd = {kind: kind.rows for kind in readers}, torch.linalg.svd
+    rows, svd = TokenBatches.rows, torch.linalg.svd
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def read(self: Any, number: int, first: int, last: int) -> Any:
@@ -88,14 +86,14 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
             if fault in ("asleep", "slow"):
                 time.sleep(SLOW_S if fault == "slow" else 3600.0)
             if fault == "unread":
-                raise ConfigError("data.hf: cannot open it: the hub has gone")
+                raise OSError("the disk has gone")
             if fault == "cut":
                 _cut()
             if fault == "full metrics":
                 _fill("metrics.jsonl")
             if fault == "full":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, limits[1]))
-        return rows[type(self)](self, number, first, last)
+        return rows(self, number, first, last)
 
     def decompose(*args: Any, **kwargs: Any) -> Any:
         if fault == "no memory" and clock.strikes():
@@ -107,14 +105,12 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
     spoil = {"nan": _spoil, "nan weight": _spoil_weight}.get(fault, lambda clock: _leave)
     hook = register_module_forward_hook(spoil(clock))
     torch.linalg.svd = decompose
-    for kind in readers:
-        kind.rows = read
+    TokenBatches.rows = read  # type: ignore[method-assign]
     try:
         yield
     finally:
         torch.linalg.svd = svd
-        for kind in readers:
-            kind.rows = rows[kind]
+        TokenBatches.rows = rows  # type: ignore[method-assign]
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         hook.remove()
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import ranks
 from conda_dist.launch import benchmark
-from conda_dist.launch.tools import benchmark_process, footprint
+from conda_dist.launch.tools import benchmark_process
 
 
 def test_every_contender_steps_in_every_round() -> None:
@@ -54,23 +53,6 @@ def test_the_bytes_of_state_are_those_of_the_tensors() -> None:
     assert found["two products"].state == 0
     for name, fact in found.items():
         assert (fact.stall_s is None) is (name.startswith(("torch", "two"))), name
-        assert fact.peak is not None or name == "conda_dist, async"
-
-
-def test_the_growth_of_a_step_is_seen() -> None:
-    """And given back: a second call grows by as much."""
-    (first, second, nothing), *_ = ranks.run(1, _growth)
-    for found in (first, second):
-        assert found == pytest.approx(30 * 2**20, rel=0.05)
-    assert nothing < 2**20
-
-
-def _growth() -> list[int | None]:
-    def hold() -> None:
-        torch.ones(30 * 2**18).sum()  # 30 MiB
-
-    footprint.count_exactly()
-    return [footprint.peak_bytes(each) for each in (hold, hold, lambda: None)]
 
 
 def test_a_stall_is_what_refreshes_add(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +73,6 @@ def test_a_stall_is_what_refreshes_add(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--gap", "0"], "'0' is not a whole number of 1 or more"),
         (["--width", "-3"], "'-3' is not a whole number"),
-        (["--gap", "5", "--ranks", "2"], "--gap is for one process"),
         (["--picture", "times.doc"], "--picture times.doc: name a file that ends in .png"),
     ],
 )
@@ -108,13 +89,3 @@ def test_refreshes_are_in_the_mean() -> None:
     optimizer = steps["conda_dist"].__self__  # type: ignore[attr-defined]
     taken = {int(state["basis_step"]) for state in optimizer.state.values()}
     assert taken == {6}  # of 8 steps, two of them at the start
-
-
-def test_ranks_are_compared_with_one_process(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2"]
-    benchmark.main([*small, "--ranks", "2"])
-    said = capsys.readouterr().out
-    assert "7 matrices, width 16, MLP 24, 2 ranks" in said
-    ways = ("one process", "FSDP rows", "columns", "in groups", "(DDP)")
-    for name in ways:
-        assert name in said

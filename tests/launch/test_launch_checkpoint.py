@@ -1,8 +1,7 @@
-"""Checkpoints: whole or absent, the newest few kept, damage named on every rank, no code run."""
+"""Checkpoints: whole or absent, the newest few kept, damage named on every rank."""
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 import launch_jobs
 from conda_dist.launch.job.checkpoint import complete_checkpoints, record_hash, step_of
-from damage import Damage, Payload, delete, flip, forge, newest, truncate
+from damage import Damage, delete, flip, newest, truncate
 from launch_jobs import metrics, succeed, train
 
 
@@ -77,17 +76,6 @@ def test_damage_is_named_on_every_rank(
     aside = newest(run).with_name("abandoned-step-00000008")
     assert aside.is_dir()
     assert [step_of(path) for path in complete_checkpoints(aside.parent)] == [7, 8]
-
-
-def test_a_checkpoint_runs_no_code(config: Path, run: Path, tmp_path: Path) -> None:
-    target = tmp_path / "made by a pickle"
-    pickle.loads(pickle.dumps(Payload(target)))
-    target.rmdir()  # so much for the payload: it works
-    forge(newest(run), ".metadata", pickle.dumps(Payload(target)))
-    for result in train(2, config, "--output", run, "--resume"):
-        assert result.code == 1
-        assert "which no index needs" in result.err
-    assert not target.exists()
 
 
 @pytest.mark.parametrize(

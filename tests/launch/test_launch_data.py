@@ -15,15 +15,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
-import injected
 import launch_jobs
 import ranks
 from conda_dist.launch.cluster.process_group import World
 from conda_dist.launch.data import cache, preparation, sources
 from conda_dist.launch.data import tokenizer as bpe
-from conda_dist.launch.data.batches import StreamBatches, TokenBatches, micro_batches, row_range
+from conda_dist.launch.data.batches import TokenBatches, micro_batches, row_range
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import Config, ConfigError, DataConfig
 from launch_jobs import LIBRARY, train
@@ -48,7 +46,7 @@ def load(folder: Path, *arguments: Any) -> Config:
 
 
 def texts(folder: Path, *arguments: Any) -> list[str]:
-    return list(sources.FileSource(load(folder, *arguments).data).documents())
+    return [text for text, _ in sources.open_source(load(folder, *arguments).data).documents()]
 
 
 # Which rows belong to whom.
@@ -300,7 +298,7 @@ def test_too_little_text_is_refused(tmp_path: Path, alone: World) -> None:
         preparation.open_data(load(tmp_path, "--data.path", file), alone)
 
 
-# Streams.
+# Data sets of a hub.
 
 
 @pytest.fixture(scope="module")
@@ -315,89 +313,48 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stream(hub: Path, folder: Path, block: int) -> StreamBatches:
-    config = load(folder, "--data.hf", hub, "--data.shuffle_block", block)
-    tokenizer = bpe.train(DOCUMENTS, config.tokenizer)
-    return StreamBatches(config.data, tokenizer, 0, length=32, batch=8, seed=0)
-
-
-@pytest.mark.parametrize("block", [5, 8, 64])
-def test_a_stream_continues_exactly(hub: Path, tmp_path: Path, block: int) -> None:
-    whole = stream(hub, tmp_path, block)
-    steps = 400  # the data set is read more than once
-    rows = [whole.rows(step, 0, 8) for step in range(steps)]
-    assert len({row.tobytes() for step in rows for row in step}) > 1000
-    for stop in (1, 37, 250):
-        before = stream(hub, tmp_path, block)
-        for step in range(stop):
-            before.rows(step, 0, 4)
-        state = json.loads(json.dumps(before.state_dict()))
-        after = stream(hub, tmp_path, block)
-        after.load_state_dict(state)
-        for step in range(stop, min(stop + 60, steps)):
-            # On another number of ranks, too: rows 2 to 5 of the same global batch.
-            assert np.array_equal(after.rows(step, 2, 6), rows[step][2:6])
-
-
-def whole_documents(tokenizer: Tokenizer, windows: np.ndarray[Any, Any]) -> list[str]:
-    """The documents that begin and end inside one window."""
-    decoded = [tokenizer.decode(window, skip_special_tokens=False) for window in windows]
-    return [text for window in decoded for text in window.split("<|endoftext|>")[1:-1]]
-
-
 @pytest.mark.parametrize("split", ["", "train"])
-def test_a_stream_holds_its_validation_documents_out(
-    hub: Path, tmp_path: Path, alone: World, split: str
-) -> None:
-    arguments = ["--data.hf", hub, "--data.hf_val_split", split, "--data.shuffle_block", 16]
-    opened = preparation.open_data(
-        load(tmp_path, *arguments, "--training.sequence_length", 256), alone
-    )
-    (entry,) = (tmp_path / "cache").glob("stream-*")
-    tokenizer = bpe.read(entry / "tokenizer.json")
-    windows = [opened.batches.rows(step, 0, 8) for step in range(20)]
-    validation = whole_documents(tokenizer, opened.validation)
-    training = whole_documents(tokenizer, np.concatenate(windows))
-    assert len(validation) > 10
+def test_a_hub_s_validation_documents_are_held_out(hub: Path, tmp_path: Path, split: str) -> None:
+    """By their content, or a split of its own."""
+    given = ("--data.hf", hub, "--data.hf_val_split", split, "--data.hf_mb", 1.0)
+    found = list(sources.open_source(load(tmp_path, *given).data).documents())
+    held_out = [text for text, held in found if held]
+    training = [text for text, held in found if not held]
+    assert len(held_out) > 10
     assert len(training) > 100
-    held_out = [[sources.in_validation(t, 0.2) for t in texts] for texts in (validation, training)]
-    if split:  # a split of its own holds what it holds
-        assert any(held_out[0])
-        assert any(held_out[1])
-        assert not all(held_out[0])
+    inside = [sources.in_validation(text, 0.2) for text in training]
+    assert any(inside) is bool(split)
+    if split:
+        assert held_out == training[: len(held_out)]
     else:
-        assert all(held_out[0])
-        assert not any(held_out[1])
+        assert all(sources.in_validation(text, 0.2) for text in held_out)
+
+
+def test_no_more_is_read_than_asked_for(hub: Path, tmp_path: Path) -> None:
+    given = ("--data.hf", hub, "--data.hf_val_split", "train", "--data.hf_mb", 0.01)
+    found = list(sources.open_source(load(tmp_path, *given).data).documents())
+    longest = max(len(text) for text, _ in found)
+    for wanted, least in ((False, 10_000), (True, 2_000)):
+        assert least <= sum(len(text) for text, held in found if held is wanted) < least + longest
 
 
 def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
-    config = DataConfig(hf=str(tmp_path / "absent"))
+    source = sources.open_source(DataConfig(hf=str(tmp_path / "absent")))
     with pytest.raises(ConfigError, match=r"cannot open .*absent, split train"):
-        sources.open_hf(config, "train")
+        next(iter(source.documents()))
 
 
-def test_a_streamed_run_resumes_exactly(hub: Path, tmp_path: Path) -> None:
+def test_a_hub_s_text_is_read_once(hub: Path, tmp_path: Path) -> None:
+    """And a run on it resumes exactly."""
     config = launch_jobs.write_config(tmp_path)
-    streamed = (config, "--data.path", "", "--data.hf", hub, "--data.shuffle_block", 11)
-    launch_jobs.succeed(2, *streamed, "--output", tmp_path / "whole")
-    launch_jobs.succeed(2, *streamed, "--output", tmp_path / "parts")
+    job = (config, "--data.path", "", "--data.hf", hub)
+    launch_jobs.succeed(2, *job, "--output", tmp_path / "whole")
+    moved = hub.rename(tmp_path / "moved")
+    launch_jobs.succeed(2, *job, "--output", tmp_path / "parts")
     (tmp_path / "parts" / "checkpoints" / "step-00000008").rename(tmp_path / "gone")
-    launch_jobs.succeed(2, *streamed, "--output", tmp_path / "parts", "--resume")
+    launch_jobs.succeed(2, *job, "--output", tmp_path / "parts", "--resume")
     assert launch_jobs.curve(tmp_path / "parts") == launch_jobs.curve(tmp_path / "whole")
-
-
-def test_a_stream_that_one_rank_cannot_read_is_gone_on_with(hub: Path, tmp_path: Path) -> None:
-    """At a step with whose rows a block begins: others have read it, and it must not be skipped."""
-    config = launch_jobs.write_config(tmp_path)
-    streamed = (config, "--data.path", "", "--data.hf", hub, "--data.shuffle_block", 11)
-    launch_jobs.succeed(2, *streamed, "--output", tmp_path / "whole")
-    broken = (*streamed, "--output", tmp_path / "parts", "--checkpoint.interval", 0)
-    results = ranks.run(2, injected.job, "unread", 1, 6, *map(str, broken))
-    for result in results:
-        assert result.code == 1
-        assert "reading the data of step 6 failed on rank 1: ConfigError: data.hf" in result.err
-    launch_jobs.succeed(2, *broken, "--resume")
-    assert launch_jobs.curve(tmp_path / "parts") == launch_jobs.curve(tmp_path / "whole")
+    moved.rename(hub)
 
 
 def test_one_file_is_cut_so_that_some_of_it_is_held_out(tmp_path: Path) -> None:

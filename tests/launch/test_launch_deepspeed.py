@@ -1,6 +1,5 @@
 """The pretraining job on DeepSpeed's engine: the FSDP2 job's losses, checkpoints, refusals."""
 
-import io
 import json
 import math
 import os
@@ -13,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 import launch_jobs
-import models
 import ranks
 import zero
 from conda_dist.launch.cluster import process_group
@@ -22,9 +20,7 @@ from conda_dist.launch.job import options
 from conda_dist.launch.job.checkpoint import complete_checkpoints
 from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.job.finite import NonFiniteError
-from damage import Payload, forge, newest
 from launch_jobs import Result, curve, metrics
-from zero import convert
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -232,43 +228,6 @@ def test_a_checkpoint_of_other_partitions_is_refused(
     for result in train(world, config, stage, *steps):
         assert result.code == 1
         assert words in result.err
-
-
-def test_a_universal_checkpoint_is_refused(config: Path, whole: list[Path], tmp_path: Path) -> None:
-    saved = shutil.copytree(newest(whole[2]), tmp_path / "saved")
-    ranks.run(1, convert, str(saved), "deepspeed")
-    given = ("--output", tmp_path / "on", "--resume", saved / "universal")
-    for result in train(2, config, 2, *given):
-        assert result.code == 2
-        assert "It is a universal checkpoint" in result.err
-
-
-def _attempt(*arguments: str) -> str:
-    return models.attempt(zero_job, *arguments)
-
-
-@pytest.mark.parametrize("files", ["*model_states.pt", "*optim_states.pt"])
-def test_a_checkpoint_runs_no_code(
-    config: Path, whole: list[Path], tmp_path: Path, files: str
-) -> None:
-    """DeepSpeed itself would unpickle whatever it finds."""
-    run, target = shutil.copytree(whole[2], tmp_path / "run"), tmp_path / "made by a pickle"
-    content = io.BytesIO()
-    torch.save(Payload(target), content)
-    content.seek(0)
-    torch.load(content, weights_only=False)
-    target.rmdir()  # so much for the payload: it works
-    checkpoint = newest(run)
-    forged = [str(file.relative_to(checkpoint)) for file in checkpoint.rglob(files)]
-    assert forged
-    for name in forged:
-        forge(checkpoint, name, content.getvalue())
-    engine = ("--engine", "deepspeed", "--deepspeed.stage", "2")
-    for said in ranks.run(
-        2, _attempt, str(config), *engine, "--output", str(run), "--resume", timeout=60
-    ):
-        assert said.startswith("UnpicklingError")
-    assert not target.exists()
 
 
 def test_a_checkpoint_of_another_engine_or_stage_is_refused(

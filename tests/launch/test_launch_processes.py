@@ -53,7 +53,7 @@ def test_one_process_stops_on_a_signal(config: Path, tmp_path: Path, number: int
 
 def test_a_comparison_passes_the_stop_on(config: Path, tmp_path: Path) -> None:
     job = ("-m", "conda_dist.launch.compare", *endless(config, tmp_path))
-    run = tmp_path / "adamw-lr0.01"
+    run = tmp_path / "adamw"
     with started(*job, "--optimizers", "adamw,muon", "--nproc", 1) as comparison:
         wait_for_step(run, 3, comparison)
         comparison.send_signal(signal.SIGTERM)
@@ -61,7 +61,7 @@ def test_a_comparison_passes_the_stop_on(config: Path, tmp_path: Path) -> None:
     assert comparison.returncode == EXIT_STOPPED
     assert "stopped; the same command continues" in said
     assert step_of(complete_checkpoints(run / "checkpoints")[-1]) == metrics(run)[-1]["step"]
-    assert not (tmp_path / "muon-lr0.01").exists()
+    assert not (tmp_path / "muon").exists()
 
 
 def ranks_of_their_own(
@@ -133,7 +133,7 @@ def test_a_reader_that_is_gone_stops_nothing(
 HOLDER = """
 import fcntl, sys, time
 file = open(sys.argv[1], "w")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(float(sys.argv[2]))
 """

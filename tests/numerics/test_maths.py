@@ -14,6 +14,7 @@ import toys
 from conda_dist.numerics import arithmetic, decomposition
 from conda_dist.numerics.arithmetic import Hyper
 from conda_dist.numerics.decomposition import Outcome
+from conda_dist.options import REFRESH_METHODS
 
 DOUBLE = torch.float64
 HYPER = Hyper(
@@ -300,15 +301,46 @@ def test_an_svd_that_does_not_converge(
         assert (outcome, rotation) == (Outcome.NOT_CONVERGED, None)
 
 
-def test_other_errors_are_not_taken_for_an_svd_that_does_not_converge(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of memory")
+RETRIED = (
+    LinAlgError("linalg.svd: the algorithm failed to converge"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnSgesvd`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+)
+RAISED = (
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    RuntimeError("out of memory"),
+    ValueError("cusolver"),
+)
 
-    monkeypatch.setattr(torch.linalg, "svd", broken)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        decomposition.decompose(toys.random(6, 4), True)
+
+@pytest.mark.parametrize("method", REFRESH_METHODS)
+@pytest.mark.parametrize("error", [*RETRIED, *RAISED], ids=str)
+def test_errors_of_an_attempt_and_others(
+    monkeypatch: pytest.MonkeyPatch, method: str, error: Exception
+) -> None:
+    """A library that fails has not converged; what is wrong with the program or the GPU raises."""
+    called = {"svd": "svd", "eigh64": "eigh", "orthogonal_iteration": "householder_product"}
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.linalg, called[method], broken)
+    if error in RETRIED:
+        found = decomposition.decompose(toys.random(6, 4), True, method)
+        assert found == (Outcome.NOT_CONVERGED, None)
+    else:
+        with pytest.raises(type(error), match=str(error)):
+            decomposition.decompose(toys.random(6, 4), True, method)
+
+
+def test_a_decomposition_that_fails_on_a_device_is_tried_on_the_cpu() -> None:
+    attempts = [
+        (device.type, dtype)
+        for device, dtype, _ in decomposition._attempts(torch.empty(6, 4, device="meta"), "svd")
+    ]
+    elsewhere = [(kind, dtype) for kind in ("meta", "cpu") for dtype in (torch.float32, DOUBLE)]
+    assert attempts == elsewhere
 
 
 def test_outcomes_are_ordered_by_severity() -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import Shard
 
+import golden
 import ranks
 import toys
 from conda_dist import Conda
+from conda_dist.numerics import decomposition
 from conda_dist.numerics.decomposition import Outcome, decompose
 from conda_dist.options import REFRESH_METHODS
 from parallel import MATRICES, far, train
@@ -63,6 +65,80 @@ def test_iteration_comes_to_the_singular_vectors(shape: tuple[int, int]) -> None
     # There it stays, signs and all: what the second moment has learnt keeps its meaning.
     stays = _basis(projected, "orthogonal_iteration")
     torch.testing.assert_close(stays, torch.eye(min(shape)), atol=1e-3, rtol=0)
+
+
+def _golden_grams() -> list[Tensor]:
+    """Gram matrices of the authors' momenta, in the bases that iterations have come to."""
+    grams = []
+    for name in golden.CASES:
+        grads = golden.Case.load(name).tensors["grads"].float()
+        momentum, basis = torch.zeros_like(grads[0]), None
+        for grad in grads if min(grads[0].shape) > 1 else ():
+            momentum = 0.9 * momentum + 0.1 * grad
+            tall = momentum if momentum.shape[0] >= momentum.shape[1] else momentum.mT
+            if basis is None:
+                basis = _singular(momentum)
+                continue
+            projected = tall @ basis
+            projected /= projected.abs().max()
+            grams.append(projected.mT @ projected)
+            basis = basis @ decomposition.householder_factor(grams[-1])
+    return grams
+
+
+def test_cholesky_agrees_with_householder_on_real_momenta() -> None:
+    """In the leading directions, and in how near the momentum comes to diagonal."""
+
+    def residual(gram: Tensor, rotation: Tensor) -> float:
+        rotated = rotation.mT @ gram @ rotation
+        return float((rotated - rotated.diag().diag()).norm() / rotated.norm())
+
+    grams = _golden_grams()
+    assert len(grams) > 100
+    for gram in grams:
+        expected = decomposition.householder_factor(gram)
+        found = decomposition.cholesky_factor(gram)
+        assert found is not None
+        r, quarter = len(gram), max(1, len(gram) // 4)
+        torch.testing.assert_close(found.mT @ found, torch.eye(r), atol=1e-6, rtol=0)
+        overlap = expected[:, :quarter].mT @ found[:, :quarter]
+        assert torch.linalg.svdvals(overlap).min() > 0.9999
+        assert residual(gram, found) < 1.01 * residual(gram, expected) + 1e-6
+
+
+@pytest.mark.parametrize("rank", [1, 4, 40, None])
+def test_cholesky_of_any_rank(rank: int | None) -> None:
+    momentum = _momentum((200, 150), rank)
+    found = decomposition.cholesky_factor(momentum.mT @ momentum)
+    assert found is not None
+    torch.testing.assert_close(found.mT @ found, torch.eye(150), atol=2e-6, rtol=0)
+
+
+def test_what_cholesky_cannot_factorise_is_householders(monkeypatch: pytest.MonkeyPatch) -> None:
+    gram = _golden_grams()[0]
+    assert decomposition.cholesky_factor(-gram) is None
+    monkeypatch.setattr(decomposition, "BY_CHOLESKY", {"cpu"})
+    for given in (gram, -gram):
+        found = decomposition._iterated(given)
+        expected = decomposition.householder_factor(given)
+        torch.testing.assert_close(found.mT @ found, torch.eye(len(gram)), atol=1e-6, rtol=0)
+        assert torch.equal(found, expected) == (given is not gram)
+
+
+@pytest.mark.parametrize("method", ["orthogonal_iteration"])
+def test_training_by_cholesky_is_as_good(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> list[Tensor]:
+        params = toys.parameters((24, 16), (12, 20))
+        group = {"params": params, "algorithm": "conda"}
+        optimizer = Conda([group], refresh_method=method, update_proj_gap=1)
+        toys.take(optimizer, params, toys.gradients(params, 12))
+        return params
+
+    expected = trained()
+    monkeypatch.setattr(decomposition, "BY_CHOLESKY", {"cpu"})
+    for ours, theirs in zip(trained(), expected, strict=True):
+        assert not torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("method", REFRESH_METHODS)

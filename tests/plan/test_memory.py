@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import ranks
 from conda_dist import Conda
-from conda_dist.launch.tools.footprint import count_exactly, peak_bytes
+from footprint import count_exactly, peak_bytes
 
 MIB = 2**20
 BUCKET = 6 * MIB
@@ -53,3 +53,19 @@ def test_a_step_holds_two_buckets(shape: tuple[int, int], budget: int | None, ga
     assert many <= 2
     if gap == 1 or budget == 0 or shape[0] < shape[1]:
         assert few > 0.2  # it is measured at all
+
+
+def test_the_growth_of_a_step_is_seen() -> None:
+    """And given back: a second call grows by as much."""
+    (first, second, nothing), *_ = ranks.run(1, _growth)
+    for found in (first, second):
+        assert found == pytest.approx(30 * 2**20, rel=0.05)
+    assert nothing < 2**20
+
+
+def _growth() -> list[int | None]:
+    def hold() -> None:
+        torch.ones(30 * 2**18).sum()  # 30 MiB
+
+    count_exactly()
+    return [peak_bytes(each) for each in (hold, hold, lambda: None)]

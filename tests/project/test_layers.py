@@ -98,7 +98,7 @@ def test_pure_layers_do_not_communicate(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["numerics.low_precision", "numerics.decomposition", "layout.layout", "reference"]
+    "name", ["numerics.low_precision", "numerics.precision", "layout.layout", "reference"]
 )
 def test_the_bottom_imports_nothing_of_the_package(name: str) -> None:
     assert not _modules(FILES[name])

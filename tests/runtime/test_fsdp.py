@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import _from_local_no_grad
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ranks
@@ -312,3 +314,48 @@ def test_grad_scaler() -> None:
     for skipped, taken in ranks.run(2, _grad_scaler):
         assert skipped == 0
         assert 0 < taken < 1
+
+
+def _offloaded(device: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """Parameters and states on this rank after steps of shards on the CPU, as with CPU offload.
+
+    Args:
+        device: the mesh's; its group is gloo's, which carries what is on the CPU.
+        options: Conda's.
+    """
+    mesh = DeviceMesh.from_group(dist.group.WORLD, device)
+    cpu = DeviceMesh.from_group(dist.group.WORLD, "cpu")
+
+    def shards(whole: Tensor) -> DTensor:  # the way fully_shard makes them
+        sharded = distribute_tensor(whole, cpu, [Shard(0)], src_data_rank=None)
+        spec = DTensorSpec(mesh, sharded.placements, sharded._spec.tensor_meta)
+        return _from_local_no_grad(sharded.to_local(), spec)
+
+    torch.manual_seed(0)
+    named = {
+        name: nn.Parameter(shards(param.detach())) for name, param in _llama().named_parameters()
+    }
+    optimizer = Conda(named.items(), **SETTINGS, **options)
+    for _ in range(STEPS):
+        for param in named.values():
+            param.grad = shards(torch.randn(param.shape))
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    found = {name: param.to_local() for name, param in named.items()}
+    for name, param in named.items():
+        for key, value in optimizer.state[param].items():
+            found[f"{name}:{key}"] = value.to_local() if isinstance(value, DTensor) else value
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"basis_budget": 0}], ids=str)
+def test_state_stays_on_the_cpu_with_its_parameter(options: dict[str, Any]) -> None:
+    """The mesh of offloaded parameters is one of GPUs, which are not touched: here are none."""
+    for ours, theirs in zip(
+        ranks.run(2, _offloaded, "cuda", options),
+        ranks.run(2, _offloaded, "cpu", options),
+        strict=True,
+    ):
+        assert len(ours) > 40
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -307,7 +307,7 @@ def nan_gradient(scene: Scene, weight: bool = False) -> Outcome:
 def data_unread(scene: Scene) -> Outcome:
     """A rank that cannot read its data any more."""
     did = "saved a checkpoint and ended on all ranks, naming step, rank and error"
-    words = ("data cannot be read", "a stream on rank 1 cannot be opened again", did)
+    words = ("data cannot be read", "a file on rank 1 cannot be read any more", did)
     return _ended(scene, "unread", "unread", "--checkpoint.interval", 0, words=words)
 
 

@@ -1,34 +1,14 @@
-"""What an optimizer holds: its state, and what a step needs for a moment."""
+"""What a step holds for a moment: by how much the process grows."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _BLOCK = 64 * 1024
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux's proc(5)
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the tensors in an optimizer's state, on this rank."""
-    return sum(tensor.nbytes for tensor in _tensors(list(optimizer.state.values())))
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, DTensor):
-        yield tree.to_local()
-    elif isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict | list | tuple):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(item)
 
 
 def count_exactly() -> None:

@@ -1,0 +1,122 @@
+"""Sections in one process: the card, the authors' trajectories, drift, and waits for the device."""
+
+import platform
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import DEVICE, TOY, Section, flags, timed, wait, without_waits
+from torch import nn
+
+import golden as cases
+from conda_dist import Conda
+
+
+def card(section: Section, out: Path) -> None:
+    """The card, the versions, and the rates that all times are held against."""
+    section.add("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
+    section.add("Python", platform.python_version())
+    section.add("card", platform.machine() if TOY else torch.cuda.get_device_name(0))
+    n = 256 if TOY else 8192
+    kinds = {
+        "float32": (torch.float32, "highest"),
+        "TF32": (torch.float32, "high"),
+        "bfloat16": (torch.bfloat16, "highest"),
+        "float64": (torch.float64, "highest"),
+    }
+    for what, (dtype, precision) in kinds.items():
+        a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+        with flags(precision):
+            ms = timed(lambda a=a, b=b: a @ b, 8).device
+        section.details[what] = 2 * n**3 / ms / 1e9
+        section.add(f"products in {what}", f"{section.details[what]:.1f} TFLOP/s")
+        del a, b
+    x = torch.empty(2**20 if TOY else 2**30, dtype=torch.uint8, device=DEVICE)
+    y = torch.empty_like(x)
+    section.details["copy"] = 2 * x.numel() / timed(lambda: y.copy_(x), 8).device / 1e6
+    section.add("copy, read and written", f"{section.details['copy']:.0f} GB/s")
+
+
+def golden(section: Section, out: Path) -> None:
+    """The authors' trajectories, under flags that must not matter, and in fewer bits."""
+    ways: dict[str, tuple[dict[str, Any], str, float | None]] = {
+        "float32": ({}, "highest", cases.TOLERANCE),
+        "float32, TF32 allowed": ({}, "high", cases.TOLERANCE),
+        "eigh64": ({"refresh_method": "eigh64"}, "high", cases.TOLERANCE),
+        "TF32 products": ({"matmul_dtype": "tf32"}, "highest", None),
+        "bfloat16 products": ({"matmul_dtype": "bfloat16"}, "highest", None),
+    }
+    for what, (options, precision, most) in ways.items():
+        errors = {}
+        for name in cases.FLOAT32[:4] if TOY else cases.FLOAT32:
+            case = cases.Case.load(name)
+            param = nn.Parameter(case.tensors["param"].to(DEVICE, copy=True))
+            with flags(precision):
+                errors[name] = case.replay(
+                    param,
+                    Conda([case.group(param)], **options),
+                    lambda tensor: tensor.to(DEVICE, copy=True),
+                    lambda tensor: tensor.detach().cpu().clone(),
+                )
+        section.details[what] = errors
+        worst = max(errors, key=errors.__getitem__)
+        if most is None:
+            section.add(f"worst error, {what}", f"{errors[worst]:.1e} ({worst})")
+        else:
+            section.most(f"worst error, {what}", errors[worst], most)
+
+
+def drift(section: Section, out: Path) -> None:
+    """How far bases are from orthonormal after many refreshes, whatever the flags allow."""
+    r = 48 if TOY else 1024
+    for method, times in (("orthogonal_iteration", 40), ("eigh64", 10)):
+        for precision in ("highest", "high"):
+            torch.manual_seed(0)
+            param = nn.Parameter(0.02 * torch.randn(2 * r, r, device=DEVICE))
+            group = {"params": [param], "algorithm": "conda"}
+            optimizer = Conda([group], update_proj_gap=1, refresh_method=method)
+            with flags(precision):
+                for _ in range(6 if TOY else times):
+                    param.grad = torch.randn_like(param)
+                    optimizer.step()
+            basis = optimizer.state[param]["basis"].double()
+            off = basis.mT @ basis - torch.eye(r, dtype=basis.dtype, device=DEVICE)
+            norm = float(torch.linalg.matrix_norm(off, 2))
+            section.most(f"{method}, flags {precision}: |Q^T Q - I|", norm, 5e-5)
+
+
+STEADY: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "tf32": (torch.float32, {"matmul_dtype": "tf32"}),
+    "bfloat16 products": (torch.float32, {"matmul_dtype": "bfloat16"}),
+    "bfloat16 parameters": (torch.bfloat16, {}),
+    "8-bit second moments": (torch.float32, {"second_moment_dtype": "uint8"}),
+    "refresh pending": (torch.float32, {"update_proj_gap": 3, "refresh_delay": 3}),
+    "lr on the device": (torch.float32, {"lr": torch.tensor(1e-3, device=DEVICE)}),
+}
+
+
+def waits(section: Section, out: Path) -> None:
+    """A steady step must not wait for the device: torch raises where it does."""
+    for what, (dtype, options) in STEADY.items():
+        model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)).to(DEVICE, dtype)
+        named = [(f"layers.{name}", param) for name, param in model.named_parameters()]
+        optimizer = Conda(named, **options)
+        try:
+            for step in range(6):
+                for param in model.parameters():
+                    param.grad = torch.randn_like(param)
+                wait()
+                if step in (0, 1, 2, 3):  # the first, and one that starts a refresh
+                    optimizer.step()
+                    continue
+                with without_waits():
+                    optimizer.step()
+            section.add(what, "no wait", "no wait", None if TOY else True)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            ours = [frame for frame in frames if "conda_dist" in frame.filename][-1:]
+            where = "".join(f" at {Path(f.filename).name}:{f.lineno}" for f in ours)
+            said = f"{type(error).__name__}: {str(error)[:200]}{where}"
+            section.add(what, said, "no wait", False)

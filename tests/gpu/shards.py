@@ -1,0 +1,209 @@
+"""Sections with ranks: FSDP2 over NCCL on one rank, and over gloo on ranks that share the GPU.
+
+NCCL refuses to share a GPU. gloo takes CUDA tensors and moves them through the host.
+"""
+
+import multiprocessing as mp
+import os
+import queue
+import socket
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import DEVICE, TOY, Section, left_s
+from torch import Tensor, nn
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conda_dist import Conda, param_groups
+
+SETTINGS: dict[str, Any] = {"lr": 3e-3, "eps": 1e-4, "update_proj_gap": 3}
+"""eps: gradients of so small a batch have a low rank."""
+WAYS: dict[str, dict[str, Any]] = {
+    "svd": {},
+    "compute groups": {"basis_budget": 0},
+    "iteration": {"refresh_method": "orthogonal_iteration"},
+    "eigh64": {"refresh_method": "eigh64"},
+    "asynchronous": {"refresh_delay": 2},
+}
+STEPS = 8
+TOLERANCE = 1e-6  # in float64 layouts differ by rounding alone; rotations are in float64, too
+Answer = dict[str, tuple[str, bool]]
+"""By what was tried, what came of it, and whether it is right."""
+
+
+def _llama(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=67,
+        hidden_size=32 if TOY else 64,
+        intermediate_size=88 if TOY else 176,
+        num_hidden_layers=1 if TOY else 2,
+        num_attention_heads=4,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).double()
+
+
+def _fsdp(mesh: DeviceMesh, seed: int = 0, **options: Any) -> Any:
+    model = _llama(seed)
+    model = model if "offload_policy" in options else model.to(DEVICE)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    for module in model.modules():  # gloo has no average
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(float(mesh.size()))
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def _train(model: Any, optimizer: Conda, steps: range, rank: int = 0, world: int = 1) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(67, (12, 16), generator=generator)
+        mine = tokens[rank * 12 // world : (rank + 1) * 12 // world].to(DEVICE)
+        model(input_ids=mine, labels=mine).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _whole(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, param in model.named_parameters():
+        whole = param.full_tensor() if hasattr(param, "full_tensor") else param
+        found[name] = whole.detach().cpu()
+    return found
+
+
+def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    start = _whole(_llama())
+    return max(
+        float((ours[n] - theirs[n]).norm() / ((theirs[n] - start[n]).norm() + 1e-12))
+        for n in theirs
+    )
+
+
+def _way(mesh: DeviceMesh, options: dict[str, Any], rank: int, world: int) -> tuple[str, bool]:
+    """How far shards are from one process."""
+    model = _fsdp(mesh)
+    _train(model, Conda(param_groups(model), **SETTINGS, **options), range(STEPS), rank, world)
+    single = _llama().to(DEVICE)
+    _train(single, Conda(param_groups(single), **SETTINGS, **options), range(STEPS))
+    apart = _apart(_whole(model), _whole(single))
+    return f"{apart:.1e} from one process", apart < TOLERANCE
+
+
+def _resumed(mesh: DeviceMesh, folder: Path, rank: int, world: int) -> tuple[str, bool]:
+    """Saves, goes on; loads into another model, goes on: the same bits."""
+    model = _fsdp(mesh)
+    optimizer = Conda(param_groups(model), **SETTINGS)
+    _train(model, optimizer, range(4), rank, world)
+    m, o = get_state_dict(model, optimizer)
+    save({"m": m, "o": o}, checkpoint_id=str(folder))
+    _train(model, optimizer, range(4, STEPS), rank, world)
+    want = _whole(model)
+    model = _fsdp(mesh, seed=1)
+    optimizer = Conda(param_groups(model), **SETTINGS)
+    optimizer.init_state()
+    m, o = get_state_dict(model, optimizer)
+    load({"m": m, "o": o}, checkpoint_id=str(folder))
+    set_state_dict(model, optimizer, model_state_dict=m, optim_state_dict=o)
+    _train(model, optimizer, range(4, STEPS), rank, world)
+    got = _whole(model)
+    same = all(torch.equal(want[name], got[name]) for name in want)
+    return ("the same bits" if same else f"off by {_apart(got, want):.1e}"), same
+
+
+def _offloaded(mesh: DeviceMesh) -> tuple[str, bool]:
+    model = _fsdp(mesh, offload_policy=CPUOffloadPolicy(pin_memory=not TOY))
+    optimizer = Conda(param_groups(model), **SETTINGS)
+    _train(model, optimizer, range(4))
+    states = [v for state in optimizer.state.values() for v in state.values()]
+    places = {str(v.to_local().device if hasattr(v, "to_local") else v.device) for v in states}
+    return f"state on {', '.join(sorted(places))}", places == {"cpu"}
+
+
+def _uneven(rank: int, world: int) -> tuple[str, bool]:
+    """Exchanges in which some ranks send or receive nothing."""
+    given = torch.arange(3.0, device=DEVICE)
+    taken = torch.empty(3 * world if not rank else 0, device=DEVICE)
+    dist.all_to_all_single(
+        taken, given, [3] * world if not rank else [0] * world, [3] + [0] * (world - 1)
+    )
+    right = bool((taken.cpu() == torch.arange(3.0).repeat(taken.numel() // 3)).all())
+    return "arrived" if right else f"got {taken.tolist()}", right
+
+
+def _rank(rank: int, world: int, backend: str, port: int, out: Path, answers: Any) -> None:
+    found: Answer = {}
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    try:
+        if not TOY:
+            torch.cuda.set_device(0)
+        dist.init_process_group(backend)
+        mesh = init_device_mesh(DEVICE.type, (world,))
+        tried: dict[str, Any] = {
+            what: (_way, mesh, options, rank, world) for what, options in WAYS.items()
+        }
+        if TOY:
+            tried = {what: tried[what] for what in ("svd", "compute groups")}
+        tried["DCP"] = _resumed, mesh, out / "work" / f"dcp-{world}", rank, world
+        if world == 1:
+            tried["CPU offload"] = _offloaded, mesh
+        tried["uneven and empty splits"] = _uneven, rank, world
+        for what, (function, *args) in tried.items():
+            try:
+                found[what] = function(*args)
+            except Exception:
+                found[what] = traceback.format_exc()[-900:], False
+            dist.barrier()
+        dist.destroy_process_group()
+    except Exception:
+        found["the ranks"] = traceback.format_exc()[-900:], False
+    if rank == 0:
+        answers.put(found)
+
+
+def _spawn(section: Section, out: Path, world: int, backend: str, limit_s: float) -> None:
+    # A process that has used CUDA cannot be forked; in a rehearsal forking saves the imports.
+    context = mp.get_context("fork" if TOY else "spawn")
+    answers = context.Queue()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        context.Process(target=_rank, args=(rank, world, backend, port, out, answers))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found: Answer = answers.get(timeout=min(limit_s, left_s()))
+    except queue.Empty:
+        found = {"the ranks": (f"no answer in {limit_s:.0f} s", False)}
+    for process in processes:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+    for what, (said, right) in found.items():
+        section.add(f"{world} {backend}: {what}", said, "", right)
+
+
+def one_rank(section: Section, out: Path) -> None:
+    """FSDP2 on one rank over NCCL: ways to refresh, a checkpoint, CPU offload."""
+    _spawn(section, out, 1, "gloo" if TOY else "nccl", 90)
+
+
+def many_ranks(section: Section, out: Path) -> None:
+    """FSDP2 on ranks that share the GPU, over gloo."""
+    for world in (2,) if TOY else (2, 3):
+        _spawn(section, out, world, "gloo", 90)
