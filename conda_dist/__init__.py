@@ -1,6 +1,7 @@
 """Conda (Column-Normalized Adam, arXiv 2509.24218) for sharded training.
 
-``README.md`` beside this file follows one gradient through a step. ``reference`` is the oracle.
+Read ``reference.py`` first, then ``README.md`` in this folder: it follows one gradient through a
+step.
 """
 
 import importlib
@@ -21,12 +22,11 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what the package offers when they are first asked for.
+    """Imports a public name when it is first used.
 
-    That imports torch, which takes seconds. The commands of ``launch`` check what they are given
-    before that.
+    Importing torch takes seconds. The commands of ``launch`` check their arguments before that.
     """
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
-    return found
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value

@@ -1,8 +1,8 @@
-"""Loading a state dict without losing anything: checked first, then copied element by element.
+"""Loads a state dict: checks all of it first, then copies it into the allocated states.
 
-torch's own loader casts every state to the parameter's dtype, which would round float32 moments
-of bfloat16 parameters, and takes whatever it is given. Here the state of another optimizer or of
-other shapes is refused before anything is changed.
+torch's own loader casts every state to the parameter's dtype, which would round the float32 moments
+of bfloat16 parameters, and it does not check what it loads. This one keeps dtypes, and refuses the
+state of another optimizer or of other shapes before anything changes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,29 +35,29 @@ from conda_dist.saved_groups import (
 )
 
 PENDING = ("snapshot", "snapshot_step")
-"""States that only an asynchronous refresh has. State dicts without them are loaded, too, and those
-with them where nothing is asynchronous; torch's distributed loader asks for them unless its planner
-has ``allow_partial_load``."""
+"""States that exist only with ``refresh_delay``. A state dict may lack them, or have them although
+``refresh_delay`` is 0 here. torch's distributed loader, however, needs them unless its planner has
+``allow_partial_load``."""
 
 
 @dataclass(slots=True)
-class Loaded:
-    """A state dict, checked against the optimizer that is to load it.
+class MatchedState:
+    """A checked state dict, with the parameters of this optimizer.
 
     Attributes:
-        states: of each parameter that has any, what this optimizer saved of it.
-        others: of each parameter that has any, what a wrapper keeps in its state.
-        missing: names of trainable parameters of which nothing was saved.
-        rest: the state dict for torch's own loader, without the states of parameters and with the
-            parameters' names as they are here.
-        merged: groups for which torch.distributed.checkpoint has taken the hyperparameters of one
-            saved group out of several.
+        states: this optimizer's states of each parameter, by name.
+        wrapper_states: states that a wrapper has put beside them, by name, of each parameter.
+        missing: names of the trainable parameters without saved state.
+        for_torch: the state dict for torch's own loader: without the states of parameters, and with
+            the parameter names of this optimizer.
+        merged: indices of the groups for which torch.distributed.checkpoint merged several saved
+            groups and kept the hyperparameters of only one.
     """
 
     states: dict[Tensor, Mapping[str, Any]]
-    others: dict[Tensor, Mapping[Any, Any]]
+    wrapper_states: dict[Tensor, Mapping[Any, Any]]
     missing: list[str]
-    rest: dict[str, Any]
+    for_torch: dict[str, Any]
     merged: list[int] = field(default_factory=list)
 
 
@@ -66,31 +66,31 @@ def match_state(
     incoming: Mapping[str, Any],
     rule: Rule,
     hyperparameters: Sequence[str],
-) -> Loaded:
-    """Finds the saved state of each parameter, and refuses what this optimizer did not save.
+) -> MatchedState:
+    """Finds the saved state of each parameter, and refuses a state dict that does not fit.
 
-    By name where both sides have names, else by position, as torch does.
+    Parameters are matched by name if both sides have names, else by position, as torch does.
 
     Args:
         groups: the optimizer's parameter groups.
-        incoming: a state dict as of ``Optimizer.state_dict``.
+        incoming: a state dict in the form of ``Optimizer.state_dict``.
         rule: the optimizer's rule.
-        hyperparameters: keys that its groups have.
+        hyperparameters: the keys that its groups must have.
 
     Raises:
-        TypeError: something in the state dict is of another type than this optimizer saves.
-        ValueError: it was written by another optimizer, for other parameters, or misses something.
+        TypeError: an item of the state dict has a type that this optimizer does not save.
+        ValueError: the state dict is from another optimizer or other parameters, or is incomplete.
     """
     _check_form(incoming)
     check_groups(groups, incoming, rule, hyperparameters)
     saved_groups, saved_state = incoming["param_groups"], incoming["state"]
     sources = find_sources(groups, saved_groups)
-    loaded = Loaded({}, {}, [], {})
+    matched = MatchedState({}, {}, [], {})
     for g, group in enumerate(groups):
         for i, param in enumerate(group["params"]):
             name = name_of(groups, g, i)
             saved_id, saved_group = sources[param]
-            own, other = _divide(saved_state.get(saved_id, {}))
+            own, others = _separate(saved_state.get(saved_id, {}))
             if own:
                 path = path_of(name, param, group)
                 splits = group["splits"] if path != ADAMW else None
@@ -101,52 +101,49 @@ def match_state(
                 matrix = _matrix(name, shape, path, group, saved_group)
                 needed = _state_shapes(shape, matrix, None if path == ADAMW else rule, splits)
                 _check_state(name, shape, needed, own)
-                loaded.states[param] = own
+                matched.states[param] = own
             elif param.requires_grad:
-                loaded.missing.append(name)
-            if other:
-                loaded.others[param] = other
-    _check_missing(loaded, saved_state)
+                matched.missing.append(name)
+            if others:
+                matched.wrapper_states[param] = others
+    _check_missing(matched, saved_state)
     named = [regroup(groups, g, saved_groups, sources, rule) for g in range(len(groups))]
-    loaded.merged = [g for g, saved in enumerate(saved_groups) if is_merged(saved)]
+    matched.merged = [g for g, saved in enumerate(saved_groups) if is_merged(saved)]
+    # Entries of the state that belong to no parameter are a wrapper's: leave them to torch.
     ids = {saved_id for saved_id, _ in sources.values()}
-    apart = {k: v for k, v in saved_state.items() if k not in ids and not _is_state(v)}
-    loaded.rest = {**incoming, "state": apart, "param_groups": named}
-    return loaded
+    rest = {k: v for k, v in saved_state.items() if k not in ids and not has_own(v)}
+    matched.for_torch = {**incoming, "state": rest, "param_groups": named}
+    return matched
 
 
-def _divide(saved: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
-    """A parameter's saved state: what this optimizer keeps there, and what a wrapper does.
+def _separate(saved: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[Any, Any]]:
+    """Separates a parameter's saved states into this optimizer's and those of a wrapper.
 
-    torch's ``flatten_optimizer_state_dict`` gives an empty dict for what the checkpoint lacks.
+    torch's ``flatten_optimizer_state_dict`` gives an empty dict for a state that the checkpoint
+    lacks; those are left out.
     """
     lacking = [key for key, value in saved.items() if isinstance(value, Mapping) and not value]
     own = {key: value for key, value in saved.items() if is_own(key) and key not in lacking}
     return own, {key: value for key, value in saved.items() if not is_own(key)}
 
 
-def _is_state(saved: Any) -> bool:
-    """Whether something is the saved state of a parameter, not what a wrapper keeps of its own."""
-    return isinstance(saved, Mapping) and has_own(saved)
+def _check_missing(matched: MatchedState, saved_state: Mapping[Any, Any]) -> None:
+    """Refuses a checkpoint that has states, but none of this optimizer's parameters.
 
-
-def _check_missing(loaded: Loaded, saved_state: Mapping[Any, Any]) -> None:
-    """Refuses a checkpoint with states of which none is one of this optimizer's.
-
-    Otherwise parameters without saved state start afresh: they were frozen while training, say.
+    If it has the states of some parameters, the others were perhaps frozen, and start afresh.
     """
-    if not any(map(_is_state, saved_state.values())):
-        loaded.missing.clear()  # saved before the first step: nobody has a state
-    elif not loaded.states:
+    if not any(map(has_own, saved_state.values())):
+        matched.missing.clear()  # it was saved before the first step: no parameter has state
+    elif not matched.states:
         raise ValueError(
             f"the checkpoint has states of {len(saved_state)} parameters, but of none of this "
-            f"optimizer's, such as {loaded.missing[0] if loaded.missing else 'frozen ones'}: it is "
-            "of another model, or damaged."
+            f"optimizer's, such as {matched.missing[0] if matched.missing else 'frozen ones'}: it "
+            "is of another model, or damaged."
         )
 
 
 def _check_form(incoming: Any) -> None:
-    """Refuses what is not of the form that ``Optimizer.state_dict`` gives."""
+    """Refuses an object that does not have the form of ``Optimizer.state_dict()``."""
     if not isinstance(incoming, Mapping):
         raise TypeError(f"a state dict must be a dict, got {type(incoming).__name__}")
     if not {"param_groups", "state"} <= incoming.keys():
@@ -174,7 +171,7 @@ def _check_form(incoming: Any) -> None:
 
 
 def _lists(value: Any, kind: Any) -> bool:
-    """Whether something is a list of that kind of items."""
+    """Whether a value is a list or tuple of items of one type."""
     return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
 
 
@@ -186,13 +183,13 @@ def _check_path(
     saved_group: Mapping[str, Any],
     saved: Mapping[str, Any],
 ) -> None:
-    """Refuses a parameter's saved state if it is of another path, or of other parts."""
+    """Refuses a parameter's saved state if it comes from another path, or from other splits."""
     saved_path = rule.name if is_of_rule(saved) else ADAMW
-    # Without bases and without moments it is damaged: see _check_state.
+    # State without a basis and without moments is damaged: _check_state says so.
     if saved_path != path and (saved_path != ADAMW or "exp_avg" in saved):
         raise ValueError(
             f"{name}: in the checkpoint it is on the {saved_path} path, here on the {path} path, "
-            "and the moments of the two live in different coordinates. Put it into a group with "
+            "and the moments of the two have different coordinates. Put it into a group with "
             f'algorithm="{saved_path}", or start with fresh optimizer state.'
         )
     saved_splits = saved_group.get("splits") if path != ADAMW else None
@@ -210,10 +207,10 @@ def _matrix(
     group: Mapping[str, Any],
     saved_group: Mapping[str, Any],
 ) -> tuple[int, ...]:
-    """The shape that a parameter is seen in, the same as when its state was saved.
+    """The shape in which the rule sees a parameter: (out, in * k * k) for a projected kernel.
 
     Raises:
-        ValueError: a kernel was seen otherwise.
+        ValueError: the saved group and this group see a kernel differently.
     """
     if path == ADAMW or len(shape) < 3:
         return shape
@@ -232,7 +229,14 @@ def _check_state(
     needed: dict[str, tuple[int, ...]],
     saved: Mapping[str, Any],
 ) -> None:
-    """Refuses a parameter's saved state if it is not what this optimizer would have saved."""
+    """Refuses a parameter's saved state if a state is missing, or has a wrong shape or dtype.
+
+    Args:
+        name: the parameter's name.
+        shape: the parameter's global shape.
+        needed: the global shape of each state, from :func:`_state_shapes`.
+        saved: the saved states.
+    """
     if CODES in saved:
         needed[CODES] = needed.pop("exp_avg_sq")
     if "basis_step" in needed and any(key in saved for key in PENDING):
@@ -240,7 +244,7 @@ def _check_state(
     if not needed.keys() <= saved.keys():
         raise ValueError(
             f"{name}: the checkpoint has {', '.join(sorted(map(str, saved))) or 'nothing'} of its "
-            f"state, where {', '.join(needed)} are needed: it is damaged."
+            f"state, but {', '.join(needed)} are needed: it is damaged."
         )
     for key, expected in needed.items():
         found = tuple(getattr(saved[key], "shape", ()))
@@ -249,29 +253,32 @@ def _check_state(
                 f"{name}: {key} has shape {found} in the checkpoint, but a parameter of shape "
                 f"{shape} needs {expected}. The checkpoint is of another model."
             )
-        if (wrong := _unfit(key, saved[key])) is not None:
+        if (wrong := _describe_damage(key, saved[key])) is not None:
             raise ValueError(f"{name}: {key} is {wrong} in the checkpoint: it is damaged.")
 
 
-def _unfit(key: str, value: Any) -> str | None:
-    """What a saved state is, if no state of that name can be; counts are looked at, too."""
-    counts = "step" in key
+def _describe_damage(key: str, value: Any) -> str | None:
+    """Says what is wrong with a saved state's type, dtype or, for a count, value; None if nothing.
+
+    The values of a count are read unless it is a DTensor.
+    """
+    is_count = "step" in key
     if not isinstance(value, Tensor):
-        if not counts or isinstance(value, bool) or not isinstance(value, int | float):
+        if not is_count or isinstance(value, bool) or not isinstance(value, int | float):
             return f"of type {type(value).__name__}"
         value = torch.tensor(value)
     if value.layout is not torch.strided or value.is_meta:
         return f"{value.layout} on {value.device}"
-    number = value.dtype.is_floating_point or (counts and value.dtype in COUNTS)
+    number = value.dtype.is_floating_point or (is_count and value.dtype in COUNT_DTYPES)
     if not (value.dtype == torch.uint8 if key == CODES else number):
         return f"of {value.dtype}"
-    if counts and not isinstance(value, DTensor) and not ((value >= -1) & (value % 1 == 0)).all():
+    if is_count and not isinstance(value, DTensor) and not ((value >= -1) & (value % 1 == 0)).all():
         return f"{value.tolist()}"
     return None
 
 
-COUNTS = (torch.int32, torch.int64)
-"""Dtypes that steps may also have been saved in."""
+COUNT_DTYPES = (torch.int32, torch.int64)
+"""Dtypes of saved counts that are accepted besides floating point."""
 
 
 def _state_shapes(
@@ -280,13 +287,13 @@ def _state_shapes(
     rule: Rule | None,
     splits: Sequence[int] | None,
 ) -> dict[str, tuple[int, ...]]:
-    """Global shape of each state of a parameter.
+    """The global shape of each state of a parameter, by name.
 
     Args:
-        shape: the parameter's.
-        matrix: that in which the rule sees it.
-        rule: None on the adamw path.
-        splits: rows of its parts.
+        shape: the parameter's global shape.
+        matrix: the shape in which the rule sees it, from :func:`_matrix`.
+        rule: the optimizer's rule; None on the adamw path.
+        splits: the rows of each part; None: the parameter is not split.
     """
     if rule is None:
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
@@ -294,22 +301,22 @@ def _state_shapes(
     shapes: dict[str, tuple[int, ...]] = {"step": parts}
     repeats = 1 if splits is None else matrix[-2] // sum(splits)
     for part, rows in enumerate(splits or matrix[-2:-1]):
-        end = "" if splits is None else f"_{part}"
+        suffix = "" if splits is None else f"_{part}"
         for name, state in rule.states(rows * repeats, matrix[-1], torch.float32).items():
             if not state.optional:
                 key = "exp_avg_sq" if name == CODES else name
-                copied = {f"{key}{end}": (*matrix[:-2], *state.shape)}
+                copied = {f"{key}{suffix}": (*matrix[:-2], *state.shape)}
                 shapes |= {key: shape} if state.cut else copied
     counts = [name for name in rule.counts if name not in PENDING]
     return shapes | dict.fromkeys(counts, (*parts, *matrix[:-2]))
 
 
 def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
-    """Copies saved states into allocated ones, which keep their dtypes and layouts.
+    """Copies saved states into allocated states, which keep their dtypes and layouts.
 
     Args:
-        setup: the resolved parameters, their states allocated.
-        saved: from :func:`match_state`.
+        setup: the planned parameters, with allocated states.
+        saved: :attr:`MatchedState.states`.
     """
     for member in setup.members:
         if member.param not in saved:
@@ -318,20 +325,27 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         for key, layout in member.state_layouts().items():
             name = member.saved_key(key)
             if name in (CODES, "exp_avg_sq") and name not in source:
-                # Kept in codes there and not here, or the other way round.
+                # One side stores the second moment in 8-bit codes and the other does not.
                 name = "exp_avg_sq" if name == CODES else CODES
                 elements = _read(member, key, layout, source[name])
                 values = low_precision.decode(elements, torch.float32)
                 low_precision.store_(dtensor.local(state[key]), values, None)
             elif name in source or name not in PENDING:
                 dtensor.local(state[key]).copy_(_read(member, key, layout, source[name]))
-        for key in ("step", *member.counts):  # small, and whole on every rank
-            # Without a "snapshot_step" a refresh that was pending is due again.
+        for key in ("step", *member.counts):  # small, and not sharded
+            # Without a "snapshot_step" no refresh is pending: the matrix is due again.
             state[key].copy_(torch.as_tensor(source.get(key, NO_BASIS)))
 
 
 def _read(member: Weight | AdamWParameter, key: str, layout: Layout, value: Tensor) -> Tensor:
-    """This rank's elements of a saved state, a DTensor of any layout or the whole."""
+    """This rank's elements of a saved state.
+
+    Args:
+        member: the parameter.
+        key: the name of its state here.
+        layout: the layout of that state here.
+        value: the saved state: a DTensor with any placements, or a whole plain tensor.
+    """
     if isinstance(member, Weight) and member.plan.separate:
         return from_saved(member, key, value)
     target = member.state[key]

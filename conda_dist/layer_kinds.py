@@ -1,7 +1,8 @@
-"""What kind of weight a parameter is: by its name and shape, and by the modules of its model.
+"""What kind of weight a parameter is, by its name and shape and by the modules of its model.
 
-Conda projects the matrices inside a model's blocks. Everything else is told apart here, first by
-the words of its name, such as "emb" in ``tok_emb.weight``, then by the type of its module.
+Conda projects the matrices inside a model's blocks. This file recognizes everything else:
+:func:`kind_by_name` by the words of a name, such as "emb" in ``tok_emb.weight``, and
+:func:`kinds_by_module` by the types of the modules.
 """
 
 import math
@@ -15,21 +16,25 @@ from typing import Any
 from torch import Tensor, nn
 
 WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+"""Components that torch's wrappers (DDP, compile, checkpointing, FSDP) add to parameter names."""
 
+# Kinds, as reports and errors name them.
 BIAS, EMBEDDING, HEAD, ROUTER = "bias", "embedding", "output head", "router"
 NORM, STATE_SPACE = "norm or scale", "state-space parameter"
 TOKENS = "learned tokens or positions"
-LAST = "the last matrix outside the blocks"
+LAST_LINEAR = "the last matrix outside the blocks"
 KERNEL = "a convolution kernel, not a matrix"
 MATRIX, BATCH = "a matrix", "a batch of matrices"
 
+# Words and names of parameters and modules, by what they say about a weight.
 EMBEDDING_WORDS = frozenset({"emb", "embs", "wte", "wpe", "codebook", "codebooks"})
 TOKEN_WORDS = frozenset({"token", "tokens", "latent", "latents", "codevectors", "prototypes"})
 LEARNED_WORDS = TOKEN_WORDS | {
     *("query", "queries", "table", "prompt", "prompts", "memory"),
     *("pos", "position", "positions", "positional", "ape"),
 }
-"""Words of parameters that no linear module has: in ``attention.query.weight`` "query" is one."""
+"""Words in the name of a parameter itself that mean that it is learned directly, not a weight of a
+linear module. In ``attention.query.weight``, "query" is the name of a linear module."""
 SCALE_WORDS = frozenset({"scale", "scales", "gamma", "shift", "gain", "temperature"})
 NORM_WORDS = frozenset({"norm", "norms", "layernorm", "rmsnorm", "groupnorm", "batchnorm", "ln"})
 STATE_SPACE_NAMES = frozenset(
@@ -53,18 +58,18 @@ ROUTERS = frozenset({"router", "gate", "gate_network", "shared_expert_gate"})
 CONVOLUTION_WORDS = frozenset({"conv", "convs", "kernel"})
 PROJECTION_WORDS = frozenset({"proj", "projection", "weight", "linear", "mlp"})
 WEIGHTS = frozenset({"weight", "kernel", "original0", "original1", "weight_v", "weight_g"})
-"""What modules call their weight, and weight normalisation its parts."""
+"""Names of a module's weight, including the two factors of weight normalization."""
 
 
 @lru_cache(maxsize=65536)
 def _words(part: str) -> tuple[str, ...]:
-    """The words of a component: "tok_emb", "tokEmb" and "TokEmb" are "tok" and "emb"."""
+    """The words of a name's component: ("tok", "emb") of "tok_emb", "tokEmb" and "TokEmb"."""
     found = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+", part)
     return tuple(word.lower() for word in found)
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without the components that torch's wrappers put in."""
+    """A parameter's name without the components that torch's wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
@@ -73,10 +78,10 @@ def _says_embedding(part: str) -> bool:
 
 
 def block_of(name: str) -> str:
-    """The name of the innermost repeated block that a parameter is in; "" outside of them.
+    """The name of the innermost repeated block that contains a parameter; "" outside of blocks.
 
-    A block is known by its index, and by what it has inside: "layers.0" of
-    ``layers.0.mlp.up.weight``. One layer of a ``Sequential``, as in ``head.2.weight``, is none.
+    A block has an index and at least two more components after it: ``layers.0.mlp.up.weight`` is
+    in the block "layers.0". A layer of a ``Sequential``, as in ``head.2.weight``, is no block.
     """
     parts = name.split(".")
     for i in reversed(range(len(parts) - 2)):
@@ -85,17 +90,17 @@ def block_of(name: str) -> str:
     return ""
 
 
-def kind_of_name(name: str, shape: Sequence[int]) -> str | None:
-    """What a weight is, if its name says that it is none of a block's projections.
+def kind_by_name(name: str, shape: Sequence[int]) -> str | None:
+    """The kind of a weight if its name says that it should not be projected, else None.
 
     Args:
-        name: without wrappers, see :func:`clean_name`.
-        shape: its shape, of two dimensions or more.
+        name: from :func:`clean_name`.
+        shape: two or more dimensions.
     """
     block = block_of(name)
     *path, leaf = name.removeprefix(f"{block}.").split(".")
-    owner = path[-1] if path else leaf
-    own = owner if leaf in WEIGHTS else leaf  # what is named after the parameter alone
+    owner = path[-1] if path else leaf  # the module that has the parameter
+    label = owner if leaf in WEIGHTS else leaf  # "weight" says nothing, so take the module's name
     experts = any("expert" in part.lower() or part == "moe" for part in name.split("."))
     if "bias" in leaf or ("bias" in owner and leaf in WEIGHTS):
         return BIAS
@@ -103,16 +108,16 @@ def kind_of_name(name: str, shape: Sequence[int]) -> str | None:
         return EMBEDDING
     if leaf in STATE_SPACE_NAMES or (leaf in SYSTEM_NAMES and _is_of_state_space(path)):
         return STATE_SPACE
-    if _is_learned(own, leaf in WEIGHTS):
+    if _is_learned_token(label, leaf in WEIGHTS):
         return TOKENS
-    scales = leaf not in WEIGHTS or "norm" in path[-2:-1]
-    if not NORM_WORDS.isdisjoint(_words(own)) or (
-        scales and not SCALE_WORDS.isdisjoint(_words(own))
+    may_scale = leaf not in WEIGHTS or "norm" in path[-2:-1]
+    if not NORM_WORDS.isdisjoint(_words(label)) or (
+        may_scale and not SCALE_WORDS.isdisjoint(_words(label))
     ):
         return NORM
     if any(map(_says_head, path or [leaf])) if not block else owner in HEADS_ANYWHERE:
         return HEAD
-    if not block and owner == "decoder":  # a Linear of that name, not what is in a decoder
+    if not block and owner == "decoder":  # a Linear named "decoder", not a module inside a decoder
         return HEAD
     if _is_in_router(path or [leaf]):
         return ROUTER
@@ -127,9 +132,14 @@ def kind_of_name(name: str, shape: Sequence[int]) -> str | None:
     return None
 
 
-def _is_learned(own: str, of_module: bool) -> bool:
-    """Whether a name is that of tokens, positions or a table, or of the module that has them."""
-    words = _words(own)
+def _is_learned_token(label: str, of_module: bool) -> bool:
+    """Whether a name means learned tokens, positions or a table.
+
+    Args:
+        label: the name of the parameter, or of its module.
+        of_module: whether it is the name of the module.
+    """
+    words = _words(label)
     if of_module:
         return words[-1] in TOKEN_WORDS if words else False
     return not LEARNED_WORDS.isdisjoint(words) and PROJECTION_WORDS.isdisjoint(words)
@@ -143,15 +153,15 @@ def _says_head(part: str) -> bool:
 
 
 def _is_of_state_space(path: Sequence[str]) -> bool:
-    """Whether the module is one of a state space, of whose matrices the names are one letter."""
+    """Whether the modules of a path belong to a state-space layer, whose "A", "B", ... we skip."""
     words = {word for part in path for word in part.lower().split("_")}
     return bool(words & STATE_SPACE_WORDS) and "lora" not in words
 
 
 def _is_in_router(path: Sequence[str]) -> bool:
-    """Whether one of these modules is a router, as in ``mlp.router.classifier``, not an expert.
+    """Whether a path leads into a router, as in ``mlp.router.classifier``, but not to an expert.
 
-    DeepSpeed and Tutel call the linear module of a router ``wg``.
+    DeepSpeed and Tutel name the linear module of a router ``wg``.
     """
     inner = list(path)
     while inner and "router" not in _words(inner[0]):
@@ -162,7 +172,7 @@ def _is_in_router(path: Sequence[str]) -> bool:
 
 
 def _is_gate_of_mlp(owner: str, path: Sequence[str], block: str, shape: Sequence[int]) -> bool:
-    """Whether a "gate" is the weight of a gated MLP: it has more outputs, or is an expert's own."""
+    """Whether a "gate" belongs to a gated MLP: it is tall or square, or inside an expert."""
     above = [*block.split("."), *path[:-1]]
     return owner == "gate" and (
         shape[-2] >= shape[-1] or any("expert" in part.lower() for part in above[-2:])
@@ -171,38 +181,38 @@ def _is_gate_of_mlp(owner: str, path: Sequence[str], block: str, shape: Sequence
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What the modules of a model say of a parameter.
+    """What the modules of a model say about a parameter.
 
     Attributes:
-        reason: what it is, if it is nothing to project.
-        denied: what it is not, whatever its name says.
+        reason: the kind of weight, if it should not be projected; else None.
+        excluded: kinds that its name may suggest but that its module rules out.
         kernel: whether it is a convolution kernel.
-        groups: of a kernel, into how many its channels are divided.
-        transposed: whether it is the kernel of a transposed convolution, (in, out / groups, ...).
+        groups: number of channel groups of a kernel.
+        transposed: whether it is the kernel (in, out / groups, ...) of a transposed convolution.
     """
 
     reason: str | None = None
-    denied: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
     kernel: bool = False
     groups: int = 1
     transposed: bool = False
 
 
 def shape_of(param: Tensor) -> tuple[int, ...]:
-    """A parameter's shape, before DeepSpeed's ZeRO took it apart."""
+    """A parameter's full shape, also if ZeRO-3 has partitioned it."""
     return tuple(getattr(param, "ds_shape", param.shape))
 
 
-def kinds(model: nn.Module) -> dict[int, Kind]:
-    """What the modules of a model say of its parameters, by ``id``; nothing of most.
+def kinds_by_module(model: nn.Module) -> dict[int, Kind]:
+    """What the modules of a model say about its parameters, by ``id(parameter)``.
 
-    Embeddings and kernels are known by their module's type. Output heads are what
-    ``get_output_embeddings()`` returns, where a model has that; any Linear outside repeated blocks
-    that has as many outputs as an embedding has rows; and, where a model does not say, the last
-    Linear outside its blocks.
+    Embeddings, norms and kernels are known by the type of their module. Output heads are what
+    ``get_output_embeddings()`` returns, and every Linear outside the repeated blocks with as many
+    outputs as an embedding has rows. If the model has no such method, the last Linear outside the
+    blocks is a head, too.
     """
     found: dict[int, Kind] = {}
-    inputs, outputs = _declared(model)
+    inputs, outputs = _declared_embeddings(model)
     embeddings = {id(p): p for p in inputs}
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
@@ -215,10 +225,11 @@ def kinds(model: nn.Module) -> dict[int, Kind]:
             found |= {id(p): Kind(NORM) for p in module.parameters()}
         else:
             own = (p for key, p in module.named_parameters(recurse=False) if key in WEIGHTS)
-            found = {id(p): Kind(denied=frozenset({KERNEL})) for p in own} | found
-        found |= _routers(module)
-    reasons = dict.fromkeys(map(id, _last(model)) if not outputs else (), LAST)
-    reasons |= dict.fromkeys(map(id, (*outputs, *_as_wide_as(model, embeddings.values()))), HEAD)
+            found = {id(p): Kind(excluded=frozenset({KERNEL})) for p in own} | found
+        found |= _gate_kinds(module)
+    heads = [*outputs, *_vocabulary_heads(model, embeddings.values())]
+    reasons = dict.fromkeys(map(id, _last_linear(model)) if not outputs else (), LAST_LINEAR)
+    reasons |= dict.fromkeys(map(id, heads), HEAD)
     reasons |= dict.fromkeys(embeddings, EMBEDDING)
     return found | {
         key: replace(found.get(key, Kind()), reason=reason) for key, reason in reasons.items()
@@ -226,15 +237,15 @@ def kinds(model: nn.Module) -> dict[int, Kind]:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    """Whether it is one of torch's, or a class that is called so and has a kernel itself."""
+    """Whether a module is one of torch's convolutions, or named "conv" and has a kernel itself."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return True
-    own = (len(shape_of(param)) for param in module.parameters(recurse=False))
-    return "conv" in type(module).__name__.lower() and max(own, default=0) > 2
+    dims = (len(shape_of(param)) for param in module.parameters(recurse=False))
+    return "conv" in type(module).__name__.lower() and max(dims, default=0) > 2
 
 
-def _declared(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights of what a model, or one inside it, returns as its input and output embeddings."""
+def _declared_embeddings(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights that a model, or a model inside it, declares as input and output embeddings."""
     declared: tuple[list[Tensor], list[Tensor]] = ([], [])
     for module in model.modules():
         for weights, method in zip(
@@ -244,7 +255,7 @@ def _declared(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
                 continue
             try:
                 returned: Any = getattr(module, method)()
-            except Exception:  # transformers' models raise where they have none
+            except Exception:  # some models of transformers raise if they have none
                 continue
             if isinstance(returned, nn.Module):
                 named = returned.named_parameters()
@@ -252,10 +263,14 @@ def _declared(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     return declared
 
 
-def _routers(module: nn.Module) -> dict[int, Kind]:
-    """What a "gate" is: a router beside experts, the weight of a gated MLP beside its equal."""
-    beside = dict(module.named_children())
-    with_experts = any("expert" in child.lower() for child in beside)
+def _gate_kinds(module: nn.Module) -> dict[int, Kind]:
+    """What a module says about the routers and gates that are its children.
+
+    A "gate" with a sibling named "experts" is a router. A "gate" with a sibling of the same shape
+    belongs to a gated MLP, whatever its name suggests.
+    """
+    children = dict(module.named_children())
+    with_experts = any("expert" in child.lower() for child in children)
     if "router" in _words(type(module).__name__) and not with_experts:
         return {id(p): Kind(ROUTER) for p in module.parameters()}
     gate = getattr(module, "gate", None)
@@ -266,81 +281,83 @@ def _routers(module: nn.Module) -> dict[int, Kind]:
     weight = getattr(gate, "weight", None)
     if not isinstance(weight, Tensor):
         return {}
-    others = (getattr(child, "weight", None) for child in beside.values() if child is not gate)
+    others = (getattr(child, "weight", None) for child in children.values() if child is not gate)
     if any(shape_of(w) == shape_of(weight) for w in others if isinstance(w, Tensor)):
-        return {id(weight): Kind(denied=frozenset({ROUTER, KERNEL}))}
+        return {id(weight): Kind(excluded=frozenset({ROUTER, KERNEL}))}
     return {}
 
 
-def _linear(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of the linear modules, in order, torch's or others' of that form."""
+def _linear_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and weights of all modules with ``out_features``, such as ``nn.Linear``, in order."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if hasattr(module, "out_features") and isinstance(weight, Tensor):
             yield clean_name(f"{name}.weight"), weight
 
 
-def _as_wide_as(model: nn.Module, embeddings: Iterable[Tensor]) -> list[Tensor]:
+def _vocabulary_heads(model: nn.Module, embeddings: Iterable[Tensor]) -> list[Tensor]:
     """Weights of linear modules outside blocks with as many outputs as an embedding has rows."""
     rows = {shape_of(p)[0] for p in embeddings if len(shape_of(p)) == 2}
-    return [w for name, w in _linear(model) if not block_of(name) and shape_of(w)[0] in rows]
+    return [
+        w for name, w in _linear_weights(model) if not block_of(name) and shape_of(w)[0] in rows
+    ]
 
 
-def _last(model: nn.Module) -> list[Tensor]:
-    """The weight of the last linear module outside the blocks of a model that has blocks.
+def _last_linear(model: nn.Module) -> list[Tensor]:
+    """The weight of the last linear module outside the blocks; [] if there is none.
 
-    Without blocks those modules of a list are what repeats, as in an MLP with an output layer.
+    A model without blocks may be an MLP: a list of linear modules and an output layer after it.
     """
-    linear = list(_linear(model))
+    linear = list(_linear_weights(model))
     if any(block_of(clean_name(name)) for name, _ in model.named_parameters()):
         return [weight for name, weight in linear if not block_of(name)][-1:]
     indexed = [any(part.isdigit() for part in name.split(".")) for name, _ in linear]
     return [linear[-1][1]] if any(indexed) and not indexed[-1] else []
 
 
-def doubtful(shapes: Mapping[str, Sequence[int]], projected: Container[str]) -> list[str]:
-    """Names of matrices of which the modules may say something else.
+def ambiguous_names(shapes: Mapping[str, Sequence[int]], projected: Container[str]) -> list[str]:
+    """Names that :func:`kind_by_name` may judge differently from :func:`kinds_by_module`.
 
-    Those outside the blocks that are to be projected may be embeddings or heads. A "gate" is told
-    by what is beside it: experts, or an equal in a gated MLP.
+    A projected matrix outside the blocks may be an embedding or a head. A "gate" may be a router or
+    part of a gated MLP; the names of its siblings tell which.
 
     Args:
-        shapes: the shapes of all parameters by :func:`clean_name`.
-        projected: those that their names send to the conda path.
+        shapes: the shapes of all parameters, by name from :func:`clean_name`.
+        projected: the names of the parameters on the conda path.
     """
     has_blocks = any(map(block_of, shapes))
-    gates = _gates(shapes)
+    routers = _gates_by_name(shapes)
     found = []
     for name, shape in shapes.items():
-        if name in gates:
-            found += [name] if gates[name] == (name in projected) else []
+        if name in routers:
+            found += [name] if routers[name] == (name in projected) else []
         elif name in projected and not block_of(name):
-            # Without blocks only what is as tall as an embedding is.
+            # In a model without blocks, only a very tall matrix may be an embedding.
             tall = shape[-2] >= max(256, 8 * shape[-1])
             found += [name] if has_blocks or tall else []
     return found
 
 
-def _gates(shapes: Mapping[str, Sequence[int]]) -> dict[str, bool]:
-    """Weights called "gate" of which the names beside them tell whether they are routers.
+def _gates_by_name(shapes: Mapping[str, Sequence[int]]) -> dict[str, bool]:
+    """For each "gate" whose siblings' names tell what it is: whether it is a router.
 
-    Of names what :func:`_routers` reads from modules.
+    It decides by names as :func:`_gate_kinds` does by modules.
     """
     parts = {name: name.split(".") for name in shapes}
-    weights: dict[str, list[str]] = defaultdict(list)
+    weights: dict[str, list[str]] = defaultdict(list)  # by the name of the parent module
     with_experts = set[str]()
     for name, path in parts.items():
         weights[".".join(path[:-2])] += [name] if path[-1] == "weight" else []
         with_experts |= {".".join(path[:i]) for i, p in enumerate(path) if "expert" in p.lower()}
     found = {}
-    for above, names in weights.items():
+    for parent, names in weights.items():
         for gate in (name for name in names if parts[name][-2:-1] == ["gate"]):
-            equal = sum(shapes[name] == shapes[gate] for name in names) > 1
-            if above in with_experts or equal:
-                found[gate] = above in with_experts
+            has_equal = sum(shapes[name] == shapes[gate] for name in names) > 1
+            if parent in with_experts or has_equal:
+                found[gate] = parent in with_experts
     return found
 
 
 def as_matrix(shape: Sequence[int]) -> tuple[int, int]:
-    """The shape (out, in * k * k) of a kernel (out, in, k, k) as one matrix."""
+    """The shape (out, in * k * k) in which a kernel (out, in, k, k) is one matrix."""
     return shape[0], math.prod(shape[1:])

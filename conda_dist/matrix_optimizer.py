@@ -1,4 +1,4 @@
-"""The optimizer of matrices by a rule: groups and state as torch's own, the step as planned."""
+"""The base class of Conda and Muon: torch.optim's interface on top of the plans of a step."""
 
 import operator
 import warnings
@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conda_dist.checkpoint import Loaded, fill_state, match_state
+from conda_dist.checkpoint import MatchedState, fill_state, match_state
 from conda_dist.options import Options
 from conda_dist.parameter_groups import SHARED, check_hyperparameters, read_group
-from conda_dist.parameter_names import Names, check_paths, each
+from conda_dist.parameter_names import ParameterNames, check_paths, named_parameters
 from conda_dist.plan.compute_groups import Choice
 from conda_dist.replaced_parameters import (
     refuse_flat,
@@ -33,22 +33,22 @@ from conda_dist.runtime.step import MatrixPath
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
-    """Steps the matrices of a model by a rule, on whatever shards there are, the rest by AdamW.
+    """Steps the matrices of a model by a rule, and all other parameters by AdamW.
 
-    What :class:`conda_dist.Conda` and :class:`conda_dist.Muon` have in common. Parameters may be
-    plain tensors or DTensors of any layout of Shard and Replicate; see Conda.
+    The base of :class:`conda_dist.Conda` and :class:`conda_dist.Muon`. Parameters are plain tensors
+    or DTensors with any placements of Shard and Replicate; see Conda.
 
     Args:
         params: tensors, (name, tensor) pairs or group dicts.
-        defaults: hyperparameters of its groups, checked.
-        rule: what steps the matrices.
-        options: what holds for the whole optimizer.
-        process_group: for plain parameters: ranks with equal gradients.
+        defaults: default hyperparameters of the groups. The caller has checked them.
+        rule: the arithmetic of a step on a matrix.
+        options: the options of the whole optimizer.
+        process_group: for plain parameters: ranks whose parameters and gradients are equal.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: one out of its range, a parameter that cannot be optimized, or a model of
-            which no matrix would be on the rule's path.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a parameter cannot be optimized, or no matrix of
+            the model would take the rule's path.
     """
 
     def __init__(
@@ -64,23 +64,23 @@ class MatrixOptimizer(torch.optim.Optimizer):
             raise TypeError(
                 f"process_group must be a ProcessGroup or None, got {type(process_group).__name__}"
             )
-        self._shared = SharedGroup(process_group)
+        self._shared_group = SharedGroup(process_group)
         self._setup: Setup | None = None
         self._path: MatrixPath | None = None
         self._choices: dict[tuple[Tensor, int | None], Choice] = {}
-        self._names: Names = Names()
+        self._names = ParameterNames()
         self._checked: list[dict[str, Any]] = []
-        self._made = False
+        self._constructed = False
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
         super().__init__(params, {**defaults, "rule": rule.name})
-        self._made = True
-        refuse_flat(each(self.param_groups), rule.title)
-        self._names.warn(self.param_groups, stacklevel=3)
+        self._constructed = True
+        refuse_flat(named_parameters(self.param_groups), rule.title)
+        self._names.warn_if_ambiguous(self.param_groups, stacklevel=3)
         check_paths(self.param_groups, world() == 1, stacklevel=3)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; new parameters get their state at the next step, the others keep theirs.
+        """Adds a group. Its parameters get state at the next step; all others keep their state.
 
         Raises:
             TypeError: see :class:`MatrixOptimizer`.
@@ -90,12 +90,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._read_group(param_group, f"parameter group {len(self.param_groups)}: ")
         )
         self._setup = None
-        self._names.added(self.param_groups)
-        if self._made:
-            self._names.warn(self.param_groups, stacklevel=2)
+        self._names.record_added(self.param_groups)
+        if self._constructed:
+            self._names.warn_if_ambiguous(self.param_groups, stacklevel=2)
 
     def _hyperparameters(self) -> tuple[str, ...]:
-        """Keys of its groups, without the parameters and who steps them."""
+        """The keys of a group that are hyperparameters."""
         return (*SHARED, *self._rule.hyperparameters)
 
     def _read_group(self, group: dict[str, Any], where: str) -> dict[str, Any]:
@@ -107,18 +107,19 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # what it does is decided on the host
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # the host decides what a step does
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes one step with the gradients there are.
+        """Takes one step.
 
-        Parameters without a gradient are left alone; all ranks that share one must have it or
-        not. Where they differ, the next step raises if gradients are exchanged, and else the next
-        one with a refresh. A first step in which all gradients are zero changes nothing and is not
-        counted, nor is the step of a matrix whose momentum is still zero.
+        A parameter without a gradient does not change. Either all ranks that share a parameter have
+        its gradient, or none has. If ranks differ, a later step raises: the next one if it
+        exchanges that gradient, else the next one with a refresh. A first step in which all
+        gradients are zero changes nothing and is not counted. The same is true of each matrix
+        until its momentum is not zero.
 
-        The step is the same inside ``torch.autocast``, and in a function that ``torch.compile``
-        compiles, which calls it as it is.
+        ``torch.autocast`` has no effect on a step. ``torch.compile`` does not compile it: a
+        compiled function calls it as it is.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -127,15 +128,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
             What ``closure`` returned.
 
         Raises:
-            TypeError: a hyperparameter was set to something of another type.
-            ValueError: one was set to something out of its range.
-            RuntimeError: a gradient is sparse or of another shape; a CUDA graph is being
-                captured; ranks have different plans, or had gradients of different parameters; a
-                decomposition raised or failed too often. The last three on all ranks of the mesh
-                alike.
+            TypeError: a hyperparameter was set to a value of the wrong type.
+            ValueError: a hyperparameter was set to a value out of range.
+            RuntimeError: a gradient is sparse or has another shape than its parameter; a CUDA graph
+                is being captured; or, on all ranks of the mesh together, ranks have different
+                plans or different gradients, or a decomposition raised or failed too often.
         """
         loss = None
-        if closure is not None:  # the model is evaluated as the caller would
+        if closure is not None:  # it evaluates the model, so it runs under the caller's autocast
             with torch.enable_grad():
                 loss = closure()
         with without_autocast():
@@ -146,7 +146,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         refuse_capture()
         if self._path is not None:
             self._path.flags.check()
-        setup, path = self._resolve(agreeing=True)
+        setup, path = self._resolve(collective=True)
         for comparison in setup.comparisons:
             comparison.compare()
         grads = setup.gradients()
@@ -160,7 +160,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             comparison.schedule_next()
 
     def init_state(self) -> None:
-        """Allocates all state now, for whoever saves before the first step.
+        """Allocates all state now, for frameworks that save before the first step.
 
         Raises:
             ValueError: a parameter's layout cannot be planned.
@@ -168,14 +168,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._resolve()[0].init_state()
 
     def report(self, *, show: bool = True) -> list[Row]:
-        """What each trainable parameter gets, or each part of one: path, layout, owners, bytes.
+        """Reports the path, the layout, the owners and the bytes of each trainable parameter.
 
         Args:
-            show: whether to print it as a table too, on the first of the ranks that share the
-                parameters.
+            show: whether the first of the ranks that share the parameters also prints a table.
 
         Returns:
-            A dict for each parameter or part; see :class:`conda_dist.report.Row`.
+            A dict for each parameter, or for each part of one that ``splits`` cut; see
+            :class:`conda_dist.report.Row`.
         """
         table = rows(self._resolve()[0])
         if show and self.is_first:
@@ -184,33 +184,35 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first of the ranks that share the parameters; always without any."""
+        """Whether this is the first of the ranks that share the parameters (True on one rank)."""
         return not any(any(mesh.coordinate) for mesh in self._resolve()[0].meshes)
 
-    def _resolve(self, *, agreeing: bool = False) -> tuple[Setup, MatrixPath]:
-        """The parameters with their plans, made anew if they have changed.
+    def _resolve(self, *, collective: bool = False) -> tuple[Setup, MatrixPath]:
+        """Returns the planned parameters, and plans them again if they have changed.
 
         Args:
-            agreeing: whether all ranks are here, and are to compare their plans and allocate.
+            collective: whether all ranks call this together; then they compare their plans, and
+                allocate state.
         """
         setup, error = self._setup, None
         if setup is None or self._path is None or setup.outdated(self.param_groups, self.state):
-            meshes = find_meshes(self.param_groups, self._shared.group)
+            meshes = find_meshes(self.param_groups, self._shared_group.group)
             try:
-                self._names.follow(self.param_groups)
-                refuse_flat(each(self.param_groups), self._rule.title)
-                self._names.check(self.param_groups, self._rule.title)
-                self._names.warn(self.param_groups, stacklevel=4)
+                self._names.update(self.param_groups)
+                refuse_flat(named_parameters(self.param_groups), self._rule.title)
+                self._names.refuse_flattened(self.param_groups, self._rule.title)
+                self._names.warn_if_ambiguous(self.param_groups, stacklevel=4)
                 self._check_groups()
-                refuse_lost_state(each(self.param_groups), self.state)
+                refuse_lost_state(named_parameters(self.param_groups), self.state)
                 setup = self._plan(meshes)
             except Exception as caught:
-                if not agreeing:
+                if not collective:
                     raise
+                # The other ranks wait in agree(): tell them.
                 setup, error = Setup([], [], list(dict.fromkeys(meshes.values())), None), caught
-        elif agreeing:
+        elif collective:
             self._check_groups()
-        if agreeing and not setup.agreed:
+        if collective and not setup.agreed:
             setup.agree(error, new=self._setup is None)
         if setup is not self._setup or self._path is None:
             if self._path is not None:
@@ -219,9 +221,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return setup, self._path
 
     def _check_groups(self) -> None:
-        """Refuses hyperparameters that somebody has set since and that would ruin the weights.
+        """Checks the hyperparameters again, because users and schedulers set them.
 
-        Groups whose values are the same objects as at the last check are not checked again.
+        A group is skipped if its values are the same objects as at its last check.
         """
         checked, self._checked = self._checked, []
         for i, group in enumerate(self.param_groups):
@@ -239,31 +241,32 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._checked.append(seen)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizers give it: of every parameter its states by name.
+        """Returns the state in the form of torch's optimizers: for each parameter, states by name.
 
-        Moments are DTensors like the parameter, and bases are DTensors on the same mesh. The states
-        of weights in compute groups are copies, which exchanges make: then all ranks that share the
-        parameters must call this together, and the copies take as much memory as the states. A
-        rank that does not call it within ten minutes is named in an error on the others where the
-        group's backend is gloo; with another all wait for as long as the group's timeout says.
+        Moments have the mesh and the placements of the parameter, and bases have its mesh. For
+        weights in compute groups, exchanges copy the states into this form. Then all ranks that
+        share the parameters must call this together, and the copies need as much memory as the
+        states. If a rank does not call it, then on gloo the others raise an error that names that
+        rank, within ten minutes; with other backends they wait for the process group's timeout.
 
-        A wrapper may have put states of its own beside those of this optimizer before the first
-        step. torch's checkpoint tools then take the optimizer for initialised, so it becomes so.
+        If a wrapper has put states of its own into ``optimizer.state`` before the first step, this
+        allocates all state, because torch's checkpoint tools then expect it.
 
         Raises:
-            ValueError: there is state of parameters that were replaced, or taken out of the groups.
-            RuntimeError: ranks had different gradients in the last step, see :meth:`step`; or
-                some did not call this and had to, or have other plans; on all ranks alike.
+            ValueError: there is state of parameters that were replaced, or removed from the groups.
+            RuntimeError: on all ranks together: ranks had different gradients in the last step (see
+                :meth:`step`), have different plans, or did not all call this.
         """
         if self._path is not None:
             self._path.flags.check()
-        self._names.follow(self.param_groups)
-        refuse_lost_state(each(self.param_groups), self.state)
-        refuse_removed(each(self.param_groups), self.state)
-        trainable = [(n, p) for n, p, _ in each(self.param_groups) if p.requires_grad]
+        self._names.update(self.param_groups)
+        refuse_lost_state(named_parameters(self.param_groups), self.state)
+        refuse_removed(named_parameters(self.param_groups), self.state)
+        trainable = [(n, p) for n, p, _ in named_parameters(self.param_groups) if p.requires_grad]
         if is_distributed() and any(has_own(self.state.get(p)) for _, p in trainable):
             refuse_unheld(trainable)
-        if any(held and not has_own(held) for held in (self.state.get(p) for _, p in trainable)):
+        states = [self.state.get(param) for _, param in trainable]
+        if any(state and not has_own(state) for state in states):  # a wrapper's
             self.init_state()
         hook = self.register_state_dict_post_hook(self._convert, prepend=True)
         try:
@@ -272,41 +275,41 @@ class MatrixOptimizer(torch.optim.Optimizer):
             hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this optimizer, on whatever ranks and layout it was saved.
+        """Loads a state dict of this optimizer that any number of ranks saved with any layout.
 
-        States keep the dtypes and layouts they have here; values may be DTensors of any layout
-        or whole plain tensors. Everything is checked before anything is changed.
+        Loaded states keep the dtypes and layouts that they have here. The state dict holds DTensors
+        of any layout, or whole plain tensors. Everything is checked before anything changes.
 
         Raises:
-            TypeError: something in the state dict is of another type than this optimizer saves.
-            ValueError: the state dict is of another optimizer, of other parameters, or damaged.
+            TypeError: an item of the state dict has a type that this optimizer does not save.
+            ValueError: the state dict is from another optimizer or other parameters, or is damaged.
         """
-        before, found = self.state, list[Loaded]()
-        self._names.follow(self.param_groups)
+        before, matched = self.state, list[MatchedState]()
+        self._names.update(self.param_groups)
 
-        # As hooks, so that the user's own find what torch promises them: these run last of those
-        # before and first of those after.
-        def take(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            found[:] = [self._match(incoming)]
-            return found[0].rest
+        # These are hooks so that the user's own hooks see what torch promises: this pre-hook runs
+        # after the user's pre-hooks, and this post-hook before the user's post-hooks.
+        def match(_: torch.optim.Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            matched[:] = [self._match(incoming)]
+            return matched[0].for_torch
 
         def fill(_: torch.optim.Optimizer) -> None:
-            (loaded,) = found
-            # What is allocated is filled, not replaced: loading needs no memory of its own.
-            for param in loaded.states:
+            (found,) = matched
+            # Copy into allocated states instead of replacing them, so that loading needs no memory.
+            for param in found.states:
                 if param in before:
                     self.state[param] = {k: v for k, v in before[param].items() if is_own(k)}
-            if loaded.states:
-                # Frozen ones too: their state must be in place when they are unfrozen.
-                setup = self._set_up(loaded.states)
+            if found.states:
+                # Include frozen parameters: they need their state when they are unfrozen.
+                setup = self._set_up(found.states)
                 setup.init_state()
-                fill_state(setup, loaded.states)
-                self._setup = None  # its meshes have started
-            for param, others in loaded.others.items():
+                fill_state(setup, found.states)
+                self._setup = None  # plan again: a Setup reads at its start which meshes have steps
+            for param, others in found.wrapper_states.items():
                 self.state[param].update(keep(others, param, before.get(param)))
 
         hooks = (
-            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_pre_hook(match),
             self.register_load_state_dict_post_hook(fill, prepend=True),
         )
         try:
@@ -314,38 +317,37 @@ class MatrixOptimizer(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-        for g in found[0].merged:
+        for g in matched[0].merged:
             warnings.warn(
-                f"parameter group {g} was saved as several groups, of which "
-                "torch.distributed.checkpoint gives the hyperparameters of one: check its lr, "
-                f"{self.param_groups[g]['lr']:g}, and the others.",
+                f"parameter group {g} was saved as several groups, and "
+                "torch.distributed.checkpoint gives the hyperparameters of only one of them: check "
+                f"its lr, {self.param_groups[g]['lr']:g}, and its other hyperparameters.",
                 stacklevel=2,
             )
-        if missing := found[0].missing:
+        if missing := matched[0].missing:
             warnings.warn(
                 f"the checkpoint has no state of {', '.join(missing)}, perhaps because they were "
-                "frozen; their state starts afresh, as of new parameters.",
+                "frozen; their state starts afresh, as for new parameters.",
                 stacklevel=2,
             )
 
-    def _match(self, incoming: dict[str, Any]) -> Loaded:
-        """Checks a state dict; with all ranks that will exchange its elements, if any will."""
-        error, loaded = None, None
+    def _match(self, incoming: dict[str, Any]) -> MatchedState:
+        """Checks a state dict. Ranks that will exchange its elements raise errors together."""
+        error, matched = None, None
         try:
             names = self._hyperparameters()
-            loaded = match_state(self.param_groups, incoming, self._rule, names)
+            matched = match_state(self.param_groups, incoming, self._rule, names)
         except Exception as caught:
             error = caught
-        agree_to_load(self._set_up().weights, {} if loaded is None else loaded.states, error)
-        if loaded is None:
+        agree_to_load(self._set_up().weights, {} if matched is None else matched.states, error)
+        if matched is None:
             assert error is not None
             raise error
-        return loaded
+        return matched
 
     def _set_up(self, frozen: Container[Tensor] = ()) -> Setup:
         """Plans the parameters that are trainable or in ``frozen``."""
-        meshes = find_meshes(self.param_groups, self._shared.group, frozen)
-        return self._plan(meshes)
+        return self._plan(find_meshes(self.param_groups, self._shared_group.group, frozen))
 
     def _plan(self, meshes: Mapping[Tensor, Mesh]) -> Setup:
         groups, options = self.param_groups, self._options
@@ -354,7 +356,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     @staticmethod
     @torch.no_grad()
     def _convert(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-        """Puts states as checkpoints have them in the place of those that only ranks know."""
+        """In a state dict, replaces the states of compute groups by DTensors of the whole mesh."""
         assert isinstance(optimizer, MatrixOptimizer)
         if not any(map(has_own, optimizer.state.values())):
             return
@@ -363,14 +365,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         convert(weights, params, state_dict["state"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle keeps; plans are made anew."""
-        self._names.follow(self.param_groups)
-        taken = ("_rule", "_options", "_shared", "_names", "_made", "_choices")
-        kept = {name: self.__dict__[name] for name in taken}
-        return {**super().__getstate__(), **kept}
+        """What a copy or a pickle contains: everything but plans, which the copy makes itself."""
+        self._names.update(self.param_groups)
+        names = ("_rule", "_options", "_shared_group", "_names", "_constructed", "_choices")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes up a copy, a pickle or (called by torch) a loaded state dict."""
+        """Fills a copy or an unpickled optimizer; torch's ``load_state_dict`` also calls this."""
         super().__setstate__(state)
         self._setup = self._path = None
         self._checked = []

@@ -1,4 +1,4 @@
-"""Muon beside Conda, on the same engine: for comparisons that are fair."""
+"""The Muon optimizer, on the same engine as Conda, for fair comparisons."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,37 +13,39 @@ from conda_dist.rules.muon import MuonRule
 
 
 class Muon(MatrixOptimizer):
-    """torch.optim.Muon for a model's matrices, on whatever shards there are, AdamW for the rest.
+    """torch.optim.Muon for the matrices of a model, plain or sharded, and AdamW for the rest.
 
-    What it makes of a matrix is torch.optim.Muon's result on the whole matrix, to the bit, on every
-    layout and number of ranks. Each matrix is computed by one of the ranks that share it, which
-    gathers its gradient and keeps its momentum. Of a batch, and of a weight that ``splits`` cut,
-    each matrix is by itself. ``conda_dist.param_groups(model, rule="muon")`` makes its groups; else
-    parameters take paths by their names and shapes, as those of :class:`conda_dist.Conda` do.
+    Its result for a matrix is that of torch.optim.Muon on the whole matrix, bit for bit, on every
+    layout and number of ranks. One of the ranks that share a matrix computes it: that rank gathers
+    the gradient and keeps the momentum. Each matrix of a batch, and each part of a weight that a
+    group's ``splits`` cut, is computed separately. ``conda_dist.param_groups(model, rule="muon")``
+    makes groups for it. In other groups the names and shapes of parameters choose their paths, as
+    for :class:`conda_dist.Conda`.
 
-    State of a matrix: ``step`` (0-d, on the CPU) and ``momentum_buffer`` (m, n), in the parameter's
+    State of a matrix: ``step`` (), on the CPU, and ``momentum_buffer`` (m, n), in the parameter's
     dtype. A first step in which all gradients are zero changes nothing and is not counted.
 
     Args:
         params: tensors, (name, tensor) pairs or group dicts.
-        lr: learning rate of both paths; a number or a tensor of one element.
-        weight_decay: decoupled decay; ``lr * weight_decay`` on both paths.
+        lr: learning rate of both paths; a number or a tensor with one element.
+        weight_decay: decoupled weight decay: both paths subtract ``lr * weight_decay`` times the
+            weight.
         momentum: decay rate of the momentum, in [0, 1).
-        nesterov: whether the momentum looks ahead.
+        nesterov: whether to use Nesterov momentum.
         ns_coefficients: the three coefficients of the Newton-Schulz iteration.
-        eps: least norm that a momentum is divided by.
-        ns_steps: iterations.
-        adjust_lr_fn: how the rate follows a matrix's shape: "original", "match_rms_adamw" or
-            "spectral_unclamped"; None for the first.
+        eps: lower bound of the norm that the momentum is divided by.
+        ns_steps: number of Newton-Schulz iterations.
+        adjust_lr_fn: how the learning rate depends on a matrix's shape: "original",
+            "match_rms_adamw" or "spectral_unclamped", as in torch.optim.Muon; None: "original".
         betas: decay rates of the moments on the adamw path.
-        adamw_eps: added to the root of the second moment on the adamw path.
-        adamw_scale: factor on the update of the adamw path. It does not change the decay.
-        process_group: for plain parameters: ranks with equal gradients.
+        adamw_eps: added to the square root of the second moment on the adamw path.
+        adamw_scale: multiplies the update of the adamw path, not its decay.
+        process_group: for plain parameters: ranks whose parameters and gradients are equal.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: one out of its range, a parameter that cannot be optimized, or a model of
-            which no matrix would be on the muon path.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a parameter cannot be optimized, or no matrix of
+            the model would take the muon path.
     """
 
     def __init__(

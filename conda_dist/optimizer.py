@@ -1,4 +1,4 @@
-"""Conda, the optimizer that this package is for."""
+"""The Conda optimizer: its arguments and their documentation."""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -15,7 +15,7 @@ from conda_dist.rules.conda import CondaRule
 
 
 class Conda(MatrixOptimizer):
-    r"""Column-Normalized Adam (arXiv 2509.24218), on whatever shards there are.
+    r"""Column-Normalized Adam (arXiv 2509.24218) for plain and sharded parameters.
 
     For a weight W (m, n) with gradient G and r = min(m, n), after t steps::
 
@@ -23,83 +23,93 @@ class Conda(MatrixOptimizer):
         every update_proj_gap steps: Q (r, r) <- right singular vectors of M if m >= n, else left
         v <- b2 v + (1 - b2) proj(G)^2                 proj(X) = X Q, or Q^T X if m < n
         W <- W - lr sqrt(1 - b2^t) / (1 - b1^t) scale back(proj(M) / (sqrt(v) + eps))
-        W <- W - lr weight_decay W
+        W <- W - lr weight_decay W                     back(Y) = Y Q^T, or Q Y if m < n
 
-    Parameters may be plain tensors or DTensors of any layout of Shard and Replicate; plain
-    parameters are taken to be whole and, in a distributed job, equal on all ranks with equal
-    gradients (DDP). A weight of three or more dimensions is a batch of matrices in its last two,
-    and with ``kernels=True`` in its group a convolution kernel, seen as a matrix (out, in * k * k).
-    Groups may name their ``algorithm``, "conda" or "adamw"; in one that does not each parameter
-    takes the path that :func:`conda_dist.routing.route` says for its name and shape, for which it
-    should be given ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`.
-    Layouts and paths are resolved at the first step. On the adamw path an update is Adam's,
-    times ``lr`` and ``adamw_scale``.
+    **Parameters** are plain tensors or DTensors with any placements of Shard and Replicate. In a
+    distributed job, a plain parameter and its gradient must be equal on all ranks, as under DDP. A
+    weight of three or more dimensions is a batch of matrices, which are its last two dimensions. A
+    convolution kernel is one matrix (out, in * k * k) if its group has ``kernels=True``.
 
-    State of a parameter, tensors like the parameter (DTensors on its mesh): ``step`` (0-d, on the
-    CPU), ``exp_avg`` (m, n), projected on the conda path, ``exp_avg_sq`` (m, n) and there too
-    ``basis`` (r, r) and ``basis_step`` (one number for each matrix of a batch, on the CPU: the
-    step its basis was taken at, -1 before the first); with ``refresh_delay`` also ``snapshot``
-    (m, n) and ``snapshot_step`` (the first moment that a pending refresh began with, and when; -1
-    if none is pending). A weight that its group's ``splits`` cut into blocks of rows (see
-    :func:`conda_dist.param_groups`) has counts with one entry more for each part in front, and
-    ``basis_0``, ``basis_1``, ... in the place of ``basis``.
+    **Paths.** A group's ``algorithm`` is "conda" or "adamw". In a group without one,
+    :func:`conda_dist.routing.route` chooses a path for each parameter by its name and shape, so
+    pass ``model.named_parameters()`` or the groups of :func:`conda_dist.param_groups`. The adamw
+    path takes Adam's update times ``lr * adamw_scale``. Paths and layouts are found at the first
+    step, because frameworks replace parameters before it.
+
+    **State** of a parameter, as tensors with the parameter's mesh and placements:
+
+    ===================  ========  ================================================================
+    ``step``             ()        steps taken; on the CPU
+    ``exp_avg``          (m, n)    first moment, projected on the conda path
+    ``exp_avg_sq``       (m, n)    second moment
+    ``basis``            (r, r)    conda path only
+    ``basis_step``       (batch,)  conda path only; on the CPU: for each matrix the step at which
+                                   its basis was taken, -1 before the first one
+    ``snapshot``         (m, n)    only with ``refresh_delay``: the first moment that a pending
+                                   refresh decomposes
+    ``snapshot_step``    (batch,)  only with ``refresh_delay``; on the CPU: for each matrix the
+                                   step of its snapshot, -1 if no refresh is pending
+    ===================  ========  ================================================================
+
+    If a group's ``splits`` cut a weight into parts (see :func:`conda_dist.param_groups`), it has
+    ``basis_0``, ``basis_1``, ... instead of ``basis``, and its counts have one more dimension, the
+    parts, in front.
 
     Args:
         params: tensors, (name, tensor) pairs or group dicts.
-        lr: learning rate of both paths; a number or a tensor of one element.
+        lr: learning rate of both paths; a number or a tensor with one element.
         betas: decay rates of the first and the second moment, each in [0, 1).
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay, applied after the update.
-        scale: factor on the update of the conda path.
-        adamw_scale: factor on the update of the adamw path. Neither factor changes the decay, which
-            is ``lr * weight_decay`` on both paths.
-        update_proj_gap: steps between two decompositions of the momentum.
-        correct_bias: whether to divide out the moments' bias towards zero.
-        refresh_method: how a basis is taken from the momentum. The first one is always taken by
-            "svd", the paper's way. "orthogonal_iteration" takes one step of subspace iteration
-            from the basis in use. It costs a fraction of the time, and is enough where
-            ``update_proj_gap`` is small, because bases then move little. "eigh64" takes the
-            eigenvectors of the momentum's Gram matrix in float64.
-        refresh_delay: 0, the paper's timing: a step that is due for a refresh waits for it. N > 0:
-            a snapshot of the momentum is decomposed in the background, and all ranks take the new
-            bases together N steps later (at most one interval later). The first refresh waits in
-            any case. The snapshot takes the memory of a third moment.
-        matmul_dtype: precision of the two products of a step; None: the dtype of the bases.
-            "bfloat16" is the fastest. "tf32" multiplies in float32, for which CUDA may round the
-            operands to TF32; a CPU computes as with "float32". Decompositions and rotations do not
-            follow this option.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, applied after the update: both paths subtract
+            ``lr * weight_decay`` times the weight.
+        scale: multiplies the update of the conda path, not its decay.
+        adamw_scale: multiplies the update of the adamw path, not its decay.
+        update_proj_gap: steps between two refreshes of a basis.
+        correct_bias: whether to divide the moments by 1 - beta^t, as Adam does.
+        refresh_method: how to compute a basis from the momentum. "svd" is the paper's way, and
+            always computes the first basis. "orthogonal_iteration" takes one step of subspace
+            iteration from the current basis. It costs a fraction of the SVD's time, and is accurate
+            enough if ``update_proj_gap`` is small, because bases then change little. "eigh64"
+            computes the eigenvectors of the momentum's Gram matrix in float64.
+        refresh_delay: 0, the default and the paper's timing: a step waits for its refresh. N > 0:
+            a background thread decomposes a snapshot of the momentum, and all ranks change to the
+            new bases N steps later (at most one interval later). The first refresh always waits.
+            The snapshot needs as much memory as a third moment.
+        matmul_dtype: precision of the two matrix products of a step; None: the dtype of the bases.
+            "bfloat16" is the fastest. "tf32" multiplies float32 tensors and allows CUDA to round
+            them to TF32; on a CPU it equals "float32". Decompositions and rotations always run in
+            float32 or better.
         basis_dtype: dtype of the bases; None: the dtype of the moments, but at least float32.
-            "bfloat16" halves their memory and what is sent of them. They are then orthogonal to 3
-            digits, after every refresh anew.
-        basis_budget: bytes that a rank may spend on bases of weights that all their ranks compute,
-            each with a copy of the basis; None: no limit. Weights beyond the budget go to compute
-            groups: few ranks, mostly one, gather the gradient, keep moments and basis, and send
-            the update back.
-        state_dtype: dtype of the moments; None: the dtype of the parameter, but at least float32.
-            Bases are at least float32 in any case, unless ``basis_dtype`` says otherwise.
-        second_moment_dtype: dtype of the second moments alone; None: ``state_dtype``. "uint8"
-            stores the logarithm of each element in 8 bits, in a state ``exp_avg_sq_codes`` that
-            replaces ``exp_avg_sq``. Codes are rounded up or down in proportion, step by step.
-        stochastic_rounding: whether bfloat16 moments are rounded like that too, not to nearest, so
-            that changes smaller than their last bit add up over steps. Nothing is random: the
-            thresholds are the multiples of the golden ratio, the same in every run.
-        buffer_bytes: half of the bytes that a step may hold beside state, gradients and
-            parameters, in all its buffers together. A step holds more only where a single weight
-            needs more: of weights that step without communication twice the largest shard, in
-            float32.
-        process_group: for plain parameters: ranks with equal gradients, which then share the
-            decompositions out among them instead of each doing all, and cannot drift apart.
-        fused: of no effect, as ``foreach``; scripts written for AdamW give them.
-        foreach: see ``fused``.
-        maximize: must be False, as the next three, which AdamW has.
-        capturable: see ``maximize``.
-        differentiable: see ``maximize``.
-        amsgrad: see ``maximize``.
+            "bfloat16" halves their memory and traffic. Such bases are orthogonal to about 3
+            digits; errors do not add up over refreshes.
+        basis_budget: bytes that one rank may use for the bases of weights that all ranks of a mesh
+            compute, where each rank has a copy of the basis; None: no limit. Weights beyond the
+            budget go to compute groups: a few ranks, often one, receive the gradient, keep moments
+            and basis, and send the update back.
+        state_dtype: dtype of the moments; None: the parameter's dtype, but at least float32.
+        second_moment_dtype: dtype of the second moment alone; None: ``state_dtype``. "uint8" stores
+            the logarithm of each element in 8 bits, in a state ``exp_avg_sq_codes`` that replaces
+            ``exp_avg_sq``. It is rounded as with ``stochastic_rounding``.
+        stochastic_rounding: whether to round bfloat16 moments up or down in proportion instead of
+            to nearest, so that changes below their last bit add up over the steps. The thresholds
+            are multiples of the golden ratio, not random numbers, so runs are reproducible.
+        buffer_bytes: half of the bytes that a step may use for all of its buffers together. A step
+            uses more only if one weight needs more: a weight that needs no communication uses
+            twice the size of its shard in float32.
+        process_group: for plain parameters: ranks whose parameters and gradients are equal. They
+            then share the decompositions instead of each computing all of them, and so cannot
+            diverge.
+        fused: ignored; accepted because scripts written for AdamW pass it.
+        foreach: ignored, like ``fused``.
+        maximize: must be False; AdamW has it, Conda does not.
+        capturable: must be False, like ``maximize``.
+        differentiable: must be False, like ``maximize``.
+        amsgrad: must be False, like ``maximize``.
 
     Raises:
-        TypeError: an argument of the wrong type.
-        ValueError: one out of its range, a parameter that cannot be optimized, or a model of
-            which no matrix would be on the conda path.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, a parameter cannot be optimized, or no matrix of
+            the model would take the conda path.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Every option of Conda, declared once: name, type, default, bounds and a line of help.
 
 DeepSpeed's JSON, torchtitan's config and the job's TOML are made from :data:`OPTIONS`. The
-constructor's signature and docstring and the README's table are written, and tested against it.
+constructor's signature, its docstring and the README's table are written by hand, and a test
+compares them with :data:`OPTIONS`.
 """
 
 from __future__ import annotations
@@ -15,28 +16,30 @@ if TYPE_CHECKING:
     import torch
 
 LARGEST = 1e30
-"""Float32 kernels divide numbers by a bias correction; larger ones could overflow there."""
+"""Upper bound of all numbers. Kernels divide hyperparameters by a bias correction in float32, and
+larger numbers could overflow."""
 
 FLOATS = ("float64", "float32", "bfloat16")
-"""float16 is not among them: it overflows above 65504 and loses the squares of small gradients."""
+"""Dtypes of states. float16 overflows above 65504 and loses the squares of small gradients."""
 
 COPIES = 5
-"""How many copies of one bucket a step holds: a bucket arrives (packed and received), one is
-computed, and one leaves (packed and received). Measured in tests/plan/test_memory.py."""
+"""How many buffers of a task's size a step holds: the gradients of the next task are sent (one) and
+received (two), the current task is computed (three), and the updates of the last task are sent
+(four) and received (five). ``tests/plan/test_memory.py`` measures this."""
 
 
 def _about(help: str, **bounds: Any) -> dict[str, Any]:
-    """Declares a field as an option; ``bounds`` are other attributes of :class:`Option`."""
+    """A field's metadata that declares an option; ``bounds``: attributes of :class:`Option`."""
     return {"help": help, **bounds}
 
 
 @dataclass(frozen=True, slots=True)
 class GroupOptions:
-    """The options that a parameter group may set for itself. torch calls them hyperparameters."""
+    """The options that each parameter group may set, which torch calls hyperparameters."""
 
     lr: float = field(default=1e-2, metadata=_about("learning rate of all parameters", least=0))
     betas: tuple[float, float] = field(
-        default=(0.9, 0.99), metadata=_about("decay of the two moments", least=0, below=1)
+        default=(0.9, 0.99), metadata=_about("decay rates of the two moments", least=0, below=1)
     )
     eps: float = field(
         default=1e-8, metadata=_about("added to the square root of the second moment", least=0)
@@ -59,7 +62,7 @@ class GroupOptions:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of a whole optimizer. Dtypes may be given by name.
+    """The options of the whole optimizer. A dtype may be given by its name.
 
     Raises:
         TypeError: a value has the wrong type.
@@ -93,7 +96,7 @@ class Options:
     )
     basis_budget: int | None = field(
         default=4 * 2**30,
-        metadata=_about("bytes of a rank for bases that all ranks hold; None: no limit", least=0),
+        metadata=_about("bytes on a rank for bases that all ranks copy; None: no limit", least=0),
     )
     state_dtype: torch.dtype | None = field(
         default=None,
@@ -117,12 +120,12 @@ class Options:
     )
     buffer_bytes: int = field(
         default=512 * 2**20,
-        metadata=_about("half of the bytes that a step may hold in buffers", least=1),
+        metadata=_about("half of the bytes that a step may use for buffers", least=1),
     )
 
     @property
     def product_dtype(self) -> torch.dtype | None:
-        """Dtype of the operands of a step's two products; None: the basis's."""
+        """Dtype of the operands of a step's two products; None: the dtype of the basis."""
         return dtype_of("float32") if self.matmul_dtype == "tf32" else self.matmul_dtype
 
     @property
@@ -132,12 +135,12 @@ class Options:
 
     @property
     def is_async(self) -> bool:
-        """Whether refreshes after the first are decomposed in the background."""
+        """Whether all refreshes but the first are computed in the background."""
         return self.refresh_delay > 0
 
     @property
     def task_bytes(self) -> int:
-        """Most bytes that one task holds on a rank, so that a step holds 2 * ``buffer_bytes``."""
+        """Upper bound of a task's bytes on a rank, so that a step uses 2 * ``buffer_bytes``."""
         return 2 * self.buffer_bytes // COPIES
 
     def __post_init__(self) -> None:
@@ -156,16 +159,16 @@ class Option:
     """The declaration of one option.
 
     Attributes:
-        name: its name, the same everywhere.
-        type: the type of its value: float, int, bool, str, or a tuple of floats. Of an option with
-            ``choices`` str.
+        name: its name, the same in the constructor and in all configuration files.
+        type: the type of its value: float, int, bool, tuple[float, float], or str if it has
+            ``choices``.
         default: its default.
         help: one line.
-        least: the smallest value, or the smallest of each item.
-        below: what the value, or each item, must be less than.
-        choices: the names that it accepts.
-        is_dtype: whether the names are those of dtypes, which it accepts, too.
-        optional: whether None is a value.
+        least: inclusive lower bound of the value, or of each item of a tuple.
+        below: exclusive upper bound of the value, or of each item of a tuple.
+        choices: the allowed names.
+        is_dtype: whether ``choices`` are names of dtypes; then the dtypes are allowed, too.
+        optional: whether None is allowed.
     """
 
     name: str
@@ -180,7 +183,7 @@ class Option:
 
     @property
     def config_type(self) -> Any:
-        """The type that a configuration file or a command line has for it: dtypes are names."""
+        """Its type in a configuration file or on a command line, where a dtype is a name."""
         kind: Any = Literal.__getitem__(self.choices) if self.choices else self.type
         return kind | None if self.optional else kind
 
@@ -188,16 +191,16 @@ class Option:
         """Checks a value.
 
         Args:
-            value: the value; a dtype, or its name.
-            where: what errors put before the option's name.
-            least: replaces the declared bound.
+            value: the value; a dtype may be given by its name.
+            where: text that errors put before the option's name.
+            least: replaces the declared lower bound.
 
         Returns:
-            The value; a dtype for a dtype's name.
+            The value, with a dtype in place of its name.
 
         Raises:
             TypeError: the value has the wrong type.
-            ValueError: it is out of range.
+            ValueError: the value is out of range.
         """
         name = f"{where}{self.name}"
         if self.type is float:
@@ -223,23 +226,27 @@ class Option:
     def _choose(self, value: Any, name: str) -> Any:
         if value is None and self.optional:
             return None
-        spelled = value
-        if self.is_dtype:
-            spelled = str(value).removeprefix("torch.")  # of a dtype
-        if not isinstance(spelled, str) or spelled not in self.choices:
+        chosen = str(value).removeprefix("torch.") if self.is_dtype else value
+        if not isinstance(chosen, str) or chosen not in self.choices:
             none = " or None" if self.optional else ""
             raise ValueError(
                 f"{name} must be one of {', '.join(self.choices)}{none}; got {value!r}"
             )
-        return dtype_of(spelled) if self.is_dtype and spelled != "tf32" else spelled
+        return dtype_of(chosen) if self.is_dtype and chosen != "tf32" else chosen
 
 
 def check_number(name: str, value: Any, *, least: float = 0.0, below: float | None = None) -> None:
-    """Refuses what is no number, or out of its range.
+    """Checks a number.
+
+    Args:
+        name: its name, for errors.
+        value: the number.
+        least: inclusive lower bound.
+        below: exclusive upper bound; None: it must be finite.
 
     Raises:
-        TypeError: it is no number.
-        ValueError: it is out of its range.
+        TypeError: it is not a real number.
+        ValueError: it is out of range.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -251,7 +258,7 @@ def check_number(name: str, value: Any, *, least: float = 0.0, below: float | No
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype of that name. torch is imported here: commands check options without it."""
+    """The dtype with this name. It imports torch late: commands check options without torch."""
     import torch
 
     dtype: torch.dtype = getattr(torch, name)
@@ -263,7 +270,10 @@ def _names(cls: Any) -> list[str]:
 
 
 def _declared(cls: Any) -> dict[str, Option]:
-    """The options that the fields of a class declare. Their annotations are for readers."""
+    """The options that the fields of a class declare, by name.
+
+    An option's type comes from the text of the annotation, because torch is not imported here.
+    """
     kinds = {"float": float, "int": int, "bool": bool, "str": str}
     declared = {}
     for each in fields(cls):
@@ -277,10 +287,10 @@ def _declared(cls: Any) -> dict[str, Option]:
 
 
 GROUP_OPTIONS = _declared(GroupOptions)
-"""By name, the options that a parameter group may set for itself."""
+"""The options that each parameter group may set, by name."""
 
 OPTIONS = {**GROUP_OPTIONS, **_declared(Options)}
-"""By name, all options that a configuration can give. The constructor alone also takes a
-``process_group``, which is no value of a file."""
+"""All options that a configuration file can set, by name. The constructor also takes a
+``process_group``, which a file cannot hold."""
 
 REFRESH_METHODS = OPTIONS["refresh_method"].choices

@@ -1,4 +1,4 @@
-"""Parameter groups: checks what the caller gives. A group of the caller's stays one group."""
+"""Checks of the parameter groups that a user gives. One group of the user stays one group."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,27 +11,29 @@ from conda_dist.options import GROUP_OPTIONS, LARGEST, OPTIONS
 from conda_dist.routing import ADAMW, CONDA, check_matrix, check_splits, route
 
 SHARED = ("lr", "betas", "eps", "weight_decay", "adamw_scale", "splits")
-"""Hyperparameters of all rules; their own are beside them, see :class:`conda_dist.rules.Rule`."""
+"""Hyperparameters of all rules. A rule adds its own in ``Rule.hyperparameters``."""
 
 HYPERPARAMETERS = (*GROUP_OPTIONS, "splits")
-DROPPED = ("foreach", "fused")  # how AdamW computes; frameworks add them to any group
+DROPPED = ("foreach", "fused")
+"""Keys that say how AdamW computes. Frameworks add them to any group, and they are removed."""
 UNSUPPORTED = ("maximize", "capturable", "differentiable", "amsgrad")
+"""AdamW's keys that are an error unless their value is false."""
 
 
 def check_hyperparameters(
     values: Mapping[str, Any], where: str = "", *, scheduled: bool = False
 ) -> None:
-    """Checks those of ``values`` that are hyperparameters.
+    """Checks the hyperparameters among ``values``.
 
     Args:
-        values: by name; others are left alone.
-        where: what errors put before a name.
-        scheduled: whether a scheduler may have set them: it may leave a learning rate a rounding
-            error below zero.
+        values: by name. Names that are no hyperparameters are ignored.
+        where: text that errors put before a name.
+        scheduled: whether a scheduler may have set ``lr``; then it may be below zero, because
+            some schedulers end at zero minus a rounding error.
 
     Raises:
-        TypeError: one is of the wrong type.
-        ValueError: one is out of its range.
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range.
     """
     for name, option in GROUP_OPTIONS.items():
         if name in values:
@@ -49,8 +51,8 @@ def check_hyperparameters(
     algorithm, known = values.get("algorithm"), (values.get("rule", CONDA), ADAMW)
     if algorithm is not None and not _is_one_of(algorithm, known):
         raise ValueError(
-            f"{where}algorithm must be one of {', '.join(known)}, or None for each parameter "
-            f"to take the path that its name and shape say; got {algorithm!r}"
+            f"{where}algorithm must be one of {', '.join(known)}, or None to choose a path for "
+            f"each parameter by its name and shape; got {algorithm!r}"
         )
 
 
@@ -59,7 +61,7 @@ def _is_one_of(value: Any, known: Sequence[str]) -> bool:
 
 
 def _read_rate(lr: Tensor, where: str) -> Any:
-    """The number in a learning rate that is a tensor; 0 on a GPU, where reading it may wait."""
+    """The value of a learning rate that is a tensor; 0 on a GPU, where reading it would wait."""
     plain = lr.layout is torch.strided and not lr.is_meta
     if lr.numel() != 1 or lr.is_complex() or lr.dtype == torch.bool or not plain:
         raise ValueError(f"{where}lr must be a number or a tensor of one real element")
@@ -72,21 +74,21 @@ def read_group(
     rule: str = CONDA,
     hyperparameters: Sequence[str] = HYPERPARAMETERS,
 ) -> dict[str, Any]:
-    """Checks a group, and returns a copy of it for torch.
+    """Checks a group, and returns a copy for ``torch.optim.Optimizer.add_param_group``.
 
     Args:
-        group: a group dict as torch's optimizers take it: ``params`` a tensor or an iterable of
-            tensors or (name, tensor) pairs, ``param_names`` perhaps beside it.
-        where: what to call the group in errors.
+        group: a group dict as torch's optimizers take it. ``params`` is a tensor, or an iterable of
+            tensors or of (name, tensor) pairs. ``param_names`` is optional.
+        where: text that errors put before a name.
         rule: the name of the rule's path.
-        hyperparameters: keys that the optimizer reads.
+        hyperparameters: the keys that the optimizer reads.
 
     Returns:
         A new dict with the parameters in the same order, and with their names if they have any.
 
     Raises:
-        TypeError: something other than a parameter among ``params``, or a wrong type of value.
-        ValueError: a parameter that cannot be optimized, or a value out of range.
+        TypeError: ``params`` has an item that is no tensor, or a value has the wrong type.
+        ValueError: a parameter cannot be optimized, or a value is out of range.
     """
     if not isinstance(group, Mapping):
         raise TypeError(f"{where}a group must be a dict, got {type(group).__name__}")
@@ -133,7 +135,7 @@ def read_group(
 
 
 def _check_keys(options: dict[str, Any], where: str, hyperparameters: Sequence[str]) -> None:
-    """Refuses keys that would be without effect; takes out those that AdamW's groups have."""
+    """Refuses keys that would have no effect, and removes AdamW's keys whose value is false."""
     reserved = ("params", "param_names", "algorithm", "rule", *hyperparameters)
     for key in options.keys() - set(reserved) - set(UNSUPPORTED):
         if key in OPTIONS and key not in GROUP_OPTIONS:
@@ -153,6 +155,7 @@ def _check_keys(options: dict[str, Any], where: str, hyperparameters: Sequence[s
 
 
 def _named(group: Mapping[str, Any], where: str) -> list[tuple[str | None, Tensor]]:
+    """The (name, parameter) pairs of a group; all names are None if the group has none."""
     if "params" not in group:
         raise ValueError(f"{where}a group needs params, got only {', '.join(map(str, group))}")
     params = group["params"]
@@ -183,7 +186,8 @@ def check_parameter(name: str, param: Tensor) -> None:
     """Refuses a parameter that cannot be optimized.
 
     Raises:
-        ValueError: it is no leaf, not of real numbers, sparse, or its elements share memory.
+        ValueError: it is no leaf, has no real floating point dtype, is sparse, or several of its
+            elements share memory.
     """
     if not (param.is_leaf or param.retains_grad):
         raise ValueError(f"{name}: can't optimize a non-leaf Tensor; detach() it first.")
@@ -196,6 +200,6 @@ def check_parameter(name: str, param: Tensor) -> None:
         raise ValueError(f"{name}: only dense parameters can be optimized, got {param.layout}.")
     if any(n > 1 and not step for n, step in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(
-            f"{name}: some of its elements are one in memory, as expand() makes them, and could "
-            "not be updated apart; make it contiguous() first."
+            f"{name}: some of its elements share memory, as after expand(), and cannot be updated "
+            "separately; make it contiguous() first."
         )

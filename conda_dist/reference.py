@@ -1,8 +1,9 @@
-"""The oracle: Conda as the paper writes it, for one process.
+"""The reference: Conda as the paper writes it, for one process.
 
-Momentum stays in the weight's own coordinates, is projected afresh at every step and decomposed
-as it is, in the order of operations of arXiv 2509.24218 and of the authors' released code. Slow
-on purpose: everything fast in this package is tested against it. Imports nothing of the package.
+It follows the order of operations of arXiv 2509.24218 and of the authors' released code: the
+momentum stays in the weight's own coordinates and is projected anew at every step. It is slow but
+easy to check, and the tests compare everything fast in this package with it. It imports nothing
+of the package.
 """
 
 import math
@@ -14,20 +15,20 @@ from torch import Tensor
 
 
 class ReferenceConda(torch.optim.Optimizer):
-    """Conda on plain tensors, in the paper's own order of operations.
+    """Conda on plain tensors, in the paper's order of operations.
 
     Args:
-        params: tensors or group dicts. Weights of two or more dimensions are projected (a weight
-            of more than two is a batch of matrices in its last two); others take the Adam step,
-            as does every weight of a group with ``algorithm="adamw"``.
+        params: tensors or group dicts. Weights of two or more dimensions are projected; one of
+            more than two is a batch of matrices, which are its last two dimensions. Other weights,
+            and all weights of a group with ``algorithm="adamw"``, take Adam's step.
         lr: learning rate.
-        betas: decay rates of the first and second moment.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled decay, applied after the update.
-        scale: factor on the update of projected weights.
-        adamw_scale: factor on the update of all others.
+        betas: decay rates of the first and the second moment.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled weight decay, applied after the update.
+        scale: multiplies the update of projected weights.
+        adamw_scale: multiplies the update of all other weights.
         update_proj_gap: steps between two decompositions of the momentum.
-        correct_bias: whether to divide the moments' bias out.
+        correct_bias: whether to divide the moments by 1 - beta^t.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class ReferenceConda(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Takes one step; returns what ``closure`` returned, if one was given."""
+        """Takes one step, and returns what ``closure`` returned, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -81,16 +82,16 @@ class ReferenceConda(torch.optim.Optimizer):
         state = self.state[param]
         if not state:
             state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(grad)  # in the weight's coordinates
-            state["exp_avg_sq"] = torch.zeros_like(grad)  # in the basis
+            state["exp_avg"] = torch.zeros_like(grad)  # (m, n), in the weight's coordinates
+            state["exp_avg_sq"] = torch.zeros_like(grad)  # (m, n), in the basis's coordinates
         state["exp_avg"].lerp_(grad, 1 - beta1)
         if not state["step"] and not state["exp_avg"].any():
-            return  # the SVD of zeros is the identity: there is nothing to take a basis from
+            return  # a first momentum of zeros has no basis yet: its SVD would be the identity
 
         if projected:
             if state["step"] % group["update_proj_gap"] == 0:
                 state["basis"] = decompose(state["exp_avg"])
-            basis = state["basis"]
+            basis = state["basis"]  # (r, r), r = min(m, n)
             exp_avg, grad = project(state["exp_avg"], basis), project(grad, basis)
         else:
             exp_avg = state["exp_avg"]
@@ -110,14 +111,14 @@ class ReferenceConda(torch.optim.Optimizer):
 
 
 def decompose(exp_avg: Tensor) -> Tensor:
-    """Basis of a momentum ``(..., m, n)``: V (n, n) of its SVD if m >= n, else U (m, m)."""
+    """The basis of a momentum (..., m, n): V (n, n) of its SVD if m >= n, else U (m, m)."""
     svd = torch.linalg.svd(exp_avg, full_matrices=False)
     basis: Tensor = svd.Vh.mT if exp_avg.shape[-2] >= exp_avg.shape[-1] else svd.U
     return basis
 
 
 def project(x: Tensor, basis: Tensor) -> Tensor:
-    """Coordinates of ``x`` (..., m, n) in the basis: ``x Q`` if m >= n, else ``Q^T x``."""
+    """Coordinates of ``x`` (..., m, n) in the basis Q: ``x Q`` if m >= n, else ``Q^T x``."""
     return x @ basis if x.shape[-2] >= x.shape[-1] else basis.mT @ x
 
 

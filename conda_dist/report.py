@@ -1,4 +1,4 @@
-"""What each parameter gets, as plain data and as a table."""
+"""The report on every parameter (path, layout, owners, bytes), as data and as a table."""
 
 import io
 import re
@@ -21,25 +21,27 @@ from conda_dist.runtime.weight import Weight
 
 
 class Row(TypedDict):
-    """One parameter, or one of the parts that its group's ``splits`` make of it.
+    """The report on one parameter, or on one part of a parameter that ``splits`` cut.
 
     Attributes:
-        name: its fully qualified name, or where it stands in the groups.
-        shape: global shape.
-        path: the rule's, "conda" or "muon", or "adamw".
-        rate: what multiplies its normalised update now: ``lr * scale`` of its group on the conda
-            path, ``lr`` on another rule's, ``lr * adamw_scale`` on the adamw path.
-        reason: the rule that sends parameters of this name and shape there by default.
-        layout: where its elements are, in DTensor's words.
-        compute: where its moments are and its step is computed.
-        basis: where its basis is kept; "" without one.
-        group: global ranks that compute its step, where those are not all that hold it; else [].
-        owners: global ranks that decompose its momentum, one for each matrix of a batch; else [].
-        state_bytes: bytes of optimizer state on this rank.
-        step_bytes: bytes this rank sends in a step without a refresh.
-        refresh_bytes: bytes this rank sends in a step with one; of an asynchronous one in a step,
-            in starting it and in taking its bases.
-        save_bytes: bytes this rank sends for ``state_dict()``; loading takes about as many.
+        name: its fully qualified name, or its place in the groups if it has none.
+        shape: its global shape.
+        path: "conda", "muon" or "adamw".
+        rate: the current factor on its normalized update: ``lr * scale`` on the conda path,
+            ``lr`` on the muon path, ``lr * adamw_scale`` on the adamw path.
+        reason: why it is on this path.
+        layout: its placements, the layout in which the parameter is stored.
+        compute: the layout in which its step is computed and its moments are stored.
+        basis: the layout of its basis; "" if it has none.
+        group: global ranks that compute its step if it has a compute group, else [].
+        owners: global ranks that decompose its momentum, one for each matrix of a batch; [] if it
+            has no basis.
+        state_bytes: bytes of its state on this rank.
+        step_bytes: bytes that this rank sends in a step without a refresh.
+        refresh_bytes: bytes that this rank sends in a step with a refresh. With ``refresh_delay``,
+            the sum of a step, of starting the refresh and of taking the new bases.
+        save_bytes: bytes that this rank sends in ``state_dict()``; ``load_state_dict`` sends about
+            as many.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Row(TypedDict):
 
 
 def _reason(name: str, shape: tuple[int, ...], path: str) -> str:
+    """Why a parameter is on its path: its kind, or its group if that chose another path."""
     found = route_by_name(name, torch.empty(shape, device="meta"))
     by_name = (found.algorithm == "adamw") == (path == "adamw")
     return found.reason if by_name else "chosen by its group"
@@ -69,7 +72,7 @@ def _rate(group: Mapping[str, Any], scale: str | None) -> float:
 
 
 def rows(setup: Setup) -> list[Row]:
-    """The report of every trainable parameter or part; needs no communication."""
+    """The rows of all trainable parameters and parts, without communication."""
     matrices = [_matrix_row(weight) for weight in setup.weights]
     return matrices + [_adamw_row(parameter) for parameter in setup.adamw_parameters]
 
@@ -98,20 +101,23 @@ def _adamw_row(parameter: AdamWParameter) -> Row:
 
 
 def sizes_of(
-    states: Mapping[str, StateSpec], travel: torch.dtype, back: torch.dtype, counts: int
+    states: Mapping[str, StateSpec],
+    gradient_dtype: torch.dtype,
+    update_dtype: torch.dtype,
+    counts: int,
 ) -> Sizes:
-    """Bytes of what a rule keeps and sends of a weight.
+    """The bytes per element of what a rule stores and sends for a weight.
 
     Args:
-        states: what it keeps.
-        travel: in what the gradient travels.
-        back: in what the update travels.
-        counts: how many counts it keeps of each matrix.
+        states: the rule's states.
+        gradient_dtype: the dtype in which a gradient is sent.
+        update_dtype: the dtype in which an update is sent.
+        counts: number of the rule's counts for each matrix.
     """
     basis = states.get("basis")
     return Sizes(
-        travel.itemsize,
-        back.itemsize,
+        gradient_dtype.itemsize,
+        update_dtype.itemsize,
         tuple(state.dtype.itemsize for state in states.values() if state.cut),
         tuple((s.shape, s.dtype.itemsize) for s in states.values() if not s.cut),
         counts,
@@ -123,8 +129,8 @@ def sizes_of(
 def _matrix_row(weight: Weight) -> Row:
     plan, rule, here = weight.plan, weight.rule, weight.mesh.coordinate
     sizes = sizes_of(weight.specs, weight.exchange_dtype, weight.update_dtype, len(rule.counts))
-    costing = costs(plan, here, sizes, weight.is_async)
-    step = sum(costing.step.values())
+    weight_costs = costs(plan, here, sizes, weight.is_async)
+    step = sum(weight_costs.step.values())
     return Row(
         name=plan.name,
         shape=plan.storage.shape,
@@ -136,19 +142,20 @@ def _matrix_row(weight: Weight) -> Row:
         basis=str(plan.basis) if rule.refreshes else "",
         group=[plan.topology.rank_at(c) for c in plan.computing()] if plan.group else [],
         owners=[plan.topology.rank_at(c) for c in plan.owners] if rule.refreshes else [],
-        state_bytes=costing.state,
+        state_bytes=weight_costs.state,
         step_bytes=step,
-        refresh_bytes=step + sum(costing.refresh.values()),
+        refresh_bytes=step + sum(weight_costs.refresh.values()),
         save_bytes=sum(save_costs(plan, here, sizes).values()),
     )
 
 
 def print_table(table: Sequence[Row], console: Console | None = None) -> None:
-    """Prints the report, alike parameters of all layers in one line, to the terminal or elsewhere.
+    """Prints the report as a table. Equal rows of all layers share one line.
 
     Args:
         table: from :func:`rows`.
-        console: where to print; the terminal by default, or standard output in full width.
+        console: where to print. By default the terminal or, if standard output is no terminal,
+            standard output with 220 columns.
     """
     alike: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in table:
@@ -156,7 +163,7 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         shape = "x".join(map(str, row["shape"])) or "scalar"
         name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", row["name"])
         path = f"{row['path']}, {row['rate']:.3g}"
-        # Alike weights are dealt to different ranks: say to how many, not to which.
+        # Equal weights have compute groups on different ranks: show how many ranks, not which.
         placed = (_without_ranks(text) for text in (row["layout"] + moved, row["basis"]))
         alike[name, shape, path, *placed].append(row)
 
@@ -164,7 +171,7 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         console = Console()
         if not console.is_terminal:
             console = Console(width=220)
-    # What a narrow terminal can do without is left out, rather than folded beyond recognition.
+    # Leave columns out on a narrow terminal instead of folding them into an unreadable table.
     wide = console.width >= 130
     rule = next((row["path"] for row in table if row["path"] != "adamw"), "conda").capitalize()
     title = f"{rule}: what each parameter gets on this rank"
@@ -186,7 +193,7 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
 
 
 def _without_ranks(layout: str) -> str:
-    """A layout in words, with the number of the ranks of a group in the place of their indices."""
+    """A layout's text with the number of ranks in a compute group instead of their indices."""
 
     def count(found: re.Match[str]) -> str:
         first, last = int(found[1]), int(found[2] or found[1])
@@ -196,7 +203,7 @@ def _without_ranks(layout: str) -> str:
 
 
 def as_text(table: Sequence[Row]) -> str:
-    """The report as :func:`print_table` prints it, in full width, for a log."""
+    """The table of :func:`print_table` as text with 220 columns, for a log."""
     text = io.StringIO()
     print_table(table, Console(file=text, width=220))
     return text.getvalue()
@@ -211,7 +218,7 @@ def _sizes(table: Sequence[Row]) -> tuple[str, str, str]:
 
 
 def _spans(ranks: Collection[int]) -> str:
-    """Ranks as in "0-3,8"."""
+    """Ranks in the form "0-3,8", or "5 of 0-31" if that is too long for the table."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and spans[-1][-1] == rank - 1:

@@ -1,7 +1,9 @@
-"""Which parameters take the conda path and which the adamw path, by shape and by name.
+"""Which parameters take the conda path and which the adamw path.
 
-The paper projects the two-dimensional weights inside attention and MLP blocks; embeddings, the
-output head, norms and biases take AdamW's step (arXiv 2509.24218, section 4).
+The paper projects the two-dimensional weights inside attention and MLP blocks. Embeddings, the
+output head, norms and biases take AdamW's step (arXiv 2509.24218, section 4). Three functions
+choose the path: :func:`route` by name and shape, :func:`route_parameters` also by the modules and
+by patterns that the user gives, and :func:`route_model` does the same for a module.
 """
 
 import math
@@ -18,39 +20,45 @@ from conda_dist.layer_kinds import (
     MATRIX,
     Kind,
     as_matrix,
-    doubtful,
-    kind_of_name,
-    kinds,
+    kind_by_name,
+    kinds_by_module,
 )
 from conda_dist.layer_kinds import clean_name as clean_name
 from conda_dist.replaced_parameters import refuse_flat
 
 CONDA, ADAMW = "conda", "adamw"
 VECTOR = "a vector in two dimensions"
+PathParameters = list[tuple[str, Tensor]]
+"""(name, parameter) pairs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The path of a parameter, and the rule that chose it."""
+    """The path of a parameter.
+
+    Attributes:
+        algorithm: "conda" or "adamw".
+        reason: why, in words for the report: what kind of weight it is.
+    """
 
     algorithm: str
     reason: str
 
 
 def route(name: str | None, param: Tensor) -> Route:
-    """The default rule.
+    """Chooses a path by name and shape alone.
 
     Args:
         name: fully qualified name such as ``"layers.0.mlp.up_proj.weight"``; None if unknown, and
-            then only the shape decides.
-        param: the parameter.
+            then the shape alone decides.
+        param: the parameter; only its shape is read.
     """
     shape = tuple(param.shape)
     if len(shape) < 2:
         return Route(ADAMW, f"{len(shape)}-D")
     if param.numel() == 0 or max(shape) == math.prod(shape):
         return Route(ADAMW, VECTOR)
-    if name is not None and (kind := kind_of_name(clean_name(name), shape)):
+    if name is not None and (kind := kind_by_name(clean_name(name), shape)):
         return Route(ADAMW, kind)
     if len(shape) > 3:
         return Route(ADAMW, KERNEL)
@@ -59,14 +67,15 @@ def route(name: str | None, param: Tensor) -> Route:
     return Route(CONDA, MATRIX if len(shape) == 2 else BATCH)
 
 
-def decide(name: str, param: Tensor, kind: Kind | None) -> Route:
-    """The rule for a parameter of which the modules say something, too; see :func:`route`."""
+def _route_with_kind(name: str, param: Tensor, kind: Kind | None) -> Route:
+    """Chooses a path by name and shape, and by what the modules say about the parameter."""
     found = route(name, param)
     if kind is None or len(param.shape) < 2 or found.reason == VECTOR:
         return found
+    # If the name already says why a kernel takes adamw (a patch embedding), keep that reason.
     if kind.reason and (kind.reason != KERNEL or found.algorithm == CONDA):
-        return Route(ADAMW, kind.reason)  # of a kernel its name may say that it embeds patches
-    if found.reason in kind.denied and len(param.shape) <= 3:
+        return Route(ADAMW, kind.reason)
+    if found.reason in kind.excluded and len(param.shape) <= 3:
         return Route(CONDA, MATRIX if len(param.shape) == 2 else BATCH)
     return found
 
@@ -82,127 +91,132 @@ def param_groups(
     conda_options: Mapping[str, Any] | None = None,
     adamw_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for :class:`conda_dist.Conda`, or another rule, by name, type and shape.
+    """Builds parameter groups for :class:`conda_dist.Conda` or :class:`conda_dist.Muon`.
 
-    Matrices go to conda, but those whose name or module says that they are embeddings, the output
-    head or routers; norms, biases, learned tokens, state-space parameters and kernels go to adamw.
-    Output heads are what the model's ``get_output_embeddings()`` returns, each Linear outside the
-    repeated blocks with as many outputs as an embedding has rows, and, in a model without that
-    method, the last Linear outside the blocks. Call it after ``fully_shard`` or whatever else
-    replaces parameters. Tied weights appear once, under their first name.
+    Matrices take the conda path, except embeddings, output heads and routers, which are known by
+    their names and modules. Norms, biases, learned tokens, state-space parameters and convolution
+    kernels take the adamw path. :func:`conda_dist.layer_kinds.kinds_by_module` says which modules
+    are output heads. Call this after ``fully_shard`` and everything else that replaces parameters.
+    A tied weight appears once, under its first name.
 
     Args:
         model: the module.
-        conda: patterns (as of :mod:`fnmatch`) of parameter names to put on the conda path
-            whatever their names say, such as ``"*.router.weight"``. A kernel is then taken as with
-            ``kernels``.
-        adamw: patterns of names to keep off it. Wins over ``conda``.
-        kernels: whether convolution kernels (out, in, k, k) go to the conda path, too, each seen as
-            one matrix (out, in * k * k), and one for each group of its channels where it has
-            groups. State keeps the kernel's shape. Depthwise kernels stay with adamw.
-        splits: patterns of fused weights, each with the rows (dimension -2) of its parts, such as
+        conda: patterns (see :mod:`fnmatch`) of parameter names to put on the conda path in any
+            case, such as ``"*.router.weight"``. A convolution kernel that matches is projected as
+            with ``kernels``.
+        adamw: patterns of parameter names to put on the adamw path. Wins over ``conda``.
+        kernels: whether convolution kernels (out, in, k, k) take the conda path, too: each as one
+            matrix (out, in * k * k), or as one matrix for each of its channel groups. Their state
+            keeps the kernel's shape. Depthwise kernels stay on the adamw path.
+        splits: patterns of fused weights, with the rows (dimension -2) of each part, such as
             ``{"*.qkv_proj.weight": (4096, 1024, 1024)}``, or the number of equal parts, such as
-            ``{"*.gate_up_proj.weight": 2}``. Rows that make up a fraction of the weight repeat
-            down it, and what they stand for is a part together: ``(512, 128, 128)`` for four query
-            heads, a key and a value head, again and again. Each part is a matrix of its own, with
+            ``{"*.gate_up_proj.weight": 2}``. If the rows sum to a fraction of the weight's rows,
+            they repeat: ``(512, 128, 128)`` means 512 rows of queries, 128 of a key and 128 of a
+            value, again and again, and all the queries are one part. Each part is a matrix with
             its own basis; the parameter stays whole. The first pattern that matches counts.
-        rule: the path of the matrices: "conda", or "muon" for :class:`conda_dist.Muon`. What is
-            said here of the conda path holds for it, too.
-        conda_options: hyperparameters of the matrices' group, such as ``{"weight_decay": 0.1}``.
+        rule: the path of the matrices: "conda", or "muon" for :class:`conda_dist.Muon`.
+        conda_options: hyperparameters of the groups of matrices, such as ``{"weight_decay": 0.1}``.
         adamw_options: hyperparameters of the adamw group, such as ``{"lr": 1e-3}``.
 
     Returns:
-        One group dict, named, for each algorithm that has parameters, and for each way in which
-        weights are split.
+        Group dicts with named parameters: for the conda path one for each combination of splits
+        and ``kernels`` that weights have, and one for the adamw path.
 
     Raises:
-        TypeError: patterns or splits of the wrong type.
-        ValueError: FSDP1 or ZeRO has made flat parameters; a pattern matches no parameter, or a
-            conda pattern one that is no matrix, or a splits pattern one that has other rows or is
-            not on the conda path; a kernel cannot be seen as a matrix; or no trainable weight is
-            left for the conda path.
+        TypeError: patterns or splits have the wrong type.
+        ValueError: FSDP1 or ZeRO has made flat parameters; a pattern matches no parameter; a conda
+            pattern matches a parameter that is no matrix; a splits pattern matches a weight with
+            other rows, or one on the adamw path; a kernel cannot be seen as a matrix; or no
+            trainable weight takes the conda path.
     """
     options = {CONDA: conda_options or {}, ADAMW: adamw_options or {}}
     for algorithm, chosen_options in options.items():
-        own = {"params", "param_names", "algorithm", "splits", "kernels"}
-        if undone := chosen_options.keys() & own:
-            raise ValueError(f"{algorithm}_options cannot set {', '.join(sorted(undone))}")
+        reserved = {"params", "param_names", "algorithm", "splits", "kernels"}
+        if refused := chosen_options.keys() & reserved:
+            raise ValueError(f"{algorithm}_options cannot set {', '.join(sorted(refused))}")
     named = list(model.named_parameters())
     refuse_flat((clean_name(name), param, {}) for name, param in named)
-    division = divide(model, conda, adamw, kernels=kernels)
-    if division.unmatched:
+    routed = route_model(model, conda, adamw, kernels=kernels)
+    if routed.unmatched:
         raise ValueError(
-            f"pattern {division.unmatched[0]!r} matches no parameter of {type(model).__name__}; "
+            f"pattern {routed.unmatched[0]!r} matches no parameter of {type(model).__name__}; "
             f"names look like {', '.join(repr(clean_name(name)) for name, _ in named[:3])}"
         )
-    if not any(param.requires_grad for _, param in division.conda):
-        raise ValueError(nothing_to_project(named, path=rule))
-    ways, unmatched = split(division, splits or {})
+    if not any(param.requires_grad for _, param in routed.conda):
+        raise ValueError(no_matrix_message(named, path=rule))
+    by_view, unmatched = group_by_view(routed, splits or {})
     if unmatched:
         raise ValueError(
             f"splits pattern {unmatched[0]!r} matches no parameter on the conda path of "
             f"{type(model).__name__}"
         )
-    groups = [{"params": named, **way.keys(rule), **options[CONDA]} for way, named in ways.items()]
-    rest = {"params": division.adamw, "algorithm": ADAMW, "splits": None, **options[ADAMW]}
+    groups = [
+        {"params": p, **view.group_keys(rule), **options[CONDA]} for view, p in by_view.items()
+    ]
+    rest = {"params": routed.adamw, "algorithm": ADAMW, "splits": None, **options[ADAMW]}
     return [group for group in (*groups, rest) if group["params"]]
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
+class RoutedParameters:
     """The named parameters of each path.
 
     Attributes:
-        conda: those to project.
-        adamw: the others.
-        kernels: by id of those of ``conda`` that are kernels to see as matrices, into how many
-            groups their channels are divided.
+        conda: the parameters on the conda path.
+        adamw: all other parameters.
+        kernels: for each parameter in ``conda`` that is a convolution kernel, by id: the number of
+            its channel groups.
         unmatched: the patterns that match no parameter.
     """
 
-    conda: list[tuple[str, Tensor]]
-    adamw: list[tuple[str, Tensor]]
+    conda: PathParameters
+    adamw: PathParameters
     kernels: dict[int, int]
     unmatched: list[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """How weights of a group are seen: cut into rows of parts or not, as kernels or not."""
+class MatrixView:
+    """How the optimizer sees a weight as matrices.
+
+    Attributes:
+        splits: the rows of its parts, each of which is a matrix; None: it is not split.
+        kernels: whether it is a convolution kernel, seen as a matrix (out, in * k * k).
+    """
 
     splits: tuple[int, ...] | None
     kernels: bool
 
-    def keys(self, rule: str = CONDA) -> dict[str, Any]:
-        """The keys of a group of such weights."""
-        seen = {"kernels": True} if self.kernels else {}
-        return {"algorithm": rule, "splits": self.splits, **seen}
+    def group_keys(self, rule: str = CONDA) -> dict[str, Any]:
+        """The keys of a parameter group that holds such weights."""
+        kernels = {"kernels": True} if self.kernels else {}
+        return {"algorithm": rule, "splits": self.splits, **kernels}
 
 
-def split(
-    division: Division, splits: Mapping[str, int | Sequence[int]]
-) -> tuple[dict[Way, list[tuple[str, Tensor]]], list[str]]:
-    """The weights of the conda path by how they are seen, those that stay whole first.
+def group_by_view(
+    routed: RoutedParameters, splits: Mapping[str, int | Sequence[int]]
+) -> tuple[dict[MatrixView, PathParameters], list[str]]:
+    """Groups the weights of the conda path by how they are seen as matrices.
 
     Args:
-        division: the parameters.
-        splits: as of :func:`param_groups`.
+        routed: the parameters.
+        splits: see :func:`param_groups`.
 
     Returns:
-        The weights, and the patterns that match none of them.
+        The weights by view, those that are not split first, and the patterns that match none.
 
     Raises:
-        TypeError: splits of the wrong type.
-        ValueError: a matching weight has other rows, or is a kernel with groups.
+        TypeError: splits have the wrong type.
+        ValueError: a pattern matches a weight with other rows, or a kernel with channel groups.
     """
-    ways: dict[Way, list[tuple[str, Tensor]]] = {Way(None, False): []}
+    by_view: dict[MatrixView, PathParameters] = {MatrixView(None, False): []}
     matched = set[str]()
     if not isinstance(splits, Mapping):
         raise TypeError(f"splits must be a dict of patterns and rows, got {splits!r}")
-    for name, param in division.conda:
+    for name, param in routed.conda:
         hits = [pattern for pattern in splits if fnmatchcase(clean_name(name), pattern)]
         matched.update(hits)
-        channel_groups = division.kernels.get(id(param))
+        channel_groups = routed.kernels.get(id(param))
         rows = None
         if hits and channel_groups not in (None, 1):
             raise ValueError(
@@ -210,92 +224,98 @@ def split(
                 f"are in {channel_groups} groups, each a matrix of its own already; leave it out"
             )
         if hits:
-            rows = _rows(clean_name(name), param, splits[hits[0]], channel_groups is not None)
+            rows = _part_rows(clean_name(name), param, splits[hits[0]], channel_groups is not None)
         elif channel_groups is not None and channel_groups > 1:
             rows = (param.shape[0] // channel_groups,) * channel_groups
-        ways.setdefault(Way(rows, channel_groups is not None), []).append((name, param))
-    return ways, [pattern for pattern in splits if pattern not in matched]
+        by_view.setdefault(MatrixView(rows, channel_groups is not None), []).append((name, param))
+    return by_view, [pattern for pattern in splits if pattern not in matched]
 
 
-def _rows(
-    name: str, param: Tensor, rule: int | Sequence[int], kernel: bool = False
+def _part_rows(
+    name: str, param: Tensor, splits: int | Sequence[int], kernel: bool
 ) -> tuple[int, ...]:
+    """The rows of each part of a weight, from such rows or from the number of equal parts."""
     rows = param.shape[0 if kernel else -2]
-    if not isinstance(rule, int) or isinstance(rule, bool):
-        check_splits(name, param, rule, kernel)
-        return tuple(rule)  # type: ignore[arg-type]
-    if rule < 1 or rows % rule:
-        raise ValueError(f"{name}: {rows} rows cannot be split into {rule} equal parts")
-    return (rows // rule,) * rule
+    if not isinstance(splits, int) or isinstance(splits, bool):
+        check_splits(name, param, splits, kernel)
+        return tuple(splits)  # type: ignore[arg-type]
+    if splits < 1 or rows % splits:
+        raise ValueError(f"{name}: {rows} rows cannot be split into {splits} equal parts")
+    return (rows // splits,) * splits
 
 
-def divide(
+def route_model(
     model: nn.Module, conda: Sequence[str], adamw: Sequence[str], *, kernels: bool = False
-) -> Division:
-    """The named parameters of each path.
+) -> RoutedParameters:
+    """Chooses a path for each parameter of a model, or of a part of one, such as a pipeline stage.
 
-    For models of which only a part is here, such as a pipeline stage: there neither an empty path
-    nor a pattern without a match is an error yet. See :func:`param_groups` for the arguments.
+    Unlike :func:`param_groups`, it accepts an empty path and patterns that match no parameter:
+    another part of the model may have the parameter. The arguments are those of
+    :func:`param_groups`.
 
     Raises:
-        TypeError: patterns are a text instead of a list.
+        TypeError: ``conda`` or ``adamw`` is a string instead of a list.
         ValueError: a conda pattern matches a parameter that is no matrix, or a kernel cannot be
-            seen as one.
+            seen as a matrix.
     """
-    return assign(list(model.named_parameters()), kinds(model), conda, adamw, kernels=kernels)
+    named, kinds = list(model.named_parameters()), kinds_by_module(model)
+    return route_parameters(named, kinds, conda, adamw, kernels=kernels)
 
 
-def assign(
+def route_parameters(
     named: Sequence[tuple[str, Tensor]],
-    known: Mapping[int, Kind],
+    kinds: Mapping[int, Kind],
     conda: Sequence[str],
     adamw: Sequence[str],
     *,
     kernels: bool = False,
-) -> Division:
-    """The named parameters of each path.
+) -> RoutedParameters:
+    """Chooses a path for each of these parameters.
 
     Args:
-        named: names with parameters, or with anything of their shapes.
-        known: what their modules say of them, by id; see :func:`conda_dist.layer_kinds.kinds`.
+        named: (name, parameter) pairs. Tensors on the meta device may stand for the parameters.
+        kinds: what the modules say about them, by id, from
+            :func:`conda_dist.layer_kinds.kinds_by_module`.
         conda: see :func:`param_groups`.
         adamw: see :func:`param_groups`.
         kernels: see :func:`param_groups`.
 
     Raises:
-        TypeError: patterns are a text instead of a list.
-        ValueError: see :func:`divide`.
+        TypeError: see :func:`route_model`.
+        ValueError: see :func:`route_model`.
     """
-    for side, patterns in (("conda", conda), ("adamw", adamw)):
+    for argument, patterns in (("conda", conda), ("adamw", adamw)):
         if isinstance(patterns, str):
-            raise TypeError(f"{side} must be a list of patterns, got the text {patterns!r}")
-    division = Division([], [], {}, [])
+            raise TypeError(f"{argument} must be a list of patterns, got the text {patterns!r}")
+    routed = RoutedParameters([], [], {}, [])
     for name, param in named:
-        kind = known.get(id(param))
-        found = decide(name, param, kind)
+        kind = kinds.get(id(param))
+        found = _route_with_kind(name, param, kind)
         chosen = found.algorithm
-        kernel = found.reason == KERNEL if kind is None else kind.kernel
+        is_kernel = found.reason == KERNEL if kind is None else kind.kernel
         forced = _matches(name, conda) and not _matches(name, adamw)
         if forced or (kernels and found.reason == KERNEL and not _matches(name, adamw)):
             check_matrix(clean_name(name), param)
             chosen = CONDA
-            if kernel:
+            if is_kernel:
                 chosen = _kernel_path(clean_name(name), param, kind or Kind(), forced)
-                division.kernels[id(param)] = 1 if kind is None else kind.groups
+                routed.kernels[id(param)] = 1 if kind is None else kind.groups
         if _matches(name, adamw):
             chosen = ADAMW
-        (division.conda if chosen == CONDA else division.adamw).append((name, param))
+        (routed.conda if chosen == CONDA else routed.adamw).append((name, param))
     names = [clean_name(name) for name, _ in named]
     patterns = (*conda, *adamw)
-    division.unmatched.extend(p for p in patterns if not any(fnmatchcase(n, p) for n in names))
-    return division
+    routed.unmatched.extend(p for p in patterns if not any(fnmatchcase(n, p) for n in names))
+    return routed
 
 
 def _kernel_path(name: str, param: Tensor, kind: Kind, forced: bool) -> str:
-    """The path of a kernel that is to be seen as a matrix, or as one for each of its groups.
+    """The path of a kernel that patterns or ``kernels`` put on the conda path.
+
+    It is adamw if the kernel has a vector for each channel group and no pattern forces it.
 
     Raises:
-        ValueError: it cannot be.
+        ValueError: the kernel, or the part of it for each channel group, is no matrix.
     """
     leave = f'keep it with adamw: param_groups(model, adamw=["{name}"])'
     if kind.transposed:
@@ -320,25 +340,25 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def check_kernel(name: str, param: Tensor) -> None:
-    """Refuses a kernel whose elements are not in memory row by row, as those of a matrix are.
+    """Refuses a kernel that no view can turn into a matrix.
 
     Raises:
-        ValueError: it is channels_last, or not contiguous otherwise.
+        ValueError: it is not contiguous, for example channels_last.
     """
     if not param.is_contiguous():
         raise ValueError(
-            f"{name}: the kernel {tuple(param.shape)} has strides {param.stride()}, as "
-            "channels_last gives it, and only a contiguous one can be seen as a matrix. Use "
+            f"{name}: the kernel {tuple(param.shape)} has strides {param.stride()}, as in "
+            "channels_last format, and only a contiguous kernel can be seen as a matrix. Use "
             "model.to(memory_format=torch.contiguous_format) (inputs may be channels_last), or "
             "keep it with adamw."
         )
 
 
 def check_matrix(name: str, param: Tensor, path: str = CONDA) -> None:
-    """Refuses what is no matrix for a path that takes matrices.
+    """Refuses a parameter that is no matrix, for a path that takes matrices.
 
     Raises:
-        ValueError: fewer than two dimensions, or no elements.
+        ValueError: it has fewer than two dimensions, or no elements.
     """
     if param.ndim < 2 or param.numel() == 0:
         raise ValueError(
@@ -348,18 +368,18 @@ def check_matrix(name: str, param: Tensor, path: str = CONDA) -> None:
 
 
 def check_splits(name: str, param: Tensor, splits: Any, kernel: bool = False) -> None:
-    """Refuses what cannot be cut into these blocks of rows.
+    """Refuses splits that do not fit a weight.
 
     Args:
         name: the parameter's name.
         param: the parameter.
-        splits: rows of the parts.
-        kernel: whether it is seen as a matrix (out, in * k * k).
+        splits: the rows of each part.
+        kernel: whether the parameter is seen as a matrix (out, in * k * k).
 
     Raises:
-        TypeError: they are no sequence of positive integers.
-        ValueError: they do not fit into the weight's rows a whole number of times, or it has more
-            than three dimensions.
+        TypeError: the splits are not a tuple or list of positive integers.
+        ValueError: the weight's rows are no multiple of the sum of the splits, or the weight has
+            more than three dimensions.
     """
     if (
         not isinstance(splits, tuple | list)
@@ -378,36 +398,23 @@ def check_splits(name: str, param: Tensor, splits: Any, kernel: bool = False) ->
         )
 
 
-def doubt(named: Sequence[tuple[str, Tensor]]) -> str | None:
-    """The warning for weights whose names do not tell what they are, if there are any.
-
-    Args:
-        named: the parameters that take the path of their names.
-    """
-    shapes = {clean_name(name): tuple(param.shape) for name, param in named}
-    projected = {clean_name(n) for n, param in named if route(n, param).algorithm == CONDA}
-    found = doubtful(shapes, projected)
-    if not found:
-        return None
-    listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-    return (
-        f"{len(found)} matrices have names that do not tell whether they are embeddings, output "
-        f"heads, routers or projections: {listed}. Use conda_dist.param_groups(model), which looks "
-        "at the modules, or give their group an algorithm."
-    )
-
-
-TAKE_KERNELS = "param_groups(model, kernels=True) sees convolution kernels as matrices"
+USE_KERNELS = "param_groups(model, kernels=True) sees convolution kernels as matrices"
 NO_MATRIX = "None of them is a matrix to project: use AdamW"
 
 
-def nothing_to_project(
-    named: Sequence[tuple[str, Tensor]], how: str | None = None, path: str = CONDA
+def no_matrix_message(
+    named: Sequence[tuple[str, Tensor]], advice: str | None = None, path: str = CONDA
 ) -> str:
-    """The error for a model none of whose matrices would reach a rule's path; ``how`` to mend."""
+    """The error for a model without a trainable matrix on a rule's path.
+
+    Args:
+        named: all parameters of the model.
+        advice: how a user of this framework puts weights on the path; by default, how a user of
+            :func:`param_groups` does.
+        path: the rule's path.
+    """
     of_rule = "" if path == CONDA else f", rule={path!r}"
-    own = how is not None
-    how = how or (
+    name_weights = advice or (
         f'Name weights with param_groups(model, conda=["pattern"]{of_rule}) or give their group '
         f'algorithm="{path}"'
     )
@@ -417,18 +424,20 @@ def nothing_to_project(
         f"{'' if param.requires_grad else ', frozen'}: {reason}"
         for (name, param), reason in zip(named[:8], reasons, strict=False)
     ]
-    # What cannot be a matrix is refused where it is named as one.
-    able = [
+    trainable = [  # of the parameters that are matrices
         param.requires_grad
         for (_, param), reason in zip(named, reasons, strict=True)
         if len(param.shape) > 1 and reason not in (KERNEL, VECTOR)
     ]
-    advice = [how] if any(able) else []
-    advice += [TAKE_KERNELS] if KERNEL in reasons and not own else []
-    advice += ["Let weights that are matrices require gradients"] if able and not any(able) else []
-    advice = advice or [NO_MATRIX + ("" if own else ', or a group with algorithm="adamw"')]
+    fixes = [name_weights] if any(trainable) else []
+    if KERNEL in reasons and advice is None:
+        fixes.append(USE_KERNELS)
+    if trainable and not any(trainable):
+        fixes.append("Let weights that are matrices require gradients")
+    if not fixes:
+        fixes.append(NO_MATRIX + (', or a group with algorithm="adamw"' if advice is None else ""))
     return (
         f"no trainable matrix would reach the {path} path, so this would be AdamW under another "
         f"name. Found {len(named)} parameters: {'; '.join(listed)}"
-        f"{'; ...' if len(named) > 8 else ''}. {'. '.join(advice)}."
+        f"{'; ...' if len(named) > 8 else ''}. {'. '.join(fixes)}."
     )

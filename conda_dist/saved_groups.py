@@ -1,6 +1,6 @@
-"""The parameter groups of a state dict: which of them each parameter was in, and what they held.
+"""Matches the parameter groups of a state dict with those of the optimizer that loads it.
 
-Groups may be divided otherwise than when they were saved: parameters are found by name.
+The groups may have changed since they were saved, because parameters are matched by name.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from conda_dist.routing import ADAMW, clean_name
 from conda_dist.rules.rule import Rule
 
 OPTIONAL = ("param_names", "kernels")
-"""Keys that only some groups have; those of this optimizer count, not the checkpoint's."""
+"""Keys that only some groups have. A group keeps its own values of them when it loads."""
 
 
 def check_groups(
@@ -26,7 +26,18 @@ def check_groups(
     rule: Rule,
     hyperparameters: Sequence[str],
 ) -> None:
-    """Refuses what is not a state dict of this optimizer with these groups."""
+    """Refuses a state dict whose groups are from another optimizer or rule, or damaged.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        incoming: the state dict.
+        rule: the optimizer's rule.
+        hyperparameters: the keys that each group must have.
+
+    Raises:
+        TypeError: a hyperparameter has the wrong type.
+        ValueError: see above.
+    """
     saved_groups = incoming["param_groups"]
     if not any("algorithm" in saved for saved in saved_groups):
         states = [state for state in incoming["state"].values() if isinstance(state, Mapping)]
@@ -40,12 +51,12 @@ def check_groups(
     if written:
         raise ValueError(
             f"the checkpoint was written by rule {', '.join(map(repr, sorted(written)))}, and this "
-            f"optimizer's is {rule.name!r}: the states of one mean nothing to the other. Load it "
-            "into an optimizer of that rule, or start with fresh optimizer state."
+            f"optimizer's is {rule.name!r}, which cannot use its states. Load it into an optimizer "
+            "of that rule, or start with fresh optimizer state."
         )
     for g, saved in enumerate(saved_groups):
         if "algorithm" not in saved:
-            continue  # torch.distributed.checkpoint found no group there: see regroup
+            continue  # torch.distributed.checkpoint left its hyperparameters out: see regroup
         where = f"the checkpoint's parameter group {g}: "
         if missing := [key for key in hyperparameters if key != "splits" and key not in saved]:
             raise ValueError(f"{where}it has no {', '.join(missing)}: it is damaged.")
@@ -62,42 +73,53 @@ def regroup(
     sources: Mapping[Tensor, tuple[Any, Mapping[str, Any]]],
     rule: Rule,
 ) -> dict[str, Any]:
-    """The saved group for one of the optimizer's groups, made of those that its parameters had.
+    """Builds the group dict that torch loads into group ``g``, from its parameters' saved groups.
 
-    Its parameters, its algorithm and what belongs to them stay as they are here.
+    Parameters, algorithm, splits and kernels stay as they are in the optimizer; hyperparameters
+    come from the saved groups.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        g: index of the group.
+        saved_groups: the groups of the state dict.
+        sources: from :func:`find_sources`.
+        rule: the optimizer's rule.
 
     Raises:
-        ValueError: saved groups differ in a hyperparameter that one group cannot hold.
+        ValueError: the saved groups differ in a hyperparameter.
     """
     ours = groups[g]
     own = ("params", "algorithm", "splits", *OPTIONAL)
-    made = {key: ours[key] for key in own if key in ours}
-    made["params"] = [sources[param][0] for param in ours["params"]]
-    sought = {id(sources[param][1]) for param in ours["params"]}
-    if not sought and len(groups) == len(saved_groups):
-        sought = {id(saved_groups[g])}
-    # torch.distributed.checkpoint gives the hyperparameters of a group that became several to the
-    # last of them alone. The others take them from there.
-    whole = {i: saved for i, saved in enumerate(saved_groups) if "algorithm" in saved}
-    found = {i: saved for i, saved in whole.items() if id(saved) in sought} or whole
+    built = {key: ours[key] for key in own if key in ours}
+    built["params"] = [sources[param][0] for param in ours["params"]]
+    wanted = {id(sources[param][1]) for param in ours["params"]}
+    if not wanted and len(groups) == len(saved_groups):  # an empty group
+        wanted = {id(saved_groups[g])}
+    # If one saved group is now several groups, torch.distributed.checkpoint gives its
+    # hyperparameters to the last of them only. The others take them from there.
+    complete = {i: saved for i, saved in enumerate(saved_groups) if "algorithm" in saved}
+    found = {i: saved for i, saved in complete.items() if id(saved) in wanted} or complete
     for key in dict.fromkeys(key for saved in found.values() for key in saved if key not in own):
         path = _path_using(key, rule)
         using = {i: s for i, s in found.items() if not path or s["algorithm"] in (None, path)}
         (first, saved), *others = (using or found).items()
-        made[key] = saved.get(key)
+        built[key] = saved.get(key)
         for other, another in others:
-            if not _same(made[key], another.get(key)):
+            if not _same(built[key], another.get(key)):
                 raise ValueError(
                     f"the checkpoint has the parameters of group {g} in several groups, "
-                    f"with {key} {made[key]} in {_described(first, saved)} and {another.get(key)} "
-                    f"in {_described(other, another)}, which one group cannot hold. Give the "
+                    f"with {key} {built[key]} in {_describe(first, saved)} and {another.get(key)} "
+                    f"in {_describe(other, another)}, which one group cannot hold. Give the "
                     f"optimizer the checkpoint's groups, or set {key} alike in all of these."
                 )
-    return made
+    return built
 
 
 def is_merged(saved: Mapping[str, Any]) -> bool:
-    """Whether a group's parameters are more than those of the group that it was saved from."""
+    """Whether torch.distributed.checkpoint has put parameters of several saved groups into one.
+
+    It then gives names as the ids of all parameters, but ``param_names`` of one saved group only.
+    """
     names = saved.get("param_names") or ()
     by_name = all(isinstance(saved_id, str) for saved_id in saved["params"])
     return bool(names) and by_name and len(names) < len(saved["params"])
@@ -106,41 +128,49 @@ def is_merged(saved: Mapping[str, Any]) -> bool:
 def check_unseen(
     name: str, param: Tensor, rule: Rule, saved_groups: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Refuses moments for AdamW that may be a rule's, where nothing tells which they are.
+    """Refuses moments of an AdamW parameter if they may come from the rule's path.
 
-    torch.distributed.checkpoint reads no basis for a parameter that has none here, and where groups
-    are divided otherwise it gives the algorithm of some saved groups only.
+    torch.distributed.checkpoint does not read the basis of a parameter that has no basis here, and
+    if the groups have changed, it does not give the algorithm of every saved group. So moments
+    from both paths can look the same.
+
+    Args:
+        name: the parameter's name.
+        param: the parameter, on the adamw path here.
+        rule: the optimizer's rule.
+        saved_groups: the groups of the state dict.
 
     Raises:
-        ValueError: by its name and shape the parameter would have been on the rule's path.
+        ValueError: no saved group says that the parameter was on the adamw path, and by its name
+            and shape it would have been on the rule's path.
     """
-    whole = all("algorithm" in saved and not is_merged(saved) for saved in saved_groups)
-    known = (s.get("param_names") or () for s in saved_groups if s.get("algorithm") == ADAMW)
-    if whole or name in map(clean_name, itertools.chain(*known)):
+    complete = all("algorithm" in saved and not is_merged(saved) for saved in saved_groups)
+    on_adamw = (s.get("param_names") or () for s in saved_groups if s.get("algorithm") == ADAMW)
+    if complete or name in map(clean_name, itertools.chain(*on_adamw)):
         return
     if route_by_name(name, param).algorithm != ADAMW:
         raise ValueError(
             f"{name}: it is on the adamw path here, and may be on the {rule.name} path in the "
-            "checkpoint, which divides the parameters among groups otherwise. Give the optimizer "
-            "the checkpoint's groups, or load a state dict of Optimizer.state_dict."
+            "checkpoint, which has other parameter groups. Give the optimizer the checkpoint's "
+            "groups, or load the result of Optimizer.state_dict."
         )
 
 
-def _described(g: int, saved: Mapping[str, Any]) -> str:
-    """A saved group in words, by its first parameter."""
+def _describe(g: int, saved: Mapping[str, Any]) -> str:
+    """Names a saved group by its index and its first parameter."""
     first = (saved.get("param_names") or saved["params"] or ["nothing"])[0]
     return f"group {g} (of {first}, ...)"
 
 
 def _path_using(key: str, rule: Rule) -> str | None:
-    """The only path on which a hyperparameter has an effect; None if it has one on both."""
+    """The path that uses a hyperparameter; None if both paths use it."""
     if key.startswith("adamw_"):
         return ADAMW
     return rule.name if key in rule.hyperparameters and key != "correct_bias" else None
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two hyperparameters are the same; what frameworks keep beside them may differ."""
+    """Whether two values are equal, or are no numbers and so belong to a framework."""
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if not isinstance(a, Real | Tensor) or not isinstance(b, Real | Tensor):
@@ -151,10 +181,19 @@ def _same(a: Any, b: Any) -> bool:
 def find_sources(
     groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
 ) -> dict[Tensor, tuple[Any, Mapping[str, Any]]]:
-    """For each parameter, the key of its saved state and its saved group."""
+    """Finds, for each parameter, the key of its saved state and its saved group.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        saved_groups: the groups of the state dict.
+
+    Raises:
+        ValueError: the numbers of parameters differ, a name is not in the checkpoint, or the
+            checkpoint is damaged.
+    """
     ours, theirs = ([len(g["params"]) for g in some] for some in (groups, saved_groups))
-    # torch.distributed.checkpoint's keys are names already, in our order; the param_names it gives
-    # are those of another group if the groups differ.
+    # torch.distributed.checkpoint gives names as ids, in the order of our groups. If the groups
+    # have changed, its param_names are those of another group, so do not read them.
     by_number = all(
         isinstance(saved_id, int) for saved in saved_groups for saved_id in saved["params"]
     )

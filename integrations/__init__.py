@@ -1,1 +1,1 @@
-"""Adapters that let other frameworks use Conda."""
+"""Adapters of Conda for FSDP2, DeepSpeed and torchtitan."""

@@ -1,6 +1,8 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, their order, and which of them are quick."""
 
+import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,9 @@ import ranks
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
+THOROUGH = ("fuzz", "slow")
+"""Folders whose tests are all thorough."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _processes() -> Iterator[None]:
@@ -20,10 +25,47 @@ def _processes() -> Iterator[None]:
     ranks.close()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts DeepSpeed's last.
+def pytest_collection_finish() -> None:
+    """Takes all that has been imported out of what each collection of garbage goes through."""
+    gc.freeze()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --quick."""
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="of each test the first case, of those that are not thorough",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Orders the tests, and with --quick leaves out what is thorough and all but first cases."""
+    items.sort(key=_order)
+    if config.getoption("--quick"):
+        seen: set[str] = set()
+        left_out = []
+        for item in items[:]:
+            name = item.nodeid.partition("[")[0]
+            if name in seen or _is_thorough(item):
+                left_out.append(item)
+                items.remove(item)
+            seen.add(name)
+        config.hook.pytest_deselected(items=left_out)
+
+
+def _order(item: pytest.Item) -> tuple[bool, bool]:
+    """Long modules first, so that no process has one to itself at the end, and DeepSpeed's last.
 
     ZeRO leaves its mark on nn.Module, with which torchtitan's classes cannot be made any more, and
     starting all processes anew for each of its modules takes a minute.
     """
-    items.sort(key=lambda item: "deepspeed" in item.path.stem)
+    return "deepspeed" in item.path.stem, _folder(item) not in THOROUGH
+
+
+def _is_thorough(item: pytest.Item) -> bool:
+    return _folder(item) in THOROUGH or item.get_closest_marker("thorough") is not None
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).parts[0]

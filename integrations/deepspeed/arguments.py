@@ -1,4 +1,4 @@
-"""Layer: integrations. What a DeepSpeed JSON may say about Conda, checked."""
+"""Layer: integrations. Checks the arguments of Conda in a DeepSpeed JSON."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -9,13 +9,13 @@ import torch
 
 from conda_dist.options import GROUP_OPTIONS, OPTIONS, Options
 from conda_dist.parameter_groups import check_hyperparameters
-from conda_dist.routing import Division, clean_name, split
+from conda_dist.routing import RoutedParameters, clean_name, group_by_view
 
 PATTERNS = ("conda_params", "adamw_params")
 SPLITS = "splits"
 
 NEAR = 0.8
-"""How similar (from 0 to 1, as difflib counts) a known name must be to be suggested."""
+"""Errors suggest a known name from this similarity on (difflib's ratio, 0 to 1)."""
 
 ADAMS = "Adam's: leave it out"
 FOREIGN = {
@@ -42,22 +42,22 @@ FOREIGN = {
         "SGD's or Muon's: leave it out",
     ),
 }
-"""Keys of published optimizer blocks that Conda lacks: whose they are, and what to do."""
+"""Keys of other optimizers in published JSON files: whose they are, and what to do."""
 
 FILLED = ("lr", "betas", "eps", "weight_decay")
-"""The keys whose "auto" Hugging Face's Trainer replaces by a value."""
+"""The keys for which Hugging Face's Trainer replaces "auto" by a value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """What an optimizer was asked for.
+    """The checked arguments of an optimizer.
 
     Attributes:
-        defaults: hyperparameters of its groups.
-        options: what holds for the whole optimizer.
-        conda: patterns (as of :mod:`fnmatch`) of names to project whatever their names say.
-        adamw: patterns of names to keep off the conda path.
-        splits: patterns of fused weights with the rows of their parts, or how many equal ones.
+        defaults: default hyperparameters of its groups.
+        options: the options of the whole optimizer.
+        conda: patterns (see :mod:`fnmatch`) of names of parameters for the conda path.
+        adamw: patterns of names of parameters for the adamw path.
+        splits: patterns of fused weights, with the rows of each part or the number of equal parts.
     """
 
     defaults: dict[str, Any]
@@ -72,11 +72,11 @@ def parse(given: Mapping[str, Any], where: str = "") -> Arguments:
 
     Args:
         given: the params.
-        where: what to call their place in errors.
+        where: text that errors begin with.
 
     Raises:
-        TypeError: a value is of the wrong type.
-        ValueError: there is no such key, or a value is out of its range.
+        TypeError: a value has the wrong type.
+        ValueError: a key is unknown, or a value is out of range.
     """
     try:
         return _parse(given)
@@ -90,7 +90,7 @@ def _parse(given: Mapping[str, Any]) -> Arguments:
     check_hyperparameters(defaults)
     own = OPTIONS.keys() - GROUP_OPTIONS.keys()
     options = Options(**{name: value for name, value in given.items() if name in own})
-    _refuse(options)
+    _refuse_unsupported(options)
     if isinstance(defaults["lr"], torch.Tensor):
         raise TypeError("lr must be a number: DeepSpeed's schedulers set it anew")
     defaults["betas"] = tuple(defaults["betas"])  # JSON has lists only
@@ -102,67 +102,75 @@ def _parse(given: Mapping[str, Any]) -> Arguments:
 
 
 def _refuse_keys(given: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuses unknown keys, and values "auto" that nobody has replaced.
+    """Refuses unknown keys, and the value "auto" if no framework has replaced it.
 
     Raises:
-        ValueError: there are some. The message names all of them, in their order.
+        ValueError: there are such keys. The message names all of them in their order.
     """
     unknown = [key for key in given if key not in known]
     if unknown:
-        said = ", ".join(f"{key!r}{describe(key, known)}" for key in unknown)
-        lost = not all(describe(key, known) for key in unknown)
-        takes = f" It takes {', '.join(known)}." if lost else ""
-        raise ValueError(f"Conda has no param {said}.{takes}")
+        hints = [describe_key(key, known) for key in unknown]
+        named = ", ".join(f"{key!r}{hint}" for key, hint in zip(unknown, hints, strict=True))
+        takes = "" if all(hints) else f" It takes {', '.join(known)}."
+        raise ValueError(f"Conda has no param {named}.{takes}")
     auto = [key for key, value in given.items() if value in ("auto", ["auto", "auto"])]
     if auto:
         raise ValueError(
             f'"auto" is the value of {", ".join(auto)}, and nobody has replaced it: Hugging Face\'s'
-            f" Trainer does for {', '.join(FILLED)} alone, Accelerate for lr and weight_decay "
-            "alone. Give a value, or leave the key out for Conda's own."
+            f" Trainer replaces it only for {', '.join(FILLED)}, Accelerate only for lr and "
+            "weight_decay. Give a value, or leave the key out for Conda's default."
         )
 
 
-def describe(key: str, known: Sequence[str]) -> str:
-    """What is known of an unknown key, in parentheses: its owner, or the nearest known key."""
+def describe_key(key: str, known: Sequence[str]) -> str:
+    """A hint for an unknown key, in parentheses: its optimizer, or the nearest known key, or ""."""
     if key in FOREIGN:
         return f" ({FOREIGN[key]})"
     near = difflib.get_close_matches(key, known, n=1, cutoff=NEAR)
     return f" (the nearest is {near[0]!r})" if near else ""
 
 
-def cut(
-    division: Division, splits: Mapping[str, int | Sequence[int]]
+def part_rows(
+    routed: RoutedParameters, splits: Mapping[str, int | Sequence[int]]
 ) -> dict[int, tuple[int, ...]]:
-    """The rows of the parts of each weight, by its id; () if it stays whole.
+    """The rows of each part of each weight on the conda path, by its id; () if it is not split.
+
+    Args:
+        routed: the parameters.
+        splits: see :class:`Arguments`.
 
     Raises:
-        TypeError: splits of the wrong type.
-        ValueError: a pattern matches nothing, or a weight cannot be cut that way; or a weight is a
-            convolution kernel.
+        TypeError: splits have the wrong type.
+        ValueError: a pattern matches no weight; a weight has other rows, or splits that repeat; or
+            a weight is a convolution kernel.
     """
-    ways, unmatched = split(division, splits)
+    by_view, unmatched = group_by_view(routed, splits)
     if unmatched:
         raise ValueError(f"splits pattern {unmatched[0]!r} matches no parameter on the conda path")
-    for name, weight in division.conda:
-        if id(weight) in division.kernels:
+    for name, weight in routed.conda:
+        if id(weight) in routed.kernels:
             raise ValueError(
                 f"{clean_name(name)}: a convolution kernel {tuple(weight.shape)} cannot take the "
                 "conda path under DeepSpeed; take it out of conda_params"
             )
-    by_rows = [(way.splits, weights) for way, weights in ways.items()]
+    by_rows = [(view.splits, weights) for view, weights in by_view.items()]
     for rows, weights in by_rows:
         for name, weight in weights if rows else ():
             if weight.ndim != 2 or weight.shape[0] != sum(rows or ()):
                 raise ValueError(
-                    f"{clean_name(name)}: splits {rows} of a weight {tuple(weight.shape)} repeat, "
-                    "and under DeepSpeed parts must be blocks of rows of a matrix that make up all "
-                    "of it. Leave them out, or store the parts one after the other."
+                    f"{clean_name(name)}: splits {rows} of a weight {tuple(weight.shape)} repeat. "
+                    "Under DeepSpeed a split weight must be a matrix, and each part one block of "
+                    "its rows. Leave the splits out, or store the parts one after the other."
                 )
     return {id(weight): rows or () for rows, weights in by_rows for _, weight in weights}
 
 
-def _refuse(options: Options) -> None:
-    """Refuses options that DeepSpeed's partitions do not support."""
+def _refuse_unsupported(options: Options) -> None:
+    """Refuses options that DeepSpeed's partitions do not support.
+
+    Raises:
+        ValueError: there is one.
+    """
     if options.refresh_delay:
         raise ValueError(
             f"refresh_delay {options.refresh_delay} is not supported under DeepSpeed, whose "
@@ -171,7 +179,7 @@ def _refuse(options: Options) -> None:
     for name, neutral in (("second_moment_dtype", None), ("stochastic_rounding", False)):
         if getattr(options, name) != neutral:
             raise ValueError(
-                f"{name} is not supported under DeepSpeed, whose partitions have both moments in "
+                f"{name} is not supported under DeepSpeed, whose partitions store both moments in "
                 "one dtype, rounded to nearest: leave it out (state_dtype sets both)"
             )
 

@@ -1,9 +1,9 @@
-"""Layer: integrations. What DeepSpeed's checkpoints hold of Conda, and whether it fits.
+"""Layer: integrations. Conda's part of DeepSpeed's checkpoints, and checks before it is loaded.
 
-An optimizer's state dict has under "conda" what torch's loader would cast or drop: the bases and
-the counts. Universal checkpoints are made of one rank's parameter groups and of tensors as long as
-the partitions; so the first rank's first group has the same once more, with whole bases of all
-weights, and ``ds_to_universal`` carries it along without knowing.
+The optimizer's state dict has a key "conda" for what torch's loader would cast or drop: the bases
+and the counts. A universal checkpoint consists of one rank's parameter groups and of tensors in the
+shapes of parameters, so it has no place for bases. Therefore the first rank's first parameter group
+has such a key, too, with the whole bases of all weights, and ``ds_to_universal`` copies the group.
 """
 
 import os
@@ -16,57 +16,55 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 
-from conda_dist.integrations.deepspeed.partitions import Member
+from conda_dist.integrations.deepspeed.partitions import ParameterInfo
 from conda_dist.routing import CONDA
 
 KEY, FORMAT = "conda", 1
 
-Weights: TypeAlias = Mapping[str, Mapping[str, Tensor]]
-"""By name of a weight its ``step``, ``basis`` and ``basis_step``."""
+Infos: TypeAlias = Mapping[Tensor, ParameterInfo]
+"""The optimizer's parameters."""
 
 
 @dataclass(slots=True)
-class Kept:
-    """What was kept beside the tensors that DeepSpeed stores.
+class SavedBases:
+    """Saved states that DeepSpeed itself does not store.
 
     Attributes:
-        weights: by name of a weight its ``step``, its ``basis``, as a rank has it or whole, and
-            its ``basis_step``.
-        counts: by name of a parameter the steps that the engine's tensor with it has taken; empty
-            if the engine has kept them.
+        weights: by name of a weight: its ``step``, ``basis`` and ``basis_step``. The basis is whole
+            (r, r), or has this rank's elements only.
+        counts: by name of a parameter: the number of steps of the engine's tensor that contains it;
+            empty if the engine stores the counts.
     """
 
     weights: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
 
 
-def pack(
-    kept: Kept, groups: Sequence[Mapping[str, Any]], members: Mapping[Tensor, Member]
-) -> dict[str, Any]:
-    """The part of a state dict that torch's loader would cast or drop.
+def pack(bases: SavedBases, groups: Sequence[Mapping[str, Any]], infos: Infos) -> dict[str, Any]:
+    """The value of a state dict's key "conda".
 
     Args:
-        kept: what is kept of the parameters.
+        bases: bases and counts of the parameters.
         groups: the parameter groups of the state dict.
-        members: the parameters.
+        infos: the parameters.
     """
     return {
         "format": FORMAT,
-        "shapes": {name: list(shape) for name, shape in _matrices(members).items()},
-        "weights": {name: dict(tensors) for name, tensors in kept.weights.items()},
-        "counts": kept.counts,
-        "others": {m.name: list(m.shape) for m in members.values() if m.algorithm != CONDA},
+        "shapes": {name: list(shape) for name, shape in _matrix_shapes(infos).items()},
+        "weights": {name: dict(tensors) for name, tensors in bases.weights.items()},
+        "counts": bases.counts,
+        "others": {i.name: list(i.shape) for i in infos.values() if i.algorithm != CONDA},
         "groups": [hyperparameters(group) for group in groups],
     }
 
 
 def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group without its parameters and without what was kept."""
+    """A parameter group without its parameters and without the key "conda"."""
     return {key: value for key, value in group.items() if key not in ("params", KEY)}
 
 
-def restore(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Gives a group saved hyperparameters, in place: engine and schedulers hold on to it."""
+def restore_hyperparameters(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Puts saved hyperparameters into a group, in place: engine and schedulers refer to it."""
     for key in group.keys() - saved.keys() - {"params"}:
         del group[key]
     group.update(hyperparameters(saved))
@@ -74,20 +72,23 @@ def restore(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def check(
-    state_dict: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    members: Mapping[Tensor, Member],
-) -> Kept:
-    """Holds a state dict against the optimizer that is to load it.
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], infos: Infos
+) -> SavedBases:
+    """Checks that a state dict fits the optimizer that loads it.
+
+    Args:
+        state_dict: the state dict.
+        groups: the optimizer's parameter groups.
+        infos: its parameters.
 
     Returns:
-        What was kept of its weights.
+        The saved bases. The counts are empty, because the engine stores them.
 
     Raises:
         ValueError: it does not fit.
     """
-    kept = _check_kept(state_dict.get(KEY), members)
-    for index, (tensor, saved) in enumerate(states(state_dict, groups)):
+    packed = _check_packed(state_dict.get(KEY), infos)
+    for index, (tensor, saved) in enumerate(saved_states(state_dict, groups)):
         for name in ("exp_avg", "exp_avg_sq") if saved else ():
             if name not in saved or saved[name].shape != tensor.shape:
                 found = tuple(saved[name].shape) if name in saved else "nothing"
@@ -95,31 +96,36 @@ def check(
                     f"{name} of tensor {index}: the checkpoint has {found}, here it is "
                     f"{tuple(tensor.shape)}; load it on as many ranks, with the same config"
                 )
-    return Kept(kept["weights"])
+    return SavedBases(packed["weights"])
 
 
-def _matrices(members: Mapping[Tensor, Member]) -> dict[str, tuple[int, ...]]:
-    """Shapes of what has bases, by name."""
-    conda = (member for member in members.values() if member.algorithm == CONDA)
-    return {part.name: part.shape for member in conda for part in member.parts}
+def _matrix_shapes(infos: Infos) -> dict[str, tuple[int, ...]]:
+    """The shapes of the parameters and parts that have a basis, by name."""
+    conda = (info for info in infos.values() if info.algorithm == CONDA)
+    return {part.name: part.shape for info in conda for part in info.parts}
 
 
-def _check_kept(extra: Any, members: Mapping[Tensor, Member]) -> Mapping[str, Any]:
-    if not isinstance(extra, Mapping) or extra.get("format") != FORMAT:
+def _check_packed(packed: Any, infos: Infos) -> Mapping[str, Any]:
+    """Checks what :func:`pack` wrote, and returns it."""
+    if not isinstance(packed, Mapping) or packed.get("format") != FORMAT:
         raise ValueError(
             "the checkpoint's optimizer state was not written by Conda under DeepSpeed, or by "
             "another version of it; load the model alone with load_optimizer_states=False"
         )
-    ours = _matrices(members)
-    _compare(ours, extra["shapes"], " on the conda path")
-    if extra["weights"] and (missing := ours.keys() - extra["weights"].keys()):
-        raise ValueError(f"{min(missing)}: the checkpoint has no basis of it")
-    return extra
+    ours = _matrix_shapes(infos)
+    _compare_shapes(ours, packed["shapes"], " on the conda path")
+    if packed["weights"] and (missing := ours.keys() - packed["weights"].keys()):
+        raise ValueError(
+            f"{min(missing)}: the checkpoint has no basis of it, and so is damaged; load the model "
+            "alone with load_optimizer_states=False"
+        )
+    return packed
 
 
-def _compare(
+def _compare_shapes(
     ours: Mapping[str, tuple[int, ...]], saved: Mapping[str, Sequence[int]], where: str
 ) -> None:
+    """Refuses shapes, by name, that differ from the saved ones; ``where``: put after a shape."""
     theirs = {name: tuple(shape) for name, shape in saved.items()}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
@@ -130,52 +136,56 @@ def _compare(
 
 
 def read_universal(
-    folder: str, groups: Sequence[Mapping[str, Any]], members: Mapping[Tensor, Member]
+    folder: str, groups: Sequence[Mapping[str, Any]], infos: Infos
 ) -> Mapping[str, Any]:
-    """What a universal checkpoint has kept, held against the optimizer that is to load it.
+    """Reads the key "conda" of a universal checkpoint, and checks that it fits the optimizer.
 
     Args:
-        folder: of the checkpoint, with its tag.
+        folder: the checkpoint's folder, including its tag.
         groups: the optimizer's parameter groups.
-        members: its parameters.
+        infos: its parameters.
+
+    Returns:
+        What :func:`pack` wrote, with whole bases.
 
     Raises:
-        ValueError: there is none, or it does not fit.
+        ValueError: the folder has no such checkpoint, or it does not fit.
     """
     path = os.path.join(folder, "zero", "optimizer_state.pt")
     if not os.path.isfile(path):
         raise ValueError(f"{path} is missing: {folder} is not what ds_to_universal makes")
-    # Mapped, for it holds the bases of all weights, of which a rank takes few.
+    # Use mmap: the file has the bases of all weights, and this rank needs few of them.
     with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum]):
         read = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    extra = (read.get("param_groups") or [{}])[0].get(KEY)
-    if isinstance(extra, Mapping) and "unfit" in extra:
-        raise ValueError(f"the universal checkpoint cannot be loaded: {extra['unfit']}")
-    kept = _check_kept(extra, members)
-    ours = {m.name: m.shape for m in members.values() if m.algorithm != CONDA}
-    _compare(ours, kept["others"], "")
-    if len(kept["groups"]) != len(groups):
+    packed = (read.get("param_groups") or [{}])[0].get(KEY)
+    if isinstance(packed, Mapping) and "unfit" in packed:
+        raise ValueError(f"the universal checkpoint cannot be loaded: {packed['unfit']}")
+    packed = _check_packed(packed, infos)
+    _compare_shapes(
+        {i.name: i.shape for i in infos.values() if i.algorithm != CONDA}, packed["others"], ""
+    )
+    if len(packed["groups"]) != len(groups):
         raise ValueError(
-            f"the checkpoint has {len(kept['groups'])} parameter groups, the optimizer "
-            f"{len(groups)}"
+            f"the checkpoint has {len(packed['groups'])} parameter groups, the optimizer "
+            f"{len(groups)}; make the optimizer with the same groups"
         )
-    return kept
+    return packed
 
 
-def states(
+def saved_states(
     state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """Every tensor of the groups with what was saved of its state; empty if nothing was.
+    """Yields every tensor of the groups with its saved states by name, {} if it has none.
 
     Raises:
-        ValueError: there are other groups or tensors in the state dict.
+        ValueError: the state dict has other numbers of groups or tensors.
     """
     saved = state_dict["param_groups"]
     counts = [len(group["params"]) for group in groups]
     if [len(group["params"]) for group in saved] != counts:
         raise ValueError(
             f"the checkpoint has {[len(group['params']) for group in saved]} tensors in its "
-            f"parameter groups, the optimizer {counts}"
+            f"parameter groups, the optimizer {counts}; load it with the same config and groups"
         )
     for group, theirs in zip(groups, saved, strict=True):
         for tensor, index in zip(group["params"], theirs["params"], strict=True):

@@ -1,4 +1,4 @@
-"""Layer: integrations. How DeepSpeed's engine comes to know Conda, and what it tells in return."""
+"""Layer: integrations. Registers Conda with DeepSpeed, and reads what it needs of the engine."""
 
 import functools
 import os
@@ -12,16 +12,17 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
-from conda_dist.integrations.deepspeed.arguments import PATTERNS, SPLITS, describe
-from conda_dist.layer_kinds import Kind, kinds
+from conda_dist.integrations.deepspeed.arguments import PATTERNS, SPLITS, describe_key
+from conda_dist.layer_kinds import Kind, kinds_by_module
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.optimizer import Conda as PlainConda
 from conda_dist.options import OPTIONS
 from conda_dist.replaced_parameters import DEEPSPEED
 
-_engine: ContextVar[Any] = ContextVar("engine that configures its optimizer", default=None)
-_saving: ContextVar[str | None] = ContextVar("that all ranks save ZeRO's checkpoint", default=None)
+_engine: ContextVar[Any] = ContextVar("the engine that is making its optimizer", default=None)
+_saving: ContextVar[str | None] = ContextVar("see zero_checkpoint_problem()", default=None)
 
+# Reasons why an option is refused.
 ROUND_ROBIN = "DeepSpeed takes parameters from wrong places with round_robin_gradients"
 NVME = "offloading to NVMe resizes the states it swaps"
 LOST = "low-precision master weights lose the update"
@@ -31,17 +32,17 @@ QUANTIZED = (
     "zero_quantized_nontrainable_weights",
     "zero_quantized_gradients",
 )
-WAYS = f"Either {DEEPSPEED}."
+USE_OURS = f"Either {DEEPSPEED}."
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What an engine knows of the parameters of its optimizer.
+class EngineInfo:
+    """What the optimizer learns from DeepSpeed's engine.
 
     Attributes:
-        names: the parameters' names.
-        kinds: what the model's modules say of them, by id.
-        replicas: at stage 0 the ranks whose copies and gradients are equal.
+        names: names of the parameters.
+        kinds: what the model's modules say about the parameters, by id.
+        replicas: at stage 0: the ranks whose parameters and gradients are equal.
     """
 
     names: dict[Tensor, str] = field(default_factory=dict)
@@ -49,50 +50,51 @@ class Known:
     replicas: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, engine: Any) -> "Known":
-        """What this engine knows.
+    def read(cls, engine: Any) -> "EngineInfo":
+        """Reads the information from an engine.
 
         Raises:
-            ValueError: its config asks for something that Conda does not support.
+            ValueError: the engine's config has an option that Conda does not support.
         """
-        refuse(engine)
+        refuse_unsupported(engine)
         group = engine.seq_data_parallel_group
-        return cls(dict(engine.param_names), kinds(engine.module), group)
+        return cls(dict(engine.param_names), kinds_by_module(engine.module), group)
 
 
-def current() -> Known | None:
-    """What is known from the engine that is making its optimizer, if one is."""
+def current_engine_info() -> EngineInfo | None:
+    """Information from the engine that is making its optimizer now; None if there is no such."""
     engine = _engine.get()
-    return None if engine is None else Known.of(engine)
+    return None if engine is None else EngineInfo.read(engine)
 
 
-def saving() -> str | None:
-    """Whether the engine asks for a state dict, on all ranks, to write ZeRO's checkpoint.
+def zero_checkpoint_problem() -> str | None:
+    """Why the checkpoint that the engine writes now cannot become a universal checkpoint.
 
     Returns:
-        None if it does not; else why that could not become a universal one, "" if it can.
+        A reason, or "" if it can. Then all ranks ask for a state dict together. None if the engine
+        is not writing a ZeRO checkpoint.
     """
     return _saving.get()
 
 
-def section() -> str:
-    """What to call the place of arguments in errors; "" if they are not the JSON's."""
+def errors_prefix() -> str:
+    """The text that errors about arguments begin with: their place in the JSON, or ""."""
     engine = _engine.get()
-    given_by_json = engine is not None and engine.client_optimizer is None
-    return "DeepSpeed JSON, optimizer.params: " if given_by_json else ""
+    from_json = engine is not None and engine.client_optimizer is None
+    return "DeepSpeed JSON, optimizer.params: " if from_json else ""
 
 
-def refuse(engine: Any) -> None:
-    """Refuses what was not tried, before it can go wrong in silence.
+def refuse_unsupported(engine: Any) -> None:
+    """Refuses options of DeepSpeed that Conda does not support or was not tried with.
 
     Raises:
-        ValueError: the engine's config asks for it.
+        ValueError: the engine's config, its model or the script uses one.
     """
-    _refuse_section(engine)
+    _refuse_unread_json(engine)
     config, zero = engine._config, engine._config.zero_config
     offload, universal = zero.offload_optimizer, engine.load_universal_checkpoint()
     low = "_master_weights_and_grads"
-    asked: list[tuple[Any, str, str]] = [
+    refused: list[tuple[Any, str, str]] = [  # whether it is used, its name, why it is refused
         *(
             (o is not None and o.device == "nvme", f'{name}.device "nvme"', NVME)
             for name, o in (
@@ -146,133 +148,130 @@ def refuse(engine: Any) -> None:
             "it steps through a gradient scaler of its own",
         ),
         (engine.autotp_size() > 1, "tensor_parallel", "tensor parallelism was not tried"),
-        # These are asked for by the script, not by the JSON.
+        # The script chooses these, not the JSON.
         (engine.has_moe_layers, "a model with MoE layers of DeepSpeed's", EXPERTS),
         (engine.pipeline_parallelism, "a PipelineModule", "pipeline parallelism was not tried"),
         (engine.mpu is not None, "an mpu", "model parallelism was not tried"),
     ]
-    for wanted, key, reason in asked:
-        if wanted:
+    for used, key, reason in refused:
+        if used:
             raise ValueError(
                 f"Conda does not support {key} in this DeepSpeed config: {reason}. Leave it out, "
                 "or use another optimizer."
             )
 
 
-def _refuse_section(engine: Any) -> None:
-    """Refuses what stands in the JSON's section of the optimizer and is read by nobody.
+def _refuse_unread_json(engine: Any) -> None:
+    """Refuses entries of the JSON's "optimizer" that DeepSpeed and Conda would ignore.
 
     Raises:
-        ValueError: there is something.
+        ValueError: there is such an entry.
     """
     section = dict(engine._config._param_dict.get("optimizer") or {})
     kind, _ = section.pop("type", None), section.pop("params", None)
     if engine.client_optimizer is not None:
         if kind is not None:
             raise ValueError(
-                f'the DeepSpeed JSON\'s optimizer (type "{kind}") is read by nobody, since the '
-                "script gives deepspeed.initialize an optimizer. Take one of the two out."
+                f'the DeepSpeed JSON\'s optimizer (type "{kind}") is ignored, because the script '
+                "gives deepspeed.initialize an optimizer. Remove one of the two."
             )
         return
     if section:
         known = [*OPTIONS, *PATTERNS, SPLITS]
         names = ", ".join(
-            f"{key!r}{' (put it into params)' if key in known else describe(key, ())}"
+            f"{key!r}{' (put it into params)' if key in known else describe_key(key, ())}"
             for key in section
         )
         raise ValueError(
-            f"DeepSpeed JSON, optimizer: {names} would be read by nobody. Beside type and params "
-            "there is nothing that Conda takes."
+            f"DeepSpeed JSON, optimizer: {names} would be ignored. Only type and params have an "
+            "effect here."
         )
 
 
-def refuse_client(engine: Any, optimizer: Any) -> None:
-    """Refuses a script's optimizer that is not what somebody who asked for Conda would think.
+def refuse_client_optimizer(engine: Any, optimizer: Any) -> None:
+    """Refuses an optimizer of the script if it cannot work, or if it is not the Conda asked for.
 
     Raises:
-        ValueError: a :class:`conda_dist.Conda` under ZeRO, which flattens the parameters, or
-            another rule's optimizer; what
-            Accelerate has made of a Conda; or anything else than the Conda of the JSON.
+        ValueError: the JSON asks for Conda, too; or under ZeRO, which flattens parameters, it is
+            :class:`conda_dist.Conda` or another optimizer of this package; or Accelerate has
+            replaced a Conda by it.
     """
     if (name := str(engine._config.optimizer_name)).lower() == "conda":
         raise ValueError(
-            f'the DeepSpeed JSON\'s optimizer (type "{name}") is read by nobody, since the script '
-            f"gives deepspeed.initialize one ({type(optimizer).__name__}). Take one of the two out."
+            f'the DeepSpeed JSON\'s optimizer (type "{name}") is ignored, because the script gives '
+            f"deepspeed.initialize one ({type(optimizer).__name__}). Remove one of the two."
         )
     zero = engine.zero_optimization()
     plain = isinstance(optimizer, PlainConda) and zero
-    # GaLore's groups have an interval, too, but also a rank; Adam's own have neither.
+    # An Adam with Conda's groups was a Conda. GaLore's groups have this key, too, but also "rank".
     replaced = type(optimizer) in ZERO_SUPPORTED_OPTIMIZERS and any(
         "update_proj_gap" in group and "rank" not in group for group in optimizer.param_groups
     )
     if isinstance(optimizer, MatrixOptimizer) and zero and not plain:
         raise ValueError(
             f"{type(optimizer).__name__} is not supported under ZeRO, at stage "
-            f"{engine.zero_optimization_stage()}: of conda_dist's optimizers Conda alone steps the "
-            "flat partitions that it makes of parameters. Use that, or FSDP2."
+            f"{engine.zero_optimization_stage()}: of conda_dist's optimizers, only Conda can step "
+            "ZeRO's flat partitions. Use Conda, or FSDP2."
         )
     if plain:
         raise ValueError(
-            "conda_dist.Conda cannot step the flat partitions that ZeRO makes of parameters, at "
-            f"stage {engine.zero_optimization_stage()}. {WAYS}"
+            "conda_dist.Conda cannot step ZeRO's flat partitions of parameters, at stage "
+            f"{engine.zero_optimization_stage()}. {USE_OURS}"
         )
     if replaced:
         raise ValueError(
-            f"the optimizer, {type(optimizer).__name__}, was made of a Conda, as Accelerate does "
-            'where offload_optimizer is on. Add "zero_force_ds_cpu_optimizer": false to the '
-            f"DeepSpeed JSON, so that the optimizer stays what it is. {WAYS}"
+            f"the optimizer, {type(optimizer).__name__}, has Conda's parameter groups: Accelerate "
+            "replaces Conda in this way if offload_optimizer is on. Add "
+            '"zero_force_ds_cpu_optimizer": false to the DeepSpeed JSON, so that Accelerate leaves '
+            f"the optimizer alone. {USE_OURS}"
         )
 
 
 def register() -> None:
-    """Makes Conda known: to the JSON's "type" and to the engine's list of optimizers for ZeRO."""
+    """Registers Conda for the JSON's "type", and in DeepSpeed's list of optimizers for ZeRO."""
     from conda_dist.integrations.deepspeed.optimizer import Conda
 
     if Conda in ZERO_SUPPORTED_OPTIMIZERS:
         return
     ZERO_SUPPORTED_OPTIMIZERS.append(Conda)
-    for name in ("Conda", "conda"):  # where the engine looks for types it does not know
+    for name in ("Conda", "conda"):  # the engine looks up unknown types in torch.optim
         setattr(torch.optim, name, Conda)
     _wrap_configuring(Conda)
     _wrap_checkpoints(Conda)
 
 
 def _wrap_configuring(ours: type[Any]) -> None:
-    """Has optimizers know the engine that is configured."""
+    """Wraps the method with which an engine makes its optimizer, so that Conda gets its info."""
     configure = DeepSpeedEngine._configure_optimizer
 
     @functools.wraps(configure)
-    def knowing(self: Any, client_optimizer: Any, model_parameters: Any) -> Any:
-        def made(params: Any) -> Any:
+    def configure_with_info(self: Any, client_optimizer: Any, model_parameters: Any) -> Any:
+        def make_checked(params: Any) -> Any:
             optimizer = client_optimizer(params)
-            refuse_client(self, optimizer)
+            refuse_client_optimizer(self, optimizer)
             return optimizer
 
         token = _engine.set(self)
         try:
             if isinstance(client_optimizer, ours):
-                client_optimizer.attach(Known.of(self))
+                client_optimizer.attach(EngineInfo.read(self))
             elif isinstance(client_optimizer, torch.optim.Optimizer):
-                refuse_client(self, client_optimizer)
-            given = made if _is_factory(client_optimizer) else client_optimizer
-            return configure(self, given, model_parameters)
+                refuse_client_optimizer(self, client_optimizer)
+            elif callable(client_optimizer):  # it makes an optimizer
+                return configure(self, make_checked, model_parameters)
+            return configure(self, client_optimizer, model_parameters)
         finally:
             _engine.reset(token)
 
-    DeepSpeedEngine._configure_optimizer = knowing
-
-
-def _is_factory(client_optimizer: Any) -> bool:
-    """Whether the script gave what makes an optimizer, which the engine calls."""
-    return callable(client_optimizer) and not isinstance(client_optimizer, torch.optim.Optimizer)
+    DeepSpeedEngine._configure_optimizer = configure_with_info
 
 
 def _wrap_checkpoints(ours: type[Any]) -> None:
-    """Has optimizers know when ZeRO's checkpoints are written, and universal ones loaded."""
+    """Wraps the methods that save and load ZeRO's checkpoints, so that Conda can add its bases."""
     save, load = DeepSpeedEngine._save_zero_checkpoint, DeepSpeedEngine._load_zero_checkpoint
 
     @functools.wraps(save)
-    def asking(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_with_bases(self: Any, *args: Any, **kwargs: Any) -> Any:
         shuffled = self.zero_optimization_stage() in (1, 2) and self.zero_round_robin_gradients()
         token = _saving.set(ROUND_ROBIN if shuffled else "" if self.zero_optimization() else None)
         try:
@@ -281,7 +280,7 @@ def _wrap_checkpoints(ours: type[Any]) -> None:
             _saving.reset(token)
 
     @functools.wraps(load)
-    def telling(
+    def load_with_bases(
         self: Any, load_dir: Any, tag: Any, load_optimizer_states: bool = True, **kwargs: Any
     ) -> Any:
         optimizer: Any = self.basic_optimizer
@@ -290,5 +289,5 @@ def _wrap_checkpoints(ours: type[Any]) -> None:
         with optimizer.loading(os.path.join(load_dir, str(tag)), load_optimizer_states):
             return load(self, load_dir, tag, load_optimizer_states, **kwargs)
 
-    DeepSpeedEngine._save_zero_checkpoint = asking
-    DeepSpeedEngine._load_zero_checkpoint = telling
+    DeepSpeedEngine._save_zero_checkpoint = save_with_bases
+    DeepSpeedEngine._load_zero_checkpoint = load_with_bases

@@ -1,4 +1,4 @@
-"""Layer: integrations. The optimizer that DeepSpeed's engine sees."""
+"""Layer: integrations. The optimizer class that DeepSpeed's engine calls."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,51 +11,52 @@ from deepspeed.utils import log_dist
 from torch import Tensor
 
 from conda_dist.integrations.deepspeed import checkpoint, engine
-from conda_dist.integrations.deepspeed.arguments import cut, parse
+from conda_dist.integrations.deepspeed.arguments import parse, part_rows
+from conda_dist.integrations.deepspeed.partition_step import PartitionStep, allocate
 from conda_dist.integrations.deepspeed.partitions import (
-    Member,
-    find_pieces,
+    ParameterInfo,
+    find_shards,
     replica_mesh,
-    verify,
+    verify_shards,
 )
-from conda_dist.integrations.deepspeed.unit import Unit, allocate
 from conda_dist.parameter_groups import check_hyperparameters
 from conda_dist.report import Row, as_text, rows
-from conda_dist.routing import CONDA, assign, clean_name, nothing_to_project
+from conda_dist.routing import CONDA, clean_name, no_matrix_message, route_parameters
 from conda_dist.rules.states import moment_dtype
 from conda_dist.runtime.collectives import Mesh, agree
 from conda_dist.runtime.environment import without_autocast
 from conda_dist.runtime.parameters import Setup
 
-HOW = 'Name weights with "conda_params": ["pattern"] among the optimizer\'s params'
+NAME_WEIGHTS = 'Name weights with "conda_params": ["pattern"] among the optimizer\'s params'
 
 
 class Conda(torch.optim.Optimizer):
     """Conda for DeepSpeed's engine, at ZeRO stages 0 to 3.
 
-    Made by the engine from ``"optimizer": {"type": "Conda", "params": {...}}``, or by the script,
-    from ``model.named_parameters()``, and handed to ``deepspeed.initialize``. The arithmetic is
-    that of :class:`conda_dist.Conda`.
+    The engine makes it from ``"optimizer": {"type": "Conda", "params": {...}}``, or a script makes
+    it from ``model.named_parameters()`` and gives it to ``deepspeed.initialize``. It computes the
+    same as :class:`conda_dist.Conda`.
 
-    The engine replaces the parameters by flat partitions; the state of each is ``step``, and
-    ``exp_avg`` and ``exp_avg_sq``, as long as the partition, in which elements of projected moments
-    are where the weight's elements are. The bases are not among them, but in ``state_dict()`` under
+    The engine replaces the parameters by flat partitions. The state of a partition is ``step`` (),
+    and ``exp_avg`` and ``exp_avg_sq`` in the shape of the partition: the moments of a weight's
+    element have the element's index. Bases are separate, and ``state_dict()`` has them under
     "conda".
 
     Args:
-        params: what torch's optimizers take.
-        given: the arguments of :class:`conda_dist.Conda` except ``process_group``, dtypes as
-            texts or torch's; ``conda_params`` and ``adamw_params``: lists of patterns (as of
-            :mod:`fnmatch`) of names to project, or not to, whatever their names say; ``splits``:
-            patterns of fused weights with the rows of their parts, such as
-            ``{"*.qkv_proj.weight": [4096, 1024, 1024]}``, or the number of equal parts, as of
-            :func:`conda_dist.param_groups` but of two dimensions and without repetition.
+        params: tensors, (name, tensor) pairs or group dicts.
+        given: the arguments of :class:`conda_dist.Conda` except ``process_group``, and three more.
+            ``conda_params`` and ``adamw_params`` are lists of patterns (see :mod:`fnmatch`) of
+            names of parameters to put on one path in any case. ``splits`` is a dict of patterns
+            of fused weights, with the rows of each part, such as
+            ``{"*.qkv_proj.weight": [4096, 1024, 1024]}``, or the number of equal parts. It is
+            that of :func:`conda_dist.param_groups`, but only for weights of two dimensions, and
+            without repetition.
 
     Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: there is no such argument, or its value is out of range; a pattern matches no
-            parameter; a weight cannot be split as it says; no matrix would be on the conda path;
-            the engine's config asks for what is not supported.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is unknown or out of range; a pattern matches no parameter; splits
+            do not fit a weight; no matrix takes the conda path; or Conda does not support an
+            option in the engine's config.
     """
 
     def __init__(
@@ -63,81 +64,87 @@ class Conda(torch.optim.Optimizer):
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         **given: Any,
     ) -> None:
-        self._section = engine.section()
-        self._arguments = parse(given, self._section)
+        self._prefix = engine.errors_prefix()
+        self._arguments = parse(given, self._prefix)
         super().__init__(params, dict(self._arguments.defaults))
         for group in self.param_groups:
             check_hyperparameters(group)
             group["betas"] = tuple(group["betas"])
-        # The engine shows us one group at a time at stages 1 and 2, and filters the list in place.
+        # Keep the groups and their parameters: at stages 1 and 2 the engine sets param_groups to
+        # one group at a time, and it filters the lists of parameters in place.
         self._groups = self.param_groups
-        self._given = [list(group["params"]) for group in self.param_groups]
-        self._known = engine.Known()
-        self._members: dict[Tensor, Member] = {}
-        self._units: dict[tuple[int, ...], Unit] = {}
+        self._params = [list(group["params"]) for group in self.param_groups]
+        self._engine_info = engine.EngineInfo()
+        self._infos: dict[Tensor, ParameterInfo] = {}
+        self._steps: dict[tuple[int, ...], PartitionStep] = {}  # by ids of the engine's tensors
         self._verified = set[tuple[int, ...]]()
-        self._loaded = checkpoint.Kept()
-        self._shown = self._named = False
+        self._loaded = checkpoint.SavedBases()  # until the steps that need them exist
+        self._reported = self._named = False
         names = [group.pop("param_names", [None] * len(group["params"])) for group in self._groups]
-        pairs = zip(self._given, names, strict=True)
+        pairs = zip(self._params, names, strict=True)
         own = {p: n for params, named in pairs for p, n in zip(params, named, strict=True) if n}
-        known = engine.current()
-        if known is not None or own:
-            self.attach(known or engine.Known(), own)
+        info = engine.current_engine_info()
+        if info is not None or own:
+            self.attach(info or engine.EngineInfo(), own)
 
-    def attach(self, known: engine.Known, own: dict[Tensor, str] | None = None) -> None:
-        """Routes the parameters by what the engine knows of them.
+    def attach(self, info: engine.EngineInfo, own: dict[Tensor, str] | None = None) -> None:
+        """Routes the parameters again, with information from the engine.
 
         Args:
-            known: what that is.
-            own: the names the optimizer was given, which count more.
+            info: the information.
+            own: the names that the optimizer was given; they win over the engine's.
 
         Raises:
             ValueError: see :class:`Conda`.
         """
-        self._known = known
-        before = {param: member.name for param, member in self._members.items() if self._named}
-        self._route({**known.names, **before, **(own or {})})
+        self._engine_info = info
+        before = {param: old.name for param, old in self._infos.items() if self._named}
+        self._route({**info.names, **before, **(own or {})})
 
     def _route(self, names: dict[Tensor, str]) -> None:
-        """Decides which path each parameter takes."""
+        """Chooses the path of each parameter.
+
+        Args:
+            names: the parameters' names; used only if all parameters have one.
+        """
         places = [
             (f"param_groups[{g}]['params'][{i}]", param)
-            for g, params in enumerate(self._given)
+            for g, params in enumerate(self._params)
             for i, param in enumerate(params)
         ]
         self._named = all(param in names for _, param in places)
         if not self._named:
             warnings.warn(
-                "Conda got parameters without names, so it cannot tell embeddings, output head and "
-                "routers from the projections it is meant for and will treat them alike.",
+                "Conda got parameters without names, so it cannot tell embeddings, the output head "
+                "and routers from other matrices, and treats all matrices alike. Names decide: "
+                "pass model.named_parameters().",
                 stacklevel=4,
             )
             names = {}
-        # Stand-ins of the shapes the parameters had before ZeRO took them apart.
+        # Route meta tensors in the full shapes, because ZeRO-3 has partitioned the parameters.
         shapes = {p: tuple(getattr(p, "ds_shape", p.shape)) for _, p in places}
         stand_ins = {
             param: torch.empty(shape, device="meta", requires_grad=param.requires_grad)
             for param, shape in shapes.items()
         }
         named = [(names.get(param, place), stand_ins[param]) for place, param in places]
-        kinds = self._known.kinds
-        known = {id(stand_ins[p]): kinds[id(p)] for _, p in places if id(p) in kinds}
-        routed = assign(named, known, self._arguments.conda, self._arguments.adamw)
+        by_param = self._engine_info.kinds
+        kinds = {id(stand_ins[p]): by_param[id(p)] for _, p in places if id(p) in by_param}
+        routed = route_parameters(named, kinds, self._arguments.conda, self._arguments.adamw)
         if routed.unmatched:
             key = "conda_params" if routed.unmatched[0] in self._arguments.conda else "adamw_params"
             raise ValueError(
-                f"{self._section}{key} pattern {routed.unmatched[0]!r} matches no parameter; names "
+                f"{self._prefix}{key} pattern {routed.unmatched[0]!r} matches no parameter; names "
                 f"look like {', '.join(repr(clean_name(name)) for name, _ in named[:3])}"
             )
         if not any(stand_in.requires_grad for _, stand_in in routed.conda):
-            raise ValueError(nothing_to_project(named, HOW))
+            raise ValueError(no_matrix_message(named, NAME_WEIGHTS))
         try:
-            rows = cut(routed, self._arguments.splits)
+            rows = part_rows(routed, self._arguments.splits)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{self._section}{error}") from None
-        self._members = {
-            param: Member(
+            raise type(error)(f"{self._prefix}{error}") from None
+        self._infos = {
+            param: ParameterInfo(
                 clean_name(names.get(param, place)),
                 shapes[param],
                 CONDA if id(stand_ins[param]) in rows else "adamw",
@@ -150,35 +157,35 @@ class Conda(torch.optim.Optimizer):
         log_dist(f"Conda: {count} weights of {len(named)} are on the conda path", ranks=[0])
 
     def _check_groups(self) -> None:
-        """Refuses groups that ask for another path or other parts than their parameters get."""
-        for group, params in zip(self._groups, self._given, strict=True):
-            asked, splits = group.get("algorithm"), group.get("splits")
-            for member in (self._members[param] for param in params):
-                if asked not in (None, member.algorithm):
+        """Refuses groups whose ``algorithm`` or ``splits`` differ from the parameters' routes."""
+        for group, params in zip(self._groups, self._params, strict=True):
+            algorithm, splits = group.get("algorithm"), group.get("splits")
+            for info in (self._infos[param] for param in params):
+                if algorithm not in (None, info.algorithm):
                     raise ValueError(
-                        f"{member.name}: its group's algorithm is {asked!r}, its path "
-                        f"{member.algorithm!r}; name it in conda_params or adamw_params instead"
+                        f"{info.name}: its group's algorithm is {algorithm!r}, its path "
+                        f"{info.algorithm!r}; name it in conda_params or adamw_params instead"
                     )
-                if splits is not None and tuple(splits) != tuple(member.splits):
+                if splits is not None and tuple(splits) != tuple(info.splits):
                     raise ValueError(
-                        f"{member.name}: its group has splits={splits}; give splits among the "
+                        f"{info.name}: its group has splits={splits}; give splits among the "
                         "optimizer's params instead, by pattern"
                     )
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Takes one step with the tensors the engine has put into the groups.
+        """Takes one step with the tensors that the engine has put into the groups.
 
         Args:
-            closure: not supported, as by the engine.
+            closure: must be None; the engine does not support closures.
 
         Raises:
-            TypeError: a hyperparameter was set to something of another type.
-            ValueError: one was set to something out of its range.
-            RuntimeError: one was when a plan is made; the engine's tensors are not where they
-                should be, ranks have different plans, or a decomposition raised or failed too
-                often; on all ranks alike.
+            TypeError: a hyperparameter was set to a value of the wrong type.
+            ValueError: a hyperparameter was set to a value out of range.
+            RuntimeError: on all ranks together: the engine's tensors do not contain the expected
+                elements, ranks have different plans, or a decomposition raised or failed too
+                often; and, in the first step of these tensors, also for a wrong hyperparameter.
         """
         if closure is not None:
             raise ValueError("a closure is not supported under DeepSpeed")
@@ -186,32 +193,35 @@ class Conda(torch.optim.Optimizer):
             self._step()
 
     def _step(self) -> None:
-        if not self._members:
+        if not self._infos:
             self._route({})
         error = self._check_hyperparameters()
-        live = [group for group in self.param_groups if group["params"]]
-        pairs = [(t, group) for group in live for t in group["params"] if t.requires_grad]
+        pairs = [(t, g) for g in self.param_groups for t in g["params"] if t.requires_grad]
         key = tuple(id(tensor) for tensor, _ in pairs)
         groups = [group for _, group in pairs]
-        unit = self._units.get(key)
-        if error is not None and (unit is not None or not pairs):
+        partition_step = self._steps.get(key)
+        if error is not None and (partition_step is not None or not pairs):
             raise error
-        for group in self._groups:  # the engine links the states of all after the first call
+        # Allocate the states of all groups: the engine reads them all after its first call.
+        for group in self._groups:
             for tensor in group["params"]:
                 if tensor.requires_grad:
                     allocate(tensor, self.state, self._arguments.options)
         if not pairs:
             return
-        if unit is None:
+        if partition_step is None:
             tensors = [tensor for tensor, _ in pairs]
-            unit = self._units[key] = self._resolve(key, tensors, groups, error)
-        unit.step(groups, self.state)
-        if not self._shown and self._complete():
-            self._shown = True
+            partition_step = self._steps[key] = self._plan(key, tensors, groups, error)
+        partition_step.step(groups, self.state)
+        if not self._reported and self._all_planned():
+            self._reported = True
             log_dist(f"Conda's parameters\n{as_text(self.report())}", ranks=[0])
 
     def _check_hyperparameters(self) -> Exception | None:
-        """What is wrong with a value of any group; the engine may step the groups one by one."""
+        """The error of the first wrong hyperparameter in any group; None if all are right.
+
+        It checks all groups although the engine may step them one by one.
+        """
         try:
             for i, group in enumerate(self._groups):
                 check_hyperparameters(group, f"parameter group {i}: ", scheduled=True)
@@ -219,67 +229,80 @@ class Conda(torch.optim.Optimizer):
             return error
         return None
 
-    def _resolve(
+    def _plan(
         self,
         key: tuple[int, ...],
         tensors: list[Tensor],
         groups: list[dict[str, Any]],
         error: Exception | None,
-    ) -> Unit:
-        """Finds out what the tensors of a call hold, and agrees on it with the other ranks."""
-        pieces, unit, lines = [], None, list[str]()
+    ) -> PartitionStep:
+        """Plans the tensors of a call, and compares the plan with the other ranks.
+
+        Args:
+            key: ids of the tensors.
+            tensors: the tensors that the engine steps together.
+            groups: the parameter group of each tensor.
+            error: an error of this rank, which all ranks raise; or None.
+        """
+        shards, partition_step, lines = [], None, list[str]()
         mesh = self._mesh(groups)
         try:
             if error is not None:
                 raise error
             for group in {id(group): group for group in groups}.values():
                 inside = [i for i, other in enumerate(groups) if other is group]
-                members = {p: self._members[p] for p in self._given_to(group)}
+                infos = {p: self._infos[p] for p in self._params_of(group)}
                 own = [tensors[i] for i in inside]
-                pieces += find_pieces(inside[0], own, members, mesh)
-            if any(piece.mesh != mesh for piece in pieces):
-                raise ValueError("parameters stepped together are shared by different ranks")
+                shards += find_shards(inside[0], own, infos, mesh)
+            for shard in shards:
+                if shard.mesh != mesh:
+                    raise ValueError(
+                        f"{shard.info.name}: DeepSpeed steps it together with parameters that "
+                        "other ranks share, which Conda does not support"
+                    )
             if key not in self._verified:
-                verify(pieces, tensors)
+                verify_shards(shards, tensors)
                 self._verified.add(key)
             options = self._arguments.options
             if options.basis_budget is not None:
-                spent = sum(other.basis_bytes() for other in self._units.values())
+                spent = sum(other.basis_bytes() for other in self._steps.values())
                 options = replace(options, basis_budget=max(options.basis_budget - spent, 0))
-            unit = Unit(tensors, groups, pieces, mesh, options)
-            unit.init_state(self.state, self._loaded)
-            lines = unit.setup().lines(mesh)
+            partition_step = PartitionStep(tensors, groups, shards, mesh, options)
+            partition_step.init_state(self.state, self._loaded)
+            lines = partition_step.setup().lines(mesh)
         except Exception as caught:
             error = caught
         agree(mesh, lines, error)
-        assert unit is not None
-        for piece in unit.pieces:
-            self._loaded.weights.pop(piece.member.name, None)
-            self._loaded.counts.pop(piece.member.name, None)
-        return unit
+        assert partition_step is not None
+        for shard in shards:
+            self._loaded.weights.pop(shard.info.name, None)
+            self._loaded.counts.pop(shard.info.name, None)
+        return partition_step
 
     def _mesh(self, groups: Sequence[dict[str, Any]]) -> Mesh:
-        """The ranks that share what the groups hold; the same question on all of them."""
-        for param in self._given_to(groups[0]):
+        """The ranks that share the parameters of these groups, without communication."""
+        for param in self._params_of(groups[0]):
             for attribute in ("ds_process_group", "_dp_group"):
                 if (group := getattr(param, attribute, None)) is not None:
                     return Mesh.of_group(group)
-        return replica_mesh(self._known.replicas)
+        return replica_mesh(self._engine_info.replicas)
 
-    def _given_to(self, group: dict[str, Any]) -> list[Tensor]:
-        for ours, params in zip(self._groups, self._given, strict=True):
+    def _params_of(self, group: dict[str, Any]) -> list[Tensor]:
+        """The parameters with which a group was made."""
+        for ours, params in zip(self._groups, self._params, strict=True):
             if ours is group:
                 return params
-        raise ValueError("DeepSpeed has put a parameter group in the place of another")
+        raise ValueError("DeepSpeed has replaced a parameter group, which Conda does not support")
 
-    def _complete(self) -> bool:
-        count = sum(len(unit.pieces) for unit in self._units.values())
-        members = [m for p, m in self._members.items() if p.requires_grad and all(m.shape)]
-        return count == sum(len(member.parts) for member in members)
+    def _all_planned(self) -> bool:
+        """Whether the calls of ``step()`` so far contain all trainable parameters."""
+        planned = sum(len(partition_step.shards) for partition_step in self._steps.values())
+        infos = [i for p, i in self._infos.items() if p.requires_grad and all(i.shape)]
+        return planned == sum(len(info.parts) for info in infos)
 
     def report(self) -> list[Row]:
-        """What each parameter gets, of those that a step has concerned; see ``report.Row``."""
-        setups = [unit.setup() for unit in self._units.values()]
+        """The report on each parameter that a step has contained; see ``report.Row``."""
+        setups = [partition_step.setup() for partition_step in self._steps.values()]
         weights = [weight for setup in setups for weight in setup.weights]
         adamw_parameters = [parameter for setup in setups for parameter in setup.adamw_parameters]
         return rows(
@@ -287,86 +310,89 @@ class Conda(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, while the optimizer is made; the engine could not partition a later one.
+        """Adds a group in ``__init__``. Later it raises: DeepSpeed partitions only these groups.
 
         Raises:
-            RuntimeError: the optimizer is made.
+            RuntimeError: the optimizer was made before.
         """
         if hasattr(self, "_groups"):
             raise RuntimeError("groups cannot be added once DeepSpeed's optimizer is made")
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict, and under "conda" the bases and counts that it cannot hold.
+        """torch's state dict, with the bases and counts under the key "conda".
 
-        A collective only while the engine saves ZeRO's checkpoint, as it then is there.
+        All ranks must call it together only while the engine saves a ZeRO checkpoint; the engine
+        does so.
         """
-        unfit = engine.saving()
-        whole = unfit == ""
-        kept = checkpoint.Kept(dict(self._loaded.weights), dict(self._loaded.counts))
-        for unit in self._units.values():
-            part = unit.kept(whole)
-            kept.weights |= part.weights
-            kept.counts |= part.counts
+        problem = engine.zero_checkpoint_problem()
+        whole = problem == ""
+        bases = checkpoint.SavedBases(dict(self._loaded.weights), dict(self._loaded.counts))
+        for partition_step in self._steps.values():
+            part = partition_step.saved_bases(whole)
+            bases.weights |= part.weights
+            bases.counts |= part.counts
         state = super().state_dict()
-        extra = checkpoint.pack(kept, state["param_groups"], self._members)
-        if unfit is not None and not any(self._mesh(self._groups).coordinate):
-            state["param_groups"][0][checkpoint.KEY] = {"unfit": unfit} if unfit else extra
-        return {**state, checkpoint.KEY: extra}
+        packed = checkpoint.pack(bases, state["param_groups"], self._infos)
+        if problem is not None and not any(self._mesh(self._groups).coordinate):
+            state["param_groups"][0][checkpoint.KEY] = {"unfit": problem} if problem else packed
+        return {**state, checkpoint.KEY: packed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up where a state dict of this optimizer was written, on as many ranks.
+        """Loads a state dict of this optimizer that as many ranks have saved.
 
-        Everything is checked before anything is changed, but what only the next step can know:
-        whether the bases are stored as they were.
+        Everything is checked before anything changes, except the shapes and dtypes of the bases:
+        the next step plans the bases, and checks them then.
 
         Raises:
-            ValueError: the state dict is of another optimizer, of other parameters, or damaged.
+            ValueError: the state dict is from another optimizer or other parameters, or is damaged.
         """
-        loaded = checkpoint.check(state_dict, self.param_groups, self._members)
-        for tensor, saved in checkpoint.states(state_dict, self.param_groups):
+        loaded = checkpoint.check(state_dict, self.param_groups, self._infos)
+        for tensor, saved in checkpoint.saved_states(state_dict, self.param_groups):
             state = allocate(tensor, self.state, self._arguments.options)
             for name, value in state.items():
                 value.copy_(saved[name]) if saved else value.zero_()
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            checkpoint.restore(group, saved)
+            checkpoint.restore_hyperparameters(group, saved)
         self._loaded = loaded
-        self._units.clear()
+        self._steps.clear()
 
     @contextmanager
     def loading(self, folder: str, wanted: bool) -> Iterator[None]:
-        """Surrounds the engine's loading of a universal checkpoint, on any number of ranks.
+        """A context in which the engine loads a universal checkpoint, on any number of ranks.
+
+        On entry it checks the checkpoint; on exit it loads the bases and hyperparameters.
 
         Args:
-            folder: of the checkpoint, with its tag.
-            wanted: whether to load the optimizer's state, or the model alone; then the optimizer
-                begins anew, with the hyperparameters it has.
+            folder: the checkpoint's folder, including its tag.
+            wanted: whether to load the optimizer's state. Otherwise the engine loads the model
+                alone, and the optimizer starts afresh with its current hyperparameters.
 
         Raises:
-            ValueError: the checkpoint is of another optimizer or of other parameters; nothing was
-                changed then.
-            RuntimeError: the same, where there is more than one rank; on all of them alike.
+            ValueError: the checkpoint is from another optimizer or other parameters. Nothing has
+                changed.
+            RuntimeError: the same on all ranks together, if there are several.
         """
         found: Mapping[str, Any] = {}
         error = None
         try:
             if wanted:
-                found = checkpoint.read_universal(folder, self._groups, self._members)
+                found = checkpoint.read_universal(folder, self._groups, self._infos)
         except Exception as caught:
             error = caught
         agree(self._mesh(self._groups), [], error, "cannot load the universal checkpoint")
-        # The engine gives all groups the first one's hyperparameters at stage 3.
+        # At stage 3, the engine gives all groups the hyperparameters of the first: restore them.
         groups = found.get("groups") or [checkpoint.hyperparameters(g) for g in self._groups]
         yield
         for group, saved in zip(self._groups, groups, strict=True):
-            checkpoint.restore(group, saved)
+            checkpoint.restore_hyperparameters(group, saved)
         for tensor, state in self.state.items():
             dtype = moment_dtype(tensor.dtype, self._arguments.options)
             for key in ("exp_avg", "exp_avg_sq"):
                 state[key] = state[key].to(dtype) if wanted else state[key].zero_()
-            # One tensor may count for all that the engine steps.
+            # The engine may give several tensors one count: make a count for each.
             state["step"] = torch.tensor(float(state.get("step") or 0) if wanted else 0.0)
-        self._loaded = checkpoint.Kept(
+        self._loaded = checkpoint.SavedBases(
             dict(found.get("weights", {})), dict(found.get("counts", {}))
         )
-        self._units.clear()
+        self._steps.clear()

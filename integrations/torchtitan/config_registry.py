@@ -1,8 +1,8 @@
-"""Layer: integrations. Every torchtitan config under the name ``MODULE.CONFIG``, with Conda in it.
+"""Layer: integrations. Every torchtitan config, with an optimizer config that knows Conda.
 
-torchtitan finds a config by ``getattr(module, name)``; this module answers with any config of any
-torchtitan module, such as ``llama3.llama3_8b``, its optimizer config made one that knows
-``--optimizer.name``.
+torchtitan finds a config with ``getattr(module, name)``. This module accepts names of the form
+``MODULE.CONFIG``, such as ``llama3.llama3_8b``, and returns that config with an optimizer config
+that has ``--optimizer.name``.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Layer: integrations. torchtitan's optimizer container with Conda in it, and its config."""
+"""Layer: integrations. torchtitan's optimizer container and its config, extended by Conda."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -18,7 +18,7 @@ from torchtitan.tools.logging import logger
 from conda_dist.optimizer import Conda
 from conda_dist.options import OPTIONS
 from conda_dist.report import as_text
-from conda_dist.routing import ADAMW, clean_name, divide, nothing_to_project, split
+from conda_dist.routing import ADAMW, clean_name, group_by_view, no_matrix_message, route_model
 from conda_dist.runtime.collectives import Mesh, agree, all_max
 
 _CondaOptions: Any = make_dataclass(
@@ -31,64 +31,63 @@ _CondaOptions: Any = make_dataclass(
     kw_only=True,
     slots=True,
 )
-"""torchtitan's optimizer config, and a field for each of Conda's options."""
+"""torchtitan's optimizer config with a field for each of Conda's options."""
 
 
 class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
-    """One :class:`conda_dist.Conda` for each model part, or torchtitan's own optimizers.
+    """Holds one :class:`conda_dist.Conda` for each model part, or torchtitan's own optimizers.
 
     Args:
         config: the config.
-        model_parts: the model, or the pipeline stages this rank holds, after parallelization.
+        model_parts: the model, or this rank's pipeline stages, after parallelization.
 
     Raises:
-        ValueError: an option is out of its range; a pattern matches no parameter of any stage; no
-            matrix of any stage would be on the conda path. On all ranks alike.
+        ValueError: on all ranks together: an option is out of range; a pattern matches no parameter
+            of any stage; or no matrix of any stage takes the conda path.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(_CondaOptions):  # type: ignore[misc]
-        """torchtitan's optimizer config with Conda's options beside it.
+        """torchtitan's optimizer config with Conda's options.
 
         ``param_groups`` and ``optimizer_factory_kwargs_by_name`` are for torchtitan's own
-        optimizers, and an error if they are changed for Conda. ``implementation`` makes no
-        difference to Conda. The other arguments, if not described here, are those of
-        :class:`conda_dist.Conda`.
+        optimizers; with Conda it is an error to change them. ``implementation`` has no effect on
+        Conda. All fields that are not described here are arguments of :class:`conda_dist.Conda`.
         """
 
         name: Literal["stock", "conda"] = "stock"
         """"conda", or "stock" for the optimizers that the config's param_groups name."""
 
         conda_params: list[str] = field(default_factory=list)
-        """Patterns (as of fnmatch) of parameters to project whatever their names say."""
+        """Patterns (see fnmatch) of names of parameters to put on the conda path in any case."""
 
         adamw_params: list[str] = field(default_factory=list)
-        """Patterns of parameters to keep off the conda path."""
+        """Patterns of names of parameters to put on the adamw path."""
 
         splits: list[str] = field(default_factory=list)
-        """Fused weights: "PATTERN=ROWS+ROWS+..." or "PATTERN=PARTS", as of param_groups. That q, k
-        and v are fused in torchtitan's ``wqkv`` is known; "*.wqkv.weight=1" keeps it one matrix."""
+        """Fused weights: "PATTERN=ROWS+ROWS+..." or "PATTERN=PARTS"; see param_groups. torchtitan's
+        ``wqkv`` is split into q, k and v by default; "*.wqkv.weight=1" keeps it one matrix."""
 
         _stock: Annotated[Any, tyro.conf.Fixed, tyro.conf.Suppress] = None
-        """The config that this was made of, as it was before the command line changed it."""
+        """The torchtitan config that this was made from, before the command line changed it."""
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
         self._config = config
         if config.name not in ("stock", "conda"):
             raise ValueError(
                 f"--optimizer.name {config.name} is not supported under torchtitan: of "
-                "conda_dist's optimizers Conda alone is"
+                "conda_dist's optimizers, only Conda is"
             )
         if config.name == "conda":
             if config.implementation == "fused_opt_states_bf16":
                 raise ValueError(
                     "--optimizer.implementation fused_opt_states_bf16 is for torchtitan's own "
-                    "optimizers; Conda's moments are bfloat16 by --optimizer.state_dtype bfloat16"
+                    "optimizers; --optimizer.state_dtype bfloat16 gives Conda bfloat16 moments"
                 )
-            _check_unread(config)
+            _refuse_stock_options(config)
             _check_stages(config, model_parts)
         else:
-            _check_unused(config)
+            _refuse_conda_options(config)
         super().__init__(config, model_parts=model_parts)
         for optimizer in self.optimizers:
             if isinstance(optimizer, Conda):
@@ -97,32 +96,33 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
     def _build_param_groups(
         self, model: nn.Module, param_group_configs: Sequence[Any], impl_kwargs: Mapping[str, Any]
     ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[str]]]:
-        """Groups by path, of any model part: a stage may have parameters of one path only."""
+        """The groups of one model part. A pipeline stage may have parameters of one path only."""
         config = self._config
         if config.name == "stock":
             built: tuple[dict[str, list[dict[str, Any]]], dict[str, list[str]]] = (
                 super()._build_param_groups(model, param_group_configs, impl_kwargs)
             )
             return built
-        divided = divide(model, config.conda_params, config.adamw_params)
-        asked = _splits(config.splits)  # before what is known, and instead of it
-        ways, _ = split(divided, {**asked, **_fused_qkv(model), **asked})
-        parts = [(way.keys(), named) for way, named in ways.items()]
+        routed = route_model(model, config.conda_params, config.adamw_params)
+        given = _parse_splits(config.splits)
+        # Put the user's patterns first, where they win, and keep their values for equal patterns.
+        by_view, _ = group_by_view(routed, {**given, **_fused_qkv(model), **given})
+        parts = [(view.group_keys(), named) for view, named in by_view.items()]
         groups = []
-        for keys, named in (*parts, ({"algorithm": ADAMW, "splits": None}, divided.adamw)):
+        for keys, named in (*parts, ({"algorithm": ADAMW, "splits": None}, routed.adamw)):
             trainable = [(canonical_fqn(n), param) for n, param in named if param.requires_grad]
-            if trainable:  # names apart from parameters, as torchtitan has them
+            if trainable:  # torchtitan stores names and parameters in separate lists
                 names, params = map(list, zip(*trainable, strict=True))
                 groups.append({"params": params, "param_names": names, **keys})
         return {"Conda": groups}, {"Conda": [f"{group['algorithm']} path" for group in groups]}
 
     def _resolve_optimizer_factory(self, name: str) -> Callable[..., torch.optim.Optimizer]:
-        """Conda by its config; torchtitan's own by name."""
+        """What makes the optimizer of a model part: Conda, or torchtitan's own optimizer."""
         if self._config.name == "stock":
             if name.lower() == "conda":
                 raise ValueError(
-                    f"optimizer_name {name!r} is none of torchtitan's own: add --optimizer.name "
-                    "conda, with which Conda groups the parameters itself"
+                    f"optimizer_name {name!r} is none of torchtitan's own optimizers: add "
+                    "--optimizer.name conda, and leave the parameter groups to Conda"
                 )
             factory: Callable[..., torch.optim.Optimizer] = super()._resolve_optimizer_factory(name)
             return factory
@@ -132,37 +132,37 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
 
 
 def conda_config(config: Any, stock: Any = None, **options: Any) -> CondaOptimizersContainer.Config:
-    """A torchtitan optimizer config as one of :class:`CondaOptimizersContainer`.
+    """Converts a torchtitan optimizer config into a :class:`CondaOptimizersContainer.Config`.
 
     Args:
         config: an ``OptimizersContainer.Config``.
-        stock: what it was before a command line changed it; by default it has not been.
+        stock: the config before a command line changed it; by default ``config``.
         options: fields to set.
 
     Raises:
-        ValueError: the config is of another container, whose ``step`` is not torchtitan's own
-            (TorchFT's); or has no such field.
+        ValueError: the config belongs to another container, such as TorchFT's, or there is no such
+            field.
     """
     known = (OptimizersContainer.Config, CondaOptimizersContainer.Config)
     if type(config) not in known:
         raise ValueError(
             f"--optimizer.name conda replaces torchtitan's own OptimizersContainer, but this "
             f"config's optimizer is a {type(config).__qualname__} "
-            f"({type(config).__module__}), which wraps the optimizer's step and state in its own "
-            "way and was not tried with Conda. Use a config without it."
+            f"({type(config).__module__}), which changes the optimizer's step and state and was "
+            "not tried with Conda. Use a config without it."
         )
     before = getattr(config, "_stock", None) or stock or config
-    made: CondaOptimizersContainer.Config = derive(
+    converted: CondaOptimizersContainer.Config = derive(
         config, CondaOptimizersContainer.Config, _stock=deepcopy(before), **options
     )
-    return made
+    return converted
 
 
-def _splits(given: Sequence[str]) -> dict[str, int | list[int]]:
-    """The splits of a command line as :func:`conda_dist.param_groups` takes them.
+def _parse_splits(given: Sequence[str]) -> dict[str, int | list[int]]:
+    """Converts the splits of a command line for :func:`conda_dist.param_groups`.
 
     Raises:
-        ValueError: one is not of the form "PATTERN=ROWS+ROWS" or "PATTERN=PARTS".
+        ValueError: one does not have the form "PATTERN=ROWS+ROWS" or "PATTERN=PARTS".
     """
     splits: dict[str, int | list[int]] = {}
     for text in given:
@@ -181,7 +181,7 @@ def _splits(given: Sequence[str]) -> dict[str, int | list[int]]:
 
 
 def _fused_qkv(model: nn.Module) -> dict[str, int | list[int]]:
-    """How torchtitan fuses q, k and v: for each group of heads its queries, its key, its value."""
+    """The splits of torchtitan's ``wqkv``: rows of queries, of a key and of a value per kv head."""
     return {
         f"{clean_name(name)}.wqkv.weight": [
             module.heads_per_kv * module.head_dim,
@@ -194,19 +194,22 @@ def _fused_qkv(model: nn.Module) -> dict[str, int | list[int]]:
 
 
 def _check_stages(config: CondaOptimizersContainer.Config, parts: Sequence[nn.Module]) -> None:
-    """Raises on all ranks for what would be an error in a model that were not cut into stages."""
+    """Checks patterns and the conda path over all pipeline stages, on all ranks together.
+
+    One stage may have no matrix, or no parameter that a pattern matches; all of them together must.
+    """
     world = Mesh() if dist.group.WORLD is None else Mesh.of_group(dist.group.WORLD)
-    splits = _splits(config.splits)
+    splits = _parse_splits(config.splits)
     patterns = [*config.conda_params, *config.adamw_params, *splits]
     matched, projected, error = set[str](), False, None
     for part in parts:
         try:
-            division = divide(part, config.conda_params, config.adamw_params)
-            matched |= set(patterns) - {*division.unmatched, *split(division, splits)[1]}
-        except Exception as caught:  # other stages need not know the parameter
+            routed = route_model(part, config.conda_params, config.adamw_params)
+            matched |= set(patterns) - {*routed.unmatched, *group_by_view(routed, splits)[1]}
+        except Exception as caught:  # tell the other ranks first
             error = caught
             break
-        projected |= any(param.requires_grad for _, param in division.conda)
+        projected |= any(param.requires_grad for _, param in routed.conda)
     agree(world, [], error)
     *found, projected_anywhere = all_max(world, [*(p in matched for p in patterns), projected])
     names = [pair for part in parts for pair in part.named_parameters()]
@@ -217,12 +220,14 @@ def _check_stages(config: CondaOptimizersContainer.Config, parts: Sequence[nn.Mo
                 f"like {', '.join(repr(clean_name(name)) for name, _ in names[:3])}"
             )
     if not projected_anywhere:
-        how = "Name weights with --optimizer.conda_params, or fewer with --optimizer.adamw_params"
-        raise ValueError(nothing_to_project(names, how))
+        advice = (
+            "Name weights with --optimizer.conda_params, or fewer with --optimizer.adamw_params"
+        )
+        raise ValueError(no_matrix_message(names, advice))
 
 
-def _check_unused(config: CondaOptimizersContainer.Config) -> None:
-    """Refuses options of Conda's that would be ignored."""
+def _refuse_conda_options(config: CondaOptimizersContainer.Config) -> None:
+    """Refuses Conda's options for torchtitan's own optimizers, which would ignore them."""
     default = CondaOptimizersContainer.Config()
     theirs = {f.name for f in fields(OptimizersContainer.Config)}
     for name in (f.name for f in fields(default) if f.name not in {*theirs, "_stock"}):
@@ -232,8 +237,8 @@ def _check_unused(config: CondaOptimizersContainer.Config) -> None:
             )
 
 
-def _check_unread(config: CondaOptimizersContainer.Config) -> None:
-    """Refuses options of torchtitan's own optimizers that would be ignored."""
+def _refuse_stock_options(config: CondaOptimizersContainer.Config) -> None:
+    """Refuses options of torchtitan's own optimizers for Conda, which would ignore them."""
     stock = config._stock or OptimizersContainer.Config()
     for name in ("param_groups", "optimizer_factory_kwargs_by_name"):
         ours, theirs = (dict(_leaves(name, getattr(c, name))) for c in (config, stock))
@@ -244,18 +249,18 @@ def _check_unread(config: CondaOptimizersContainer.Config) -> None:
         own = changed[0].rpartition(".")[2]
         instead = f"Give --optimizer.{own} (or {own!r} to the override). " * (own in OPTIONS)
         raise ValueError(
-            f"--optimizer.{option} ({value!r}) is an option of torchtitan's own optimizers and "
-            f"would be read by nobody with Conda. {instead}Leave it out, or leave Conda out."
+            f"--optimizer.{option} ({value!r}) is an option of torchtitan's own optimizers, and "
+            f"Conda would ignore it. {instead}Leave it out, or leave Conda out."
         )
     if config.implementation != "fused":
         logger.info(
-            "--optimizer.implementation %s makes no difference to Conda, which has one",
+            "--optimizer.implementation %s has no effect on Conda, which has one implementation",
             config.implementation,
         )
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """The values in lists, dicts and dataclasses, with what a command line would call them."""
+    """Yields the values inside lists, dicts and dataclasses with their names on a command line."""
     if isinstance(value, list):
         value = {str(i): item for i, item in enumerate(value)}
     elif hasattr(value, "__dataclass_fields__"):
@@ -268,7 +273,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _log_table(optimizer: Conda) -> None:
-    """Logs what went where, once for each model part: on the first rank that holds it."""
+    """Logs the report, once for each model part: on the first rank that has it."""
     if not optimizer.is_first:
         return
     table = optimizer.report(show=False)

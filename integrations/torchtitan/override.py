@@ -1,4 +1,4 @@
-"""Layer: integrations. Conda by ``--override.imports``, torchtitan's way to swap a component."""
+"""Layer: integrations. Conda through ``--override.imports``, which replaces a component."""
 
 import difflib
 import sys
@@ -15,16 +15,16 @@ from conda_dist.options import OPTIONS
 
 @override(target=OptimizersContainer.Config, description="Conda (arXiv 2509.24218)")  # type: ignore[untyped-decorator]
 def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
-    """Conda for whatever the config's optimizer is.
+    """Replaces the optimizer of a torchtitan config by Conda.
 
     Args:
-        config: the config's optimizer.
+        config: the optimizer's config.
         options: fields of :class:`CondaOptimizersContainer.Config`, such as ``lr``.
 
     Raises:
         TypeError: a value has the wrong type.
-        ValueError: there is no such field, a value is out of range, or the optimizer of the config
-            cannot be replaced.
+        ValueError: there is no such field, a value is out of range, or this optimizer cannot be
+            replaced.
     """
     known = (f.name for f in fields(CondaOptimizersContainer.Config))
     names = [name for name in known if name not in ("name", "_stock")]
@@ -44,7 +44,7 @@ def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
 
 
 def _before() -> Any:
-    """The optimizer's config before this program's command line; None if it is not torchtitan's."""
+    """The optimizer's config before the command line changed it; None if torchtitan has no such."""
     try:
         loaded, _ = ConfigManager()._load_config(sys.argv[1:])
     except (ImportError, ValueError):

@@ -1,11 +1,11 @@
-"""Layer: integrations. What Conda would do to a torchtitan job, without GPUs or other processes.
+"""Layer: integrations. Plans Conda for a torchtitan job, in one process without GPUs.
 
     python -m conda_dist.integrations.torchtitan.plan --ranks 16 [--rank 0] \\
         --module llama3 --config llama3_70b [any torchtitan option]
 
-Builds the model on the meta device, parallelizes it as one rank of many (torch's fake process
-group) and prints what each parameter gets, and the decompositions of the busiest rank. Pipeline
-stages are not cut; plan one by its share of the ranks and layers.
+Builds the model on the meta device, parallelizes it as one rank of many (with torch's fake process
+group), and prints the report on each parameter and the decompositions of the busiest rank. It does
+not cut a model into pipeline stages: plan one stage with its number of ranks and layers.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from conda_dist.report import Row, print_table
 
 
 def refresh_flops(table: Sequence[Row]) -> dict[int, float]:
-    """Operations of one refresh by the rank that does them, on ranks this one shares weights with.
+    """The floating point operations of one refresh, by global rank.
+
+    Only for ranks that share weights with the rank of the report.
 
     Args:
         table: from :meth:`conda_dist.Conda.report`.
@@ -36,19 +38,19 @@ def refresh_flops(table: Sequence[Row]) -> dict[int, float]:
 
 
 def plan(arguments: Sequence[str], ranks: int, rank: int) -> list[Row]:
-    """The report of one rank of a job that is not run; once in a process.
+    """The report of one rank of a job, without running the job. Call it once in a process.
 
     Args:
         arguments: torchtitan's command line.
-        ranks: how many ranks the job would have.
-        rank: which of them to be.
+        ranks: number of ranks of the job.
+        rank: the rank to report.
 
     Raises:
-        ValueError: the job has pipeline stages, or Conda refuses it.
+        ValueError: the job has pipeline stages, or Conda does not support it.
     """
     from torchtitan.tools import utils
 
-    if not torch.accelerator.is_available():  # torchtitan would take CUDA for granted
+    if not torch.accelerator.is_available():  # torchtitan would use CUDA
         utils.device_type, utils.device_module = "cpu", torch.cpu
     from torchtitan.config import ConfigManager
     from torchtitan.distributed import ParallelDims

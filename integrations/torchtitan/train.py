@@ -1,10 +1,10 @@
-"""Layer: integrations. torchtitan's training job, which then knows ``--optimizer.name conda``.
+"""Layer: integrations. torchtitan's training job with ``--optimizer.name conda``.
 
     torchrun --nproc-per-node=8 -m conda_dist.integrations.torchtitan.train \\
         --module llama3 --config llama3_8b --optimizer.name conda --optimizer.lr 0.01
 
-All options are torchtitan's, and Conda's under ``--optimizer``. Without ``--optimizer.name`` the
-command line is handed on as it is.
+All options are torchtitan's; Conda's options are under ``--optimizer``. Without
+``--optimizer.name``, torchtitan gets the command line unchanged.
 """
 
 import importlib
@@ -15,7 +15,7 @@ REGISTRY = "conda_dist.integrations.torchtitan"
 
 
 def rewrite(arguments: Sequence[str]) -> list[str]:
-    """The command line for torchtitan: ``--module M --config C`` becomes ours for ``M.C``.
+    """Rewrites ``--module M --config C`` so that torchtitan takes config ``M.C`` from this package.
 
     Args:
         arguments: a command line without the program's name.
@@ -31,7 +31,7 @@ def rewrite(arguments: Sequence[str]) -> list[str]:
             rest.append(argument)
     named = any(argument.partition("=")[0] == "--optimizer.name" for argument in rest)
     if not named or given["--module"] == REGISTRY or not all(given.values()):
-        return list(arguments)  # an incomplete one is torchtitan's to refuse
+        return list(arguments)  # torchtitan says what an incomplete command line lacks
     config = f"{given['--module']}.{given['--config']}"
     return ["--module", REGISTRY, "--config", config, *rest]
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) from error
     sys.argv[1:] = rewrite(sys.argv[1:] if argv is None else argv)
     if REGISTRY in sys.argv:
-        # torchtitan would take an error in here for a config that does not exist.
+        # Import it here: torchtitan would report an error in it as a config that does not exist.
         importlib.import_module(f"{REGISTRY}.config_registry")
     train()
 

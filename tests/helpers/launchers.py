@@ -86,12 +86,6 @@ def mpich() -> Mpi:
 MPIS = {"openmpi": openmpi, "mpich": mpich}
 
 
-def torchrun() -> tuple[Any, ...]:
-    """The job on two ranks of this host."""
-    run = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", MODULE)
-    return (sys.executable, *run)
-
-
 def deepspeed() -> tuple[Any, ...]:
     """The job on two ranks of this host; this launcher has no way to choose a port itself."""
     return deepspeed_runner("--num_gpus=2", "--master_port", free_port())

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import models
 from conda_dist import Conda
@@ -14,6 +15,42 @@ MATRICES = {"square": (7, 7), "tall": (13, 5), "wide": (5, 13), "even": (8, 16),
 EXPERTS = {"up": (3, 9, 4), "down": (3, 4, 9), "even": (4, 8, 6), "one": (1, 5, 8)}
 STEPS = 5
 Layout = tuple[tuple[int, ...], list[Placement]]
+S0, S1, S2, ALL = Shard(0), Shard(1), Shard(2), Replicate()
+
+
+def strided(dim: int, factor: int) -> Placement:
+    """A shard as FSDP leaves it of what tensor parallelism has cut before."""
+    return _StridedShard(dim, split_factor=factor)
+
+
+DENSE: list[Layout] = [
+    ((4,), [S0]),  # FSDP; of some matrices a rank has no row
+    ((3,), [S1]),
+    ((2, 2), [ALL, S0]),  # HSDP
+    ((2, 2), [strided(0, 2), S0]),  # FSDP over column-wise TP
+    ((2, 2), [strided(1, 2), S1]),  # FSDP by columns over row-wise TP
+    ((2, 2), [S0, S1]),  # FSDP over row-wise TP
+    ((2, 2), [S0, ALL]),  # FSDP over what TP replicates
+    ((2, 3), [strided(0, 3), S0]),
+]
+"""Meshes and placements of matrices."""
+CUBES: list[Layout] = [
+    ((2, 2, 2), [ALL, strided(0, 2), S0]),  # HSDP over column-wise TP
+    ((2, 2, 2), [ALL, S0, S1]),  # HSDP over row-wise TP
+    ((2, 1, 2), [S0, ALL, S1]),
+]
+"""The same on meshes of three dimensions."""
+BATCHES: list[Layout] = [
+    ((4,), [S0]),  # more ranks than experts
+    ((3,), [S2]),
+    ((2, 2), [S0, S1]),
+    ((2, 2), [S0, S2]),
+    ((2, 2), [strided(0, 2), S0]),  # expert parallelism
+    ((2, 2), [S1, S0]),  # the same with more ranks than experts
+    ((2, 2), [S2, S0]),
+    ((2, 3), [S1, S2]),
+]
+"""Meshes and placements of batches of matrices."""
 
 
 def train(layout: Layout | None, shapes: dict[str, tuple[int, ...]], options: Any) -> Any:

@@ -3,14 +3,20 @@
 import contextlib
 import itertools
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from preloaded import context
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -38,6 +44,91 @@ def started(*command: Any, **environment: str) -> Iterator[subprocess.Popen[str]
             process.kill()
         with contextlib.suppress(ValueError):  # somebody has read it to the end already
             process.communicate()
+
+
+class Forked:
+    """What Popen is, as far as tests use it, for a process that has imported torch and the job.
+
+    Args:
+        command: What `python` would be given: "-m", a module and arguments, or a script and its.
+        environment: All of its variables.
+        file: What it prints is added to this file.
+    """
+
+    def __init__(self, command: tuple[str, ...], environment: dict[str, str], file: Path) -> None:
+        self._process = context.Process(target=_run, args=(command, environment, file))
+        self._file = file
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, or the negative number of the signal that ended it; None if it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """The same, as Popen has it."""
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for its end and returns how it ended; raises as Popen does."""
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, None]:
+        """Waits for its end and returns what it has printed."""
+        self.wait(timeout)
+        return self._file.read_text(), None
+
+    def send_signal(self, number: int) -> None:
+        """Sends it a signal, if it still runs."""
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def forked(*command: Any, **environment: str) -> Iterator[Forked]:
+    """The same as `started`, forked from a process that has imported torch and the job.
+
+    A process of the job takes five seconds of a core less. What a test says of starting and of
+    importing needs `started`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = tuple(map(str, command))
+        process = Forked(words, {**ENVIRONMENT, **environment}, Path(folder) / "said")
+        try:
+            yield process
+        finally:
+            for child in children(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            process.kill()
+            process.wait()
+
+
+def _run(command: tuple[str, ...], environment: dict[str, str], file: Path) -> None:
+    """Does what `python COMMAND...` does, in a process that has just been forked."""
+    os.setsid()
+    with file.open("ab", buffering=0) as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    torch.set_num_threads(1)
+    if command[0] == "-m":
+        sys.argv = list(command[1:])
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = list(command)
+        runpy.run_path(command[0], run_name="__main__")
 
 
 def rank_environments(world: int) -> list[dict[str, str]]:

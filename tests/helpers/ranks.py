@@ -7,7 +7,6 @@ with its traceback; one that does not answer in time has all processes killed.
 """
 
 import gc
-import multiprocessing as mp
 import os
 import shutil
 import tempfile
@@ -16,7 +15,10 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
+
+from preloaded import context
 
 TIMEOUT = 120.0
 """Seconds a call may take."""
@@ -25,33 +27,20 @@ MORE_THREADS, MOST_THREADS = 16, 200
 which it ends: DeepSpeed keeps what groups it has made."""
 
 
-_context = mp.get_context("forkserver")
-# Processes are forked from one that has imported what takes seconds, and has no threads.
-_context.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "torch.distributed.checkpoint.state_dict",
-        "torch.distributed.tensor.parallel",
-        "transformers.models.llama.modeling_llama",
-        "conda_dist.launch.job.run",
-    ]
-)
-
-
 class RankError(Exception):
     """A function raised on some rank."""
 
 
 class _Pool:
     def __init__(self) -> None:
-        self._workers: list[tuple[mp.process.BaseProcess, Connection]] = []
+        self._workers: list[tuple[BaseProcess, Connection]] = []
 
     def run(
         self, world: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float
     ) -> list[Any]:
         while len(self._workers) < world:
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_work, args=(theirs,), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -122,6 +111,7 @@ def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     _share_device()
     warnings.filterwarnings("ignore", message=".*destroy_process_group.*")
+    gc.freeze()  # or each collection goes through all that has been imported
     threads = _threads()
     while True:
         try:

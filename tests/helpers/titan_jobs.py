@@ -59,7 +59,6 @@ class Layout(NamedTuple):
 
 ONE = Layout("one", 1)
 FSDP = Layout("FSDP-2", 2)
-FSDP4 = Layout("FSDP-4", 4)
 HSDP = Layout("HSDP-2x2", 4, replicate=2)
 FSDP_TP = Layout("FSDP-2-TP-2", 4, tensor=2)
 PP = Layout("PP-2", 2, pipeline=2)

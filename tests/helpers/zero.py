@@ -123,11 +123,11 @@ def weights(engine: Any) -> dict[str, Tensor]:
 def _masters(engine: Any) -> dict[str, Tensor]:
     """The master weights, put together from what Conda updates on each rank."""
     whole = {name: torch.zeros(p.shape) for name, p in engine.module.named_parameters()}
-    for unit in engine.basic_optimizer._units.values():
-        for piece in unit.pieces:
-            flat = whole[piece.member.name].view(-1)
-            held = piece.of(unit.tensors[piece.index].detach())
-            flat[piece.begin : piece.begin + piece.count] = held
+    for partition_step in engine.basic_optimizer._steps.values():
+        for shard in partition_step.shards:
+            flat = whole[shard.info.name].view(-1)
+            held = shard.view(partition_step.tensors[shard.tensor_index].detach())
+            flat[shard.first : shard.first + shard.length] = held
     for value in whole.values():
         dist.all_reduce(value)
     return whole

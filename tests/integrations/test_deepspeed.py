@@ -82,6 +82,7 @@ def test_stages_follow_one_process(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.thorough
 def test_low_precision_follows_one_process(world: int) -> None:
     """Ranks round their gradients before they are added up; one rank does as one process."""
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -138,6 +139,7 @@ CLIPPED: list[Config] = [
 ]
 
 
+@pytest.mark.thorough
 def test_clipping_is_that_of_one_process() -> None:
     theirs = zero.alone(clip=0.5, factor=10)
     errors = _errors(2, CLIPPED, theirs, factor=10)
@@ -161,6 +163,7 @@ def _moved_away(stage: int, dtype: str) -> list[str]:
 
 
 @pytest.mark.parametrize("stage", [1, 2])  # at stage 3 DeepSpeed has it for its FusedAdam alone
+@pytest.mark.thorough
 def test_states_may_be_moved_between_steps(stage: int) -> None:
     assert not any(ranks.run(2, _moved_away, stage, "bf16"))
 
@@ -208,6 +211,7 @@ def _resume(folder: Path, configs: list[Config]) -> list[list[str]]:
     return unequal
 
 
+@pytest.mark.thorough
 def test_resumes_bit_for_bit(tmp_path: Path) -> None:
     configs = [*STAGES, (3, "fp32", SUB_GROUPS), *LOW[:6]]
     for unequal in ranks.run(2, _resume, tmp_path, configs):

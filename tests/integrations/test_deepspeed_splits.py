@@ -49,12 +49,12 @@ def _follow(folder: Path) -> tuple[list[dict[str, Tensor]], list[str], set[str]]
     return ended, differing, {row["name"] for row in report if row["path"] == "conda"}
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_parts_follow_one_process(world: int, tmp_path: Path) -> None:
+@pytest.mark.thorough
+def test_parts_follow_one_process(tmp_path: Path) -> None:
     start, theirs = zero.start(), zero.alone(splits=SPLITS)
     low = zero.alone(dtype=torch.bfloat16, splits=SPLITS)
     assert models.farthest(zero.alone(), theirs, start) > 0.01
-    for ended, differing, names in ranks.run(world, _follow, tmp_path):
+    for ended, differing, names in ranks.run(3, _follow, tmp_path):
         assert not differing
         assert {"blocks.0.up.weight[13:17]", "blocks.1.q.weight[5:10]"} <= names
         for (stage, dtype, others), weights in zip(CONFIGS, ended, strict=True):

@@ -85,8 +85,8 @@ def _measure(name: str) -> Traffic:
         zero.train(engine, range(at, at + 1))
         traffic.append(list(calls))
     optimizer.step = step
-    held = [unit._states for unit in optimizer._units.values()]
-    states = [state for unit in held for state in unit.values()]
+    steps = optimizer._steps.values()
+    states = [state for partition_step in steps for state in partition_step._states.values()]
     tensors = [t for state in states for t in state.values() if "basis" in state]
     bases = sum(state["basis"].nbytes for state in states if "basis" in state)
     report = optimizer.report()

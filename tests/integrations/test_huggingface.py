@@ -115,6 +115,7 @@ def _trainer(folder: Path, stage: int, resume: bool) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.thorough
 def test_trainer(tmp_path: Path, stage: int) -> None:
     whole, _ = ranks.run(2, _trainer, tmp_path, stage, False)
     assert len(whole) == 12

@@ -20,8 +20,6 @@ DENSE, MOE = 1e-4, 1e-3
 A router takes the largest logits, so that a rounding can send a token to another expert. Cutting
 the batch in two on one process moves these losses as far as two processes do."""
 
-BACKENDS = ("spmd_types", "partial_dtensor", "full_dtensor")
-
 
 def check(layout: Layout, config: str, tolerance: float, *options: str) -> None:
     found = titan_jobs.trajectory(layout, config, *options)
@@ -32,23 +30,28 @@ def check(layout: Layout, config: str, tolerance: float, *options: str) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "backend"),
-    [*((each, BACKENDS[0]) for each in (FSDP, PP, HSDP)), *((FSDP_TP, each) for each in BACKENDS)],
+    [
+        (FSDP, "full_dtensor"),
+        (PP, "spmd_types"),
+        (HSDP, "partial_dtensor"),
+        (FSDP_TP, "spmd_types"),
+        (FSDP_TP, "full_dtensor"),
+    ],
     ids=str,
 )
 def test_dense_layouts_follow_one_process(layout: Layout, backend: str) -> None:
     check(layout, "llama3", DENSE, f"--parallelism.spmd_backend={backend}")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["spmd_types", "partial_dtensor"])
 def test_expert_parallel_follows_one_process(backend: str) -> None:
     check(EP, "qwen3_moe", MOE, f"--parallelism.spmd_backend={backend}")
 
 
 @pytest.mark.parametrize(
-    ("layout", "config"),
-    [(FSDP, "qwen3_moe"), (EP, "deepseek_v3"), (EP_TP, "deepseek_v3")],
-    ids=str,
+    ("layout", "config"), [(FSDP, "qwen3_moe"), (EP_TP, "deepseek_v3")], ids=str
 )
+@pytest.mark.thorough
 def test_moe_layouts_follow_one_process(layout: Layout, config: str) -> None:
     check(layout, config, MOE)
 
@@ -56,17 +59,18 @@ def test_moe_layouts_follow_one_process(layout: Layout, config: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--optimizer.basis_budget=0",),
-        ("--training.enable_cpu_offload",),
+        ("--optimizer.basis_budget=0", "--training.enable_cpu_offload"),
         ("--training.global_batch_size=4", "--training.local_batch_size=1"),
     ],
-    ids=["sharded basis", "CPU offload", "gradient accumulation"],
+    ids=["sharded basis, CPU offload", "gradient accumulation"],
 )
+@pytest.mark.thorough
 def test_options_that_change_no_result(options: tuple[str, ...]) -> None:
     check(FSDP, "llama3", DENSE, *options)
 
 
-@pytest.mark.parametrize("layout", [FSDP, PP, FSDP_TP], ids=str)
+@pytest.mark.parametrize("layout", [PP, FSDP_TP], ids=str)
+@pytest.mark.thorough
 def test_split_weights_follow_one_process(layout: Layout) -> None:
     """Each head of the fused projection by itself, and two halves of another weight."""
     option = "--optimizer.splits=*.wqkv.weight=12,*.w1.weight=80+80"
@@ -76,12 +80,14 @@ def test_split_weights_follow_one_process(layout: Layout) -> None:
     assert titan_jobs.distance(expected, titan_jobs.trajectory(ONE, "llama3")) > 10 * DENSE
 
 
+@pytest.mark.thorough
 def test_a_rule_for_one_fused_weight_counts_before_what_is_known_of_all() -> None:
     rule = "--optimizer.splits=layers.0.attention.qkv_linear.wqkv.weight=1"
     known = titan_jobs.trajectory(ONE, "llama3")
     assert titan_jobs.distance(titan_jobs.trajectory(ONE, "llama3", rule), known) > DENSE
 
 
+@pytest.mark.thorough
 def test_the_losses_depend_on_what_the_tests_compare() -> None:
     """Else the tolerances above would say nothing."""
     losses = titan_jobs.trajectory(ONE, "llama3")
@@ -94,15 +100,15 @@ def test_the_losses_depend_on_what_the_tests_compare() -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
+    "options",
     [
-        "--training.dtype=bfloat16",
-        "--training.mixed_precision_param=bfloat16",
-        "--optimizer.matmul_dtype=bfloat16",
+        ("--training.dtype=bfloat16",),
+        ("--training.mixed_precision_param=bfloat16", "--optimizer.matmul_dtype=bfloat16"),
     ],
 )
-def test_bfloat16_trains_alike(option: str) -> None:
-    check(FSDP, "llama3", 3e-3, option)
+@pytest.mark.thorough
+def test_bfloat16_trains_alike(options: tuple[str, ...]) -> None:
+    check(FSDP, "llama3", 3e-3, *options)
 
 
 def test_registry_and_override_are_the_launcher() -> None:
@@ -114,6 +120,7 @@ def test_registry_and_override_are_the_launcher() -> None:
         assert "layers.*.feed_forward.w2.weight" in titan_jobs.messages(runs)
 
 
+@pytest.mark.thorough
 def test_without_its_name_torchtitan_is_untouched() -> None:
     stock = titan_jobs.run(FSDP, "llama3", route="torchtitan")
     launched = titan_jobs.run(FSDP, "llama3")
@@ -144,6 +151,7 @@ def test_table_is_logged_once_for_each_stage() -> None:
     assert counts == [1, 0]
 
 
+@pytest.mark.thorough
 def test_torchrun_trains_the_stock_debug_model(tmp_path: Path) -> None:
     """A user's command, on torchtitan's own config and data set, in processes of its own."""
     arguments = [

@@ -14,7 +14,6 @@ from titan_jobs import (
     CONDA,
     EP,
     FSDP,
-    FSDP4,
     FSDP_TP,
     HSDP,
     ONE,
@@ -68,7 +67,8 @@ def resume(layout: Layout, config: str, output: Path, *options: str) -> list[flo
     return losses(runs)
 
 
-@pytest.mark.parametrize("layout", [ONE, FSDP4, FSDP_TP, HSDP, PP], ids=str)
+@pytest.mark.parametrize("layout", [PP, HSDP, FSDP_TP], ids=str)
+@pytest.mark.thorough
 def test_resumed_on_another_layout(layout: Layout) -> None:
     output, _ = saved(FSDP, "llama3")
     expected = trajectory(ONE, "llama3")[SAVED:]
@@ -80,18 +80,20 @@ def test_resumed_on_the_same_layout_bit_for_bit() -> None:
     assert resume(FSDP, "llama3", output) == uninterrupted[SAVED:]
 
 
+@pytest.mark.thorough
 def test_saved_asynchronously() -> None:
     output, uninterrupted = saved(FSDP, "llama3", "async")
     assert uninterrupted == saved(FSDP, "llama3")[1]
     assert resume(FSDP, "llama3", output) == uninterrupted[SAVED:]
-    assert distance(resume(HSDP, "llama3", output), uninterrupted[SAVED:]) < DENSE
 
 
+@pytest.mark.thorough
 def test_saved_by_pipeline_stages() -> None:
     output, uninterrupted = saved(PP, "llama3")
     assert distance(resume(FSDP, "llama3", output), uninterrupted[SAVED:]) < DENSE
 
 
+@pytest.mark.thorough
 def test_experts_saved_by_expert_parallel_ranks() -> None:
     output, uninterrupted = saved(EP, "qwen3_moe")
     assert distance(resume(ONE, "qwen3_moe", output), uninterrupted[SAVED:]) < MOE
@@ -117,6 +119,7 @@ def read(output: Path, step: int, wanted: str) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.thorough
 def test_state_is_float32_under_bfloat16_training() -> None:
     output = titan_jobs.folder() / "bfloat16"
     options = ("--training.dtype=bfloat16", f"--dump_folder={output}", "--training.steps=2")
@@ -129,6 +132,7 @@ def test_state_is_float32_under_bfloat16_training() -> None:
     assert read(output, 2, weight)[weight].dtype == torch.bfloat16
 
 
+@pytest.mark.thorough
 def test_load_balancing_runs_once_a_step() -> None:
     """torchtitan's hook before the step moves the experts' biases; after AdamW's first as much."""
     biases = []

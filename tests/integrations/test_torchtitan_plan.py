@@ -1,13 +1,11 @@
 """Jobs of 16 ranks, planned by one process: torchtitan's real models on the meta device."""
 
 import io
-import json
 import math
 import os
 import re
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,10 @@ from torchtitan.config import ConfigManager
 
 from conda_dist.integrations.torchtitan.train import rewrite
 from conda_dist.report import print_table
+from preloaded import context
 
 COMMANDS = Path(__file__).parents[2] / "configs" / "torchtitan"
 
-SCRIPT = """
-import json, sys
-from conda_dist.integrations.torchtitan.plan import plan, refresh_flops
-arguments, rank = json.loads(sys.argv[1])
-table = plan(arguments, 16, rank)
-print(json.dumps([table, refresh_flops(table)]))
-"""
 SHARDED = ["--optimizer.basis_budget", "0"]
 JOBS: dict[str, list[str]] = {
     "8B": ["--module", "llama3", "--config", "llama3_8b", *SHARDED],
@@ -38,22 +30,29 @@ JOBS: dict[str, list[str]] = {
 }
 
 
-def _plan(job: tuple[str, int]) -> Any:
-    """In a process of its own: torchtitan keeps its meshes for as long as it runs."""
-    name, rank = job
-    command = [sys.executable, "-c", SCRIPT, json.dumps([JOBS[name], rank])]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr
-    return json.loads(ended.stdout.splitlines()[-1])
+def _plan(jobs: list[tuple[str, int]], answers: Connection) -> None:
+    """Plans each job as one of its ranks, in a fork: torchtitan keeps its meshes to the end."""
+    from conda_dist.integrations.torchtitan.plan import plan, refresh_flops
+
+    for name, rank in jobs:
+        if not (child := os.fork()):
+            table = plan(JOBS[name], 16, rank)
+            answers.send((table, refresh_flops(table)))
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0, (name, rank)
 
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Any]:
     jobs = [("8B", 0), ("70B", 0), ("70B", 15), ("671B", 0)]
-    with ThreadPoolExecutor(2) as pool:
-        return {
-            f"{n} {rank}": done for (n, rank), done in zip(jobs, pool.map(_plan, jobs), strict=True)
-        }
+    ours, theirs = context.Pipe()
+    planner = context.Process(target=_plan, args=(jobs, theirs))
+    planner.start()
+    theirs.close()
+    with ours:
+        found = {f"{name} {rank}": ours.recv() for name, rank in jobs}
+    planner.join()
+    return found
 
 
 def _is_matrix(row: dict[str, Any]) -> bool:

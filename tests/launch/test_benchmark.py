@@ -40,6 +40,7 @@ def test_prints_its_table_and_draws_it(capsys: pytest.CaptureFixture[str], tmp_p
     assert "<svg" in picture.read_text()
 
 
+@pytest.mark.thorough
 def test_the_bytes_of_state_are_those_of_the_tensors() -> None:
     """A moment each of a 64 x 64 matrix for Muon, two for AdamW, and a basis for Conda."""
     sizes = [(64, 64)] * 3

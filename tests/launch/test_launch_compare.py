@@ -139,6 +139,7 @@ def test_without_adamw_the_first_run_is_the_measure() -> None:
     assert {row.run: row.steps_to_baseline for row in tabulate(runs)} == {"muon": 100, "conda": 50}
 
 
+@pytest.mark.thorough
 def test_a_comparison_runs_draws_and_continues(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +177,7 @@ def test_a_comparison_runs_draws_and_continues(
     assert "training.steps" in said
 
 
+@pytest.mark.thorough
 def test_engines_are_compared(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -344,6 +344,7 @@ def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
         next(iter(source.documents()))
 
 
+@pytest.mark.thorough
 def test_a_hub_s_text_is_read_once(hub: Path, tmp_path: Path) -> None:
     """And a run on it resumes exactly."""
     config = launch_jobs.write_config(tmp_path)

@@ -62,6 +62,7 @@ def running(
 
 
 @pytest.mark.parametrize("name", MPIS)
+@pytest.mark.thorough
 def test_mpirun_starts_ranks_on_two_hosts_and_dies(
     name: str, config: Path, hosts: list[Node], tmp_path: Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_mpirun_starts_ranks_on_two_hosts_and_dies(
 
 
 @pytest.mark.parametrize("how", ["no_ssh", "openmpi"])
+@pytest.mark.thorough
 def test_deepspeed_starts_the_ranks_of_a_hostfile(
     how: str, config: Path, hosts: list[Node], tmp_path: Path
 ) -> None:

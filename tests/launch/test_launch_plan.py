@@ -48,7 +48,6 @@ MESHES = [
     Mesh(),
     Mesh(dp_shard=2),
     Mesh(dp_shard=3),
-    Mesh(dp_shard=8),
     Mesh(dp_replicate=2, dp_shard=2),
     Mesh(tp=2),
     Mesh(dp_shard=2, tp=2),
@@ -138,7 +137,9 @@ def _count(mesh: Mesh, settings: CondaConfig | None) -> tuple[Counts, Counts]:
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "x".join(map(str, m.sizes)))
 def test_bytes_and_operations_are_those_of_real_runs(mesh: Mesh) -> None:
-    for settings in (*SETTINGS, None):
+    both = [*SETTINGS, None] * 2
+    first = MESHES.index(mesh) % len(both)
+    for settings in both[first : first + 2]:
         for counted, expected in ranks.run(mesh.ranks, _count, mesh, settings):
             assert counted == expected
 

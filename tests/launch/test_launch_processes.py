@@ -24,6 +24,7 @@ from launch_jobs import metrics
 from processes import (
     DEADLINE,
     endless,
+    forked,
     rank_environments,
     started,
     wait_for_step,
@@ -38,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_one_process_stops_on_a_signal(config: Path, tmp_path: Path, number: int) -> None:
     note, job = tmp_path / "note", ("-m", "conda_dist.launch.pretrain", *endless(config, tmp_path))
-    with started(*job, **{STOP_NOTE: str(note)}) as process:
+    with forked(*job, **{STOP_NOTE: str(note)}) as process:
         wait_for_step(tmp_path, 3, process)
         assert not note.exists()
         process.send_signal(number)
@@ -51,6 +52,7 @@ def test_one_process_stops_on_a_signal(config: Path, tmp_path: Path, number: int
     assert step_of(complete_checkpoints(tmp_path / "checkpoints")[-1]) == reached
 
 
+@pytest.mark.thorough
 def test_a_comparison_passes_the_stop_on(config: Path, tmp_path: Path) -> None:
     job = ("-m", "conda_dist.launch.compare", *endless(config, tmp_path))
     run = tmp_path / "adamw"
@@ -74,7 +76,7 @@ def ranks_of_their_own(
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(
-                started(
+                forked(
                     *("-m", "conda_dist.launch.pretrain", config, "--output", output, *arguments),
                     **told,
                     **environment,

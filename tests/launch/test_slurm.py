@@ -70,6 +70,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.thorough
 def test_a_job_is_requeued_until_it_is_complete(tmp_path: Path, slurm: dict[str, str]) -> None:
     config, output = launch_jobs.write_config(tmp_path), tmp_path / "run"
     script = ["bash", str(ROOT / "launch" / "slurm.sh")]
@@ -109,6 +110,7 @@ def test_a_job_is_requeued_until_it_is_complete(tmp_path: Path, slurm: dict[str,
     assert curve(output) == curve(whole)
 
 
+@pytest.mark.thorough
 def test_a_job_that_fails_is_not_requeued(tmp_path: Path, slurm: dict[str, str]) -> None:
     """Nor one whose ranks have died of a signal that nobody sent to torchrun."""
     dies = tmp_path / "dies.py"

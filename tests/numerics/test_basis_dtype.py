@@ -37,6 +37,7 @@ def test_near_the_run_with_float32_bases(options: dict[str, Any], most: float) -
 
 
 @pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.thorough
 def test_on_shards(budget: int | None) -> None:
     """All ranks round the same bases, but at the last bit of a sum they may differ."""
     start, alone = models.snapshot(*models.build(PLAIN)), _run(PLAIN, FLOAT_PRODUCTS)

@@ -222,6 +222,7 @@ def _load(folder: Path, layout: Layout, options: dict[str, Any]) -> dict[str, Te
     return models.snapshot(model, optimizer, models.whole)
 
 
+@pytest.mark.thorough
 def test_checkpoints_go_on(tmp_path: Path) -> None:
     """Bit-identically on the same layout, codes and thresholds included; near it on another."""
     whole = ranks.run(2, _save, tmp_path, BOTH)[0]

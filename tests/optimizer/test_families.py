@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 import toys
 from conda_dist import Conda, param_groups
-from conda_dist.layer_kinds import block_of, doubtful
+from conda_dist.layer_kinds import ambiguous_names, block_of
 from conda_dist.routing import route
 
 TINY: dict[str, Any] = {
@@ -121,7 +121,9 @@ def test_a_family(family: str) -> None:
         expected = _by_type(name, param, owners[name], heads)
         assert by_module[name] == (expected or by_module[name]), (name, by_name[name])
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-    doubts = doubtful(shapes, {name for name in by_name if by_name[name].algorithm == "conda"})
+    doubts = ambiguous_names(
+        shapes, {name for name in by_name if by_name[name].algorithm == "conda"}
+    )
     differ = {name for name in by_module if by_module[name] != by_name[name].algorithm}
     assert differ <= set(doubts), differ
     with warnings.catch_warnings(record=True) as caught:

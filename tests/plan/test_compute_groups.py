@@ -315,6 +315,7 @@ def _in_a_process(rank: int, folder: Path, port: int) -> None:
     (folder / f"{rank}").write_text(str(differing))
 
 
+@pytest.mark.thorough
 def test_async_save_in_a_process(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

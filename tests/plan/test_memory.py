@@ -42,9 +42,17 @@ def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any])
     return peak / BUCKET
 
 
-@pytest.mark.parametrize("gap", [1, 1000], ids=["refresh", "steady"])
-@pytest.mark.parametrize("budget", [None, 0], ids=["all ranks", "groups"])
-@pytest.mark.parametrize("shape", [(1536, 192), (192, 1536), (384, 384)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "budget", "gap"),
+    [
+        ((1536, 192), None, 1),
+        ((1536, 192), 0, 1000),
+        ((192, 1536), None, 1000),
+        ((192, 1536), 0, 1),
+        ((384, 384), 0, 1),
+    ],
+    ids=str,
+)
 def test_a_step_holds_two_buckets(shape: tuple[int, int], budget: int | None, gap: int) -> None:
     options = {"basis_budget": budget, "refresh_method": "orthogonal_iteration"}
     few, many = (max(ranks.run(2, _peak, shape, n, gap, options)) for n in (16, 40))

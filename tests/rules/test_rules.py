@@ -14,8 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 
 import models
 import ranks
@@ -24,48 +23,11 @@ from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.options import Options
 from conda_dist.rules.muon import MuonRule
 from conda_dist.rules.rule import StateSpec, WeightSlice
+from parallel import ALL, BATCHES, DENSE, EXPERTS, MATRICES, S0, S1, S2, Layout, strided
 from traffic import recorded
 
-S0, S1, S2, ALL = Shard(0), Shard(1), Shard(2), Replicate()
 SETTINGS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1}
 STEPS = 4
-Layout = tuple[tuple[int, ...], list[Placement]]
-
-
-def _strided(dim: int, factor: int) -> Placement:
-    return _StridedShard(dim, split_factor=factor)
-
-
-MATRICES = {"square": (7, 7), "tall": (13, 5), "wide": (5, 13), "even": (8, 16), "short": (2, 9)}
-EXPERTS = {"up": (3, 9, 4), "down": (3, 4, 9), "even": (4, 8, 6), "one": (1, 5, 8)}
-DENSE: list[Layout] = [
-    ((2,), [S0]),
-    ((3,), [S0]),
-    ((4,), [S0]),  # a rank without any row
-    ((3,), [S1]),
-    ((2,), [ALL]),
-    ((2, 2), [ALL, S0]),  # HSDP
-    ((2, 2), [ALL, S1]),
-    ((2, 2), [_strided(0, 2), S0]),  # FSDP over column-wise TP
-    ((2, 2), [_strided(1, 2), S1]),
-    ((2, 2), [S0, S1]),  # FSDP over row-wise TP
-    ((2, 2), [S0, ALL]),
-    ((2, 3), [_strided(0, 3), S0]),
-    ((3, 2), [S1, S0]),
-    ((2, 2, 2), [ALL, _strided(0, 2), S0]),
-    ((2, 1, 2), [S0, ALL, S1]),
-]
-BATCHES: list[Layout] = [
-    ((4,), [S0]),  # more ranks than experts
-    ((3,), [S1]),
-    ((3,), [S2]),
-    ((2, 2), [S0, S1]),
-    ((2, 2), [S1, S2]),
-    ((2, 3), [S1, S2]),
-    ((2, 2), [_strided(0, 2), S0]),
-    ((2, 2), [S1, S0]),
-    ((2, 2, 2), [S1, _strided(0, 2), S0]),
-]
 
 
 def _whole(name: str, shape: tuple[int, ...], step: int) -> Tensor:
@@ -308,6 +270,7 @@ def _load_and_go_on(layout: models.Layout, folder: str, to: str) -> Any:
 
 
 @pytest.mark.parametrize("to", ["dcp", "full"])
+@pytest.mark.thorough
 def test_resumed_on_other_ranks(tmp_path: Path, to: str) -> None:
     ended = ranks.run(3, _train_and_save, ("fsdp", (3,)), str(tmp_path), to)[0]
     assert "blocks.0.up.weight:momentum_buffer" in ended
@@ -406,7 +369,7 @@ def _partitioned() -> str:
 def test_zero_is_conda_s_alone() -> None:
     said = _partitioned()
     assert "a.weight: ZeRO stage 3 has partitioned it" in said
-    assert "Muon is not supported, and Conda alone is" in said
+    assert "only Conda is supported, not Muon" in said
 
 
 def _mixed() -> str:
@@ -457,7 +420,7 @@ def _counted(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> list[tuple[i
         (((4,), [S0]), MATRICES),
         (((3,), [S1]), MATRICES),
         (((2, 2), [ALL, S0]), MATRICES),
-        (((2, 2), [_strided(0, 2), S0]), MATRICES),
+        (((2, 2), [strided(0, 2), S0]), MATRICES),
         (((2, 3), [S1, S2]), EXPERTS),
     ],
     ids=str,
@@ -543,12 +506,13 @@ def _vectors(
 @pytest.mark.parametrize(
     ("shapes", "splits", "layouts"),
     [
-        (MATRICES, None, [((3,), [S0]), ((2,), [S1]), ((2, 2), [_strided(0, 2), S0])]),
+        (MATRICES, None, [((3,), [S0]), ((2,), [S1]), ((2, 2), [strided(0, 2), S0])]),
         (EXPERTS, None, [((3,), [S1]), ((2, 2), [S0, S2]), ((2, 2), [S1, S2])]),
         (FUSED, (2, 2), [((3,), [S0]), ((2, 2), [ALL, S1])]),
     ],
     ids=["matrices", "batches", "parts"],
 )
+@pytest.mark.thorough
 def test_states_of_other_shapes(tmp_path: Path, shapes: Any, splits: Any, layouts: Any) -> None:
     """On every layout as on one process, saved on some ranks and resumed on others."""
     for by_column in (True, False):

@@ -73,18 +73,17 @@ def _train(layout: Layout, options: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("options", [ASYNC], ids=str)
+@pytest.mark.thorough
 def test_on_shards(options: dict[str, Any]) -> None:
     """One process and many go the same way, and twice the same; whatever is split, or how."""
     start = models.snapshot(*models.build(PLAIN))
     _, alone = _train(PLAIN, options)
     assert models.farthest(_train(PLAIN, {})[1], alone, start) > 1e-3  # the lag is seen
-    variants = [options, {**options, "basis_budget": 0, "buffer_bytes": 100}]
-    for layout in LAYOUTS:
-        world = torch.Size(layout[1]).numel()
-        for variant in variants:
-            for unequal, ended in ranks.run(world, _train, layout, variant):
-                assert not unequal
-                assert models.farthest(ended, alone, start) < 1e-4
+    in_groups = {**options, "basis_budget": 0, "buffer_bytes": 100}
+    for layout, variant in zip(LAYOUTS, (options, in_groups) * 2, strict=True):
+        for unequal, ended in ranks.run(torch.Size(layout[1]).numel(), _train, layout, variant):
+            assert not unequal
+            assert models.farthest(ended, alone, start) < 1e-4
 
 
 @pytest.mark.parametrize("layout", [((4,), [Shard(0)]), ((2, 2), [Shard(0), Shard(1)])], ids=str)
@@ -247,6 +246,7 @@ raise SystemExit(7)
 """
 
 
+@pytest.mark.thorough
 def test_a_process_ends_with_refreshes_pending() -> None:
     """It waits for the matrix at hand, not for the other 39."""
     ended = subprocess.run([sys.executable, "-c", FORSAKEN], timeout=60, capture_output=True)
@@ -273,6 +273,7 @@ threading.Thread(target=train).start()
 """
 
 
+@pytest.mark.thorough
 def test_training_in_a_thread_that_outlives_the_main_one() -> None:
     ended = subprocess.run([sys.executable, "-c", ELSEWHERE], timeout=60, capture_output=True)
     assert ended.stdout.strip() == b"6", ended.stderr

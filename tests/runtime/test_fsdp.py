@@ -187,6 +187,7 @@ def _hsdp_replicas() -> tuple[list[Tensor], list[Tensor]]:
     return params, states
 
 
+@pytest.mark.thorough
 def test_replicas_are_bit_identical_and_runs_repeatable() -> None:
     first, again = ranks.run(4, _hsdp_replicas), ranks.run(4, _hsdp_replicas)
     for a, b in [(0, 2), (1, 3)]:  # the two replicas of each shard

@@ -171,6 +171,7 @@ def _resume(layout: Layout, folder: Path) -> dict[str, Tensor]:
     return {name: models.whole(param) for name, param in params.items()}
 
 
+@pytest.mark.thorough
 def test_checkpoints_move_between_layouts(tmp_path: Path, separate: dict[str, Tensor]) -> None:
     ranks.run(2, _save, LAYOUTS[0], tmp_path, timeout=60)
     for layout in LAYOUTS[1:]:

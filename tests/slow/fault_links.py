@@ -14,7 +14,7 @@ import launchers
 from faults import STEPS, STRUCK, Outcome, Scene, farthest, recover
 from launch_jobs import metrics
 from nodes import Relay
-from processes import DEADLINE, children, has_ended, rank_environments, started, wait_for_step
+from processes import DEADLINE, children, forked, has_ended, rank_environments, wait_for_step
 
 WATCH_S = 2.0
 """Limit of a phase of a step, while the store is cut off."""
@@ -106,7 +106,7 @@ def store_cut_off(scene: Scene) -> Outcome:
     driver = (injected.__file__, "slow", 1, STRUCK + 1)
     with contextlib.ExitStack() as stack:
         ranks = [
-            stack.enter_context(started(*driver, *scene.job("store-cut"), *limits, **variables))
+            stack.enter_context(forked(*driver, *scene.job("store-cut"), *limits, **variables))
             for variables in environments
         ]
         wait_for_step(run, STRUCK, ranks[0])
@@ -129,8 +129,8 @@ def store_cut_off(scene: Scene) -> Outcome:
 def data_cut(scene: Scene) -> Outcome:
     """A rank whose connections to the others are closed under it."""
     driver = (injected.__file__, "cut", 1, STRUCK + 1)
-    with faults.running(scene, "data-cut", program=driver) as torchrun:
-        said, took = faults.end(torchrun, time.perf_counter())
+    with faults.running(scene, "data-cut", program=driver) as both:
+        said, took = faults.end(both, time.perf_counter())
     did = "ended on all ranks with gloo's error"
     how = "the sockets between the ranks shut down"
     outcome = Outcome("connections of a rank are cut", how, did, said, took)

@@ -3,7 +3,8 @@
     PYTHONPATH=tests/helpers python tests/slow/soak.py --steps 3000 --ranks 4 --output /tmp/soak
 
 Kills are drawn: of one rank, of all at once, or a request to stop (SIGTERM); so are the moments
-and the number of processes that go on. Prints a markdown table of what came of it.
+and the number of processes that go on. Each life allows the ranks other bytes of bases, so that a
+matrix is computed by all ranks, or by a group of them. Prints a markdown table of what came of it.
 """
 
 import argparse
@@ -14,23 +15,22 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import launch_jobs
 from conda_dist.launch.job.checkpoint import complete_checkpoints
 from conda_dist.launch.job.files import EXIT_STOPPED
-from processes import ENVIRONMENT, rank_environments
+from processes import ENVIRONMENT, Forked, rank_environments
 
-Process: TypeAlias = subprocess.Popen[bytes]
 PATIENCE = 120.0
 """Seconds in which ranks have to notice that another is gone, and a job has to take a step."""
 KINDS = {"one": signal.SIGKILL, "all": signal.SIGKILL, "stop": signal.SIGTERM}
 """Ways to end a job: one rank is killed, all are, or all are asked to stop."""
+BUDGETS = (2**32, 0, 2**17)
+"""Bytes of bases that a rank may have: all ranks compute a matrix, one does, or some do."""
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Report:
 
     Attributes:
         kills: for each its kind, the world size, the step reached, and that gone on from.
+        budgets: bytes of bases that the ranks were allowed, life after life.
         damaged: checkpoints that are not what was written.
         hung: ranks that did not end when they should have.
         memory: MiB of the largest rank of the uninterrupted job, early on and at the end.
@@ -49,6 +50,7 @@ class Report:
     """
 
     kills: list[tuple[str, int, int, int]] = field(default_factory=list)
+    budgets: list[int] = field(default_factory=list)
     damaged: int = 0
     hung: int = 0
     memory: tuple[float, float] = (0.0, 0.0)
@@ -75,6 +77,7 @@ class Report:
             rows[what] += " at most"
         worlds = sorted({world for _, world, _, _ in self.kills})
         rows["world sizes killed"] = ", ".join(map(str, worlds))
+        rows["bytes of bases allowed"] = ", ".join(map(str, sorted({*self.budgets})))
         rows["checkpoints damaged"] = f"{self.damaged}"
         rows["ranks that hung"] = f"{self.hung}"
         rows["largest loss difference at equal steps"] = f"{self.difference:.2g}"
@@ -88,17 +91,13 @@ class Report:
 
 
 @contextlib.contextmanager
-def started(world: int, arguments: Sequence[object], log: Path) -> Iterator[list[Process]]:
+def started(world: int, arguments: Sequence[object], log: Path) -> Iterator[list[Forked]]:
     """A job of so many processes, all of which are gone at the end."""
-    command = [sys.executable, "-m", "conda_dist.launch.pretrain", *map(str, arguments)]
-    processes = []
+    command = ("-m", "conda_dist.launch.pretrain", *map(str, arguments))
+    processes: list[Forked] = []
     try:
-        with log.open("a") as said:
-            for told in rank_environments(world):
-                environment = {**ENVIRONMENT, **told}
-                processes.append(
-                    subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-                )
+        for told in rank_environments(world):
+            processes.append(Forked(command, {**ENVIRONMENT, **told}, log))
         yield processes
     finally:
         for process in processes:
@@ -114,7 +113,7 @@ def reached(run: Path) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def wait_for(run: Path, step: int, processes: Sequence[Process], log: Path) -> bool:
+def wait_for(run: Path, step: int, processes: Sequence[Forked], log: Path) -> bool:
     """Waits until a run has reported a step; returns whether it has, rather than ended."""
     last, since = reached(run), time.monotonic()
     while reached(run) < step:
@@ -145,7 +144,7 @@ def damaged(run: Path) -> int:
     return count
 
 
-def resident(process: Process) -> float:
+def resident(process: Forked) -> float:
     """MiB of memory that a process has."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -167,7 +166,7 @@ def uninterrupted(
     return memory[0], memory[1]
 
 
-def end(kind: str, processes: Sequence[Process], draw: random.Random) -> int:
+def end(kind: str, processes: Sequence[Forked], draw: random.Random) -> int:
     """Ends a job; returns how many of its ranks had to be killed though they should have ended."""
     victims = [draw.choice(processes)] if kind == "one" else processes
     for process in victims:
@@ -211,7 +210,10 @@ def interrupted(
     while True:
         told = starts(log)
         world = draw.choice([w for w in worlds if killed is None or w != killed[1]] or worlds)
-        with started(world, [*arguments, "--output", run, "--resume"], log) as processes:
+        report.budgets.append(BUDGETS[len(report.budgets) % len(BUDGETS)])
+        budget = ("--optimizer.conda.basis_budget", report.budgets[-1])
+        job = [*arguments, *budget, "--output", run, "--resume"]
+        with started(world, job, log) as processes:
             if killed is not None:
                 report.kills.append((*killed, resumed_at(len(told), processes, log)))
             target = reached(run) + draw.randint(*life)
@@ -236,7 +238,7 @@ def starts(log: Path) -> list[int]:
     return [int(fact.partition(",")[0]) for fact in facts]
 
 
-def resumed_at(before: int, processes: Sequence[Process], log: Path) -> int:
+def resumed_at(before: int, processes: Sequence[Forked], log: Path) -> int:
     """The step that a job says it goes on from, once more has been said than before."""
     since = time.monotonic()
     while len(told := starts(log)) <= before:

@@ -38,15 +38,11 @@ def assert_lost(outcome: Outcome, most: int) -> None:
     assert 0 <= outcome.lost <= most
 
 
-def test_one_rank_killed(scene: Scene) -> None:
-    outcome = faults.one_rank_killed(scene)
+def test_a_rank_killed_twice_under_torchrun(scene: Scene) -> None:
+    outcome = faults.rank_killed_twice(scene)
     assert_lost(outcome, INTERVAL)
     assert "exitcode  : -9" in outcome.said
     assert outcome.stop_s < 20
-
-
-def test_torchrun_restarts_what_was_killed(scene: Scene) -> None:
-    assert_lost(faults.restarted_by_torchrun(scene), INTERVAL)
 
 
 def test_no_rank_outlives_its_launcher_unseen(scene: Scene) -> None:
@@ -88,9 +84,12 @@ def test_all_killed_while_saving(scene: Scene) -> None:
     assert_lost(faults.all_killed_while_saving(scene), 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_preempted(scene: Scene, number: signal.Signals) -> None:
-    """Slurm sends the second; torchrun by itself would die of it alone."""
+    """Slurm sends the second; torchrun by itself would die of it alone.
+
+    SIGINT, which torchrun passes on as well: test_launch_processes.
+    """
     outcome = faults.preempted(scene, number)
     assert_lost(outcome, 0)
     assert "stopped after step" in outcome.said

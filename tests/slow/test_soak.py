@@ -11,6 +11,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
     said = report.table()
     assert {kind for kind, *_ in report.kills} == {*kinds}, said
     assert {world for _, world, _, _ in report.kills} == {1, 2}, said
+    assert {*report.budgets} >= {2**32, 0}, said
     assert report.steps == 16, said
     assert report.damaged == report.hung == 0, said
     assert set(report.lost("stop")) == {0}, said

@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "transposed": (_data(lambda d: d.t().contiguous()), r"\(64, 100\).*\(100, 64\)"),
     "flat": (_data(lambda d: d.flatten()), r"\(6400,\)"),
     "folded": (_data(lambda d: d.view(10, 10, 64)), r"\(10, 10, 64\).*\(100, 64\)"),
-    "expanded": (_data(lambda d: d[:1].expand(SHAPE)), r"one in memory"),
+    "expanded": (_data(lambda d: d[:1].expand(SHAPE)), r"share memory"),
     "double": (_data(lambda d: d.double()), r"torch.float64.*torch.float32"),
     "complex": (_data(lambda d: d.to(torch.complex64)), r"got torch.complex64"),
     "meta": (_to_meta, r"on cpu, but the parameter is on meta"),

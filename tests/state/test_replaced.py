@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -144,6 +145,7 @@ def _too_late() -> dict[str, str]:
     return said
 
 
+@pytest.mark.thorough
 def test_sharding_a_model_whose_optimizer_has_state() -> None:
     for said in ranks.run(2, _too_late):
         assert said.pop("counted") == "{2.0}"

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import toys
 from conda_dist import Conda, param_groups
-from conda_dist.parameter_names import each, path_of
+from conda_dist.parameter_names import named_parameters, path_of
 
 CONDA_KEYS = {"step", "exp_avg", "exp_avg_sq", "basis", "basis_step"}
 ADAMW_KEYS = {"step", "exp_avg", "exp_avg_sq"}
@@ -200,7 +200,7 @@ def test_a_parameter_replaced_before_the_first_step() -> None:
 def _has_whole_state(optimizer: Conda) -> bool:
     return all(
         set(optimizer.state[param]) == (CONDA_KEYS if path == "conda" else ADAMW_KEYS)
-        for name, param, group in each(optimizer.param_groups)
+        for name, param, group in named_parameters(optimizer.param_groups)
         for path in [path_of(name, param, group)]
     )
 
