@@ -54,7 +54,7 @@ class Flat(Layout):
         """The boxes held at a coordinate, in order: end of a row, whole rows, start of a row."""
         return _flat_blocks(self.shape, *self.held(coordinate))
 
-    def move(self, mesh_dim: int, placement: Placement) -> Layout:
+    def with_placement(self, mesh_dim: int, placement: Placement) -> Layout:
         """The layout with this placement of the only mesh dimension; local tensors are not flat."""
         return Layout(self.shape, self.mesh, (placement,))
 
@@ -107,12 +107,12 @@ def flat_to_compute(storage: Flat) -> tuple[Layout, tuple[Move, ...]]:
     holding = [start < stop for start, stop in itertools.pairwise(bounds)]
     if len(shape) == 2 and kept_dim(shape) == 1:
         stays = sum(holding) == 1
-        compute = storage.move(0, Split(1, bounds=_even_bounds(shape[-1], holding)))
+        compute = storage.with_placement(0, Split(1, bounds=_even_bounds(shape[-1], holding)))
     else:
         inner = math.prod(shape[1:])
         cuts = tuple(-(-bound // inner) for bound in bounds)
         stays = all(cut * inner == bound for cut, bound in zip(cuts, bounds, strict=True))
-        compute = storage.move(0, Split(0, bounds=cuts))
+        compute = storage.with_placement(0, Split(0, bounds=cuts))
     return compute, () if stays else (Move(0, storage, compute),)
 
 

@@ -203,7 +203,7 @@ class Layout:
             offset += len(run)
         return tuple(spans)
 
-    def move(self, mesh_dim: int, placement: Placement) -> "Layout":
+    def with_placement(self, mesh_dim: int, placement: Placement) -> "Layout":
         """This layout with another placement for one mesh dimension."""
         placements = list(self.placements)
         placements[mesh_dim] = placement

@@ -89,13 +89,13 @@ def to_compute(storage: Layout, group: Group | None = None) -> tuple[Move, ...]:
             single[group.mesh_dim] = group.among[0]
     for mesh_dim in dims:
         if mesh_dim in single:
-            target = layout.move(mesh_dim, Copies((single[mesh_dim], 1)))
+            target = layout.with_placement(mesh_dim, Copies((single[mesh_dim], 1)))
         elif group is not None and mesh_dim == group.mesh_dim:
             target = _to_group(layout, group, grouped_dim)
         else:
             later = [d for d in layout.splitting(kept) if d > mesh_dim]
             stride = math.prod(layout.mesh[d] for d in later)
-            target = layout.move(mesh_dim, Split(kept, stride))
+            target = layout.with_placement(mesh_dim, Split(kept, stride))
         moves.append(Move(mesh_dim, layout, target))
         layout = target
     if not all(map(_stays_along_mesh_dim, moves)):
@@ -110,16 +110,16 @@ def _to_group(layout: Layout, group: Group, dim: int) -> Layout:
     if not isinstance(present, Split) or present.dim != dim:
         later = [d for d in layout.splitting(dim) if d > mesh_dim]
         stride = math.prod(layout.mesh[d] for d in later)
-        return layout.move(mesh_dim, Split(dim, stride, among=group.among))
+        return layout.with_placement(mesh_dim, Split(dim, stride, among=group.among))
     order = layout.splitting(dim)
-    target = layout.move(mesh_dim, replace(present, among=group.among))
+    target = layout.with_placement(mesh_dim, replace(present, among=group.among))
     # Now each rank of the group holds several of the old pieces. A later mesh dimension that splits
     # each old piece must still do so: its stride counts the old pieces.
     for inside in order[order.index(mesh_dim) + 1 :]:
         split = layout.placements[inside]
         if inside > mesh_dim and isinstance(split, Split):
             more = layout.mesh[mesh_dim] // count
-            target = target.move(inside, replace(split, stride=split.stride * more))
+            target = target.with_placement(inside, replace(split, stride=split.stride * more))
     return target
 
 
@@ -135,7 +135,7 @@ def _through_whole(storage: Layout, group: Group | None) -> tuple[Move, ...]:
         part: Placement = Split(dim, among=group.among if group and inside else None)
         if move.mesh_dim in single:
             part = Copies((single[move.mesh_dim], 1))
-        slices.append(Move(move.mesh_dim, layout, layout.move(move.mesh_dim, part)))
+        slices.append(Move(move.mesh_dim, layout, layout.with_placement(move.mesh_dim, part)))
         layout = slices[-1].target
     return gather + tuple(slices)
 
@@ -192,6 +192,6 @@ def to_whole(layout: Layout, dims: tuple[int, ...]) -> tuple[Move, ...]:
     for mesh_dim in reversed(range(len(layout.mesh))):
         placement = layout.placements[mesh_dim]
         if isinstance(placement, Split) and placement.dim in dims:
-            moves.append(Move(mesh_dim, layout, layout.move(mesh_dim, None)))
+            moves.append(Move(mesh_dim, layout, layout.with_placement(mesh_dim, None)))
             layout = moves[-1].target
     return tuple(moves)

@@ -352,7 +352,7 @@ def gather_to(
     for mesh_dim in reversed(range(len(layout.mesh))):
         placement = layout.placements[mesh_dim]
         if isinstance(placement, Split) and placement.dim in dims:
-            move = Move(mesh_dim, layout, layout.move(mesh_dim, None))
+            move = Move(mesh_dim, layout, layout.with_placement(mesh_dim, None))
             legs.append(Leg(move, receiver=owner[mesh_dim], only=dict(only)))
             layout, only = move.target, only | {mesh_dim: owner[mesh_dim]}
     return tuple(legs)
@@ -395,11 +395,11 @@ def send_from(
         sender, inside = owner[mesh_dim], among.get(mesh_dim)
         copies = None if inside is None else Copies(inside)
         if (mesh[mesh_dim] if inside is None else inside[1]) > SPREAD_BEYOND:
-            rows = layout.move(mesh_dim, Split(0, among=inside))
+            rows = layout.with_placement(mesh_dim, Split(0, among=inside))
             legs.append(Leg(Move(mesh_dim, layout, rows), sender=sender, only=only))
-            legs.append(Leg(Move(mesh_dim, rows, rows.move(mesh_dim, copies)), only=only))
+            legs.append(Leg(Move(mesh_dim, rows, rows.with_placement(mesh_dim, copies)), only=only))
         else:
-            move = Move(mesh_dim, layout, layout.move(mesh_dim, copies))
+            move = Move(mesh_dim, layout, layout.with_placement(mesh_dim, copies))
             legs.append(Leg(move, sender=sender, only=only))
         layout = legs[-1].move.target
     return tuple(legs)

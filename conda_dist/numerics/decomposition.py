@@ -67,9 +67,8 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
             if method == "svd":
                 rotation = _right_singular_vectors(matrix, driver)
             else:
-                # The squares of small or large numbers leave the range.
-                scaled = matrix / largest
-                gram = exact_product(scaled.mT, scaled)
+                scaled = matrix / largest  # so that squares neither overflow nor underflow
+                gram = exact_product(scaled.mT, scaled)  # (r, max(m, n)) @ (max(m, n), r)
                 rotation = _eigenvectors(gram) if method == "eigh64" else _iterated(gram)
             # Some GPU drivers give NaN instead of an error.
             if math.isfinite(torch.linalg.vector_norm(rotation, math.inf)):
@@ -81,9 +80,9 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
 
 
 def _attempts(tall: Tensor, method: str) -> Iterable[tuple[torch.device, torch.dtype, str | None]]:
-    """Where to try a decomposition, in which dtype and by which of CUDA's drivers, in turn."""
+    """The attempts to make, in this order: ``(device, dtype, cuSOLVER driver or None)`` of each."""
     here, cpu = tall.device, torch.device("cpu")
-    # Eigenvectors of a Gram matrix need twice the bits of the momentum.
+    # The eigenvectors of a Gram matrix need twice the bits of the momentum.
     dtype = torch.float64 if method == "eigh64" else tall.dtype
     driver = "gesvd" if here.type == "cuda" and method == "svd" else None
     tried = [(here, dtype, None), (here, torch.float64, driver)]
@@ -91,7 +90,10 @@ def _attempts(tall: Tensor, method: str) -> Iterable[tuple[torch.device, torch.d
 
 
 def _may_be_retried(error: RuntimeError) -> bool:
-    """Whether an error is about this attempt, not about the program or the device."""
+    """Whether another attempt may succeed after an error.
+
+    It may if the method did not converge, there was no memory, or a CUDA library failed.
+    """
     said = str(error).lower()
     return isinstance(error, LinAlgError | torch.OutOfMemoryError) or any(
         library in said for library in ("cusolver", "cublas")
@@ -117,14 +119,19 @@ def _iterated(gram: Tensor) -> Tensor:
 
 
 BY_CHOLESKY = frozenset({"cuda"})
-"""Devices on which the orthogonal factor is taken by Cholesky: where products are many times faster
-than Householder's reflections, which come one after another. On one core of a CPU they take 1.8, 19
-and 129 ms for r = 256, 512 and 1024, and Cholesky 6.9, 45 and 335 ms. A GPU's are not measured yet:
-``bash tests/gpu.sh OUT refreshes`` does it."""
+"""Devices on which :func:`cholesky_factor` is used instead of :func:`householder_factor`.
+
+Householder's reflections are computed one after another, so they are slow on devices whose matrix
+products are fast. For r = 256, 512 and 1024, one core of a CPU takes 1.8, 19 and 129 ms with
+Householder, and 6.9, 45 and 335 ms with Cholesky. GPUs are not measured yet; ``bash tests/gpu.sh
+OUT refreshes`` measures them."""
 
 
 def householder_factor(gram: Tensor) -> Tensor:
-    """The orthogonal factor of a matrix (r, r) whose R has a positive diagonal."""
+    """The orthogonal factor of the QR decomposition of a matrix (r, r), by Householder reflections.
+
+    Its signs are such that the diagonal of R is positive.
+    """
     reflectors, factors = torch.geqrf(gram)  # only the diagonal of R is needed
     signs = torch.where(reflectors.diagonal() < 0, -1.0, 1.0).to(reflectors.dtype)
     rotation: Tensor = torch.linalg.householder_product(reflectors, factors).mul_(signs)
@@ -132,22 +139,23 @@ def householder_factor(gram: Tensor) -> Tensor:
 
 
 NEWTON_STEPS, SQUARED_AWAY = 3, 5e-4
-"""A step of Newton's iteration leaves three quarters of the square of an error. Matrices of low
-rank take two steps."""
+"""The largest number of Newton steps, and the error before a step after which no other is needed: a
+step leaves 3/4 of the square of the error. Matrices of low rank take two steps."""
 SHIFT = 1e-5
-"""Added to the Gram matrix, times its largest diagonal element, so that float32 can factorise it.
-It concerns directions of less than 0.3 % of the largest singular value, which the iteration does
-not resolve in float32 anyway."""
+"""This factor times the largest diagonal element is added to the diagonal of the Gram matrix, so
+that it can be factorised in float32. It changes directions whose singular value is below 0.3 % of
+the largest one, which the iteration does not resolve in float32 anyway."""
 
 
 def cholesky_factor(gram: Tensor) -> Tensor | None:
-    """The same of a positive semidefinite matrix, by products and Cholesky factors alone.
+    """Like :func:`householder_factor`, for a positive semidefinite matrix S (r, r).
 
-    With S = A A^T and A^T A = B B^T, both factors lower triangular, A B^-T is orthogonal and
-    S = (A B^-T) (B^T A^T), whose second factor is upper triangular: the QR decomposition.
+    It uses only products, Cholesky factors and a triangular solve. Let S = A A^T and A^T A = B B^T
+    be Cholesky decompositions (A and B lower triangular). Then A B^-T is orthogonal, B^T A^T is
+    upper triangular, and S = (A B^-T) (B^T A^T) is the QR decomposition.
 
     Returns:
-        The factor, or None if the matrix cannot be factorised so.
+        The factor; None if a Cholesky decomposition fails or the error stays too large.
     """
     if leaves_flags():
         gram = gram.double()
@@ -159,7 +167,7 @@ def cholesky_factor(gram: Tensor) -> Tensor | None:
         if wrong.any() or wrong_too.any():
             return None
         rotation: Tensor = torch.linalg.solve_triangular(second.mT, first, upper=True, left=False)
-        for _ in range(NEWTON_STEPS):  # as in :func:`orthonormal`; one is enough, if not for few
+        for _ in range(NEWTON_STEPS):  # the iteration of :func:`orthonormal`
             off = rotation.mT @ rotation
             off.diagonal().sub_(1)
             rotation = torch.addmm(rotation, rotation, off, alpha=-0.5)
@@ -169,7 +177,10 @@ def cholesky_factor(gram: Tensor) -> Tensor | None:
 
 
 def _right_singular_vectors(tall: Tensor, driver: str | None) -> Tensor:
-    """Right singular vectors (n, n) of a matrix (m, n), m >= n, as columns, descending."""
+    """Right singular vectors (n, n) of a matrix (m, n), m >= n, as columns, descending.
+
+    ``driver`` is torch's name of a cuSOLVER driver; None for its default.
+    """
     m, n = tall.shape
     if 3 * m > 5 * n:  # from here on a QR first is cheaper (Chan, doi:10.1145/355984.355990)
         # R (n, n) has the same right singular vectors, and the (m, n) factor is never formed.

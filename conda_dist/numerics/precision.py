@@ -1,11 +1,11 @@
-"""The precision of float32 products, whatever the flags of the process say.
+"""Sets the precision of float32 matrix products, independently of torch's process-wide flags.
 
-TF32 and bfloat16 products are switched on by flags that belong to the process: a thread's change is
-seen by all others at once. They exist in an old form (``torch.set_float32_matmul_precision``,
-``torch.backends.cuda.matmul.allow_tf32``) and in a new one (``fp32_precision``), and torch raises
-when the old form is read while the two contradict each other. The new form is what the kernels
-read, and the old form sets it, so the functions here read and write the new form alone, and put
-back what they found.
+Flags let float32 products round their operands to TF32 or bfloat16. They hold for the whole
+process, so a change in one thread affects all others at once. There is an old form of the flags
+(``torch.set_float32_matmul_precision``, ``torch.backends.cuda.matmul.allow_tf32``) and a new one
+(``fp32_precision``). If the two contradict each other, torch raises an error when the old form is
+read. Setting the old form also sets the new one, and kernels read the new one. So the functions
+here read and write only the new form, and restore what they found.
 """
 
 import threading
@@ -18,11 +18,12 @@ from torch import Tensor
 
 _get = torch._C._get_fp32_precision_getter
 _set = torch._C._set_fp32_precision_setter
-"""The functions behind ``torch.backends``, where some properties set another flag than they read:
-those of mkldnn set the one of all backends."""
+"""The functions behind ``torch.backends``. Its properties are not used, because some set another
+flag than they read: mkldnn's set the flag of all backends."""
 
 MATMUL = ("cuda", "matmul"), ("mkldnn", "matmul")
-"""The flags that products read, on CUDA and on CPUs. Each may be "none", which inherits."""
+"""The flags that matrix products read, on CUDA and on CPUs. A flag of "none" has the value of its
+parent: the flag of its backend, or of all backends."""
 ALL: tuple[str, str] = ("generic", "all")
 ROUNDED = ("tf32", "bf16")
 
@@ -36,9 +37,10 @@ _thread = _Thread()
 
 @contextmanager
 def leaving_flags() -> Iterator[None]:
-    """Has this thread leave the flags alone; :func:`exact_product` then multiplies in float64.
+    """In this block, this thread does not change flags.
 
-    For a thread beside the one that trains, whose products the flags concern.
+    For a background thread: a change would affect the products of the training thread.
+    :func:`exact_product` then multiplies in float64 instead.
     """
     before, _thread.leaves_flags = _thread.leaves_flags, True
     try:
@@ -48,21 +50,20 @@ def leaving_flags() -> Iterator[None]:
 
 
 def leaves_flags() -> bool:
-    """Whether this thread leaves the flags alone, see :func:`leaving_flags`."""
+    """Whether this thread is in a block of :func:`leaving_flags`."""
     return _thread.leaves_flags
 
 
 @contextmanager
 def matmul_precision(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
-    """Multiplies float32 matrices in a precision that does not depend on the flags.
+    """In this block, float32 matrix products have the given precision, whatever the flags are.
 
-    Keep the block around the products that want it: what other threads enqueue meanwhile is
-    multiplied so, too.
-
-    A thread that is :func:`leaving_flags` changes nothing by it.
+    The block should contain only these products, because it also affects the products of other
+    threads. It does nothing in a block of :func:`leaving_flags`.
 
     Args:
-        precision: "ieee", or "tf32": CUDA may round the operands to TF32. CPUs never round.
+        precision: "ieee": operands are not rounded; or "tf32": CUDA may round them to TF32, and
+            CPUs do not round.
     """
     changed = []
     try:
@@ -78,17 +79,18 @@ def matmul_precision(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
 
 
 def _inherits(flag: tuple[str, str]) -> bool:
-    """Whether a flag has its value from the flag of its backend, or of all backends.
+    """Whether a flag has its value from its backend's flag, or from the flag of all backends.
 
-    Put back as its own, such a value would cut the flag off from what the user sets for all
-    backends later. No getter tells, so this changes the other flags for a moment.
+    Such a flag must be restored to "none". If it were restored to its value, it would not follow
+    what the user sets for all backends later. torch has no function that tells, so this changes the
+    parent flags for a moment and looks whether the flag changes with them.
     """
     backend = flag[0], "all"
     return _follows(flag, ALL) or (not _follows(backend, ALL) and _follows(flag, backend))
 
 
 def _follows(flag: tuple[str, str], parent: tuple[str, str]) -> bool:
-    """Whether a flag changes with its parent, which must not inherit itself."""
+    """Whether a flag changes with its parent. The parent's value must be its own."""
     found, before = _get(*flag), _get(*parent)
     _set(*parent, "tf32" if found == "ieee" else "ieee")
     try:
@@ -98,11 +100,14 @@ def _follows(flag: tuple[str, str], parent: tuple[str, str]) -> bool:
 
 
 def exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in IEEE arithmetic of its dtype or more, for Gram matrices and rotations.
+    """``a @ b`` without rounding the operands, for Gram matrices and rotations.
 
     Args:
         a: (..., m, k), in at least float32.
         b: (..., k, n), of the same dtype.
+
+    Returns:
+        The product (..., m, n), of the same dtype.
     """
     if _thread.leaves_flags:
         return (a.double() @ b.double()).to(a.dtype)

@@ -87,7 +87,7 @@ class Flags:
         shape = (*(mesh[d] for d in self.dims), len(self.positions))
         layout, legs = Layout(shape, mesh, tuple(placements)), []
         for mesh_dim in self.dims:
-            move = Move(mesh_dim, layout, layout.move(mesh_dim, None))
+            move = Move(mesh_dim, layout, layout.with_placement(mesh_dim, None))
             legs.append(Leg(move))
             layout = move.target
         return tuple(legs)

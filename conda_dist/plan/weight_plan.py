@@ -282,7 +282,7 @@ def copy_to_saved(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]:
         zip(layout.placements, target.placements, strict=True)
     ):
         if placement != wanted:
-            move = Move(mesh_dim, layout, layout.move(mesh_dim, wanted))
+            move = Move(mesh_dim, layout, layout.with_placement(mesh_dim, wanted))
             sender = placement.among[0] if isinstance(placement, Copies) else None
             legs.append(Leg(move, sender=sender))
             layout = move.target

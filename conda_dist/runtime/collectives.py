@@ -94,7 +94,7 @@ class Mesh:
         for device in (preferred, self.home, self.groups[mesh_dim].bound_device_id):
             if device is not None and device.type in carried:
                 return device
-        # Parameters are on the CPU: only the current device tells which one is this rank's.
+        # All parameters are on the CPU. The current device is the only hint which device to use.
         return torch.device(carried[0], torch.accelerator.current_device_index())
 
     def shared_dims(self) -> list[int]:
@@ -271,12 +271,9 @@ def is_distributed() -> bool:
 
 
 class SharedGroup:
-    """A process group in an object that can be copied and pickled, as the group itself cannot.
+    """A process group, or None, in an object that can be copied and pickled.
 
     A deep copy shares the group. A pickle has its ranks only.
-
-    Args:
-        group: the process group, or None.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -370,9 +367,8 @@ def await_all(mesh: Mesh, call: str) -> None:
 def _find_missing(ranks: Sequence[int], group: dist.ProcessGroup) -> str | None:
     """Says which rank of a gloo group does not call this in time; None if all do.
 
-    Every rank sends a token to the first one and waits for its answer. If a token does not come in
-    time, the first rank names its sender. gloo then closes the first rank's connections, so the
-    other ranks cannot learn the name.
+    Every rank sends a token to the first one, which names the sender of a token that does not come
+    in time. gloo then closes the first rank's connections, so the others cannot learn the name.
     """
     first, *others = ranks
     token, answer = torch.zeros(2, 1, dtype=torch.int64, device="cpu")

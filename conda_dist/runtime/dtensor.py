@@ -76,8 +76,8 @@ def _split(name: str, tensor: DTensor, placement: Placement) -> Split | None:
     if isinstance(placement, Shard):
         return Split(placement.dim % tensor.ndim)
     raise ValueError(
-        f"{name}: an optimizer cannot update a parameter with the placement {placement!r}; "
-        "redistribute it to Shard or Replicate first."
+        f"{name}: placement {placement!r} is not supported; redistribute the parameter to Shard "
+        "or Replicate first."
     )
 
 
@@ -307,10 +307,10 @@ def _wrap(
     shape: tuple[int, ...],
     stride: tuple[int, ...],
 ) -> DTensor:
-    """A DTensor of this rank's elements, which stay on their device.
+    """A DTensor with this local tensor, which stays on its device.
 
-    ``DTensor.from_local`` moves them to the mesh's. With FSDP2's CPU offload the parameters, and so
-    their states, are on the CPU, though their mesh is one of GPUs.
+    ``DTensor.from_local`` would move it to the device type of the mesh. With FSDP2's CPU offload,
+    parameters and states are on the CPU, but their mesh is one of GPUs.
     """
     meta = TensorMeta(torch.Size(shape), stride, elements.dtype)
     wrapped: DTensor = DTensor(elements, DTensorSpec(mesh, placed, meta), requires_grad=False)

@@ -133,7 +133,7 @@ def test_compute_layout(
 def test_moves_that_leave_the_group_are_not_made() -> None:
     """FSDP x TP over 7 columns: chunks of chunks are not chunks, so it goes through the whole."""
     layout = Layout((2, 7), (3, 2), (Split(0), Split(1)))
-    assert Move(1, layout, layout.move(1, None)) in to_compute(layout)
+    assert Move(1, layout, layout.with_placement(1, None)) in to_compute(layout)
 
 
 def test_matrices() -> None:
