@@ -24,6 +24,7 @@ cp -r "$root/integrations" "$root/launch" "$site/conda_dist/"
 
 mkdir -p "$out"
 export PYTHONPATH="$site:$root/tests/helpers:$root/tests/gpu"
+export PYTHONSAFEPATH=1  # else -m would take the package from the current folder
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 # What hangs is ended; what was found by then is written.
 timeout --kill-after=5 "${LIMIT_S:-500}" "$python" "$root/tests/gpu/check.py" "$out" "${@:2}"
