@@ -155,7 +155,7 @@ class MatrixPath:
         # The meshes with a weight that has taken a step before this one. The ranks of one mesh find
         # the same, although they may have different weights on other meshes.
         begun = set()
-        if tasks and tasks[-1].matrices:  # tasks with refreshes come last
+        if tasks and tasks[-1].refreshed:  # tasks with refreshes come last
             begun = {w.plan.topology for w in self.weights if w.step}
         scratch = Scratch()
         arriving = self._forward(tasks[0], grads) if tasks else None
@@ -164,7 +164,7 @@ class MatrixPath:
             assert arriving is not None
             tensors, bases = self._arrived(task, arriving)
             missing = [i for i in task.weights if grads[i] is None] if task.flags else ()
-            if task.matrices:
+            if task.refreshed:
                 # A refresh may raise an error: the previous task's updates must be applied before.
                 if returning is not None:
                     self._apply(*returning)
