@@ -9,6 +9,7 @@ knows. The note is a file that the variable CONDA_DIST_STOP_NOTE names.
 
 import os
 import signal
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -43,8 +44,11 @@ def main() -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
+    known = run.get_args_parser()._option_string_actions
+    name = "--shutdown-timeout"  # torch 2.11's torchrun has no such option
+    given = [word for word in sys.argv[1:] if not word.startswith(name) or name in known]
     try:
-        run.main()
+        run.main(given)
     except SignalException as stopped:
         _end(stopped.sigval)
 
