@@ -15,7 +15,13 @@ fi
 # torchrun would report what is wrong at length, and with a code of its own.
 python -m conda_dist.launch.pretrain "$config" "$@" --check
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# A stopped job may take its time to save; Slurm's warning signal (SIGUSR1) stops it too.
-exec torchrun --standalone --nproc-per-node="${NPROC:-2}" --shutdown-timeout=300 \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+# Slurm's warning signal (SIGUSR1) stops the job, too, and a stopped job may take its time to save.
+options=(
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    --shutdown-timeout=300
+)
+# torch 2.11's torchrun lacks the last one: it kills ranks 30 s after it has passed on a signal.
+torch=$(python -P -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
+grep -q -e --shutdown-timeout "$torch/distributed/run.py" || unset 'options[1]'
+exec torchrun --standalone --nproc-per-node="${NPROC:-2}" "${options[@]}" \
     -m conda_dist.launch.pretrain "$config" "$@"
