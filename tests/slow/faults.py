@@ -245,7 +245,11 @@ def all_killed(scene: Scene) -> Outcome:
 def preempted(scene: Scene, number: signal.Signals = signal.SIGTERM) -> Outcome:
     """A signal to torchrun, as from a scheduler; SIGUSR1 needs the options of launch/train.sh."""
     name, script = f"preempted-{number.name}", Path(ROOT, "launch", "train.sh").read_text()
-    options = [word for word in script.split() if word.startswith(("--signals", "--shutdown"))]
+    options = [
+        word
+        for word in script.split()
+        if word.startswith(("--signals-to-handle=", "--shutdown-timeout="))
+    ]
     assert len(options) == 2
     if number != signal.SIGUSR1:
         options = []
