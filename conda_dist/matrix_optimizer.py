@@ -228,8 +228,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         checked, self._checked = self._checked, []
         for i, group in enumerate(self.param_groups):
             seen = checked[i] if i < len(checked) else {}
-            # Values that can change in place are always checked.
-            in_place = isinstance(group["lr"], Tensor) or isinstance(group["betas"], list)
+            in_place = False  # values that can change in place are always checked
+            for key, value in group.items():
+                if isinstance(value, list | Tensor) and key not in ("params", "param_names"):
+                    in_place = True
             if (
                 in_place
                 or group.keys() != seen.keys()

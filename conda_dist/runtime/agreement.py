@@ -29,6 +29,8 @@ ADVICE = (
     "parameter, set it to zeros on that rank, or to None on all ranks."
 )
 LOST = "The parameters have differed between ranks since then; resume from an earlier checkpoint."
+COMPARED_EVERY = 200
+"""Calls between comparisons where no weight of a mesh is refreshed, as with Muon."""
 SHOWN = 3
 """The largest number of parameters that an error names."""
 
@@ -116,7 +118,7 @@ class GradientFlags:
         if raised:
             raise RuntimeError(f"{_message(raised)} {LOST}")
         if warned:
-            text = f"{_message(warned)} At the next refresh this is an error, on all ranks."
+            text = f"{_message(warned)} At their next comparison this is an error, on all ranks."
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
@@ -239,6 +241,8 @@ class Comparison:
         self._asleep = [w for w, wait in waits if not wait and w.param.grad is None]
         asleep = set(map(id, self._asleep))
         self._left = min((wait for w, wait in waits if id(w) not in asleep), default=math.inf)
+        if not any(weight.rule.refreshes for weight in self._weights):
+            self._left = COMPARED_EVERY - 1
 
 
 def explain(texts: Mapping[int, str]) -> str:
