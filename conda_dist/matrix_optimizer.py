@@ -114,7 +114,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         A parameter without a gradient does not change. Either all ranks that share a parameter have
         its gradient, or none has. If ranks differ, a later step raises: the next one if it
-        exchanges that gradient, else the next one with a refresh. A first step in which all
+        exchanges that gradient, else the next one with a refresh (within 200 steps for a rule
+        without refreshes). A first step in which all
         gradients are zero changes nothing and is not counted. The same is true of each matrix
         until its momentum is not zero.
 

@@ -16,12 +16,7 @@ fi
 python -m conda_dist.launch.pretrain "$config" "$@" --check
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Slurm's warning signal (SIGUSR1) stops the job, too, and a stopped job may take its time to save.
-options=(
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-    --shutdown-timeout=300
-)
-# torch 2.11's torchrun lacks the last one: it kills ranks 30 s after it has passed on a signal.
-torch=$(python -P -c 'import importlib.util as u; print(*u.find_spec("torch").submodule_search_locations)')
-grep -q -e --shutdown-timeout "$torch/distributed/run.py" || unset 'options[1]'
-exec torchrun --standalone --nproc-per-node="${NPROC:-2}" "${options[@]}" \
+patience=$(python -m conda_dist.launch.cluster.launcher 300)  # nothing from a torchrun without it
+exec torchrun --standalone --nproc-per-node="${NPROC:-2}" $patience \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m conda_dist.launch.pretrain "$config" "$@"

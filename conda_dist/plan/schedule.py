@@ -150,9 +150,9 @@ def fill_tasks(
 
     A rank holds its share of what each weight moves, what it computes for compute groups, and, in a
     refresh, the whole matrices that it decomposes. Matrices are taken in the order of their turns
-    (their places in their owners' queues), so that in each refresh task all owners have work. A
-    single matrix for each rank always fits, however large it is: tasks with fewer would only let
-    the other ranks wait.
+    (their places in their owners' queues), so that in each refresh task all owners have work. The
+    limit never keeps a rank from its first matrix, however large that is: the rank would be idle
+    while others decompose.
 
     Args:
         plans: all plans.

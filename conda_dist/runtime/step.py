@@ -110,8 +110,7 @@ class MatrixPath:
                 if grad is not None and (which := self.weights[i].ready())
             }
         key = tuple(due.items()), tuple(ready.items())
-        if (tasks := self._schedules.get(key)) is None:
-            tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
+        tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
         self._run(tasks, grads)
         if self._is_async:
             stepped = [i for i, grad in grads.items() if grad is not None]

@@ -61,3 +61,7 @@ def end(code: int) -> NoReturn:
         with suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(code)
+
+
+if __name__ == "__main__":  # for scripts: what to give torchrun
+    print(*shutdown_timeout(int(sys.argv[1])))

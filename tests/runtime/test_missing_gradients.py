@@ -242,7 +242,7 @@ def test_partial_gradients() -> None:
 
 def _replicas_of_muon() -> tuple[int, str]:
     """The call that raised where rank 1 lacks a gradient in one, and what it said."""
-    agreement.COMPARED_EVERY = 4
+    usual, agreement.COMPARED_EVERY = agreement.COMPARED_EVERY, 4
     try:
         param = nn.Parameter(models.gradient("w", torch.zeros(4, 6), 0).clone())
         optimizer = Muon([("w", param)], process_group=dist.group.WORLD)
@@ -253,7 +253,7 @@ def _replicas_of_muon() -> tuple[int, str]:
                 return call, said
         return -1, ""
     finally:
-        agreement.COMPARED_EVERY = 200
+        agreement.COMPARED_EVERY = usual
 
 
 def test_rules_without_refreshes_compare_now_and_then() -> None:
