@@ -40,7 +40,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs or group dicts.
-        defaults: default hyperparameters of the groups. The caller has checked them.
+        given: default hyperparameters of the groups, by name; anything else is ignored, so that a
+            subclass may pass all its arguments.
         rule: the arithmetic of a step on a matrix.
         options: the options of the whole optimizer.
         process_group: for plain parameters: ranks whose parameters and gradients are equal.
@@ -54,7 +55,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
-        defaults: dict[str, Any],
+        given: Mapping[str, Any],
         rule: Rule,
         options: Options,
         process_group: dist.ProcessGroup | None,
@@ -73,7 +74,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._constructed = False
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
-        super().__init__(params, {**defaults, "rule": rule.name})
+        defaults = {name: given[name] for name in self._hyperparameters() if name != "splits"}
+        check_hyperparameters(defaults)
+        rule.check(defaults, "")
+        defaults |= {"algorithm": None, "splits": None, "rule": rule.name}
+        super().__init__(params, defaults)
         self._constructed = True
         refuse_flat(named_parameters(self.param_groups), rule.title)
         self._names.warn_if_ambiguous(self.param_groups, stacklevel=3)
