@@ -333,7 +333,7 @@ def fill_state(setup: Setup, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
             elif name in source or name not in PENDING:
                 dtensor.local(state[key]).copy_(_read(member, key, layout, source[name]))
         for key in ("step", *member.counts):  # small, and not sharded
-            # Without a "snapshot_step" no refresh is pending: the matrix is due again.
+            # Without a saved "snapshot_step" no refresh is pending. One that was is due again.
             state[key].copy_(torch.as_tensor(source.get(key, NO_BASIS)))
 
 

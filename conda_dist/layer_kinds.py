@@ -153,7 +153,7 @@ def _says_head(part: str) -> bool:
 
 
 def _is_of_state_space(path: Sequence[str]) -> bool:
-    """Whether the modules of a path belong to a state-space layer, whose "A", "B", ... we skip."""
+    """Whether a path leads into a state-space layer, where "A", "B", "C" and "P" are parameters."""
     words = {word for part in path for word in part.lower().split("_")}
     return bool(words & STATE_SPACE_WORDS) and "lora" not in words
 

@@ -119,7 +119,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
         A parameter without a gradient does not change. Either all ranks that share a parameter have
         its gradient, or none has. If ranks differ, a later step raises: the next one if it
-        exchanges that gradient, else the next one with a refresh. A first step in which all
+        exchanges that gradient, else the next one with a refresh (within 200 steps for a rule
+        without refreshes). A first step in which all
         gradients are zero changes nothing and is not counted. The same is true of each matrix
         until its momentum is not zero.
 
@@ -233,8 +234,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         checked, self._checked = self._checked, []
         for i, group in enumerate(self.param_groups):
             seen = checked[i] if i < len(checked) else {}
-            # Values that can change in place are always checked.
-            in_place = isinstance(group["lr"], Tensor) or isinstance(group["betas"], list)
+            in_place = False  # values that can change in place are always checked
+            for key, value in group.items():
+                if isinstance(value, list | Tensor) and key not in ("params", "param_names"):
+                    in_place = True
             if (
                 in_place
                 or group.keys() != seen.keys()

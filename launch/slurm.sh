@@ -37,6 +37,8 @@ port=$((10000 + SLURM_JOB_ID % 20000))  # below those that systems give out
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $nodes nodes x $ranks ranks," \
     "rendezvous at $first:$port"
 
+patience=$(python -m conda_dist.launch.cluster.launcher 100)  # nothing from a torchrun without it
+
 # The ranks' own exit codes do not come through torchrun: a stop is asked for of this script, or (by a
 # preemption with a grace time) of what srun has started. Ranks that train say so in a note; a
 # torchrun that has not started them dies of the signal.
@@ -46,7 +48,7 @@ rm -f "$CONDA_DIST_STOP_NOTE"
 srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
     torchrun --nnodes="$nodes" --nproc-per-node="$ranks" \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" --rdzv-id="$SLURM_JOB_ID" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout=100 \
+    --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 $patience \
     -m conda_dist.launch.pretrain "$@" --resume &
 step=$!
 # Slurm signals this script alone (B:); srun passes SIGTERM on to the torchruns of all nodes.

@@ -15,7 +15,8 @@ fi
 # torchrun would report what is wrong at length, and with a code of its own.
 python -m conda_dist.launch.pretrain "$config" "$@" --check
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# A stopped job may take its time to save; Slurm's warning signal (SIGUSR1) stops it too.
-exec torchrun --standalone --nproc-per-node="${NPROC:-2}" --shutdown-timeout=300 \
+# Slurm's warning signal (SIGUSR1) stops the job, too, and a stopped job may take its time to save.
+patience=$(python -m conda_dist.launch.cluster.launcher 300)  # nothing from a torchrun without it
+exec torchrun --standalone --nproc-per-node="${NPROC:-2}" $patience \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m conda_dist.launch.pretrain "$config" "$@"

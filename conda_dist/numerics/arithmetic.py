@@ -10,6 +10,7 @@ recursion of its own: proj(M) <- b1 proj(M) + (1 - b1) proj(G). Elementwise oper
 in float32, or in float64 if the basis is float64, whatever the dtypes of moments and bases are.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -159,6 +160,12 @@ def average_and_normalise_(
     return result
 
 
+@functools.cache
+def _infinity(device: torch.device) -> Tensor:
+    """A number of steps after which nothing is left of the bias; kernels only read it."""
+    return torch.full((), math.inf, dtype=torch.float32, device=device)
+
+
 def fused_adamw_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -184,7 +191,12 @@ def fused_adamw_(
         lr: the learning rate.
         hyper: betas and eps.
     """
-    taken = torch.full((), step, dtype=torch.float32, device=params[0].device)
+    device = params[0].device
+    taken = (
+        _infinity(device)
+        if step == math.inf
+        else torch.full((), step, dtype=torch.float32, device=device)
+    )
     torch._fused_adamw_(
         params,
         grads,

@@ -57,9 +57,10 @@ def choose(requests: Sequence[Request], budget: int | None) -> list[Choice]:
     """Chooses the ranks that compute each weight.
 
     Without a group, every rank that holds rows (or columns) of a weight computes them, and needs a
-    copy of the basis. Weights get no group as long as these copies fit the budget; on each mesh,
-    weights that then step without communication come first. The other weights are assigned to
-    groups, or, in flat partitions, split their bases. A weight that has state keeps its choice.
+    copy of the basis. A weight gets no group if its copies still fit the budget. Weights are looked
+    at one by one: on each mesh those that have state first, then those that step without
+    communication. The other weights are assigned to groups, or, in flat partitions, split their
+    bases. A weight that has state keeps its choice.
 
     Args:
         requests: the weights.
@@ -111,9 +112,9 @@ def _over_budget(requests: Sequence[Request], budget: int | None) -> list[bool]:
 def _grouping_dims(storage: Layout) -> tuple[int, ...]:
     """The mesh dimensions that split matrices, largest first; () for flat weights.
 
-    The ranks of a group are chosen along the first of them. Along the others all ranks compute, so
-    that a step with a group crosses no mesh dimension that it would not cross without one, except
-    the first. For rules that need whole matrices, one rank along each of the others computes.
+    The ranks of a group are chosen along the first of them. Along the others all ranks compute: so
+    a group adds at most one mesh dimension, the first, to those that a step crosses. For rules that
+    need whole matrices, one rank along each of the others computes.
     """
     if isinstance(storage, Flat):
         return ()
@@ -270,10 +271,10 @@ def _holders(compute: Layout, basis: Layout) -> tuple[tuple[int, tuple[int, ...]
 def assign_owners(plans: Sequence[WeightPlan]) -> list[WeightPlan]:
     """Assigns each decomposition to an owner: the most expensive first, to the least loaded rank.
 
-    Only ranks that have a matrix's basis may own it. Decompositions of equal cost are thus assigned
-    round-robin. Ties are broken by name and by position in the mesh. Replicas count as ranks like
-    any others. The load of a rank includes what it owns on larger meshes that contain this one, but
-    on no others, so that all ranks of a mesh know the same loads.
+    Only ranks that have a matrix's basis may own it. If these are all ranks, decompositions of
+    equal cost are assigned round-robin. Ties are broken by name and by position in the mesh.
+    Replicas count as ranks like any others. The load of a rank includes what it owns on larger
+    meshes that contain this one, but on no others, so that all ranks of a mesh know the same loads.
 
     Returns:
         The plans with owners and turns.

@@ -105,9 +105,9 @@ class Task:
             gradient, from storage to compute layout; for each of ``weights`` the basis, from the
             kept layout to a whole one; for each of ``loading`` the first and the second moment,
             from storage to compute layout; one tensor for each of ``flags``.
-        matrices: the matrices that take a new basis, in a refresh before the update.
+        refreshed: the matrices that take a new basis, in a refresh before the update; () if none.
         gather: exchanges of the refresh that bring each projected momentum (m, n) to its owner.
-            Items: ``matrices``; those in the background have nothing to send.
+            Items: ``refreshed``; those in the background have nothing to send.
         rotations: the broadcasts of the rotations, a bounded number of bytes in each.
         backward: exchanges after the update. Items, in this order: for each of ``weights`` the
             update, from compute to storage layout; for each of ``loading`` the two moments; for
@@ -120,7 +120,7 @@ class Task:
     weights: tuple[int, ...]
     loading: tuple[int, ...]
     forward: tuple[Hop, ...]
-    matrices: tuple[Matrix, ...]
+    refreshed: tuple[Matrix, ...]
     gather: tuple[Hop, ...]
     rotations: tuple[Rotations, ...]
     backward: tuple[Hop, ...]
@@ -134,12 +134,12 @@ class AsyncRefresh:
 
     Attributes:
         weights: indices of the weights, all of one mesh.
-        matrices: the matrices to decompose.
-        gather: exchanges that bring each projected momentum to its owner. Items: ``matrices``.
+        refreshed: the matrices to decompose.
+        gather: exchanges that bring each projected momentum to its owner. Items: ``refreshed``.
     """
 
     weights: tuple[int, ...]
-    matrices: tuple[Matrix, ...]
+    refreshed: tuple[Matrix, ...]
     gather: tuple[Hop, ...]
 
 
@@ -150,9 +150,9 @@ def fill_tasks(
 
     A rank holds its share of what each weight moves, what it computes for compute groups, and, in a
     refresh, the whole matrices that it decomposes. Matrices are taken in the order of their turns
-    (their places in their owners' queues), so that in each refresh task all owners have work. A
-    single matrix for each rank always fits, however large it is: tasks with fewer would only let
-    the other ranks wait.
+    (their places in their owners' queues), so that in each refresh task all owners have work. The
+    limit never keeps a rank from its first matrix, however large that is: the rank would be idle
+    while others decompose.
 
     Args:
         plans: all plans.
@@ -275,7 +275,7 @@ def plan_step(
 def plan_task(
     plans: Sequence[WeightPlan],
     weights: tuple[int, ...],
-    due: Sequence[Collection[int]],
+    taking: Sequence[Collection[int]],
     coordinate: Coordinate,
     in_background: Sequence[Collection[int]] = (),
     limit: float = math.inf,
@@ -286,10 +286,10 @@ def plan_task(
     Args:
         plans: all plans.
         weights: indices of the task's weights.
-        due: for each weight of the task, the matrices of its batch that take new bases.
+        taking: for each weight of the task, the matrices of its batch that take new bases.
         coordinate: the rank whose boxes are computed.
-        in_background: for each weight of the task, those of ``due`` whose decomposition was started
-            in an earlier step; () if there are none.
+        in_background: for each weight of the task, those of ``taking`` whose decomposition was
+            started in an earlier step; () if there are none.
         limit: bytes of rotations that are sent together; a single rotation may be larger.
         dtypes: see :func:`plan_step`.
     """
@@ -303,14 +303,14 @@ def plan_task(
     back += [extra_to_storage(plan) for plan in chosen if plan.extra_shape is not None]
     flags = _plan_flags(chosen, [dtypes[i] for i in weights] if dtypes else [None] * len(weights))
     flagged = [f.route(chosen[0].storage.mesh) for f in flags]
-    matrices = tuple(plan_matrices(plans, weights, due, coordinate, in_background))
-    routes = [(matrix, chosen[matrix.position]) for matrix in matrices]
+    refreshed = tuple(plan_matrices(plans, weights, taking, coordinate, in_background))
+    routes = [(matrix, chosen[matrix.position]) for matrix in refreshed]
     to_owners = [() if m.in_background else _to_owner(plan, m) for m, plan in routes]
     return Task(
         weights,
         loading,
         plan_hops(grads + bases + there + flagged, coordinate),
-        matrices,
+        refreshed,
         plan_hops(to_owners, coordinate),
         tuple(_plan_rotations(routes, coordinate, limit)),
         plan_hops(updates + back, coordinate),
@@ -358,19 +358,19 @@ def _plan_rotations(
 def plan_async_refresh(
     plans: Sequence[WeightPlan],
     weights: tuple[int, ...],
-    due: Sequence[Collection[int]],
+    taking: Sequence[Collection[int]],
     coordinate: Coordinate,
 ) -> AsyncRefresh:
     """Plans the gather of projected momenta on their owners; arguments as in :func:`plan_task`."""
-    matrices = tuple(plan_matrices(plans, weights, due, coordinate))
-    routes = [_to_owner(plans[weights[m.position]], m) for m in matrices]
-    return AsyncRefresh(weights, matrices, plan_hops(routes, coordinate))
+    refreshed = tuple(plan_matrices(plans, weights, taking, coordinate))
+    routes = [_to_owner(plans[weights[m.position]], m) for m in refreshed]
+    return AsyncRefresh(weights, refreshed, plan_hops(routes, coordinate))
 
 
 def plan_matrices(
     plans: Sequence[WeightPlan],
     weights: tuple[int, ...],
-    due: Sequence[Collection[int]],
+    taking: Sequence[Collection[int]],
     coordinate: Coordinate,
     in_background: Sequence[Collection[int]] = (),
 ) -> Iterator[Matrix]:
@@ -379,7 +379,7 @@ def plan_matrices(
         plan = plans[index]
         held = plan.compute.matrices(coordinate) if plan.whole_basis.numel(coordinate) else ()
         before = in_background[position] if in_background else ()
-        for matrix in sorted(due[position]):
+        for matrix in sorted(taking[position]):
             owner = plan.owners[matrix]
             local = held.index(matrix) if matrix in held else None
             yield Matrix(position, matrix, local, owner, owner == coordinate, matrix in before)

@@ -87,11 +87,12 @@ class CondaRule(RefreshedRule):
         y = self._normalise(weight, basis, right, hyper)  # (m', n), or (m, n') if m < n
         if param is not None and {y.dtype, basis.dtype, dtype or param.dtype} == {param.dtype}:
             if not isinstance(hyper.lr, Tensor):
-                # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n)
+                # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
                 arithmetic.project_back_and_apply_(param, y, basis, right, weight.step, hyper)
                 return None
             dtype = None
-        return arithmetic.project_back(y, basis, right, dtype)  # (m', n) @ (n, n)
+        # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n
+        return arithmetic.project_back(y, basis, right, dtype)
 
     def _normalise(self, weight: WeightSlice, basis: Tensor, right: bool, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""

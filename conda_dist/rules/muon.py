@@ -20,7 +20,7 @@ def adjusted(how: str | None, shape: tuple[int, int]) -> float:
 
 
 class MuonRule(OrthogonalRule):
-    """Muon's arithmetic on whole matrices. StateSpec: ``momentum_buffer`` (m, n)."""
+    """Muon's arithmetic on whole matrices. States: ``momentum_buffer`` (m, n)."""
 
     name, title = "muon", "Muon"
     state_names = frozenset({"momentum_buffer"})

@@ -49,7 +49,7 @@ def newton_schulz(
 class OrthogonalRule(Rule):
     """A rule on whole matrices whose update is made of the orthogonalised momentum.
 
-    StateSpec: ``momentum_buffer`` (m, n), and what :meth:`second_shape` says.
+    States: ``momentum_buffer`` (m, n), and what :meth:`second_shape` says.
     """
 
     whole = True

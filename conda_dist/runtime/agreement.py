@@ -2,8 +2,8 @@
 
 There are two checks. If gradients are exchanged, a rank without a gradient sends zeros, and flags
 go with the gradients: all receivers read them at the start of the next step, so no rank waits for
-them. If nothing is exchanged, there are no flags: the ranks compare how many steps each parameter
-has taken, before every refresh.
+them. Before every step that may refresh a basis, the ranks also compare how many steps each
+parameter has taken. For gradients that are not exchanged this is the only check.
 """
 
 import math
@@ -29,6 +29,8 @@ ADVICE = (
     "parameter, set it to zeros on that rank, or to None on all ranks."
 )
 LOST = "The parameters have differed between ranks since then; resume from an earlier checkpoint."
+COMPARED_EVERY = 200
+"""If no weight of a mesh is ever refreshed, its ranks compare in one of so many calls."""
 SHOWN = 3
 """The largest number of parameters that an error names."""
 
@@ -116,7 +118,7 @@ class GradientFlags:
         if raised:
             raise RuntimeError(f"{_message(raised)} {LOST}")
         if warned:
-            text = f"{_message(warned)} At the next refresh this is an error, on all ranks."
+            text = f"{_message(warned)} At their next comparison this is an error, on all ranks."
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
@@ -157,8 +159,9 @@ class Comparison:
     """The ranks of one mesh compare how many steps their parameters have taken.
 
     They compare in every call of ``step`` in which a weight may be refreshed. All ranks know these
-    calls in advance, whatever gradients they have: a weight takes at most one step in a call, so a
-    weight that needs k more steps to its refresh cannot be refreshed in fewer than k calls.
+    calls in advance, whatever gradients they have: a weight takes at most one step in a call, so if
+    k steps come before its refresh, the next k calls cannot refresh it. If no weight is ever
+    refreshed, as with Muon, the ranks compare in one of ``COMPARED_EVERY`` calls.
 
     Args:
         mesh: the ranks.
@@ -177,9 +180,10 @@ class Comparison:
         # Weights that will be refreshed at their next gradient; no rank had one in the last step.
         self._asleep: list[Weight] = []
         self._agreed: dict[str, int] = {}  # by name, steps at the last comparison
-        self._fresh = False  # whether the plans' comparison has already included this call's lines
+        self._fresh = False  # whether `Setup.agree` has already compared these lines in this call
         self._compared = False  # whether the ranks have compared in this call
         self._shared = bool(mesh.shared_dims())  # whether there are other ranks
+        self._refreshes = any(weight.rule.refreshes for weight in weights)
 
     def _counts(self) -> dict[str, int]:
         """The number of steps that each parameter has taken, by name."""
@@ -209,7 +213,7 @@ class Comparison:
         self._fresh = self._compared = True
 
     def compare(self) -> None:
-        """Compares the ranks' lines, if a weight may be refreshed in this call.
+        """Compares the ranks' lines, if this is a call in which they do.
 
         Raises:
             RuntimeError: the lines differ. Raised on all ranks, before anything is changed.
@@ -235,6 +239,9 @@ class Comparison:
             return
         self._compared = False
         self._gaps = [int(group.get("update_proj_gap", 0)) for group in self._groups]
+        if not self._refreshes:
+            self._left = COMPARED_EVERY - 1
+            return
         waits = [(weight, weight.steps_to_refresh()) for weight in self._weights]
         self._asleep = [w for w, wait in waits if not wait and w.param.grad is None]
         asleep = set(map(id, self._asleep))

@@ -37,8 +37,8 @@ def start_in_background(
         weights: the weights of the plan.
         background: runs the decompositions; their key is (weight, index of the matrix).
     """
-    whole = _gather(plan.matrices, plan.gather, weights, [weight.snapshot for weight in weights])
-    for matrix, momentum in zip(plan.matrices, whole, strict=True):
+    whole = _gather(plan.refreshed, plan.gather, weights, [weight.snapshot for weight in weights])
+    for matrix, momentum in zip(plan.refreshed, whole, strict=True):
         weight = weights[matrix.position]
         find = partial(weight.decompose, first=False)
         background.start((weight, matrix.index), momentum if matrix.mine else None, find)
@@ -97,13 +97,13 @@ def refresh(
             on all ranks of the mesh.
     """
     if begun and _all_are_zero(task, weights):
-        _record(task.matrices, weights, [Outcome.ZERO] * len(task.matrices))
+        _record(task.refreshed, weights, [Outcome.ZERO] * len(task.refreshed))
         return [bool(weight.step) for weight in weights]
     moments = [weight.moments[0] for weight in weights]
-    whole = _gather(task.matrices, task.gather, weights, moments)
-    found, outcomes = _decompose(task.matrices, weights, bases, whole, background)
+    whole = _gather(task.refreshed, task.gather, weights, moments)
+    found, outcomes = _decompose(task.refreshed, weights, bases, whole, background)
     del whole
-    dtypes = [rotation_dtype(bases[m.position]) for m in task.matrices]
+    dtypes = [rotation_dtype(bases[m.position]) for m in task.refreshed]
     for rotations in task.rotations:
         part = slice(rotations.start, rotations.stop)
         arrived = Exchange(
@@ -111,13 +111,13 @@ def refresh(
         ).wait()
         taken: dict[int, dict[int, Tensor]] = defaultdict(dict)
         for matrix, outcome, rotation in zip(
-            task.matrices[part], outcomes[part], arrived, strict=True
+            task.refreshed[part], outcomes[part], arrived, strict=True
         ):
             if outcome == Outcome.DONE and matrix.local is not None and rotation is not None:
                 taken[matrix.position][matrix.local] = rotation
         for position, rotated in taken.items():
             weights[position].rotate(bases[position], projected[position], rotated)
-    moved = {m.position for m, o in zip(task.matrices, outcomes, strict=True) if o != Outcome.ZERO}
+    moved = {m.position for m, o in zip(task.refreshed, outcomes, strict=True) if o != Outcome.ZERO}
     return [bool(weight.step) or i in moved for i, weight in enumerate(weights)]
 
 
@@ -129,10 +129,10 @@ def _all_are_zero(task: Task, weights: Sequence[Weight]) -> bool:
     """
     if any(
         m.in_background or weights[m.position].basis_step(m.index) != NO_BASIS
-        for m in task.matrices
+        for m in task.refreshed
     ):
         return False
-    local = (_local_matrix(weights[m.position].moments[0], m) for m in task.matrices)
+    local = (_local_matrix(weights[m.position].moments[0], m) for m in task.refreshed)
     moved = any(bool(momentum.any()) for momentum in local if momentum is not None)
     return not any(all_max(weights[0].mesh, [int(moved)]))
 

@@ -12,20 +12,18 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._taken: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-        self._views: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        # Of each slot its memory, and the view of it that was taken last.
+        self._taken: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def take(self, slot: int, like: Tensor, dtype: torch.dtype) -> Tensor:
         """See :class:`conda_dist.rules.rule.Buffers`."""
         key = slot, dtype, like.device
-        view = self._views.get(key)
-        if view is not None and view.shape == like.shape:
-            return view
-        held, count = self._taken.get(key), like.numel()
-        if held is None or held.numel() < count:
-            self._taken.pop(key, None)
-            self._views.pop(key, None)
-            del held, view  # free the memory before allocating more
-            held = self._taken[key] = torch.empty(count, dtype=dtype, device=like.device)
-        self._views[key] = held[:count].view(like.shape)
-        return self._views[key]
+        memory, view = self._taken.pop(key, (None, None))
+        if memory is None or view is None or view.shape != like.shape:
+            view, count = None, like.numel()
+            if memory is None or memory.numel() < count:
+                del memory  # free it before allocating more
+                memory = torch.empty(count, dtype=dtype, device=like.device)
+            view = memory[:count].view(like.shape)
+        self._taken[key] = memory, view
+        return view

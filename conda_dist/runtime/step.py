@@ -110,8 +110,7 @@ class MatrixPath:
                 if grad is not None and (which := self.weights[i].ready())
             }
         key = tuple(due.items()), tuple(ready.items())
-        if (tasks := self._schedules.get(key)) is None:
-            tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
+        tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
         self._run(tasks, grads)
         if self._is_async:
             stepped = [i for i, grad in grads.items() if grad is not None]
@@ -155,7 +154,7 @@ class MatrixPath:
         # The meshes with a weight that has taken a step before this one. The ranks of one mesh find
         # the same, although they may have different weights on other meshes.
         begun = set()
-        if tasks and tasks[-1].matrices:  # tasks with refreshes come last
+        if tasks and tasks[-1].refreshed:  # tasks with refreshes come last
             begun = {w.plan.topology for w in self.weights if w.step}
         scratch = Scratch()
         arriving = self._forward(tasks[0], grads) if tasks else None
@@ -164,7 +163,7 @@ class MatrixPath:
             assert arriving is not None
             tensors, bases = self._arrived(task, arriving)
             missing = [i for i in task.weights if grads[i] is None] if task.flags else ()
-            if task.matrices:
+            if task.refreshed:
                 # A refresh may raise an error: the previous task's updates must be applied before.
                 if returning is not None:
                     self._apply(*returning)

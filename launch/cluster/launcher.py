@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 _MPI = {
@@ -36,6 +38,19 @@ def is_first_of_host() -> bool:
     return any(os.environ.get(name) == "0" for name in _LOCAL_RANKS)
 
 
+def shutdown_timeout(seconds: int) -> list[str]:
+    """torchrun's option that gives stopped ranks this long to save, if this torchrun has it.
+
+    torch 2.11's has not: it kills ranks 30 s after it has passed on a signal.
+    """
+    torch = importlib.util.find_spec("torch")  # importing it takes seconds
+    assert torch is not None
+    assert torch.origin is not None
+    source = Path(torch.origin).with_name("distributed") / "run.py"
+    name = "--shutdown-timeout"
+    return [f"{name}={seconds}"] if name in source.read_text(encoding="utf-8") else []
+
+
 def end(code: int) -> NoReturn:
     """Ends this process as it is.
 
@@ -46,3 +61,7 @@ def end(code: int) -> NoReturn:
         with suppress(OSError):  # nobody reads it any more
             stream.flush()
     os._exit(code)
+
+
+if __name__ == "__main__":  # for scripts: what to give torchrun
+    print(*shutdown_timeout(int(sys.argv[1])))

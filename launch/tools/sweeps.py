@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import get_args
 
+from conda_dist.launch.cluster.launcher import shutdown_timeout
 from conda_dist.launch.cluster.signals import stop_requests
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import Config, ConfigError, OptimizerName
@@ -165,7 +166,7 @@ def run_trial(trial: Trial) -> bool:
     print(f"== {trial.folder}", flush=True)
     launcher = [sys.executable]
     if trial.processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--shutdown-timeout=300"]
+        launcher += ["-m", "torch.distributed.run", "--standalone", *shutdown_timeout(300)]
         launcher += [f"--nproc-per-node={trial.processes}"]
     command = [*launcher, "-m", "conda_dist.launch.pretrain", *trial.arguments]
     # Threads are shared out among the processes, as torchrun would do, without its warning.

@@ -256,7 +256,9 @@ def test_what_waits_for_a_refresh(delay: int) -> None:
         settings = CondaConfig(refresh_delay=delay, basis_budget=budget)
         found = forecast.forecast_conda(shapes, {}, Mesh(dp_shard=4), settings)
         assert (found.decompose, found.busiest) == (4 * one, 4 * one)
-    time = forecast.Seconds(step=1.0, decompose=50.0, busiest=20.0, exchange=3.0, training=2.0)
+    time = forecast.Seconds(
+        step=1.0, host=0.5, decompose=50.0, busiest=20.0, exchange=3.0, training=2.0
+    )
     assert [time.stall(delay) for delay in (0, 1, 5, 9)] == [53.0, 20.0, 8.0, 3.0]
 
 

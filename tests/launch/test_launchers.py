@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 import launch_jobs
 from conda_dist.launch.cluster import mpi
+from conda_dist.launch.cluster.launcher import shutdown_timeout
 from launch_jobs import metrics
 from launchers import JOB, MODULE, deepspeed, mpich, openmpi
 
@@ -122,3 +124,8 @@ def test_what_is_not_installed_is_named(
     ended = start(*job, cwd=tmp_path, PYTHONPATH=str(bare), **variables)
     assert ended.returncode == code, ended.stderr
     assert words in ended.stderr
+
+
+def test_torchrun_is_given_only_what_it_knows() -> None:
+    known = "--shutdown-timeout" in get_args_parser()._option_string_actions
+    assert shutdown_timeout(7) == ["--shutdown-timeout=7"] * known

@@ -562,3 +562,16 @@ def test_states_of_other_shapes(
             args = shapes, layout, splits, rule, folder, how
             for ended in ranks.run(world, _halfway, *args):
                 assert not models.unequal(ended, alone)
+
+
+def test_coefficients_set_in_place_are_checked() -> None:
+    param = nn.Parameter(torch.ones(4, 6))
+    optimizer = Muon([("w", param)], ns_coefficients=[3.4, -4.7, 2.0])  # type: ignore[arg-type]
+    for _ in range(2):
+        param.grad = torch.ones(4, 6)
+        optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0]["ns_coefficients"][0] = float("nan")
+    with pytest.raises(ValueError, match=r"parameter group 0: ns_coefficients\[0\] must be"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import models
 import ranks
-from conda_dist import Conda
+from conda_dist import Conda, Muon
+from conda_dist.runtime import agreement
 from models import GAP, Layout
 from traffic import recorded
 
@@ -237,3 +238,25 @@ def test_partial_gradients() -> None:
     for said, _ in ranks.run(2, _partial, 1, timeout=30):
         assert "of the 3 steps since step 0" in said
         assert "rank 1 took 2" in said
+
+
+def _replicas_of_muon() -> tuple[int, str]:
+    """The call that raised where rank 1 lacks a gradient in one, and what it said."""
+    usual, agreement.COMPARED_EVERY = agreement.COMPARED_EVERY, 4
+    try:
+        param = nn.Parameter(models.gradient("w", torch.zeros(4, 6), 0).clone())
+        optimizer = Muon([("w", param)], process_group=dist.group.WORLD)
+        for call in range(12):
+            lacks = call == 2 and dist.get_rank() == 1
+            param.grad = None if lacks else torch.ones(4, 6)
+            if (said := models.attempt(optimizer.step)) != "nothing was raised":
+                return call, said
+        return -1, ""
+    finally:
+        agreement.COMPARED_EVERY = usual
+
+
+def test_rules_without_refreshes_compare_now_and_then() -> None:
+    for call, said in ranks.run(2, _replicas_of_muon):
+        assert call == 4
+        assert "w: of the 4 steps since step 0, when the ranks last compared, rank 1 took 3" in said

@@ -25,6 +25,7 @@ from torch.distributed import TCPStore
 import injected
 import launch_jobs
 import ranks
+from conda_dist.launch.cluster.launcher import shutdown_timeout
 from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
 from launch_jobs import Result, metrics, succeed
 from processes import (
@@ -245,8 +246,8 @@ def all_killed(scene: Scene) -> Outcome:
 def preempted(scene: Scene, number: signal.Signals = signal.SIGTERM) -> Outcome:
     """A signal to torchrun, as from a scheduler; SIGUSR1 needs the options of launch/train.sh."""
     name, script = f"preempted-{number.name}", Path(ROOT, "launch", "train.sh").read_text()
-    options = [word for word in script.split() if word.startswith(("--signals", "--shutdown"))]
-    assert len(options) == 2
+    (signals,) = [word for word in script.split() if word.startswith("--signals-to-handle=")]
+    options = [signals, *shutdown_timeout(300)]
     if number != signal.SIGUSR1:
         options = []
     with under_torchrun(scene, name, "--checkpoint.interval", 0, options=options) as torchrun:
