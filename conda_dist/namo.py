@@ -88,28 +88,8 @@ class NAMO_D(MatrixOptimizer):  # noqa: N801 (the paper's name)
     and ``second_moment`` (n,) in at least float32.
 
     Args:
-        params: tensors, (name, tensor) pairs or group dicts.
-        lr: learning rate of both paths; a number or a tensor with one element.
-        weight_decay: decoupled weight decay: ``lr * weight_decay`` times the weight on the adamw
-            path, ``min(a, 1) * weight_decay`` times it on the other.
-        momentum: decay rate of the momentum, in [0, 1).
-        nesterov: whether to use Nesterov momentum.
-        ns_coefficients: the three coefficients of the Newton-Schulz iteration.
-        eps: added to the square root of the second moment.
-        ns_steps: number of Newton-Schulz iterations.
-        beta2: decay rate of the second moment, in [0, 1); mu2 in the paper.
-        scale: factor on the update, beside sqrt(max(m, n)).
         clamp: c in (0, 1]: the factor of a column stays between c times and 1 / c times the mean
-            of all columns.
-        betas: decay rates of the moments on the adamw path.
-        adamw_eps: added to the square root of the second moment on the adamw path.
-        adamw_scale: multiplies the update of the adamw path, not its decay.
-        process_group: for plain parameters: ranks whose parameters and gradients are equal.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range, a parameter cannot be optimized, or no matrix of
-            the model would take the namo_d path.
+            of all columns. All other arguments, and what is raised, are those of :class:`NAMO`.
     """
 
     def __init__(

@@ -42,6 +42,7 @@ class _AdaptiveRule(OrthogonalRule):
         assert second is not None
         corrected = math.sqrt(1 - group["beta2"] ** step) / (1 - group["momentum"] ** step)
         factors = self.factors(momentum, grad, second, group) * corrected
+        # The factors are float32, as layouts exchange them, unless the iteration is exact, too.
         exact = self.iteration_dtype == torch.float64
         return self.orthogonalise(momentum, group), factors if exact else factors.float()
 
