@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conda_dist.muon import Muon
+    from conda_dist.namo import NAMO, NAMO_D
+    from conda_dist.normuon import NorMuon
     from conda_dist.optimizer import Conda
     from conda_dist.routing import param_groups
 
-__all__ = ["Conda", "Muon", "param_groups"]
+__all__ = ["NAMO", "NAMO_D", "Conda", "Muon", "NorMuon", "param_groups"]
 
 _MODULES = {
     "Conda": "conda_dist.optimizer",
     "Muon": "conda_dist.muon",
+    "NAMO": "conda_dist.namo",
+    "NAMO_D": "conda_dist.namo",
+    "NorMuon": "conda_dist.normuon",
     "param_groups": "conda_dist.routing",
 }
 

@@ -1,4 +1,4 @@
-"""The base class of Conda and Muon: torch.optim's interface on top of the plans of a step."""
+"""The base class of all optimizers here: torch.optim's interface on top of the plans of a step."""
 
 import operator
 import warnings
@@ -35,12 +35,13 @@ from conda_dist.runtime.step import MatrixPath
 class MatrixOptimizer(torch.optim.Optimizer):
     """Steps the matrices of a model by a rule, and all other parameters by AdamW.
 
-    The base of :class:`conda_dist.Conda` and :class:`conda_dist.Muon`. Parameters are plain tensors
-    or DTensors with any placements of Shard and Replicate; see Conda.
+    The base of :class:`conda_dist.Conda`, :class:`conda_dist.Muon` and their like. Parameters are
+    plain tensors or DTensors with any placements of Shard and Replicate; see Conda.
 
     Args:
         params: tensors, (name, tensor) pairs or group dicts.
-        defaults: default hyperparameters of the groups. The caller has checked them.
+        arguments: the arguments of the subclass, by name. Those that are hyperparameters of its
+            rule become the defaults of the groups.
         rule: the arithmetic of a step on a matrix.
         options: the options of the whole optimizer.
         process_group: for plain parameters: ranks whose parameters and gradients are equal.
@@ -54,7 +55,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
-        defaults: dict[str, Any],
+        arguments: Mapping[str, Any],
         rule: Rule,
         options: Options,
         process_group: dist.ProcessGroup | None,
@@ -73,7 +74,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._constructed = False
         if isinstance(params, set | frozenset):
             raise TypeError("params must be ordered, not a set: ranks must agree on the order")
-        super().__init__(params, {**defaults, "rule": rule.name})
+        defaults = {name: arguments[name] for name in self._hyperparameters() if name != "splits"}
+        check_hyperparameters(defaults)
+        rule.check(defaults, "")
+        defaults |= {"algorithm": None, "splits": None, "rule": rule.name}
+        super().__init__(params, defaults)
         self._constructed = True
         refuse_flat(named_parameters(self.param_groups), rule.title)
         self._names.warn_if_ambiguous(self.param_groups, stacklevel=3)
@@ -115,9 +120,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         A parameter without a gradient does not change. Either all ranks that share a parameter have
         its gradient, or none has. If ranks differ, a later step raises: the next one if it
         exchanges that gradient, else the next one with a refresh (within 200 steps for a rule
-        without refreshes). A first step in which all
-        gradients are zero changes nothing and is not counted. The same is true of each matrix
-        until its momentum is not zero.
+        without refreshes). A first step in which all gradients are zero changes nothing and is not
+        counted. The same is true of each matrix until its momentum is not zero.
 
         ``torch.autocast`` has no effect on a step. ``torch.compile`` does not compile it: a
         compiled function calls it as it is.

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.options import Options
-from conda_dist.parameter_groups import check_hyperparameters
 from conda_dist.rules.muon import MuonRule
 
 
@@ -65,22 +64,4 @@ class Muon(MatrixOptimizer):
         adamw_scale: float = 1.0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        rule, options = MuonRule(), Options()
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "adamw_scale": adamw_scale,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "adamw_eps": adamw_eps,
-            "algorithm": None,
-            "splits": None,
-        }
-        check_hyperparameters(defaults)
-        rule.check(defaults, "")
-        super().__init__(params, defaults, rule, options, process_group)
+        super().__init__(params, locals(), MuonRule(), Options(), process_group)

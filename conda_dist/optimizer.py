@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conda_dist.matrix_optimizer import MatrixOptimizer
-from conda_dist.options import GROUP_OPTIONS, Options
-from conda_dist.parameter_groups import UNSUPPORTED, check_hyperparameters
+from conda_dist.options import Options
+from conda_dist.parameter_groups import UNSUPPORTED
 from conda_dist.rules.conda import CondaRule
 
 
@@ -145,8 +145,5 @@ class Conda(MatrixOptimizer):
         for name in UNSUPPORTED:
             if given[name]:
                 raise TypeError(f"option {name!r} is not supported by Conda; leave it out.")
-        defaults = {name: given[name] for name in GROUP_OPTIONS}
-        check_hyperparameters(defaults)
-        defaults |= {"algorithm": None, "splits": None}
         options = Options(**{field.name: given[field.name] for field in fields(Options)})
-        super().__init__(params, defaults, CondaRule(options), options, process_group)
+        super().__init__(params, given, CondaRule(options), options, process_group)

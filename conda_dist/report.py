@@ -26,9 +26,9 @@ class Row(TypedDict):
     Attributes:
         name: its fully qualified name, or its place in the groups if it has none.
         shape: its global shape.
-        path: "conda", "muon" or "adamw".
-        rate: the current factor on its normalized update: ``lr * scale`` on the conda path,
-            ``lr`` on the muon path, ``lr * adamw_scale`` on the adamw path.
+        path: the rule's, such as "conda" or "muon", or "adamw".
+        rate: the current factor on its normalized update: ``lr * scale`` on the path of a
+            rule with a ``scale``, else ``lr``; ``lr * adamw_scale`` on the adamw path.
         reason: why it is on this path.
         layout: its placements, the layout in which the parameter is stored.
         compute: the layout in which its step is computed and its moments are stored.

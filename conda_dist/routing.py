@@ -91,7 +91,7 @@ def param_groups(
     conda_options: Mapping[str, Any] | None = None,
     adamw_options: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Builds parameter groups for :class:`conda_dist.Conda` or :class:`conda_dist.Muon`.
+    """Builds parameter groups for :class:`conda_dist.Conda` or another rule's optimizer.
 
     Matrices take the conda path, except embeddings, output heads and routers, which are known by
     their names and modules. Norms, biases, learned tokens, state-space parameters and convolution
@@ -114,7 +114,7 @@ def param_groups(
             they repeat: ``(512, 128, 128)`` means 512 rows of queries, 128 of a key and 128 of a
             value, again and again, and all the queries are one part. Each part is a matrix with
             its own basis; the parameter stays whole. The first pattern that matches counts.
-        rule: the path of the matrices: "conda", or "muon" for :class:`conda_dist.Muon`.
+        rule: the path of the matrices, "conda", "muon", "normuon", "namo" or "namo_d".
         conda_options: hyperparameters of the groups of matrices, such as ``{"weight_decay": 0.1}``.
         adamw_options: hyperparameters of the adamw group, such as ``{"lr": 1e-3}``.
 

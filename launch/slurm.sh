@@ -42,7 +42,10 @@ patience=$(python -m conda_dist.launch.cluster.launcher 100)  # nothing from a t
 # The ranks' own exit codes do not come through torchrun: a stop is asked for of this script, or (by a
 # preemption with a grace time) of what srun has started. Ranks that train say so in a note; a
 # torchrun that has not started them dies of the signal.
-stopping= limit=
+stopping= limit= step= interrupted=
+# Slurm signals this script alone (B:); srun passes SIGTERM on to the torchruns of all nodes.
+trap 'stopping=1 interrupted=1; kill -TERM $step 2>/dev/null' TERM
+trap 'stopping=1 interrupted=1 limit=1; kill -TERM $step 2>/dev/null' USR1
 export CONDA_DIST_STOP_NOTE=$root/.stopped-$SLURM_JOB_ID
 rm -f "$CONDA_DIST_STOP_NOTE"
 srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
@@ -51,12 +54,15 @@ srun --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 \
     --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 $patience \
     -m conda_dist.launch.pretrain "$@" --resume &
 step=$!
-# Slurm signals this script alone (B:); srun passes SIGTERM on to the torchruns of all nodes.
-trap 'stopping=1; kill -TERM $step 2>/dev/null' TERM
-trap 'stopping=1; limit=1; kill -TERM $step 2>/dev/null' USR1
+[ -z "$stopping" ] || kill -TERM "$step"  # the signal came before the step had a number
 
-# A wait ends when a signal comes, and has to be taken up again.
-while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
+# A signal ends a wait early, and the wait then returns the signal's code, not the step's.
+interrupted=1
+while [ -n "$interrupted" ]; do
+    interrupted=
+    wait "$step"
+    code=$?
+done
 
 if [ -e "$CONDA_DIST_STOP_NOTE" ] || [ "$code" -eq 143 ]; then stopping=1; fi  # 128 + SIGTERM
 rm -f "$CONDA_DIST_STOP_NOTE"

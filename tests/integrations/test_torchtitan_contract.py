@@ -165,9 +165,10 @@ def test_a_config_of_python_is_not_ignored_either() -> None:
 def test_other_rules_are_refused_by_name() -> None:
     from conda_dist.integrations.torchtitan.container import CondaOptimizersContainer
 
-    made = CondaOptimizersContainer.Config(name="muon")
-    with pytest.raises(ValueError, match="name muon is not supported under torchtitan"):
-        made.build(model_parts=[nn.Linear(4, 6)])
+    for name in ("muon", "normuon", "namo", "namo_d"):
+        made = CondaOptimizersContainer.Config(name=name)
+        with pytest.raises(ValueError, match=f"name {name} is not supported under torchtitan"):
+            made.build(model_parts=[nn.Linear(4, 6)])
 
 
 def test_torchft_is_refused() -> None:

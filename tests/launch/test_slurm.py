@@ -156,9 +156,12 @@ def test_a_job_that_was_cancelled_does_not_come_back(
 ) -> None:
     srun = tmp_path / "bin" / "srun"
     srun.write_text("#!/usr/bin/env bash\ntrap 'exit 1' TERM\necho started\nsleep 60 & wait\n")
+    # srun has ended before the script takes its next step, as it may on a busy machine.
+    slow = tmp_path / "slow"
+    slow.write_text("case $0 in *slurm.sh) trap 'sleep 0.05' DEBUG ;; esac\n")
     job = subprocess.Popen(
         ["bash", str(ROOT / "launch" / "slurm.sh"), "config.toml"],
-        env={**slurm, "STATE": state},
+        env={**slurm, "STATE": state, "BASH_ENV": str(slow)},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -1,4 +1,4 @@
-"""Rules beside Conda: Muon to the bit on every layout, and rules with other states."""
+"""Rules beside Conda: as their papers say, the same on every layout, and what they refuse."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,180 +14,81 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 import models
+import papers
 import ranks
+import rule_runs
 from conda_dist import Conda, Muon, param_groups
-from conda_dist.matrix_optimizer import MatrixOptimizer
-from conda_dist.options import Options
-from conda_dist.rules.muon import MuonRule
-from conda_dist.rules.rule import StateSpec, WeightSlice
-from parallel import ALL, BATCHES, DENSE, EXPERTS, MATRICES, S0, S1, S2, Layout, strided
+from conda_dist.rules.orthogonal import OrthogonalRule
+from parallel import ALL, EXPERTS, MATRICES, S0, S1, S2, Layout, strided
+from rule_runs import EVERY_LAYOUT, FUSED, OPTIMIZERS, RIVALS, SETTINGS, STEPS
 from traffic import recorded
-
-SETTINGS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1}
-STEPS = 4
-
-
-def _whole(name: str, shape: tuple[int, ...], step: int) -> Tensor:
-    return models.gradient(name, torch.empty(shape), step)
-
-
-def _parameters(shapes: Mapping[str, tuple[int, ...]], layout: Layout | None) -> Any:
-    params: dict[str, nn.Parameter] = {}
-    mesh = init_device_mesh("cpu", layout[0]) if layout is not None else None
-    for name, shape in shapes.items():
-        whole = _whole(name, shape, -1)
-        params[name] = nn.Parameter(_placed(whole, mesh, layout))
-    return params
-
-
-def _placed(whole: Tensor, mesh: Any, layout: Layout | None) -> Tensor:
-    if layout is None:
-        return whole
-    start = [ALL] * mesh.ndim
-    replicated = DTensor.from_local(whole, mesh, start, run_check=False)
-    return replicated.redistribute(mesh, layout[1])
-
-
-def _train(
-    params: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range
-) -> None:
-    for step in steps:
-        for name, param in params.items():
-            grad = _whole(name, tuple(param.shape), step).to(param.dtype)
-            if isinstance(param, DTensor):
-                layout = (tuple(param.device_mesh.shape), list(param.placements))
-                grad = _placed(grad, param.device_mesh, layout)
-            param.grad = grad
-        optimizer.step()
-
-
-def _torch_s(
-    shapes: Mapping[str, tuple[int, ...]], splits: tuple[int, ...] | None = None, **settings: Any
-) -> dict[str, Tensor]:
-    """What torch.optim.Muon makes of every matrix by itself."""
-    ended = {}
-    for name, shape in shapes.items():
-        whole = _whole(name, shape, -1)
-        parts = [_rows(m, splits) for m in whole.reshape(-1, *shape[-2:])]
-        matrices = [nn.Parameter(part) for cut in parts for part in cut]
-        optimizer = torch.optim.Muon(matrices, **{**SETTINGS, **settings})
-        for step in range(STEPS):
-            grads = _whole(name, shape, step).reshape(-1, *shape[-2:])
-            cut = [part for grad in grads for part in _rows(grad, splits)]
-            for matrix, grad in zip(matrices, cut, strict=True):
-                matrix.grad = grad
-            optimizer.step()
-        ended[name] = torch.cat(list(matrices)).detach().reshape(shape)
-        if splits is not None and sum(splits) != shape[-2]:
-            ended[name] = _woven([m.detach() for m in matrices], splits)
-    return ended
-
-
-def _rows(matrix: Tensor, splits: tuple[int, ...] | None) -> list[Tensor]:
-    """The parts of a matrix whose splits repeat down it."""
-    if splits is None:
-        return [matrix.clone()]
-    periods = [block.split(splits) for block in matrix.split(sum(splits))]
-    return [torch.cat(pieces) for pieces in zip(*periods, strict=True)]
-
-
-def _woven(parts: list[Tensor], splits: tuple[int, ...]) -> Tensor:
-    pieces = [part.split(rows) for part, rows in zip(parts, splits, strict=True)]
-    return torch.cat([piece for period in zip(*pieces, strict=True) for piece in period])
-
-
-def _ended(
-    shapes: Mapping[str, tuple[int, ...]], layout: Layout | None, group: Any = None, **options: Any
-) -> dict[str, Tensor]:
-    params = _parameters(shapes, layout)
-    named = {"params": list(params.items()), "algorithm": "muon", **(group or {})}
-    optimizer = Muon([named], **{**SETTINGS, **options})
-    _train(params, optimizer, range(STEPS))
-    assert set(next(iter(optimizer.state.values()))) == {"step", "momentum_buffer"} or group
-    return {name: models.whole(param) for name, param in params.items()}
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"nesterov": False, "momentum": 0.5},
-        {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
-        {"adjust_lr_fn": "spectral_unclamped", "ns_coefficients": (2.0, -1.5, 0.5)},
-        {"lr": torch.tensor(0.03), "weight_decay": 0.0},
-        {"eps": 100.0},
+        {"nesterov": False, "momentum": 0.5, "beta2": 0.9},
+        {"lr": 3.0, "weight_decay": 0.3},  # NAMO's rates are at their bounds
+        {"eps": 0.5, "weight_decay": 0.0},
     ],
     ids=str,
 )
-def test_one_process_is_torch_s_muon(options: dict[str, Any]) -> None:
-    assert not models.unequal(_ended(MATRICES, None, **options), _torch_s(MATRICES, **options))
+@pytest.mark.parametrize("rule", RIVALS)
+def test_float64_is_the_paper_s(
+    rule: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OrthogonalRule, "iteration_dtype", torch.float64)
+    own: list[dict[str, Any]] = [{"clamp": 0.9}, {"clamp": 0.3}] if rule == "namo_d" else [{}]
+    for chosen in ({**options, **each} for each in own):
+        starts = {
+            name: rule_runs.value(name, shape, -1).double() for name, shape in MATRICES.items()
+        }
+        params = {name: nn.Parameter(start.clone()) for name, start in starts.items()}
+        group = {"params": list(params.items()), "algorithm": rule}
+        rule_runs.train(params, OPTIMIZERS[rule]([group], **chosen), range(STEPS))
+        for name, start in starts.items():
+            grads = [
+                rule_runs.value(name, tuple(start.shape), step).double() for step in range(STEPS)
+            ]
+            expected = getattr(papers, rule)(start, grads, **chosen)
+            moved = (expected - start).norm()
+            assert (params[name] - expected).norm() < 1e-11 * moved, (name, chosen)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_other_dtypes_are_torch_s(dtype: torch.dtype, nesterov: bool) -> None:
-    starts = [torch.randn(9, 5).to(dtype), torch.randn(4, 8).to(dtype)]
-    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
-    optimizers = (
-        Muon([{"params": ours, "algorithm": "muon"}], nesterov=nesterov, **SETTINGS),
-        torch.optim.Muon(theirs, nesterov=nesterov, **SETTINGS),
-    )
+def _rivals(shapes: dict[str, tuple[int, ...]], layout: Layout | None) -> list[dict[str, Tensor]]:
+    return [rule_runs.ended(shapes, layout, rule=rule) for rule in RIVALS]
+
+
+@pytest.mark.parametrize(("layout", "shapes"), EVERY_LAYOUT, ids=str)
+def test_layouts_are_one_process(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> None:
+    alone = _rivals(shapes, None)
+    for ended in ranks.run(torch.Size(layout[0]).numel(), _rivals, shapes, layout):
+        for rule, found, expected in zip(RIVALS, ended, alone, strict=True):
+            assert not models.unequal(found, expected), rule
+
+
+@pytest.mark.parametrize("rule", RIVALS)
+def test_a_batch_and_parts_are_their_matrices(rule: str) -> None:
+    """As matrices of their own, which the paper's test holds."""
+    whole = rule_runs.value("w", (2, 6, 5), -1)
+    batch, fused = (nn.Parameter(w) for w in (whole.clone(), whole.reshape(12, 5).clone()))
+    alone = [nn.Parameter(matrix.clone()) for matrix in whole]
+    groups = [
+        {"params": [("batch", batch), *((f"w{i}", w) for i, w in enumerate(alone))]},
+        {"params": [("fused", fused)], "splits": (6, 6)},
+    ]
+    optimizer = OPTIMIZERS[rule]([{**group, "algorithm": rule} for group in groups])
     for step in range(STEPS):
-        for params, optimizer in zip((ours, theirs), optimizers, strict=True):
-            for i, param in enumerate(params):
-                param.grad = models.gradient(str(i), param, step)
-            optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert optimizers[0].state[ours[0]]["momentum_buffer"].dtype == dtype
-
-
-@pytest.mark.parametrize(
-    ("layout", "shapes"),
-    [*((at, MATRICES) for at in DENSE), *((at, EXPERTS) for at in BATCHES)],
-    ids=str,
-)
-def test_layouts_are_torch_s_muon(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> None:
-    alone = _torch_s(shapes)
-    for ended in ranks.run(torch.Size(layout[0]).numel(), _ended, shapes, layout):
-        assert not models.unequal(ended, alone)
-
-
-FUSED = {"qkv": (16, 6), "wide": (8, 20)}
-
-
-@pytest.mark.parametrize("splits", [(8,), (2, 1, 1)], ids=str)
-@pytest.mark.parametrize("layout", [None, ((3,), [S0]), ((2, 2), [ALL, S1])], ids=str)
-def test_parts_are_matrices_of_their_own(layout: Layout | None, splits: tuple[int, ...]) -> None:
-    expected = _torch_s(FUSED, splits)
-    world = 1 if layout is None else torch.Size(layout[0]).numel()
-    for ended in ranks.run(world, _ended, FUSED, layout, {"splits": splits}):
-        assert not models.unequal(ended, expected)
-
-
-def test_kernels_are_matrices() -> None:
-    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Conv2d(4, 6, 3)])})
-    kernel = next(param for param in model.parameters() if param.ndim == 4)
-    matrix = nn.Parameter(kernel.detach().clone().flatten(1))
-    ours = Muon(param_groups(model, kernels=True, rule="muon"), **SETTINGS)
-    theirs = torch.optim.Muon([matrix], **SETTINGS)
-    for step in range(STEPS):
-        kernel.grad = models.gradient("kernel", kernel, step)
-        matrix.grad = kernel.grad.flatten(1).clone()
-        ours.step()
-        theirs.step()
-    assert torch.equal(kernel.flatten(1), matrix)
-
-
-def _replicas() -> dict[str, Tensor]:
-    return _ended(MATRICES | EXPERTS, None, process_group=dist.group.WORLD)
-
-
-def test_plain_parameters_with_a_process_group() -> None:
-    for ended in ranks.run(2, _replicas):
-        assert not models.unequal(ended, _torch_s(MATRICES | EXPERTS))
+        batch.grad = rule_runs.value("w", (2, 6, 5), step)
+        fused.grad = batch.grad.reshape(12, 5).clone()
+        for matrix, grad in zip(alone, batch.grad, strict=True):
+            matrix.grad = grad.clone()
+        optimizer.step()
+    assert torch.equal(batch, torch.stack(list(alone)))
+    assert torch.equal(fused.view(2, 6, 5), batch)
 
 
 # The rest of a model
@@ -198,7 +99,7 @@ def _built(layout: models.Layout, rule: str = "muon", **options: Any) -> Any:
     model = models.shard(models.Tiny(), layout)
     if rule == "conda":
         return model, Conda(param_groups(model), **options)
-    return model, Muon(param_groups(model, rule="muon"), **{**SETTINGS, **options})
+    return model, OPTIMIZERS[rule](param_groups(model, rule=rule), **{**SETTINGS, **options})
 
 
 def test_the_rest_takes_adamw_s_step_with_options_of_its_own() -> None:
@@ -230,9 +131,16 @@ def test_paths_by_name_and_shape() -> None:
 # Checkpoints
 
 
-def _train_and_save(layout: models.Layout, folder: str, to: str) -> Any:
+def _of_rule(model: Any, optimizer: Any, kind: str) -> dict[str, Tensor]:
+    """The rule's weights and states. torch's fused kernel rounds the others by where they are."""
+    ended = models.snapshot(model, optimizer, models.whole)
+    rule = {row["name"] for row in optimizer.report(show=False) if row["path"] == kind}
+    return {name: value for name, value in ended.items() if name.partition(":")[0] in rule}
+
+
+def _train_and_save(layout: models.Layout, folder: str, to: str, kind: str) -> Any:
     """Trains, saves half way, and gives where it ends."""
-    model, optimizer = _built(layout)
+    model, optimizer = _built(layout, kind)
     models.train(model, optimizer, range(2))
     if to == "dcp":
         models.save(folder, model, optimizer)
@@ -242,14 +150,11 @@ def _train_and_save(layout: models.Layout, folder: str, to: str) -> Any:
         if dist.get_rank() == 0:
             torch.save(parts, f"{folder}/full.pt")
     models.train(model, optimizer, range(2, STEPS))
-    ended = models.snapshot(model, optimizer, models.whole)
-    # The rest's elements are rounded by where they are in torch's fused kernel.
-    rule = {row["name"] for row in optimizer.report(show=False) if row["path"] == "muon"}
-    return {name: value for name, value in ended.items() if name.partition(":")[0] in rule}
+    return _of_rule(model, optimizer, kind)
 
 
-def _load_and_go_on(layout: models.Layout, folder: str, to: str) -> Any:
-    model, optimizer = _built(layout)
+def _load_and_go_on(layout: models.Layout, folder: str, to: str, kind: str) -> Any:
+    model, optimizer = _built(layout, kind)
     if to == "dcp":
         models.load(folder, model, optimizer)
     else:
@@ -263,28 +168,31 @@ def _load_and_go_on(layout: models.Layout, folder: str, to: str) -> Any:
             options=options,
         )
     models.train(model, optimizer, range(2, STEPS))
-    ended = models.snapshot(model, optimizer, models.whole)
-    # The rest's elements are rounded by where they are in torch's fused kernel.
-    rule = {row["name"] for row in optimizer.report(show=False) if row["path"] == "muon"}
-    return {name: value for name, value in ended.items() if name.partition(":")[0] in rule}
+    return _of_rule(model, optimizer, kind)
 
 
-@pytest.mark.parametrize("to", ["dcp", "full"])
+@pytest.mark.parametrize(
+    ("to", "kind"), [("dcp", "muon"), ("full", "muon"), ("full", "namo_d")], ids=str
+)
 @pytest.mark.thorough
-def test_resumed_on_other_ranks(tmp_path: Path, to: str) -> None:
-    ended = ranks.run(3, _train_and_save, ("fsdp", (3,)), str(tmp_path), to)[0]
+def test_resumed_on_other_ranks(tmp_path: Path, to: str, kind: str) -> None:
+    ended = ranks.run(3, _train_and_save, ("fsdp", (3,)), str(tmp_path), to, kind)[0]
     assert "blocks.0.up.weight:momentum_buffer" in ended
+    assert ("blocks.0.up.weight:second_moment" in ended) == (kind in RIVALS)
     layouts: list[models.Layout] = [("fsdp", (2,)), ("hsdp", (2, 2)), ("grid", (2, 2))]
     for layout in layouts:
         world = torch.Size(layout[1]).numel()
-        for resumed in ranks.run(world, _load_and_go_on, layout, str(tmp_path), to):
+        for resumed in ranks.run(world, _load_and_go_on, layout, str(tmp_path), to, kind):
             assert not models.unequal(resumed, ended)
+
+
+OTHERS = [("muon", "conda"), ("conda", "muon"), ("normuon", "muon"), ("namo", "namo_d")]
 
 
 def _other_rules(layout: models.Layout) -> list[tuple[str, bool]]:
     """What each rule says to the other's checkpoint, and whether it has changed nothing."""
     answers = []
-    for ours, theirs in (("muon", "conda"), ("conda", "muon")):
+    for ours, theirs in OTHERS:
         (model, optimizer), (other, foreign) = _built(layout, ours), _built(layout, theirs)
         models.train(model, optimizer, range(2))
         models.train(other, foreign, range(2))
@@ -297,17 +205,16 @@ def _other_rules(layout: models.Layout) -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("layout", [models.PLAIN, models.FSDP2], ids=str)
 def test_another_rule_s_checkpoint_is_refused_with_both_names(layout: models.Layout) -> None:
     for answers in ranks.run(max(1, *layout[1], 1), _other_rules, layout):
-        for said, unchanged in answers:
-            assert "'conda'" in said
-            assert "'muon'" in said
+        for names, (said, unchanged) in zip(OTHERS, answers, strict=True):
+            assert all(f"{name!r}" in said for name in names)
             assert unchanged
 
 
 # What is refused
 
 
-def _refusal(group: dict[str, Any], **options: Any) -> str:
-    return models.attempt(lambda: Muon([group], **options))
+def _refusal(group: dict[str, Any], rule: str = "muon") -> str:
+    return models.attempt(lambda: OPTIMIZERS[rule]([group]))
 
 
 @pytest.mark.parametrize(
@@ -325,16 +232,27 @@ def _refusal(group: dict[str, Any], **options: Any) -> str:
         ({"eps": -1.0}, "eps must be at least 0"),
         ({"lr": -1.0}, "lr must be at least 0"),
         ({"betas": (0.9, 1.0)}, r"betas\[1\]"),
+        ({"rule": "normuon", "beta2": 1.0}, "beta2 must be at least 0 and below 1, got 1.0"),
+        ({"rule": "normuon", "adjust_lr_fn": "mine"}, "adjust_lr_fn must be one of original"),
+        ({"rule": "namo", "beta2": None}, "beta2 must be a number, got None"),
+        ({"rule": "namo", "scale": -0.2}, "scale must be at least 0"),
+        ({"rule": "namo", "ns_steps": 100}, "ns_steps must be at least 0 and below 100, got 100"),
+        ({"rule": "namo_d", "clamp": 0.0}, "clamp must be above 0 and at most 1, got 0.0"),
+        ({"rule": "namo_d", "clamp": 1.5}, "clamp must be above 0 and at most 1, got 1.5"),
+        ({"rule": "namo_d", "clamp": float("nan")}, "clamp must be above 0"),
+        ({"rule": "namo_d", "clamp": True}, "clamp must be a number, got True"),
     ],
     ids=str,
 )
 def test_options_out_of_their_range(options: dict[str, Any], said: str) -> None:
+    kind = OPTIMIZERS[options.get("rule", "muon")]
+    options = {name: value for name, value in options.items() if name != "rule"}
     params = [("w", nn.Parameter(torch.ones(3, 3)))]
     with pytest.raises((TypeError, ValueError), match=said):
-        Muon(params, **options)
+        kind(params, **options)
     with pytest.raises((TypeError, ValueError), match=f"parameter group 0: {said}"):
-        Muon([{"params": params, **options}])
-    optimizer = Muon(params)
+        kind([{"params": params, **options}])
+    optimizer = kind(params)
     params[0][1].grad = torch.ones(3, 3)
     optimizer.param_groups[0].update(options)
     if options != {"lr": -1.0}:  # schedulers may leave a rounding error
@@ -342,40 +260,35 @@ def test_options_out_of_their_range(options: dict[str, Any], said: str) -> None:
             optimizer.step()
 
 
-def test_parameters_that_the_rule_cannot_take() -> None:
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_parameters_that_the_rule_cannot_take(rule: str) -> None:
     vector, sparse = nn.Parameter(torch.ones(3)), torch.eye(3).to_sparse().requires_grad_()
     flat = nn.Parameter(torch.ones(12))
     flat._is_flat_param = True  # type: ignore[attr-defined]
-    of_rule = {"algorithm": "muon"}
-    said = _refusal({"params": [("a.bias", vector)], **of_rule})
-    assert "a.bias: a parameter of shape (3,) cannot take the muon path" in said
-    assert "a.weight: only dense" in _refusal({"params": [("a.weight", sparse)], **of_rule})
-    said = _refusal({"params": [("a._flat_param", flat)], "algorithm": "adamw"})
+    partitioned = nn.Parameter(torch.ones(0))
+    partitioned.ds_id, partitioned.ds_shape = 0, (3, 3)  # type: ignore[attr-defined]
+    weight, title = nn.Parameter(torch.ones(3, 3)), OPTIMIZERS[rule].__name__
+
+    said = _refusal({"params": [("a.bias", vector)], "algorithm": rule}, rule)
+    assert f"a.bias: a parameter of shape (3,) cannot take the {rule} path" in said
+    said = _refusal({"params": [("a.weight", sparse)], "algorithm": rule}, rule)
+    assert "a.weight: only dense" in said
+    said = _refusal({"params": [("a._flat_param", flat)], "algorithm": "adamw"}, rule)
     assert "a._flat_param" in said
-    assert "Muon cannot step" in said
-    weight = nn.Parameter(torch.ones(3, 3))
-    said = _refusal({"params": [("a.weight", weight)], "algorithm": "conda"})
-    assert "algorithm must be one of muon, adamw" in said
-    said = _refusal({"params": [("a.weight", weight)], "rule": "conda"})
-    assert "the group is for rule 'conda', this optimizer's is 'muon'" in said
-
-
-def _partitioned() -> str:
-    param = nn.Parameter(torch.ones(0))
-    param.ds_id, param.ds_shape = 0, (3, 3)  # type: ignore[attr-defined]
-    return _refusal({"params": [("a.weight", param)], "algorithm": "adamw"})
-
-
-def test_zero_is_conda_s_alone() -> None:
-    said = _partitioned()
+    assert f"{title} cannot step" in said
+    said = _refusal({"params": [("a.weight", partitioned)], "algorithm": "adamw"}, rule)
     assert "a.weight: ZeRO stage 3 has partitioned it" in said
-    assert "only Conda is supported, not Muon" in said
+    assert f"only Conda is supported, not {title}" in said
+    said = _refusal({"params": [("a.weight", weight)], "algorithm": "conda"}, rule)
+    assert f"algorithm must be one of {rule}, adamw" in said
+    said = _refusal({"params": [("a.weight", weight)], "rule": "conda"}, rule)
+    assert f"the group is for rule 'conda', this optimizer's is '{rule}'" in said
 
 
 def _mixed() -> str:
     """One rank has another rule."""
     mesh = init_device_mesh("cpu", (2,))
-    weight = nn.Parameter(_placed(torch.ones(4, 4), mesh, ((2,), [S0])))
+    weight = nn.Parameter(rule_runs.placed(torch.ones(4, 4), mesh, ((2,), [S0])))
     weight.grad = torch.ones_like(weight)
     kind = Muon if dist.get_rank() else Conda
     return models.attempt(kind([("a.weight", weight)]).step)
@@ -391,11 +304,13 @@ def test_ranks_with_different_rules() -> None:
 # What is moved and kept
 
 
-def _counted(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> list[tuple[int, int]]:
+def _counted(
+    layout: Layout, shapes: dict[str, tuple[int, ...]], rule: str
+) -> list[tuple[int, int]]:
     """What is reported and counted: bytes of state, sent in a step and in saving."""
-    params = _parameters(shapes, layout)
-    optimizer = Muon([{"params": list(params.items()), "algorithm": "muon"}], **SETTINGS)
-    _train(params, optimizer, range(2))
+    params = rule_runs.parameters(shapes, layout)
+    optimizer = OPTIMIZERS[rule]([{"params": list(params.items()), "algorithm": rule}], **SETTINGS)
+    rule_runs.train(params, optimizer, range(2))
     for param in params.values():
         param.grad = torch.ones_like(param)
     sent = []
@@ -425,81 +340,36 @@ def _counted(layout: Layout, shapes: dict[str, tuple[int, ...]]) -> list[tuple[i
     ],
     ids=str,
 )
-def test_reported_bytes_are_counted_ones(layout: Layout, shapes: Any) -> None:
-    answers = ranks.run(torch.Size(layout[0]).numel(), _counted, layout, shapes)
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_reported_bytes_are_counted_ones(layout: Layout, shapes: Any, rule: str) -> None:
+    answers = ranks.run(torch.Size(layout[0]).numel(), _counted, layout, shapes, rule)
     for counted in answers:
         assert all(reported == there for reported, there in counted), counted
     assert sum(counted[1][0] for counted in answers)
 
 
-# Room for other rules
+# States of other shapes: a number for each row, for each column, or for the matrix
 
 
-class VectorRule(MuonRule):
-    """As NorMuon and NAMO need it: a vector of rows, one of columns and a number beside Muon's."""
-
-    name, title = "vectors", "Vectors"
-    state_names = frozenset({"momentum_buffer", "of_rows", "of_columns", "of_all"})
-
-    def __init__(self, by_column: bool) -> None:
-        self.by_column = by_column
-
-    def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
-        shapes = {"of_rows": (m,), "of_columns": (n,), "of_all": (1,)}
-        vectors = {name: StateSpec(shape, torch.float32) for name, shape in shapes.items()}
-        return super().states(m, n, dtype) | vectors
-
-    def update(self, weight: WeightSlice) -> Tensor:
-        states, squares = weight.states, weight.grad.square()
-        for name, dims in (("of_rows", -1), ("of_columns", -2), ("of_all", (-2, -1))):
-            states[name].lerp_(squares.mean(dims).view(states[name].shape), 0.1)
-        update = super().update(weight).float()
-        # A decay that depends on the gradient, as NAMO's does.
-        weight.extra = states["of_columns" if self.by_column else "of_all"][..., None, :] + 0
-        rows, columns = states["of_rows"][..., None], states["of_columns"][..., None, :]
-        return update * (rows * columns / states["of_all"][..., None]).rsqrt() / 10 / weight.step
-
-    def extra_shape(self, m: int, n: int) -> tuple[int, int]:
-        return (1, n) if self.by_column else (1, 1)
-
-    def apply(
-        self,
-        param: Tensor,
-        update: Tensor,
-        group: Any,
-        step: int,
-        shape: tuple[int, int],
-        extra: Tensor | None = None,
-    ) -> None:
-        assert extra is not None
-        param.mul_(1 - group["lr"] * extra).sub_(update, alpha=group["lr"])
-
-
-def _vectors(
+def _halfway(
     shapes: Mapping[str, tuple[int, ...]],
     layout: Layout | None,
     splits: Any,
-    by_column: bool,
+    rule: str,
     folder: str,
     how: str,
 ) -> dict[str, Tensor]:
-    """Trains with that rule, and saves or loads half way."""
-    params = _parameters(shapes, layout)
-    defaults = Muon([("w", nn.Parameter(torch.ones(2, 2)))]).defaults
-    named = {"params": list(params.items()), "algorithm": "vectors", "splits": splits}
-    settings = {k: v for k, v in {**defaults, **SETTINGS}.items() if k != "rule"}
-    optimizer = MatrixOptimizer([named], settings, VectorRule(by_column), Options(), None)
+    """Trains, and saves or loads half way."""
+    params = rule_runs.parameters(shapes, layout)
+    named = {"params": list(params.items()), "algorithm": rule, "splits": splits}
+    optimizer = OPTIMIZERS[rule]([named], **SETTINGS)
     model = nn.ParameterDict(params)
     if how == "save":
-        _train(params, optimizer, range(2))
+        rule_runs.train(params, optimizer, range(2))
         models.save(folder, model, optimizer)
     else:
         models.load(folder, model, optimizer)
-    for param in params.values():
-        state = optimizer.state_dict()["state"][0]
-        assert {"of_rows", "of_columns", "of_all"} <= {key.rstrip("_01") for key in state}
-        assert param.shape
-    _train(params, optimizer, range(2, STEPS))
+    rule_runs.train(params, optimizer, range(2, STEPS))
     return models.snapshot(model, optimizer, models.whole)
 
 
@@ -512,29 +382,22 @@ def _vectors(
     ],
     ids=["matrices", "batches", "parts"],
 )
+@pytest.mark.parametrize("rule", RIVALS)
 @pytest.mark.thorough
-def test_states_of_other_shapes(tmp_path: Path, shapes: Any, splits: Any, layouts: Any) -> None:
+def test_states_of_other_shapes(
+    tmp_path: Path, shapes: Any, splits: Any, layouts: Any, rule: str
+) -> None:
     """On every layout as on one process, saved on some ranks and resumed on others."""
-    for by_column in (True, False):
-        folders = [str(tmp_path / f"{by_column} {i}") for i in range(len(layouts) + 1)]
-        at = ((1,), [ALL])
-        (alone,) = ranks.run(1, _vectors, shapes, at, splits, by_column, folders[0], "save")
-        for i, layout in enumerate(layouts):
-            world = torch.Size(layout[0]).numel()
-            for how, folder in (("save", folders[i + 1]), ("load", folders[i])):
-                args = shapes, layout, splits, by_column, folder, how
-                for ended in ranks.run(world, _vectors, *args):
-                    assert not models.unequal(ended, alone)
-
-
-def test_coefficients_set_in_place_are_checked() -> None:
-    param = nn.Parameter(torch.ones(4, 6))
-    optimizer = Muon([("w", param)], ns_coefficients=[3.4, -4.7, 2.0])  # type: ignore[arg-type]
-    for _ in range(2):
-        param.grad = torch.ones(4, 6)
-        optimizer.step()
-    before = param.detach().clone()
-    optimizer.param_groups[0]["ns_coefficients"][0] = float("nan")
-    with pytest.raises(ValueError, match=r"parameter group 0: ns_coefficients\[0\] must be"):
-        optimizer.step()
-    assert torch.equal(param.detach(), before)
+    folders = [str(tmp_path / str(i)) for i in range(len(layouts) + 1)]
+    at = ((1,), [ALL])
+    (alone,) = ranks.run(1, _halfway, shapes, at, splits, rule, folders[0], "save")
+    name, m, n = next((name, *shape[-2:]) for name, shape in shapes.items())
+    key, rows = ("second_moment", m) if splits is None else ("second_moment_0", m // 2)
+    shape = {"normuon": (rows, 1), "namo": (1,), "namo_d": (n,)}[rule]
+    assert alone[f"{name}:{key}"].shape == (*shapes[name][:-2], *shape)
+    for i, layout in enumerate(layouts):
+        world = torch.Size(layout[0]).numel()
+        for how, folder in (("save", folders[i + 1]), ("load", folders[i])):
+            args = shapes, layout, splits, rule, folder, how
+            for ended in ranks.run(world, _halfway, *args):
+                assert not models.unequal(ended, alone)
