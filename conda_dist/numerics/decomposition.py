@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,56 @@ CAUSES = {
     "nor on the CPU: no method converged, or there was no memory",
 }
 """Why a basis could not be refreshed, for the warning."""
+
+
+class Spectrum(NamedTuple):
+    """How a momentum's energy is spread; see :func:`spectrum`.
+
+    Attributes:
+        staleness: share of the energy off the diagonal of the basis, in [0, 1); None if the basis
+            was the identity, because the matrix had none yet.
+        effective_rank: in [1, r].
+    """
+
+    staleness: float | None
+    effective_rank: float
+
+
+class Found(NamedTuple):
+    """The result of a decomposition.
+
+    Attributes:
+        outcome: the outcome.
+        rotation: P (r, r) if the outcome is ``DONE``, else None.
+        spectrum: the spectrum of the momentum if it was asked for, else None.
+    """
+
+    outcome: Outcome
+    rotation: Tensor | None = None
+    spectrum: Spectrum | None = None
+
+
+def spectrum(exp_avg: Tensor, right: bool) -> Spectrum:
+    """Measures how a projected momentum's energy is spread, from its Gram matrix S (r, r).
+
+    S is Q^T M^T M Q for m >= n, else Q^T M M^T Q, with eigenvalues s_i^2, the squared singular
+    values of M. The staleness is the share of |S|^2 (Frobenius) that is off the diagonal. It is 0
+    if the columns of Q are singular vectors, and at most 1 - 1/r. The effective rank is
+    (sum s_i^2)^2 / sum s_i^4 = trace(S)^2 / |S|^2: r if all singular values are equal, 1 if there
+    is only one.
+
+    Args:
+        exp_avg: the whole projected momentum (m, n) of one matrix; finite and not zero.
+        right: whether m >= n.
+    """
+    tall = (exp_avg if right else exp_avg.mT).to(torch.promote_types(exp_avg.dtype, torch.float32))
+    scaled = tall / torch.linalg.vector_norm(tall, math.inf)  # squares must not overflow
+    gram = exact_product(scaled.mT, scaled)  # (r, max(m, n)) @ (max(m, n), r)
+    diagonal = gram.diagonal().double()
+    trace, on = float(diagonal.sum()), float(diagonal.square().sum())
+    gram.fill_diagonal_(0)
+    total = on + (off := float(torch.linalg.vector_norm(gram)) ** 2)
+    return Spectrum(off / total, trace * trace / total)
 
 
 def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcome, Tensor | None]:

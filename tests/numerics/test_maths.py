@@ -467,3 +467,25 @@ def test_one_product_into_the_weight_is_the_same_step(
     arithmetic.project_back_and_apply_(fused, y, basis, right, 4, hyper)
     torch.testing.assert_close(param, expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
+def test_the_spectrum_of_a_momentum(shape: tuple[int, int]) -> None:
+    right, r = _right(shape), min(shape)
+    m, n = max(shape), r
+    columns = _basis(m, m)[:, :n]
+
+    def measured(tall: Tensor) -> decomposition.Spectrum:
+        return decomposition.spectrum(tall if right else tall.mT, right)
+
+    values = torch.arange(1, n + 1, dtype=DOUBLE)
+    found = measured(1e-30 * columns * values)  # in the basis of its singular vectors
+    assert found.staleness == pytest.approx(0, abs=1e-12)
+    squares = values.square()
+    assert found.effective_rank == pytest.approx(float(squares.sum() ** 2 / (squares**2).sum()))
+    turned = measured((columns * values).float() @ _basis(n, n).float())
+    assert turned.effective_rank == pytest.approx(found.effective_rank, 1e-5)
+    assert 0 < turned.staleness < 1 - 1 / r
+    assert measured(columns @ _basis(n, n)) == pytest.approx((0, r), abs=1e-12)
+    worst = torch.ones(m, n, dtype=DOUBLE)  # one direction, the farthest from every axis
+    assert measured(worst) == pytest.approx((1 - 1 / r, 1))
