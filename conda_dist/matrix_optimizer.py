@@ -216,6 +216,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return {} if self._diagnostics is None else self._diagnostics.read(summed)
 
     @property
+    def diagnostics_step(self) -> int:
+        """The step that has collected what :meth:`diagnostics` returns; 0 before the first."""
+        return 0 if self._diagnostics is None else self._diagnostics.step
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the first of the ranks that share the parameters (True on one rank)."""
         return not any(any(mesh.coordinate) for mesh in self._resolve()[0].meshes)

@@ -15,9 +15,11 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conda_dist import Conda, param_groups
+from conda_dist.matrix_optimizer import MatrixOptimizer
+from conda_dist.runtime.diagnostics import scalars
 
 Group = dict[str, Any]
 
@@ -101,6 +103,29 @@ class CondaFactory:
         if _is_replicated(model, state):
             options.setdefault("process_group", dist.group.WORLD)
         return Conda(_by_decay(model, groups, decay), **options)
+
+
+class DiagnosticsCallback(TrainerCallback):  # type: ignore[misc]
+    """Logs the optimizer's diagnostics by path, such as "conda/staleness", where the Trainer logs.
+
+    ``trainer.add_callback(DiagnosticsCallback(trainer))``, with ``diagnostics_every`` among the
+    options of :func:`conda_for_trainer`. A step that collects is logged at its end.
+
+    Args:
+        trainer: the Trainer, for its ``log``.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._logged = trainer, 0
+
+    def on_step_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        """Logs what the step has collected, if it has."""
+        if not isinstance(optimizer, MatrixOptimizer):
+            optimizer = getattr(optimizer, "optimizer", None)  # Accelerate's wrapper
+        if isinstance(optimizer, MatrixOptimizer) and optimizer.diagnostics_step != self._logged:
+            self._logged = optimizer.diagnostics_step
+            if self._logged:  # 0 after a resume
+                self._trainer.log(scalars(optimizer.diagnostics(summed=True)))
 
 
 def _rate(args: TrainingArguments, options: Mapping[str, Any]) -> Any:

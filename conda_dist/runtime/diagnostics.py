@@ -61,6 +61,16 @@ class Signals(TypedDict):
     effective_rank: float | None
 
 
+def scalars(signals: Mapping[str, Signals]) -> dict[str, float]:
+    """The numbers as "conda/update_ratio" and so on, for loggers; without those that are None."""
+    return {
+        f"{name}/{key}": value
+        for name, found in signals.items()
+        for key, value in found.items()
+        if isinstance(value, int | float) and key != "step"
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
     """What the host knows of a parameter without measuring; see :class:`Signals`."""
@@ -169,10 +179,13 @@ class Diagnostics:
         members: all parameters.
         meshes: their meshes.
         every: the option ``diagnostics_every``, at least 1.
+
+    Attributes:
+        step: number of steps before and with the last one that collected; 0 before the first.
     """
 
     def __init__(self, members: Sequence[Member], meshes: Sequence[Mesh], every: int) -> None:
-        self._every = every
+        self._every, self.step = every, 0
         self._members = {mesh: [m for m in members if m.mesh == mesh] for mesh in meshes}
         self._steps = [max(map(_steps, mine), default=0) for mine in self._members.values()]
         self._sums: dict[Mesh, _Sums] = {}
@@ -191,7 +204,10 @@ class Diagnostics:
             self._steps[i] += started[i]
             if started[i] and self._steps[i] % self._every == 0:
                 due[mesh] = mine
-        return Collection(due, grads, self._sums) if due else None
+        if not due:
+            return None
+        self.step = max(self._steps)
+        return Collection(due, grads, self._sums)
 
     def read(self, summed: bool) -> dict[str, Signals]:
         """See :meth:`conda_dist.matrix_optimizer.MatrixOptimizer.diagnostics`."""

@@ -169,6 +169,9 @@ class MuonConfig:
         0.95,
     )
     adamw_eps: Annotated[float, Key("eps of the AdamW part", gt=0, le=_LARGE)] = 1e-8
+    diagnostics_every: Annotated[int, _key(OPTIONS["diagnostics_every"])] = OPTIONS[
+        "diagnostics_every"
+    ].default
     grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0, le=1e30)] = 0.0
 
 

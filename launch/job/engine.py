@@ -29,6 +29,7 @@ from conda_dist.launch.job.finite import Origin, finite
 from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
 from conda_dist.launch.job.tensors import load_tensors, save_tensors
 from conda_dist.matrix_optimizer import MatrixOptimizer
+from conda_dist.runtime.diagnostics import scalars
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,10 @@ class Engine(ABC):
             NonFiniteError: On every rank, before anything is updated.
         """
 
+    def signals(self) -> dict[str, float]:
+        """What the optimizer has collected in the last step, by name; {} if nothing."""
+        return {}
+
     @property
     @abstractmethod
     def _groups(self) -> list[dict[str, Any]]:
@@ -173,6 +178,7 @@ class Fsdp2Engine(Engine):
         except ValueError as error:
             raise ConfigError(f"optimizer.{config.optimizer.name}: {error}") from error
         self._peaks = [float(group["lr"]) for group in self._groups]
+        self._collected = 0  # the step of the diagnostics that were last read
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -216,6 +222,14 @@ class Fsdp2Engine(Engine):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, lr, clock(self._world.device) - started)
+
+    def signals(self) -> dict[str, float]:
+        """See Engine."""
+        (optimizer,) = self.optimizers
+        if not isinstance(optimizer, MatrixOptimizer):
+            return {}
+        before, self._collected = self._collected, optimizer.diagnostics_step
+        return scalars(optimizer.diagnostics(summed=True)) if self._collected != before else {}
 
     def save(self, folder: Path) -> None:
         """See Engine. Hyperparameters are not saved: they are the config's."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ class Record:
     """Seconds per step in the optimizer, part of step_s."""
     train_s: float
     """Seconds of training so far, without validation, saving and stops."""
+    signals: Mapping[str, float] = field(default_factory=dict)
+    """The optimizer's diagnostics by path, as "conda/staleness", where this step collected some;
+    in the files beside the other numbers."""
 
 
 class Meter:
@@ -53,7 +57,14 @@ class Meter:
         self.train_s += seconds
 
     def record(
-        self, step: int, *, loss: float, lr: float, grad_norm: float, val_loss: float | None
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        val_loss: float | None,
+        signals: Mapping[str, float],
     ) -> Record:
         """The record after `step`, of everything added since the last one."""
         record = Record(
@@ -67,6 +78,7 @@ class Meter:
             step_s=self._seconds / self._steps,
             optimizer_s=self._optimizer_s / self._steps,
             train_s=self.train_s,
+            signals=signals,
         )
         self._clear()
         return record
@@ -99,6 +111,7 @@ class MetricsWriter:
     def write(self, record: Record) -> None:
         """Appends one record."""
         values = asdict(record)
+        values |= values.pop("signals")
         self._file.write(json.dumps(values) + "\n")
         if self._board is not None:
             for name, value in values.items():

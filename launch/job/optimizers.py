@@ -75,4 +75,5 @@ def _muon(model: nn.Module, settings: MuonConfig) -> Muon:
         betas=settings.adamw_betas,
         adamw_eps=settings.adamw_eps,
         adamw_scale=settings.adamw_scale,
+        diagnostics_every=settings.diagnostics_every,
     )

@@ -119,7 +119,8 @@ class Trainer:
             if self.step % training.val_interval == 0 or self.step == training.steps:
                 val_loss = self._val_loss = self._validate()
             self._watchdog.mark(self.step, "writing metrics")
-            if self.step % reporting == 0 or val_loss is not None:
+            signals = self._engine.signals()
+            if self.step % reporting == 0 or val_loss is not None or signals:
                 reporter.record(
                     self._meter.record(
                         self.step,
@@ -127,6 +128,7 @@ class Trainer:
                         lr=result.lr,
                         grad_norm=result.grad_norm,
                         val_loss=val_loss,
+                        signals=signals,
                     )
                 )
             if saving and self.step % saving == 0:
