@@ -99,8 +99,7 @@ class Conda(MatrixOptimizer):
         diagnostics_every: steps between two collections of diagnostics; 0: never. A step collects
             if its number is a multiple of this: it takes norms, copies one parameter's shard at a
             time, and adds one all-reduce along each mesh dimension. All other steps stay as they
-            are, except that each refresh also multiplies its momentum with itself. See
-            :meth:`diagnostics`.
+            are. See :meth:`diagnostics`.
         process_group: for plain parameters: ranks whose parameters and gradients are equal. They
             then share the decompositions instead of each computing all of them, and so cannot
             diverge.

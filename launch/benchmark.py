@@ -8,8 +8,8 @@ One process, one thread. All run in turns, so that whatever slows the machine do
 medians and quartiles of the rounds are printed, and the medians of their ratios to the first.
 Steps are those between refreshes, or with `--gap` the mean of so many, one of which refreshes the
 bases (SOAP's and the other Conda's, too). "two products" is the floor: the projection and the way
-back alone. After that come the bytes of state, and the time that a refresh adds to the steps around
-it.
+back alone. "diagnostics" collects them in every step. After that come the bytes of state, and the
+time that a refresh adds to the steps around it.
 """
 
 from __future__ import annotations

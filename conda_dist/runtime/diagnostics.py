@@ -45,7 +45,7 @@ class Signals(TypedDict):
         steps_since_refresh: steps since the momentum from which the basis was taken; of a batch the
             largest. None without a basis.
         staleness: share of the momentum's energy off the diagonal of the basis, just before its
-            last refresh, see :func:`conda_dist.numerics.decomposition.spectrum`. A mean over the
+            last refresh, see :class:`conda_dist.numerics.decomposition.Spectrum`. A mean over the
             matrices of a batch. None before the second refresh, as the first finds no basis.
         effective_rank: the momentum's effective rank at its last refresh; see there. A mean in the
             same way. None without a basis.

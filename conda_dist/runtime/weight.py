@@ -11,7 +11,7 @@ from conda_dist.layout.flat import Flat
 from conda_dist.layout.layout import Layout
 from conda_dist.numerics import arithmetic
 from conda_dist.numerics.arithmetic import matrices
-from conda_dist.numerics.decomposition import CAUSES, Found, Outcome, Spectrum, spectrum
+from conda_dist.numerics.decomposition import CAUSES, Found, Outcome, Spectrum
 from conda_dist.options import Options
 from conda_dist.plan import calendar
 from conda_dist.plan.calendar import NO_BASIS
@@ -311,10 +311,7 @@ class Weight:
 
     def decompose(self, momentum: Tensor, first: bool) -> Found:
         """Decomposes a whole projected momentum (m, n); see :meth:`RefreshedRule.refresh`."""
-        outcome, rotation = self._refreshed.refresh(momentum, self.plan.right, first)
-        if not self.options.diagnostics_every or outcome != Outcome.DONE:
-            return Found(outcome, rotation)
-        return Found(outcome, rotation, spectrum(momentum, self.plan.right))
+        return self._refreshed.refresh(momentum, self.plan.right, first)
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
         """Rotates the basis, the first moment and the projected gradient to a new basis, in place.

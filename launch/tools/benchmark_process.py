@@ -82,6 +82,7 @@ def builders(
     ours = {
         "conda_dist": conda(),
         "conda_dist, bfloat16": conda(**half),
+        "conda_dist, diagnostics": conda(diagnostics_every=1),
         "conda_dist, async": conda(refresh_delay=max(1, min(gap // 2, 20))),
     }
     others: dict[str, Callable[[], Step]] = {

@@ -32,7 +32,7 @@ def _momentum(shape: tuple[int, int], rank: int | None = None) -> Tensor:
 
 def _basis(momentum: Tensor, method: str) -> Tensor:
     right = momentum.shape[0] >= momentum.shape[1]
-    outcome, rotation = decompose(momentum, right, method)
+    outcome, rotation, _ = decompose(momentum, right, method)
     assert outcome == Outcome.DONE
     assert rotation is not None
     return rotation
