@@ -25,7 +25,7 @@ from conda_dist.rules.rule import Rule
 from conda_dist.rules.states import has_own, is_own
 from conda_dist.runtime.adamw import adamw_step
 from conda_dist.runtime.collectives import Mesh, SharedGroup, is_distributed, world
-from conda_dist.runtime.diagnostics import Diagnostics, Signals
+from conda_dist.runtime.diagnostics import Diagnostics, Signals, read
 from conda_dist.runtime.environment import refuse_capture, without_autocast
 from conda_dist.runtime.foreign_state import keep
 from conda_dist.runtime.parameters import Setup, find_meshes, set_up
@@ -213,7 +213,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             By parameter's name, or by path ("conda", "adamw"), a dict; see
             :class:`conda_dist.runtime.diagnostics.Signals`. Empty before the first collection.
         """
-        return {} if self._diagnostics is None else self._diagnostics.read(summed)
+        return read(() if self._diagnostics is None else (self._diagnostics,), summed)
 
     @property
     def diagnostics_step(self) -> int:

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conda_dist import Conda, param_groups
-from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.runtime.diagnostics import scalars
 
 Group = dict[str, Any]
@@ -120,12 +119,11 @@ class DiagnosticsCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         """Logs what the step has collected, if it has."""
-        if not isinstance(optimizer, MatrixOptimizer):
-            optimizer = getattr(optimizer, "optimizer", None)  # Accelerate's wrapper
-        if isinstance(optimizer, MatrixOptimizer) and optimizer.diagnostics_step != self._logged:
-            self._logged = optimizer.diagnostics_step
-            if self._logged:  # 0 after a resume
-                self._trainer.log(scalars(optimizer.diagnostics(summed=True)))
+        while optimizer is not None and not hasattr(optimizer, "diagnostics_step"):
+            optimizer = getattr(optimizer, "optimizer", None)  # Accelerate and DeepSpeed wrap it
+        before, self._logged = self._logged, getattr(optimizer, "diagnostics_step", 0)
+        if self._logged not in (before, 0):
+            self._trainer.log(scalars(optimizer.diagnostics(summed=True)))
 
 
 def _rate(args: TrainingArguments, options: Mapping[str, Any]) -> Any:

@@ -3,15 +3,16 @@
 A step that collects takes norms of this rank's elements of each parameter: of its gradient, of its
 change, of its momentum and of its weight. At its end the squares are added up, in one packed
 all-reduce along each mesh dimension, and a copy of the sums to the host is started. Nobody waits
-for it before :meth:`Diagnostics.read`. What depends on whole matrices comes from their last
+for it before :func:`read`. What depends on whole matrices comes from their last
 refresh: the owner measures it there, and it goes to all ranks with the outcome (``refresh.py``).
 """
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -122,18 +123,18 @@ class Collection:
         found: MutableMapping[Mesh, _Sums],
     ) -> None:
         self._members, self._found = members, found
-        self._norms: dict[int, list[Tensor | None]] = {}  # by id of the member, if it has a grad
+        self._norms: dict[Any, list[Tensor | None]] = {}  # of those that have a gradient
         for member in (m for mine in members.values() for m in mine):
             if (grad := grads[member.param]) is not None:
                 rows = grad if isinstance(member, AdamWParameter) else member.gradient(grad)
                 counted = _is_counted(_storage(member), member.mesh.coordinate)
                 norm = _norm([rows]) if counted else None
-                self._norms[id(member)] = [None, norm, None, None]
+                self._norms[_key(member)] = [None, norm, None, None]
 
     @contextmanager
     def change(self, member: Member) -> Iterator[None]:
         """A context in which a parameter changes. It needs a copy of this rank's elements."""
-        norms = self._norms.get(id(member))
+        norms = self._norms.get(_key(member))
         if norms is None or not _is_counted(_storage(member), member.mesh.coordinate):
             yield
             return
@@ -157,7 +158,7 @@ class Collection:
         known: list[_Known | None] = []
         columns: list[Tensor] = []
         for member in members:
-            norms = self._norms.get(id(member))
+            norms = self._norms.get(_key(member))
             known.append(None if norms is None else _Known.of(member))
             if norms is not None:
                 if _is_counted(_storage(member), mesh.coordinate):
@@ -186,9 +187,15 @@ class Diagnostics:
 
     def __init__(self, members: Sequence[Member], meshes: Sequence[Mesh], every: int) -> None:
         self._every, self.step = every, 0
-        self._members = {mesh: [m for m in members if m.mesh == mesh] for mesh in meshes}
+        self._members: dict[Mesh, list[Member]] = {mesh: [] for mesh in meshes}
+        self.replace(members)
         self._steps = [max(map(_steps, mine), default=0) for mine in self._members.values()]
         self._sums: dict[Mesh, _Sums] = {}
+
+    def replace(self, members: Sequence[Member]) -> None:
+        """Takes the members again, after their tensors were moved."""
+        for mesh in self._members:
+            self._members[mesh] = [member for member in members if member.mesh == mesh]
 
     def begin(
         self, grads: Mapping[Tensor, Tensor | None], started: Sequence[bool]
@@ -209,15 +216,21 @@ class Diagnostics:
         self.step = max(self._steps)
         return Collection(due, grads, self._sums)
 
-    def read(self, summed: bool) -> dict[str, Signals]:
-        """See :meth:`conda_dist.matrix_optimizer.MatrixOptimizer.diagnostics`."""
-        rows: dict[str, list[tuple[_Known, list[float]]]] = {}
+    def rows(self) -> Iterator[tuple[_Known, list[float]]]:
+        """What is known of each parameter, and its sums of squares. Waits for their copy."""
         for sums in self._sums.values():
             squares = sums.squares.wait().view(-1, 4).tolist()
             for known, found in zip(sums.known, squares, strict=True):
                 if known is not None:
-                    rows.setdefault(known.path if summed else known.name, []).append((known, found))
-        return {key: _signals(found) for key, found in rows.items()}
+                    yield known, found
+
+
+def read(diagnostics: Iterable[Diagnostics], summed: bool) -> dict[str, Signals]:
+    """See :meth:`conda_dist.matrix_optimizer.MatrixOptimizer.diagnostics`."""
+    rows: dict[str, list[tuple[_Known, list[float]]]] = defaultdict(list)
+    for row in (row for found in diagnostics for row in found.rows()):
+        rows[row[0].path if summed else row[0].name].append(row)
+    return {key: _signals(found) for key, found in rows.items()}
 
 
 def _signals(rows: Sequence[tuple[_Known, Sequence[float]]]) -> Signals:
@@ -247,6 +260,11 @@ def _steps(member: Member) -> int:
     if "step" not in member.state:
         return 0
     return int(member.state["step"]) if isinstance(member, AdamWParameter) else member.step
+
+
+def _key(member: Member) -> tuple[int, int | None]:
+    """What tells a parameter, or a part of one, from all others."""
+    return id(member.param), None if isinstance(member, AdamWParameter) else member.plan.part
 
 
 def _storage(member: Member) -> Layout:

@@ -176,11 +176,6 @@ def _refuse_unsupported(options: Options) -> None:
             f"refresh_delay {options.refresh_delay} is not supported under DeepSpeed, whose "
             "universal checkpoints would lose the pending refreshes: leave it out"
         )
-    if options.diagnostics_every:
-        raise ValueError(
-            f"diagnostics_every {options.diagnostics_every} is not supported under DeepSpeed, "
-            "whose engine steps flat partitions: leave it out"
-        )
     for name, neutral in (("second_moment_dtype", None), ("stochastic_rounding", False)):
         if getattr(options, name) != neutral:
             raise ValueError(

@@ -61,6 +61,8 @@ class Engine(ABC):
         self._origin = Origin(network.get_input_embeddings(), world.device)
         self._step = 0
         """Steps taken."""
+        self._collected = 0
+        """The step of the diagnostics that were last read."""
 
     def describe(self) -> dict[str, str]:
         """Names and values that say what runs."""
@@ -113,7 +115,14 @@ class Engine(ABC):
 
     def signals(self) -> dict[str, float]:
         """What the optimizer has collected in the last step, by name; {} if nothing."""
-        return {}
+        optimizer = self._optimizer
+        before, self._collected = self._collected, getattr(optimizer, "diagnostics_step", 0)
+        return scalars(optimizer.diagnostics(summed=True)) if self._collected != before else {}
+
+    @property
+    @abstractmethod
+    def _optimizer(self) -> Any:
+        """The optimizer whose diagnostics are reported, if it has some."""
 
     @property
     @abstractmethod
@@ -178,7 +187,10 @@ class Fsdp2Engine(Engine):
         except ValueError as error:
             raise ConfigError(f"optimizer.{config.optimizer.name}: {error}") from error
         self._peaks = [float(group["lr"]) for group in self._groups]
-        self._collected = 0  # the step of the diagnostics that were last read
+
+    @property
+    def _optimizer(self) -> Any:
+        return self.optimizers[0]
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -222,14 +234,6 @@ class Fsdp2Engine(Engine):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return StepResult(grad_norm, lr, clock(self._world.device) - started)
-
-    def signals(self) -> dict[str, float]:
-        """See Engine."""
-        (optimizer,) = self.optimizers
-        if not isinstance(optimizer, MatrixOptimizer):
-            return {}
-        before, self._collected = self._collected, optimizer.diagnostics_step
-        return scalars(optimizer.diagnostics(summed=True)) if self._collected != before else {}
 
     def save(self, folder: Path) -> None:
         """See Engine. Hyperparameters are not saved: they are the config's."""

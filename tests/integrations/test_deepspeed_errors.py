@@ -49,7 +49,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"params": {"basis_budget": "4"}}, f"{PARAMS}basis_budget must be an int"),
     ({"params": {"refresh_delay": 5}}, "refresh_delay 5 is not supported under DeepSpeed"),
-    ({"params": {"diagnostics_every": 5}}, "diagnostics_every 5 is not supported under DeepSpeed"),
     ({"params": {"second_moment_dtype": "uint8"}}, "second_moment_dtype is not supported under"),
     ({"compile": {"deepcompile": True}}, "not support compile.deepcompile .*DeepCompile was not"),
     ({"params": {"adamw_params": "*"}}, f"{PARAMS}adamw_params must be a list of patterns"),
