@@ -354,3 +354,89 @@ def test_an_option_that_conda_has_not() -> None:
     arguments = transformers.TrainingArguments("unused", learning_rate=RATE, use_cpu=True)
     with pytest.raises(TypeError, match="update_gap"):
         conda_for_trainer(arguments, update_gap=3)
+
+
+class _Spoilt(torch.nn.Module):
+    """Multiplies the gradient of a model's loss in some steps, on the last rank."""
+
+    def __init__(self, inner: Any, factors: dict[int, float], first: int) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+        self._factors, self._step = factors, first
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.inner(**inputs)
+        if self.training:
+            self._step += 1
+            last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
+            factor = self._factors.get(self._step, 1.0) if last else 1.0
+            output.loss.register_hook(lambda gradient: gradient * factor)
+        return output
+
+
+BAD = {3: float("nan"), 6: 1e4}
+"""Steps, and what their gradients are multiplied by."""
+
+
+def _skipping(
+    folder: Path, resume: bool, factors: dict[int, float]
+) -> tuple[list[dict[str, float]], list[Tensor], list[Tensor]]:
+    """What a Trainer logs that skips bad steps, its weights, and the moments of its optimizer."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations.bad_steps import skip_bad_steps
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=RATE,
+        max_steps=8,
+        per_device_train_batch_size=BATCH // dist.get_world_size(),
+        logging_steps=1,
+        save_steps=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = transformers.Trainer(
+        _Spoilt(language_model(), factors, 4 if resume else 0),
+        arguments,
+        train_dataset=texts(),
+        optimizer_cls_and_kwargs=conda_for_trainer(arguments, update_proj_gap=GAP),
+    )
+    callback = skip_bad_steps(trainer, factor=20.0, window=4, limit=1)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resume else None)
+    assert callback.skipped == 2
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    weights = [param.detach().clone() for param in trainer.model.parameters()]
+    states = trainer.optimizer.optimizer.state.values()
+    return lines, weights, [state["exp_avg"] for state in states if "exp_avg" in state]
+
+
+def test_the_trainer_skips_bad_steps(tmp_path: Path) -> None:
+    """Under DDP, of rank 1. Step 6 is compared with 1, 2, 4 and 5, also after a resume from 4."""
+    whole = ranks.run(2, _skipping, tmp_path, False, BAD)
+    lines, weights, moments = whole[0]
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert lines[5]["grad_norm"] > 100 * lines[4]["grad_norm"]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(tensor.isfinite().all() for tensor in (*weights, *moments))
+    again, resumed, kept = ranks.run(2, _skipping, tmp_path, True, BAD)[0]
+    assert again == lines
+    for ours, theirs in zip((*resumed, *kept), (*weights, *moments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _hopeless(folder: Path) -> str:
+    """What a Trainer says whose gradients are all NaN from a step on."""
+    try:
+        _skipping(folder, False, dict.fromkeys(range(3, 9), float("nan")))
+    except RuntimeError as error:
+        return str(error)
+    return "trained"
+
+
+def test_the_trainer_ends_after_too_many_bad_steps(tmp_path: Path) -> None:
+    for said in ranks.run(2, _hopeless, tmp_path):
+        assert said.startswith("step 4: the gradient's norm is nan. Nothing was updated, and 1")
