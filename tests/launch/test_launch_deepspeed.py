@@ -163,7 +163,8 @@ def build(config: str, output: str, stage: int, dtype: str) -> tuple[Any, Any]:
 
 
 def _spoil(block: Any, args: Any, output: torch.Tensor) -> None:
-    output.register_hook(lambda grad: grad * math.nan)
+    if output.requires_grad:
+        output.register_hook(lambda grad: grad * math.nan)
 
 
 def _skipped(*arguments: Any) -> tuple[list[Any], list[float], list[bool]]:
