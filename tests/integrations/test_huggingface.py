@@ -1,10 +1,13 @@
 """Conda in Hugging Face's Trainer and Accelerate: DeepSpeed from the JSON, and FSDP2."""
 
+import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import conda_dist
 import ranks
 import zero
 from conda_dist import Conda, param_groups
+from conda_dist.runtime.dtensor import local
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -44,6 +48,21 @@ def settle() -> None:
     for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_TORCH_DEVICE="cpu")
+
+
+def fsdp_on_cpus(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Accelerate offers FSDP on accelerators alone; this makes it do the same on CPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    make = PartialState.__init__
+
+    def pretend(state: Any, cpu: bool = True, **more: Any) -> None:
+        make(state, cpu=True, **more)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    return patch.object(PartialState, "__init__", pretend if wanted else make)
 
 
 def language_model() -> Any:
@@ -356,22 +375,17 @@ def test_an_option_that_conda_has_not() -> None:
         conda_for_trainer(arguments, update_gap=3)
 
 
-class _Spoilt(torch.nn.Module):
+def _spoilt(model: Any, factors: dict[int, float], first: int) -> Any:
     """Multiplies the gradient of a model's loss in some steps, on the last rank."""
+    steps = itertools.count(first + 1)
 
-    def __init__(self, inner: Any, factors: dict[int, float], first: int) -> None:
-        super().__init__()
-        self.inner, self.config = inner, inner.config
-        self._factors, self._step = factors, first
+    def spoil(module: Any, args: Any, output: Any) -> None:
+        step = next(steps) if output.loss.requires_grad else 0
+        if step in factors and dist.get_rank() == dist.get_world_size() - 1:
+            output.loss.register_hook(lambda gradient: gradient * factors[step])
 
-    def forward(self, **inputs: Any) -> Any:
-        output = self.inner(**inputs)
-        if self.training:
-            self._step += 1
-            last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
-            factor = self._factors.get(self._step, 1.0) if last else 1.0
-            output.loss.register_hook(lambda gradient: gradient * factor)
-        return output
+    model.register_forward_hook(spoil)
+    return model
 
 
 BAD = {3: float("nan"), 6: 1e4}
@@ -379,8 +393,8 @@ BAD = {3: float("nan"), 6: 1e4}
 
 
 def _skipping(
-    folder: Path, resume: bool, factors: dict[int, float]
-) -> tuple[list[dict[str, float]], list[Tensor], list[Tensor]]:
+    folder: Path, resume: bool, factors: dict[int, float], sharded: bool
+) -> tuple[list[dict[str, str]], list[Tensor], list[Tensor]]:
     """What a Trainer logs that skips bad steps, its weights, and the moments of its optimizer."""
     settle()
     import transformers
@@ -388,41 +402,49 @@ def _skipping(
     from conda_dist.integrations.bad_steps import skip_bad_steps
     from conda_dist.integrations.huggingface import conda_for_trainer
 
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        learning_rate=RATE,
-        max_steps=8,
-        per_device_train_batch_size=BATCH // dist.get_world_size(),
-        logging_steps=1,
-        save_steps=4,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    trainer = transformers.Trainer(
-        _Spoilt(language_model(), factors, 4 if resume else 0),
-        arguments,
-        train_dataset=texts(),
-        optimizer_cls_and_kwargs=conda_for_trainer(arguments, update_proj_gap=GAP),
-    )
-    callback = skip_bad_steps(trainer, factor=20.0, window=4, limit=1)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resume else None)
-    assert callback.skipped == 2
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    weights = [param.detach().clone() for param in trainer.model.parameters()]
+    with fsdp_on_cpus(sharded):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            learning_rate=RATE,
+            max_steps=8,
+            per_device_train_batch_size=BATCH // dist.get_world_size(),
+            logging_steps=1,
+            save_steps=4,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            fsdp=sharded,
+            fsdp_config={"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        )
+        trainer = transformers.Trainer(
+            _spoilt(language_model(), factors, 4 if resume else 0),
+            arguments,
+            train_dataset=texts(),
+            optimizer_cls_and_kwargs=conda_for_trainer(arguments, update_proj_gap=GAP),
+        )
+        callback = skip_bad_steps(trainer, factor=20.0, window=4, limit=1)
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resume else None)
+        assert callback.skipped == 2
+    # As text: a NaN is not equal to another.
+    history = [line for line in trainer.state.log_history if "loss" in line]
+    lines = [{key: repr(line[key]) for key in sorted(line)} for line in history]
+    weights = [local(param.detach()).clone() for param in trainer.model.parameters()]
     states = trainer.optimizer.optimizer.state.values()
-    return lines, weights, [state["exp_avg"] for state in states if "exp_avg" in state]
+    moments = [local(state["exp_avg"]) for state in states if "exp_avg" in state]
+    return lines, weights, moments
 
 
-def test_the_trainer_skips_bad_steps(tmp_path: Path) -> None:
-    """Under DDP, of rank 1. Step 6 is compared with 1, 2, 4 and 5, also after a resume from 4."""
-    whole = ranks.run(2, _skipping, tmp_path, False, BAD)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_trainer_skips_bad_steps(tmp_path: Path, sharded: bool) -> None:
+    """DDP and FSDP2. Step 6 is compared with 1, 2, 4 and 5, also after a resume from 4."""
+    whole = ranks.run(2, _skipping, tmp_path, False, BAD, sharded)
     lines, weights, moments = whole[0]
-    assert [line["skipped_steps"] for line in lines] == [0, 0, 1, 1, 1, 2, 2, 2]
-    assert lines[5]["grad_norm"] > 100 * lines[4]["grad_norm"]
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["skipped_steps"] for line in lines] == list("00111222")
+    norms, losses = ([float(line[key]) for line in lines] for key in ("grad_norm", "loss"))
+    assert norms[5] > 100 * norms[4]
+    assert losses[-1] < losses[0]
     assert all(tensor.isfinite().all() for tensor in (*weights, *moments))
-    again, resumed, kept = ranks.run(2, _skipping, tmp_path, True, BAD)[0]
+    again, resumed, kept = ranks.run(2, _skipping, tmp_path, True, BAD, sharded)[0]
     assert again == lines
     for ours, theirs in zip((*resumed, *kept), (*weights, *moments), strict=True):
         assert torch.equal(ours, theirs)
@@ -431,7 +453,7 @@ def test_the_trainer_skips_bad_steps(tmp_path: Path) -> None:
 def _hopeless(folder: Path) -> str:
     """What a Trainer says whose gradients are all NaN from a step on."""
     try:
-        _skipping(folder, False, dict.fromkeys(range(3, 9), float("nan")))
+        _skipping(folder, False, dict.fromkeys(range(3, 9), float("nan")), False)
     except RuntimeError as error:
         return str(error)
     return "trained"
