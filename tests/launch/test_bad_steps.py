@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_launch_training import assert_identical, weights
 
 import injected
 import launch_jobs
 import ranks
 from conda_dist.bad_steps import BadSteps
+from conda_dist.launch.job.metrics import Meter, MetricsWriter
+from conda_dist.launch.job.picture import draw_loss
 from launch_jobs import curve, metrics, succeed
 
 NAN, JUMP = 3, 5
@@ -94,6 +97,24 @@ def test_watching_for_jumps_changes_nothing_else(config: Path, tmp_path: Path) -
     assert curve(tmp_path / "plain") == curve(tmp_path / "skipping")
     assert len(facts(tmp_path / "skipping", 4)["recent"]["the loss"]) == 3
     assert facts(tmp_path / "plain", 4) == {"in_a_row": 0, "total": 0, "recent": {}}
+
+
+def test_a_loss_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
+    """It is null in the file, which the picture reads."""
+    meter, writer = Meter(8, 0.0), MetricsWriter(tmp_path, step=0, tensorboard=True)
+    for step in range(1, 20):
+        meter.add(1.0, 0.5)
+        loss, skipped = (math.inf, 1) if step == 3 else (1.0 / step, int(step > 3))
+        found = {"loss": loss, "lr": 0.1, "grad_norm": loss, "val_loss": None, "skipped": skipped}
+        writer.write(meter.record(step, **found))
+    writer.close()
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if line["loss"] is None] == [3]
+    assert draw_loss(tmp_path, "gap").stat().st_size > 0
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, *range(4, 20)]
+    assert [event.value for event in board.Scalars("skipped")] == [0, 0, *[1] * 17]
 
 
 def judged(bad: BadSteps, *values: float) -> list[bool]:
