@@ -67,7 +67,7 @@ class BadSteps:
 
     def describe(self) -> str:
         """How many bad steps in a row there were, in words."""
-        return f"bad step {self.in_a_row} in a row, of which {self._limit} are skipped"
+        return f"{self.in_a_row} in a row; up to {self._limit} are skipped"
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs: JSON keeps it to the last bit."""
