@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from conda_dist.integrations.deepspeed import Conda  # which makes the JSON's type known, too
 from conda_dist.launch.cluster.process_group import JobError, World, from_main, together
 from conda_dist.launch.job.config import Config, ConfigError
-from conda_dist.launch.job.deepspeed_settings import build_settings
+from conda_dist.launch.job.deepspeed_settings import build_settings, parameter_groups
 from conda_dist.launch.job.engine import Engine, StepResult, Take, clock
 from conda_dist.launch.job.model import compute_dtype, initialised_model
 from conda_dist.report import print_table
@@ -47,7 +47,7 @@ class DeepSpeedEngine(Engine):
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=model,
-                model_parameters=list(model.parameters()),
+                model_parameters=parameter_groups(config, model, vocab_size),
                 config=settings,
                 dist_init_required=False,
             )
