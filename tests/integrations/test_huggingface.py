@@ -107,16 +107,21 @@ def deepspeed_json(stage: int) -> dict[str, Any]:
     }
 
 
-def _trainer(folder: Path, stage: int, resume: bool) -> list[float]:
+def _trainer(folder: Path, stage: int, factory: bool, resume: bool) -> list[float]:
     """The losses of a training by the Trainer, a line a step."""
     settle()
     import transformers
 
     from conda_dist.integrations import deepspeed
+    from conda_dist.integrations.huggingface import conda_for_trainer
 
+    made = deepspeed_json(stage)
+    more: dict[str, Any] = {}
+    if factory:
+        del made["optimizer"]
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        deepspeed=deepspeed_json(stage),
+        deepspeed=made,
         learning_rate=RATE,
         max_steps=12,
         per_device_train_batch_size=BATCH // dist.get_world_size(),
@@ -126,20 +131,23 @@ def _trainer(folder: Path, stage: int, resume: bool) -> list[float]:
         disable_tqdm=True,
         lr_scheduler_type="linear",
     )
-    trainer = transformers.Trainer(language_model(), arguments, train_dataset=texts())
+    if factory:
+        more["optimizer_cls_and_kwargs"] = conda_for_trainer(arguments, update_proj_gap=GAP)
+    trainer = transformers.Trainer(language_model(), arguments, train_dataset=texts(), **more)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6") if resume else None)
     inner = trainer.model_wrapped.basic_optimizer
     assert isinstance(inner, deepspeed.Conda), type(inner)
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage", "factory"), [(2, True), (3, False)])
 @pytest.mark.thorough
-def test_trainer(tmp_path: Path, stage: int) -> None:
-    whole, _ = ranks.run(2, _trainer, tmp_path, stage, False)
+def test_trainer(tmp_path: Path, stage: int, factory: bool) -> None:
+    """The optimizer is in the JSON, or the Trainer makes it by conda_for_trainer."""
+    whole, _ = ranks.run(2, _trainer, tmp_path, stage, factory, False)
     assert len(whole) == 12
     assert whole[-1] < 0.8 * whole[0]
-    again, _ = ranks.run(2, _trainer, tmp_path, stage, True)
+    again, _ = ranks.run(2, _trainer, tmp_path, stage, factory, True)
     assert again == whole
 
 
@@ -270,25 +278,31 @@ def test_accelerate_with_deepspeed() -> None:
             assert losses == pytest.approx(alone, abs=1e-4)
 
 
-def _accelerate_fsdp2(folder: Path) -> tuple[list[float], list[str]]:
-    """Losses, and the paths of the parameters."""
-    settle()
+def accelerator_on_fsdp(**plugin: Any) -> Any:
+    """An Accelerator with FSDP."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
-    from torch.distributed.tensor import DTensor
 
     # Accelerate takes FSDP for something of accelerators; it is only on CPUs that nobody asks.
     state = PartialState()
     state.distributed_type, state.backend = DistributedType.MULTI_GPU, "gloo"
     state.num_processes, state.process_index = dist.get_world_size(), dist.get_rank()
-
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        state_dict_type="SHARDED_STATE_DICT",
+    return Accelerator(
+        fsdp_plugin=FullyShardedDataParallelPlugin(
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="SHARDED_STATE_DICT",
+            **plugin,
+        )
     )
-    accelerator = Accelerator(fsdp_plugin=plugin)
+
+
+def _accelerate_fsdp2(folder: Path) -> tuple[list[float], list[str]]:
+    """Losses, and the paths of the parameters."""
+    settle()
+    from torch.distributed.tensor import DTensor
+
+    accelerator = accelerator_on_fsdp(fsdp_version=2)
     model = language_model()
     scope = {"accelerator": accelerator, "model": model, "conda_dist": conda_dist}
     exec(README[2], scope)
@@ -347,6 +361,42 @@ def test_trainers_groups() -> None:
     assert sum(len(group["params"]) for group in without) == 21
     with pytest.raises(ValueError, match=r"learning_rate: 5e-05 is the default of TrainingArg"):
         _made(language_model(), learning_rate=5e-5)
+
+
+def _fsdp1() -> str:
+    """The error in a process whose Accelerate uses FSDP1."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    arguments = transformers.TrainingArguments(
+        "unused", learning_rate=RATE, use_cpu=True, report_to=[]
+    )
+    factory, options = conda_for_trainer(arguments)
+    accelerator_on_fsdp(fsdp_version=1)
+    with pytest.raises(ValueError, match="Conda does not support FSDP1") as error:
+        factory()(language_model(), **options)
+    return str(error.value)
+
+
+def test_fsdp1() -> None:
+    assert all('fsdp_config={"version": 2' in said for said in ranks.run(1, _fsdp1))
+
+
+def test_trainers_that_pass_their_arguments_too() -> None:
+    """Axolotl's makes the optimizer by factory()(model, args, **kwargs)."""
+    import transformers
+
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    arguments = transformers.TrainingArguments("unused", learning_rate=RATE, use_cpu=True)
+    factory, options = conda_for_trainer(arguments)
+    trainer = transformers.Trainer(
+        language_model(), arguments, optimizer_cls_and_kwargs=(factory, options)
+    )
+    made = factory()(trainer.model, arguments, **options)
+    assert _groups(made) == _groups(trainer.create_optimizer())
 
 
 def test_adapters() -> None:
