@@ -58,7 +58,7 @@ def run(config: Config, world: World) -> bool:
 
     Raises:
         ConfigError: The configuration does not fit this job.
-        JobError: On every rank: ranks differ, a checkpoint cannot be used, a loss is not finite,
+        JobError: On every rank: ranks differ, a checkpoint cannot be used, too many steps are bad,
             or something failed on one of them.
     """
     versions = used_versions(config)
@@ -67,6 +67,12 @@ def run(config: Config, world: World) -> bool:
         raise ConfigError(
             "engine deepspeed: DeepSpeed is not installed; pip install 'conda-dist[deepspeed]', "
             "or give --engine fsdp2"
+        )
+    name, package = config.optimizer.name, config.optimizer.chosen.package
+    if package and not versions[package]:
+        raise ConfigError(
+            f"optimizer.name {name}: {package} is not installed; pip install {package}, or give "
+            "another --optimizer.name"
         )
     row_range(config.training.global_batch_size, world.rank, world.size)
     require_replicas(config.training, world.size)
@@ -165,6 +171,8 @@ def used_versions(config: Config) -> dict[str, str]:
     packages = ["conda-dist", "transformers", "tokenizers"]
     if config.engine == "deepspeed":
         packages.append("deepspeed")
+    if config.optimizer.chosen.package:
+        packages.append(config.optimizer.chosen.package)
     found = {"Python": platform.python_version(), "torch": torch.__version__}
     found["numpy"] = np.__version__
     for package in packages:

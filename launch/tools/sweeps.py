@@ -10,16 +10,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 from conda_dist.launch.cluster.launcher import shutdown_timeout
 from conda_dist.launch.cluster.signals import stop_requests
 from conda_dist.launch.job import options
-from conda_dist.launch.job.config import Config, ConfigError, OptimizerName
+from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.files import CONFIG, SUMMARY
+from conda_dist.launch.job.optimizer_config import SECTIONS
 from conda_dist.launch.tools.command_line import check_output
 
-OPTIMIZERS = {name: [f"--optimizer.name={name}"] for name in get_args(OptimizerName)}
+OPTIMIZERS = {name: [f"--optimizer.name={name}"] for name in SECTIONS}
 """What `--optimizers` can name, with the arguments of the job."""
 SINGLE = "single"
 ENGINES = {
