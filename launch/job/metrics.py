@@ -67,8 +67,8 @@ class Meter:
         lr: float,
         grad_norm: float,
         val_loss: float | None,
-        signals: Mapping[str, float],
         skipped: int,
+        signals: Mapping[str, float] | None = None,
     ) -> Record:
         """The record after `step`, of everything added since the last one."""
         record = Record(
@@ -83,7 +83,7 @@ class Meter:
             step_s=self._seconds / self._steps,
             optimizer_s=self._optimizer_s / self._steps,
             train_s=self.train_s,
-            signals=signals,
+            signals=signals or {},
         )
         self._clear()
         return record
@@ -117,7 +117,7 @@ class MetricsWriter:
         """Appends one record."""
         values = asdict(record)
         values |= values.pop("signals")
-        for name in ("loss", "grad_norm"):  # JSON has no word for them
+        for name in ("loss", "grad_norm", *record.signals):  # JSON has no word for them
             if not math.isfinite(values[name]):
                 values[name] = None
         self._file.write(json.dumps(values) + "\n")

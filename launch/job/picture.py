@@ -64,7 +64,7 @@ def draw_signals(folder: Path, title: str) -> Path | None:
         for kind, color in zip(paths, ("#1f5a94", "#c8501e"), strict=False):
             for name, style in zip(names, ("-", "--"), strict=False):
                 key = f"{kind}/{name}"
-                points = [(line["step"], line[key]) for line in lines if key in line]
+                points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
                 if points:
                     label = kind if style == "-" else None
                     axis.plot(*zip(*points, strict=True), style, color=color, label=label)
