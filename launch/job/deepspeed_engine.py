@@ -63,6 +63,10 @@ class DeepSpeedEngine(Engine):
         self._report = False
 
     @property
+    def _optimizer(self) -> Any:
+        return self._engine.basic_optimizer
+
+    @property
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
         return groups

@@ -29,6 +29,7 @@ from conda_dist.launch.job.finite import Origin
 from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
 from conda_dist.launch.job.tensors import load_tensors, save_tensors
 from conda_dist.matrix_optimizer import MatrixOptimizer
+from conda_dist.runtime.diagnostics import scalars
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class Engine(ABC):
         self._origin = Origin(network.get_input_embeddings(), world.device)
         self._step = 0
         """Steps taken."""
+        self._collected = 0
+        """The step of the diagnostics that were last read."""
 
     def describe(self) -> dict[str, str]:
         """Names and values that say what runs."""
@@ -112,6 +115,17 @@ class Engine(ABC):
         Weights and optimizer state stay as they are if `take` says no, on every rank alike. It is
         asked once, and does not communicate.
         """
+
+    def signals(self) -> dict[str, float]:
+        """What the optimizer has collected in the last step, by name; {} if nothing."""
+        optimizer = self._optimizer
+        before, self._collected = self._collected, getattr(optimizer, "diagnostics_step", 0)
+        return scalars(optimizer.diagnostics(summed=True)) if self._collected != before else {}
+
+    @property
+    @abstractmethod
+    def _optimizer(self) -> Any:
+        """The optimizer whose diagnostics are reported, if it has some."""
 
     @property
     @abstractmethod
@@ -179,6 +193,10 @@ class Fsdp2Engine(Engine):
         except ValueError as error:
             raise ConfigError(f"optimizer.{config.optimizer.name}: {error}") from error
         self._peaks = [float(group["lr"]) for group in self._groups]
+
+    @property
+    def _optimizer(self) -> Any:
+        return self.optimizers[0]
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
