@@ -188,12 +188,6 @@ def hosts(world: World) -> dict[str, int]:
     return counts
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits for the device's queued work, so that a clock read next means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def from_main(world: World, doing: str, function: Callable[[], T]) -> T:
     """Runs `function` on rank 0 and returns its result on every rank.
 

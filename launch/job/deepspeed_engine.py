@@ -20,7 +20,7 @@ from conda_dist.integrations.deepspeed import Conda  # which makes the JSON's ty
 from conda_dist.launch.cluster.process_group import JobError, World, from_main, together
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.deepspeed_settings import build_settings, parameter_groups
-from conda_dist.launch.job.engine import Engine, StepResult, Take, clock
+from conda_dist.launch.job.engine import Engine, StepResult, Take
 from conda_dist.launch.job.model import compute_dtype, initialised_model
 from conda_dist.report import print_table
 
@@ -95,9 +95,19 @@ class DeepSpeedEngine(Engine):
     def step(self, take: Take) -> StepResult:
         """See Engine."""
         lr = self._set_rates(self._peaks)
-        started = clock(self._world.device)
-        self._gate.close(take)
+        with self._stopwatch:
+            skipped = self._step_through(take)
+        if skipped is None and self._report:
+            self._report = False
+            print_table(self._engine.basic_optimizer.report())
+        self._step += 1
+        gate = self._gate
+        return StepResult(gate.loss, gate.norm, lr, self._stopwatch.seconds, skipped)
+
+    def _step_through(self, take: Take) -> str | None:
+        """DeepSpeed's step. If it is skipped, where a number that is not finite came from."""
         skipped = None
+        self._gate.close(take, self._loss)
         if self._engine.optimizer is self._engine.basic_optimizer:
             # Stage 0 in float32: nothing stands between the engine and the optimizer that would
             # know the norm.
@@ -107,13 +117,7 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
         if self._gate.taken is None:  # held back by DeepSpeed; the norm is infinite then
             self._gate.decide(float(self._engine.get_global_grad_norm()))
-        if not self._gate.taken:
-            skipped = skipped or self._where()
-        elif self._report:
-            self._report = False
-            print_table(self._engine.basic_optimizer.report())
-        self._step += 1
-        return StepResult(self._gate.norm, lr, clock(self._world.device) - started, skipped)
+        return None if self._gate.taken else skipped or self._where()
 
     def save(self, folder: Path) -> None:
         """See Engine. The files are DeepSpeed's own, in a folder of theirs."""
@@ -180,15 +184,16 @@ class _Gate:
         engine.basic_optimizer.step = self._pass
         self.taken: bool | None = None
         """Whether the step is taken; None as long as nothing has been decided."""
-        self.norm = math.nan
+        self.loss = self.norm = math.nan
 
-    def close(self, take: Take) -> None:
+    def close(self, take: Take, loss: Tensor) -> None:
         """Has the next step be decided anew."""
-        self._take, self.taken = take, None
+        self._take, self._loss, self.taken = take, loss, None
 
     def decide(self, norm: float) -> None:
         """Asks whether a step with this norm is to be taken."""
-        self.norm, self.taken = norm, self._take(norm)
+        self.loss, self.norm = float(self._loss), norm
+        self.taken = self._take(self.loss, norm)
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
         if self.taken is None:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from conda_dist.launch.cluster.process_group import World, synchronise
+from conda_dist.launch.cluster.process_group import World
 from conda_dist.launch.data.batches import Tokens
 from conda_dist.launch.job import optimizers, schedule
 from conda_dist.launch.job.config import Config, ConfigError
@@ -36,18 +36,20 @@ from conda_dist.runtime.diagnostics import scalars
 class StepResult:
     """What one optimizer step did."""
 
+    loss: float
+    """Mean over the global batch."""
     grad_norm: float
     """Norm of the global gradient before clipping."""
     lr: float
     """Learning rate of this step (the first group's)."""
     optimizer_s: float
-    """Seconds this rank spent clipping and updating."""
+    """Seconds this rank spent clipping and updating; see Stopwatch."""
     skipped: str | None = None
     """None if the weights were updated, else where a number that is not finite came from."""
 
 
-Take = Callable[[float], bool]
-"""Is told the norm of the global gradient, and says whether the step is to be taken."""
+Take = Callable[[float, float], bool]
+"""Is told the loss and the norm of the global gradient; says whether the step is to be taken."""
 
 
 class Engine(ABC):
@@ -65,6 +67,9 @@ class Engine(ABC):
         self._config, self._world = config, world
         self._network, self._runs = network, runs
         self._origin = Origin(network.get_input_embeddings(), world.device)
+        self._loss = torch.zeros((), device=world.device)
+        """Of the global batch, when the device is through with it."""
+        self._stopwatch = Stopwatch(world.device)
         self._step = 0
         """Steps taken."""
         self._collected = 0
@@ -82,8 +87,10 @@ class Engine(ABC):
     def print_report(self) -> None:
         """Prints what the optimizer does with each parameter, where it can say; on one rank."""
 
-    def forward_backward(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
-        """Adds up the gradients of the mean loss over the global batch, and returns that loss.
+    def forward_backward(self, micro_batches: Sequence[Tokens], tokens: int) -> None:
+        """Adds up the gradients of the mean loss over the global batch.
+
+        The host does not wait for the loss: `step` reads it together with the gradient's norm.
 
         Args:
             micro_batches: This rank's rows, (b, sequence_length + 1) each and possibly none; as
@@ -98,7 +105,8 @@ class Engine(ABC):
             self._backward(loss)
             total += loss.detach()
         self._origin.loss(total)
-        return add_up(total)
+        dist.all_reduce(total)
+        self._loss = total
 
     @abstractmethod
     def _prepare(self, *, last: bool) -> None:
@@ -232,20 +240,21 @@ class Fsdp2Engine(Engine):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        grad_norm = float(norm)
-        skipped = None if take(grad_norm) else self._where()
-        started = clock(self._world.device)
-        if settings.grad_clip and skipped is None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.model.parameters(), settings.grad_clip, torch.tensor(grad_norm)
-            )
+        # The one time in a step that the host waits for the device.
+        loss, grad_norm = torch.stack([self._loss, norm.to(self._loss)]).tolist()
+        skipped = None if take(loss, grad_norm) else self._where()
         lr = self._set_rates(self._peaks)
-        self._step += 1
-        for optimizer in self.optimizers:
-            if skipped is None:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, lr, clock(self._world.device) - started, skipped)
+        with self._stopwatch:
+            if settings.grad_clip and skipped is None:
+                torch.nn.utils.clip_grads_with_norm_(
+                    self.model.parameters(), settings.grad_clip, norm
+                )
+            self._step += 1
+            for optimizer in self.optimizers:
+                if skipped is None:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, grad_norm, lr, self._stopwatch.seconds, skipped)
 
     def save(self, folder: Path) -> None:
         """See Engine. Hyperparameters are not saved: they are the config's."""
@@ -286,7 +295,36 @@ def add_up(total: Tensor) -> float:
     return float(total)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done its work."""
-    synchronise(device)
-    return time.perf_counter()
+class Stopwatch:
+    """A context that measures the seconds of what is in it.
+
+    On a GPU these are the device's, and the host does not wait for them: they are read when the
+    context is entered the next time, by when the host has waited for the loss of that step.
+
+    Args:
+        device: Where the work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds = 0.0
+        """Of the last time; on a GPU, of the last but one."""
+        self._start = self._end = 0.0
+        cuda = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+        self._used = False
+
+    def __enter__(self) -> None:
+        if self._events:
+            start, end = self._events
+            if self._used:
+                end.synchronize()  # which is over, where the host has read the loss
+                self.seconds = start.elapsed_time(end) / 1000
+            start.record()
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._events:
+            self._events[1].record()
+            self._used = True
+        else:
+            self.seconds = time.perf_counter() - self._start

@@ -121,7 +121,7 @@ class Trainer:
                             raise error
                 return False
             assert rows is not None
-            loss, result = self._train_step(rows, reporter)
+            result = self._train_step(rows, reporter)
             self._meter.add(time.perf_counter() - started, result.optimizer_s)
             val_loss = None
             if self.step % training.val_interval == 0 or self.step == training.steps:
@@ -132,7 +132,7 @@ class Trainer:
                 reporter.record(
                     self._meter.record(
                         self.step,
-                        loss=loss,
+                        loss=result.loss,
                         lr=result.lr,
                         grad_norm=result.grad_norm,
                         val_loss=val_loss,
@@ -160,8 +160,8 @@ class Trainer:
         except Exception as error:  # the other ranks are waiting: tell them first
             return None, error
 
-    def _train_step(self, rows: Tokens, reporter: Reporter) -> tuple[float, StepResult]:
-        """One step on this rank's rows; returns its loss and the optimizer's report."""
+    def _train_step(self, rows: Tokens, reporter: Reporter) -> StepResult:
+        """One step on this rank's rows."""
         training, world = self._config.training, self._world
         # Random numbers (dropout's) depend on the step and the rank alone: no generator state to
         # save, and a resume draws what the uninterrupted run would have drawn.
@@ -170,22 +170,22 @@ class Trainer:
         most = -(-training.global_batch_size // world.size)
         parts = micro_batches(rows, most, training.micro_batch_size)
         self._watchdog.mark(self.step + 1, "forward and backward")
-        loss = self._engine.forward_backward(parts, self._tokens)
+        self._engine.forward_backward(parts, self._tokens)
         self._watchdog.mark(self.step + 1, "optimizer step")
         wrong = ""
 
-        def take(norm: float) -> bool:
+        def take(loss: float, norm: float) -> bool:
             nonlocal wrong
             wrong = self._bad.judge({"the loss": loss, "the gradient's norm": norm})
             return not wrong
 
         result = self._engine.step(take)
         if wrong:
-            finite = math.isfinite(loss) and math.isfinite(result.grad_norm)
+            finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
             where = "" if finite else f" ({result.skipped})"
             self._skip(f"step {self.step + 1}: {wrong}{where}", reporter)
         self.step += 1
-        return loss, result
+        return result
 
     def _skip(self, what: str, reporter: Reporter) -> None:
         """Says that a step was skipped.

@@ -162,6 +162,10 @@ def build(config: str, output: str, stage: int, dtype: str) -> tuple[Any, Any]:
     return DeepSpeedEngine(loaded, 400, process_group.join(60.0)), rows
 
 
+def finite(loss: float, norm: float) -> bool:
+    return math.isfinite(loss) and math.isfinite(norm)
+
+
 def _spoil(block: Any, args: Any, output: torch.Tensor) -> None:
     if output.requires_grad:
         output.register_hook(lambda grad: grad * math.nan)
@@ -176,7 +180,7 @@ def _skipped(*arguments: Any) -> tuple[list[Any], list[float], list[bool]]:
     engine, rows = build(*arguments)
     for _ in range(2):
         engine.forward_backward([rows], 256)
-        assert engine.step(math.isfinite).skipped is None
+        assert engine.step(finite).skipped is None
     losses, states = [engine.evaluate([rows], 256)], [_state(engine)]
 
     def step(take: Any) -> Any:
@@ -186,14 +190,14 @@ def _skipped(*arguments: Any) -> tuple[list[Any], list[float], list[bool]]:
         states.append(_state(engine))
         return result.grad_norm, result.skipped
 
-    said = [step(lambda norm: False)]
+    said = [step(lambda loss, norm: False)]
     if dist.get_rank() == 1:
         block = engine._engine.module.model.layers[1]
         hook = block.register_forward_hook(_spoil)
-    said.append(step(math.isfinite))
+    said.append(step(finite))
     if dist.get_rank() == 1:
         hook.remove()
-    said.append(step(math.isfinite))  # as the first would have been, had it been taken
+    said.append(step(finite))  # as the first would have been, had it been taken
     return said, losses, [_equal(states[0], state) for state in states[1:]]
 
 
@@ -249,7 +253,7 @@ def _blocked(folder: Path, *arguments: Any) -> str:
     """What saving says where one rank cannot write its file."""
     engine, rows = build(*arguments)
     engine.forward_backward([rows], 256)
-    engine.step(math.isfinite)
+    engine.step(finite)
     try:
         engine.save(folder)
     except JobError as error:
