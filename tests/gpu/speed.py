@@ -171,10 +171,13 @@ def refreshes(section: Section, out: Path) -> None:
             ),
             "eigh, float64": lambda g=wide: torch.linalg.eigh(g),
             "eigh, float32": lambda g=gram: torch.linalg.eigh(g),
-            "SVD, default": lambda m=momentum: torch.linalg.svd(m, full_matrices=False),
-            "SVD, gesvd": lambda m=momentum: torch.linalg.svd(
-                m, full_matrices=False, driver=None if TOY else "gesvd"
-            ),
+            **{
+                f"SVD, {driver}": lambda m=momentum, d=driver: torch.linalg.svd(
+                    m, full_matrices=False, driver=None if TOY else d
+                )
+                for driver in ("gesvdj", "gesvd")
+            },
+            "SVD, whole": lambda m=momentum: decomposition.decompose(m, True, "svd"),
         }
         taken: dict[str, float] = {}
         for what, run in ways.items():
