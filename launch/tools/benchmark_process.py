@@ -38,17 +38,23 @@ def shapes(width: int, mlp: int, layers: int) -> list[tuple[int, int]]:
     return [*[(width, width)] * 4, *[(mlp, width)] * 2, (width, mlp)] * layers
 
 
-def _parameters(sizes: Sequence[tuple[int, int]]) -> list[nn.Parameter]:
+def parameters(
+    sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
+) -> list[nn.Parameter]:
+    """Random parameters of these shapes, with gradients, on torch's default device."""
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(size) * 0.02) for size in sizes]
+    params = [nn.Parameter((0.02 * torch.randn(size)).to(dtype)) for size in sizes]
     for param in params:
         param.grad = torch.randn_like(param)
     return params
 
 
-def _two_products(sizes: Sequence[tuple[int, int]]) -> Callable[[], None]:
-    grads = [torch.randn(size) for size in sizes]
-    bases = [torch.linalg.qr(torch.randn(min(s), min(s)))[0] for s in sizes]
+def two_products(
+    sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """Makes a step that only projects the gradients and projects them back: the floor."""
+    grads = [torch.randn(size, dtype=dtype) for size in sizes]
+    bases = [torch.randn(min(s), min(s), dtype=dtype) / min(s) for s in sizes]
 
     def step() -> None:
         for grad, basis in zip(grads, bases, strict=True):
@@ -58,6 +64,13 @@ def _two_products(sizes: Sequence[tuple[int, int]]) -> Callable[[], None]:
                 basis @ (basis.mT @ grad)
 
     return step
+
+
+def _now() -> float:
+    """The time, once the GPU, if there is one, has done all that was enqueued."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def builders(
@@ -73,7 +86,7 @@ def builders(
 
     def conda(**options: Any) -> Callable[[], Step]:
         def build() -> Step:
-            group = {"params": _parameters(sizes), "algorithm": "conda"}
+            group = {"params": parameters(sizes), "algorithm": "conda"}
             return Conda([group], update_proj_gap=gap, refresh_method=method, **options).step
 
         return build
@@ -85,9 +98,9 @@ def builders(
         "conda_dist, async": conda(refresh_delay=max(1, min(gap // 2, 20))),
     }
     others: dict[str, Callable[[], Step]] = {
-        "two products": lambda: _two_products(sizes),
-        "torch.optim.AdamW": lambda: torch.optim.AdamW(_parameters(sizes), foreach=True).step,
-        "torch.optim.Muon": lambda: torch.optim.Muon(_parameters(sizes)).step,
+        "two products": lambda: two_products(sizes),
+        "torch.optim.AdamW": lambda: torch.optim.AdamW(parameters(sizes), fused=True).step,
+        "torch.optim.Muon": lambda: torch.optim.Muon(parameters(sizes)).step,
     }
     try:
         from pytorch_optimizer import SOAP
@@ -97,18 +110,22 @@ def builders(
         return {**ours, **others}
     group = {"update_proj_gap": gap, "scale": 0.25}
     return {
-        "pytorch_optimizer.Conda": lambda: Other([{"params": _parameters(sizes), **group}]).step,
+        "pytorch_optimizer.Conda": lambda: Other([{"params": parameters(sizes), **group}]).step,
         **ours,
         **others,
-        "pytorch_optimizer.SOAP": lambda: SOAP(_parameters(sizes), precondition_frequency=gap).step,
+        "pytorch_optimizer.SOAP": lambda: SOAP(parameters(sizes), precondition_frequency=gap).step,
     }
 
 
 def contenders(
-    sizes: Sequence[tuple[int, int]], gap: int = NEVER, method: str = "svd"
+    sizes: Sequence[tuple[int, int]],
+    gap: int = NEVER,
+    method: str = "svd",
+    device: str = "cpu",
 ) -> dict[str, Step]:
     """A step of each optimizer, which has begun; see `builders`."""
-    steps = {name: build() for name, build in builders(sizes, gap, method).items()}
+    with torch.device(device):
+        steps = {name: build() for name, build in builders(sizes, gap, method).items()}
     if gap == NEVER:
         del steps["conda_dist, async"]  # the same as in sync
     for step in steps.values():
@@ -118,7 +135,7 @@ def contenders(
 
 
 def facts(
-    steps: dict[str, Step], sizes: Sequence[tuple[int, int]], method: str
+    steps: dict[str, Step], sizes: Sequence[tuple[int, int]], method: str, device: str = "cpu"
 ) -> dict[str, Facts]:
     """What each step holds, and what refreshes add to it, whatever the gap of ``steps``.
 
@@ -126,9 +143,14 @@ def facts(
         steps: those of `contenders`, timed already.
         sizes: shapes of the matrices.
         method: Conda's ``refresh_method``.
+        device: where the parameters are.
     """
-    made = builders(sizes, STALL_GAP, method)
-    stalls = {name: stall(made[name]()) for name in made if "onda" in name or "SOAP" in name}
+    made, stalls = builders(sizes, STALL_GAP, method), {}
+    for name in made:
+        if "onda" in name or "SOAP" in name:
+            with torch.device(device):
+                refreshed = made[name]()
+            stalls[name] = stall(refreshed)
     found = {}
     for name, step in steps.items():
         owner = getattr(step, "__self__", None)
@@ -151,9 +173,9 @@ def stall(step: Step, refreshes: int = 2) -> float:
         step()
     taken = []
     for _ in range(refreshes * STALL_GAP):
-        start = time.perf_counter()
+        start = _now()
         step()
-        taken.append(time.perf_counter() - start)
+        taken.append(_now() - start)
     return (sum(taken) - len(taken) * statistics.median(taken)) / refreshes
 
 
@@ -165,10 +187,10 @@ def measure(
     for i in range(rounds):
         names = list(steps) if i % 2 else list(steps)[::-1]
         for name in names:
-            start = time.perf_counter()
+            start = _now()
             for _ in range(each):
                 steps[name]()
-            taken[name].append((time.perf_counter() - start) / each)
+            taken[name].append((_now() - start) / each)
     return taken
 
 
@@ -220,11 +242,13 @@ def run(given: argparse.Namespace) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    steps = contenders(sizes, given.gap or NEVER, given.refresh_method)
+    device = given.device
+    steps = contenders(sizes, given.gap or NEVER, given.refresh_method, device)
     taken = measure(steps, rounds, given.gap or 1)
-    title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, one thread"
+    where = "one thread" if device == "cpu" else device
+    title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, {where}"
     if given.gap:
         title += f", one step in {given.gap} with a refresh ({given.refresh_method})"
-    console.print(_table(taken, facts(steps, sizes, given.refresh_method), title))
+    console.print(_table(taken, facts(steps, sizes, given.refresh_method, device), title))
     if given.picture:
         draw(taken, title, given.picture)
