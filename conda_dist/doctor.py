@@ -88,7 +88,9 @@ def packages() -> Iterator[Finding]:
     asked = dict.fromkeys(_TRAINERS, "")
     for line in metadata.requires(_OURSELVES) or ():
         need = Requirement(line)
-        if need.marker is None or not need.marker.evaluate({"extra": "dev"}):
+        ours = need.marker and any(need.marker.evaluate({"extra": e}) for e in ("dev", "test"))
+        # What the package itself needs comes first, and counts.
+        if not ours and need.name != _OURSELVES and not asked.get(need.name):
             asked[need.name] = line
     found = [package(name, asked[name]) for name in sorted(asked)]
     sound = [_module(one.name) for one in found if one.installed and not one.wrong]

@@ -4,9 +4,10 @@
     python -m conda_dist.launch.benchmark --gap 5 [--refresh-method orthogonal_iteration]
     python -m conda_dist.launch.benchmark --only conda_dist "conda_dist, diagnostics"
     python -m conda_dist.launch.benchmark --picture FILE ...
+    python -m conda_dist.launch.benchmark --device cuda ...
 
-One process, one thread. All run in turns, so that whatever slows the machine down slows all;
-medians and quartiles of the rounds are printed, and the medians of their ratios to the first.
+One process, one thread or one GPU. All run in turns, so that whatever slows the machine down slows
+all; medians and quartiles of the rounds are printed, and the medians of their ratios to the first.
 Steps are those between refreshes, or with `--gap` the mean of so many, one of which refreshes the
 bases (SOAP's and the other Conda's, too). "two products" is the floor: the projection and the way
 back alone. "diagnostics" collects them in every step. After that come the bytes of state, and the
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gap", type=positive, help="steps between refreshes (default: none)")
     parser.add_argument("--refresh-method", choices=REFRESH_METHODS, default=REFRESH_METHODS[1])
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="of the table's")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--picture", metavar="FILE", type=Path, help="draw the times, in the file's format"
     )
@@ -44,8 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     # It imports torch, which takes seconds.
+    import torch
+
     from conda_dist.launch.tools import benchmark_process
 
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     benchmark_process.run(given)
     return 0
 

@@ -1,13 +1,15 @@
-# Sourced: source launch/setup_env.sh EXTRAS
+# Sourced: source launch/setup_env.sh EXTRAS [TORCH]
 #
 # Puts the checkout's .venv, with this package and the named extras installed, first in PATH. Makes
 # it if absent, makes it anew if it is broken or was left half-made, and installs again whenever
-# pyproject.toml has changed. PYTHON names the interpreter to make it with (default: python3).
+# pyproject.toml has changed. PYTHON names the interpreter to make it with (default: python3). With a
+# version of torch, such as 2.11, the environment is .venv-2.11 and has that torch.
 
 conda_dist_setup() {
     local extras=$1 python=${PYTHON:-python3}
     local root; root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    local venv=$root/.venv stamp=$root/.venv/.installed-$1 wanted
+    local venv=$root/.venv${2:+-$2} wanted
+    local stamp=$venv/.installed-$1
 
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         if ! command -v "$python" >/dev/null; then
@@ -27,10 +29,10 @@ conda_dist_setup() {
     wanted=$(cksum < "$root/pyproject.toml") || return
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing conda_dist[$extras] into $venv" >&2
-        "$venv/bin/python" -m pip install --quiet --editable "$root[$extras]" || return
+        "$venv/bin/python" -m pip install --quiet --editable "$root[$extras]" ${2:+"torch==$2.*"} || return
         echo "$wanted" > "$stamp"
     fi
     PATH=$venv/bin:$PATH
 }
 
-conda_dist_setup "$1"
+conda_dist_setup "$@"

@@ -68,20 +68,19 @@ def project(
 
     Args:
         x: the tensor, (..., m', n) if ``right``, else (..., m, n').
-        basis: Q, (..., r, r).
+        basis: Q, (..., r, r), in the dtype of the product, to which x is rounded.
         right: whether Q is multiplied from the right (m >= n).
-        dtype: dtype of the operands of the product; None for the basis's.
+        dtype: dtype of the result; None for at least float32.
         out: takes the result, of x's shape, if given.
 
     Returns:
-        The projected tensor, of x's shape, in at least float32 (or in the dtype of ``out``).
+        The projected tensor, of x's shape.
     """
-    Q = basis.to(dtype or basis.dtype)
-    x = x.to(Q.dtype)
-    a, b = (x, Q) if right else (Q.mT, x)
+    x = x.to(basis.dtype)
+    a, b = (x, basis) if right else (basis.mT, x)
     if out is None:
-        return (a @ b).to(torch.promote_types(basis.dtype, torch.float32))
-    return torch.matmul(a, b, out=out) if out.dtype == Q.dtype else out.copy_(a @ b)
+        return (a @ b).to(dtype or torch.promote_types(basis.dtype, torch.float32))
+    return torch.matmul(a, b, out=out) if out.dtype == basis.dtype else out.copy_(a @ b)
 
 
 def project_back(y: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:

@@ -63,9 +63,23 @@ class CondaRule(RefreshedRule):
         self, grad: Tensor, basis: Tensor, right: bool, buffers: Buffers | None = None
     ) -> Tensor:
         """See RefreshedRule."""
+        return self._project(grad, basis, self._factor(basis), right, buffers)
+
+    def _factor(self, basis: Tensor) -> Tensor:
+        """The basis in the dtype of the products. A step casts it once, for both of them.
+
+        It is not kept between steps: that would cost half of the basis's memory again, and
+        ``basis_dtype="bfloat16"`` needs no cast at all.
+        """
+        return basis if self._product_dtype is None else basis.to(self._product_dtype)
+
+    @staticmethod
+    def _project(
+        grad: Tensor, basis: Tensor, factor: Tensor, right: bool, buffers: Buffers | None
+    ) -> Tensor:
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if buffers is None else buffers.take(0, grad, dtype)
-        return arithmetic.project(grad, basis, right, self._product_dtype, out)
+        return arithmetic.project(grad, factor, right, dtype, out)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
@@ -83,24 +97,26 @@ class CondaRule(RefreshedRule):
 
     def update(self, weight: WeightSlice) -> Tensor | None:
         """See Rule."""
-        hyper, right, dtype = hyper_of(weight.group), weight.right, self._product_dtype
-        basis, param = weight.states["basis"], weight.param
-        y = self._normalise(weight, basis, right, hyper)  # (m', n), or (m, n') if m < n
-        if param is not None and {y.dtype, basis.dtype, dtype or param.dtype} == {param.dtype}:
-            if not isinstance(hyper.lr, Tensor):
-                # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
-                arithmetic.project_back_and_apply_(param, y, basis, right, weight.step, hyper)
-                return None
-            dtype = None
+        hyper, right, param = hyper_of(weight.group), weight.right, weight.param
+        basis = weight.states["basis"]
+        factor = self._factor(basis)
+        y = self._normalise(weight, factor, hyper)  # (m', n), or (m, n') if m < n
+        alike = param is not None and y.dtype == basis.dtype == factor.dtype == param.dtype
+        if param is not None and alike and not isinstance(hyper.lr, Tensor):
+            # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
+            arithmetic.project_back_and_apply_(param, y, factor, right, weight.step, hyper)
+            return None
         # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n
-        return arithmetic.project_back(y, basis, right, dtype)
+        return arithmetic.project_back(y, factor, right, y.dtype)
 
-    def _normalise(self, weight: WeightSlice, basis: Tensor, right: bool, hyper: Hyper) -> Tensor:
+    def _normalise(self, weight: WeightSlice, factor: Tensor, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""
         first, second = weight.states["exp_avg"], weight.states[self.second_key]
         projected = weight.grad
         if not weight.averaged:
-            projected = weight.grad = self.project(weight.grad, basis, right, weight.buffers)
+            basis, right = weight.states["basis"], weight.right
+            projected = self._project(weight.grad, basis, factor, right, weight.buffers)
+            weight.grad = projected
             if arithmetic.can_fuse(projected, first, second):
                 buffers, out = weight.buffers, None
                 if buffers is not None:

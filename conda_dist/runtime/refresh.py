@@ -10,12 +10,13 @@ snapshot of the momentum, and its rotation is taken some steps later.
 
 import struct
 import warnings
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from conda_dist.layout.redistribution import Hop
 from conda_dist.numerics import decomposition
@@ -26,6 +27,26 @@ from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
 from conda_dist.runtime.background import Background
 from conda_dist.runtime.collectives import Exchange, Mesh, all_max, all_texts
 from conda_dist.runtime.weight import MAX_FAILURES, Weight
+
+_hooks: OrderedDict[int, Callable[[str], None]] = OrderedDict()  # a dict has no weak references
+
+
+def register_refresh_hook(hook: Callable[[str], None]) -> RemovableHandle:
+    """Registers a function that is called whenever a step has decomposed a matrix on this rank.
+
+    The first refresh of a large model may take minutes. With this hook a trainer can show that it
+    goes on, and tell its watchdog. The hook is for all optimizers of this process.
+
+    Args:
+        hook: called in the thread of the step, with the fully qualified name of the parameter. What
+            it raises is raised by the step, on all ranks.
+
+    Returns:
+        A handle, whose ``remove()`` removes the hook; also a context manager.
+    """
+    handle = RemovableHandle(_hooks)
+    _hooks[handle.id] = hook
+    return handle
 
 
 def start_in_background(
@@ -236,6 +257,8 @@ def _decompose_mine(
             elif matrix.mine:
                 assert momentum is not None
                 found = weight.decompose(momentum, first)
+                for hook in tuple(_hooks.values()):
+                    hook(weight.plan.name)
             if found.rotation is not None:
                 basis = _basis(bases, matrix)
                 rotation = found.rotation.to(rotation_dtype(basis))

@@ -309,8 +309,8 @@ class Stopwatch:
         self.seconds = 0.0
         """Of the last time; on a GPU, of the last but one."""
         self._start = self._end = 0.0
-        cuda = device.type == "cuda"
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+        both = range(2 if device.type == "cuda" else 0)
+        self._events = [torch.Event(device, enable_timing=True) for _ in both]
         self._used = False
 
     def __enter__(self) -> None:

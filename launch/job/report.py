@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,18 @@ from conda_dist.launch.job.console import Display
 from conda_dist.launch.job.files import SUMMARY
 from conda_dist.launch.job.metrics import MetricsWriter, Record
 from conda_dist.launch.job.picture import draw_loss, draw_signals
+
+QUIET_S = 10.0
+"""Seconds between two lines about a refresh."""
+
+
+@dataclass(slots=True)
+class _Refresh:
+    """The bases that a step has computed on this rank."""
+
+    step: int
+    said_at: float
+    count: int = 0
 
 
 class Reporter:
@@ -29,6 +43,7 @@ class Reporter:
         self._writer: MetricsWriter | None = None
         self._display: Display | None = None
         self._error: OSError | None = None
+        self._refresh = _Refresh(step, 0.0)
         with together(world, f"opening the metrics in {config.output}"):
             if world.is_main:
                 (self._output / SUMMARY).unlink(missing_ok=True)
@@ -76,6 +91,21 @@ class Reporter:
         """Prints a line."""
         if self._display is not None:
             self._display.note(message)
+
+    def decomposed(self, step: int, name: str) -> None:
+        """Counts a new basis, and prints how far a refresh that takes long has come on this rank.
+
+        Args:
+            step: the step that is being taken.
+            name: the parameter whose momentum has been decomposed.
+        """
+        now = time.monotonic()
+        if step != self._refresh.step:
+            self._refresh = _Refresh(step, now)
+        self._refresh.count += 1
+        if now - self._refresh.said_at > QUIET_S:
+            self._refresh.said_at = now
+            self.note(f"step {step}: rank 0 has {self._refresh.count} new bases, up to {name}")
 
     def record(self, record: Record) -> None:
         """Writes and shows a record.

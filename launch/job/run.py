@@ -37,6 +37,7 @@ from conda_dist.launch.job.model import require_replicas
 from conda_dist.launch.job.report import Reporter
 from conda_dist.launch.job.trainer import Trainer, require_same
 from conda_dist.launch.job.watchdog import Watchdog
+from conda_dist.runtime.refresh import register_refresh_hook
 
 
 def start(config: Config) -> int:
@@ -137,7 +138,12 @@ def _train(
             engine.print_report()
         for note in notes:
             reporter.note(note)
-        with reporter.live(), watchdog.watching():
+
+        def decomposed(name: str) -> None:
+            watchdog.go_on()
+            reporter.decomposed(trainer.step + 1, name)
+
+        with reporter.live(), watchdog.watching(), register_refresh_hook(decomposed):
             complete = trainer.train(reporter, stop)
         if complete:
             reporter.complete(trainer.summary())

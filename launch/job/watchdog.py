@@ -88,6 +88,10 @@ class Watchdog:
         """Says that this rank begins a phase; every rank says the same ones in the same order."""
         self._place = _Place(self._place.count + 1, step, phase, time.monotonic())
 
+    def go_on(self) -> None:
+        """Says that the phase goes on, so that its time limit begins anew."""
+        self._place = replace(self._place, since=time.monotonic())
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watches while the block runs; every rank enters it."""

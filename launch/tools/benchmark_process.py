@@ -38,17 +38,23 @@ def shapes(width: int, mlp: int, layers: int) -> list[tuple[int, int]]:
     return [*[(width, width)] * 4, *[(mlp, width)] * 2, (width, mlp)] * layers
 
 
-def _parameters(sizes: Sequence[tuple[int, int]]) -> list[nn.Parameter]:
+def parameters(
+    sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
+) -> list[nn.Parameter]:
+    """Random parameters of these shapes, with gradients, on torch's default device."""
     torch.manual_seed(0)
-    params = [nn.Parameter(torch.randn(size) * 0.02) for size in sizes]
+    params = [nn.Parameter((0.02 * torch.randn(size)).to(dtype)) for size in sizes]
     for param in params:
         param.grad = torch.randn_like(param)
     return params
 
 
-def _two_products(sizes: Sequence[tuple[int, int]]) -> Callable[[], None]:
-    grads = [torch.randn(size) for size in sizes]
-    bases = [torch.linalg.qr(torch.randn(min(s), min(s)))[0] for s in sizes]
+def two_products(
+    sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """Makes a step that only projects the gradients and projects them back: the floor."""
+    grads = [torch.randn(size, dtype=dtype) for size in sizes]
+    bases = [torch.randn(min(s), min(s), dtype=dtype) / min(s) for s in sizes]
 
     def step() -> None:
         for grad, basis in zip(grads, bases, strict=True):
@@ -58,6 +64,13 @@ def _two_products(sizes: Sequence[tuple[int, int]]) -> Callable[[], None]:
                 basis @ (basis.mT @ grad)
 
     return step
+
+
+def _now() -> float:
+    """The time, once the GPU, if there is one, has done all that was enqueued."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def builders(
@@ -73,7 +86,7 @@ def builders(
 
     def conda(**options: Any) -> Callable[[], Step]:
         def build() -> Step:
-            group = {"params": _parameters(sizes), "algorithm": "conda"}
+            group = {"params": parameters(sizes), "algorithm": "conda"}
             return Conda([group], update_proj_gap=gap, refresh_method=method, **options).step
 
         return build
@@ -86,9 +99,9 @@ def builders(
         "conda_dist, async": conda(refresh_delay=max(1, min(gap // 2, 20))),
     }
     others: dict[str, Callable[[], Step]] = {
-        "two products": lambda: _two_products(sizes),
-        "torch.optim.AdamW": lambda: torch.optim.AdamW(_parameters(sizes), foreach=True).step,
-        "torch.optim.Muon": lambda: torch.optim.Muon(_parameters(sizes)).step,
+        "two products": lambda: two_products(sizes),
+        "torch.optim.AdamW": lambda: torch.optim.AdamW(parameters(sizes), fused=True).step,
+        "torch.optim.Muon": lambda: torch.optim.Muon(parameters(sizes)).step,
     }
     try:
         from pytorch_optimizer import SOAP
@@ -98,10 +111,10 @@ def builders(
         return {**ours, **others}
     group = {"update_proj_gap": gap, "scale": 0.25}
     return {
-        "pytorch_optimizer.Conda": lambda: Other([{"params": _parameters(sizes), **group}]).step,
+        "pytorch_optimizer.Conda": lambda: Other([{"params": parameters(sizes), **group}]).step,
         **ours,
         **others,
-        "pytorch_optimizer.SOAP": lambda: SOAP(_parameters(sizes), precondition_frequency=gap).step,
+        "pytorch_optimizer.SOAP": lambda: SOAP(parameters(sizes), precondition_frequency=gap).step,
     }
 
 
@@ -110,12 +123,14 @@ def contenders(
     gap: int = NEVER,
     method: str = "svd",
     only: Collection[str] = (),
+    device: str = "cpu",
 ) -> dict[str, Step]:
     """A step of each optimizer, which has begun; see `builders`. ``only``: names; (): all."""
     made = builders(sizes, gap, method)
     if gap == NEVER:
         del made["conda_dist, async"]  # the same as in sync
-    steps = {name: build() for name, build in made.items() if not only or name in only}
+    with torch.device(device):
+        steps = {name: build() for name, build in made.items() if not only or name in only}
     for step in steps.values():
         for _ in range(2):  # the first takes the bases
             step()
@@ -123,7 +138,7 @@ def contenders(
 
 
 def facts(
-    steps: dict[str, Step], sizes: Sequence[tuple[int, int]], method: str
+    steps: dict[str, Step], sizes: Sequence[tuple[int, int]], method: str, device: str = "cpu"
 ) -> dict[str, Facts]:
     """What each step holds, and what refreshes add to it, whatever the gap of ``steps``.
 
@@ -131,12 +146,17 @@ def facts(
         steps: those of `contenders`, timed already.
         sizes: shapes of the matrices.
         method: Conda's ``refresh_method``.
+        device: where the parameters are.
     """
     made = builders(sizes, STALL_GAP, method)
     refreshed = [name for name in steps if "onda" in name or "SOAP" in name]
     if len(steps) >= len(made) - 1:  # all that there are
         refreshed = [name for name in made if "onda" in name or "SOAP" in name]
-    stalls = {name: stall(made[name]()) for name in refreshed}
+    stalls = {}
+    for name in refreshed:
+        with torch.device(device):
+            begun = made[name]()
+        stalls[name] = stall(begun)
     found = {}
     for name, step in steps.items():
         owner = getattr(step, "__self__", None)
@@ -159,9 +179,9 @@ def stall(step: Step, refreshes: int = 2) -> float:
         step()
     taken = []
     for _ in range(refreshes * STALL_GAP):
-        start = time.perf_counter()
+        start = _now()
         step()
-        taken.append(time.perf_counter() - start)
+        taken.append(_now() - start)
     return (sum(taken) - len(taken) * statistics.median(taken)) / refreshes
 
 
@@ -173,10 +193,10 @@ def measure(
     for i in range(rounds):
         names = list(steps) if i % 2 else list(steps)[::-1]
         for name in names:
-            start = time.perf_counter()
+            start = _now()
             for _ in range(each):
                 steps[name]()
-            taken[name].append((time.perf_counter() - start) / each)
+            taken[name].append((_now() - start) / each)
     return taken
 
 
@@ -228,11 +248,13 @@ def run(given: argparse.Namespace) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    steps = contenders(sizes, given.gap or NEVER, given.refresh_method, given.only)
+    device = given.device
+    steps = contenders(sizes, given.gap or NEVER, given.refresh_method, given.only, device)
     taken = measure(steps, rounds, given.gap or 1)
-    title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, one thread"
+    where = "one thread" if device == "cpu" else device
+    title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, {where}"
     if given.gap:
         title += f", one step in {given.gap} with a refresh ({given.refresh_method})"
-    console.print(_table(taken, facts(steps, sizes, given.refresh_method), title))
+    console.print(_table(taken, facts(steps, sizes, given.refresh_method, device), title))
     if given.picture:
         draw(taken, title, given.picture)

@@ -6,9 +6,16 @@ from typing import Any
 
 import torch
 from common import DEVICE, TOY, Section, flags, timed
-from torch import Tensor, nn
+from torch import Tensor
 
 from conda_dist import Conda, Muon
+from conda_dist.launch.tools.benchmark_process import (
+    NEVER,
+    Step,
+    parameters,
+    shapes,
+    two_products,
+)
 from conda_dist.numerics import decomposition
 from conda_dist.numerics.precision import matmul_precision
 
@@ -16,40 +23,12 @@ SHAPES = (
     {"toy": (64, 176)} if TOY else {"60M": (512, 1376), "1B": (2048, 5461), "7B": (4096, 11008)}
 )
 """Width and MLP of a layer."""
-NEVER = 10**9
 HALF = torch.bfloat16
-Step = Callable[[], Any]
-
-
-def _layers(width: int, mlp: int, layers: int) -> list[tuple[int, int]]:
-    return [*[(width, width)] * 4, *[(mlp, width)] * 2, (width, mlp)] * layers
-
-
-def _parameters(sizes: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> list[Any]:
-    torch.manual_seed(0)
-    params = [nn.Parameter((0.02 * torch.randn(s, device=DEVICE)).to(dtype)) for s in sizes]
-    for param in params:
-        param.grad = torch.randn_like(param)
-    return params
-
-
-def _products(sizes: list[tuple[int, int]], dtype: torch.dtype) -> Step:
-    grads = [torch.randn(size, device=DEVICE, dtype=dtype) for size in sizes]
-    bases = [torch.randn(min(s), min(s), device=DEVICE, dtype=dtype) / min(s) for s in sizes]
-
-    def run() -> None:
-        for grad, basis in zip(grads, bases, strict=True):
-            if grad.shape[0] >= grad.shape[1]:
-                (grad @ basis) @ basis.mT
-            else:
-                basis @ (basis.mT @ grad)
-
-    return run
 
 
 def _conda(sizes: list[tuple[int, int]], dtype: torch.dtype, **options: Any) -> Step:
     """Steps with random bases, which cost as much as those of an SVD that takes minutes."""
-    params = _parameters(sizes, dtype)
+    params = parameters(sizes, dtype)
     group = {"params": params, "algorithm": "conda"}
     optimizer = Conda([group], update_proj_gap=NEVER, **options)
     optimizer.init_state()
@@ -65,7 +44,7 @@ def _conda(sizes: list[tuple[int, int]], dtype: torch.dtype, **options: Any) -> 
 def _other(sizes: list[tuple[int, int]]) -> Step:
     from pytorch_optimizer import Conda as Other
 
-    return Other([{"params": _parameters(sizes), "update_proj_gap": NEVER, "scale": 0.25}]).step
+    return Other([{"params": parameters(sizes), "update_proj_gap": NEVER, "scale": 0.25}]).step
 
 
 def _contenders(
@@ -74,9 +53,9 @@ def _contenders(
     full = torch.float32
     half: dict[str, Any] = {"matmul_dtype": HALF}
     found: dict[str, tuple[str, Callable[[], Step]]] = {
-        "two products, float32": ("highest", lambda: _products(sizes, full)),
-        "two products, TF32": ("high", lambda: _products(sizes, full)),
-        "two products, bfloat16": ("highest", lambda: _products(sizes, HALF)),
+        "two products, float32": ("highest", lambda: two_products(sizes, full)),
+        "two products, TF32": ("high", lambda: two_products(sizes, full)),
+        "two products, bfloat16": ("highest", lambda: two_products(sizes, HALF)),
         "Conda, float32": ("highest", lambda: _conda(sizes, full)),
         "Conda, tf32": ("highest", lambda: _conda(sizes, full, matmul_dtype="tf32")),
         "Conda, bfloat16 products": ("highest", lambda: _conda(sizes, full, **half)),
@@ -87,12 +66,12 @@ def _contenders(
         "Conda, bfloat16 parameters": ("highest", lambda: _conda(sizes, HALF, **half)),
         "AdamW, fused": (
             "highest",
-            lambda: torch.optim.AdamW(_parameters(sizes), fused=True).step,
+            lambda: torch.optim.AdamW(parameters(sizes), fused=True).step,
         ),
-        "torch.optim.Muon": ("highest", lambda: torch.optim.Muon(_parameters(sizes)).step),
+        "torch.optim.Muon": ("highest", lambda: torch.optim.Muon(parameters(sizes)).step),
         "conda_dist.Muon": (
             "highest",
-            lambda: Muon([{"params": _parameters(sizes), "algorithm": "muon"}]).step,
+            lambda: Muon([{"params": parameters(sizes), "algorithm": "muon"}]).step,
         ),
     }
     if name in ("toy", "60M"):  # its first step takes an SVD of each
@@ -105,12 +84,13 @@ def steps(section: Section, out: Path) -> None:
     copied = 1e9 * float(section.details.get("copy GB/s") or 1.0)
     for name, (width, mlp) in SHAPES.items():
         layers = 2 if name in ("7B", "toy") else 8 if name == "60M" else 4
-        sizes = _layers(width, mlp, layers)
+        sizes = shapes(width, mlp, layers)
         times: dict[str, Any] = {}
         for what, (precision, make) in _contenders(name, sizes).items():
             try:
                 with flags(precision):
-                    step = make()
+                    with torch.device(DEVICE):
+                        step = make()
                     if not TOY:
                         torch.cuda.reset_peak_memory_stats()
                         before = torch.cuda.memory_allocated()
@@ -171,10 +151,13 @@ def refreshes(section: Section, out: Path) -> None:
             ),
             "eigh, float64": lambda g=wide: torch.linalg.eigh(g),
             "eigh, float32": lambda g=gram: torch.linalg.eigh(g),
-            "SVD, default": lambda m=momentum: torch.linalg.svd(m, full_matrices=False),
-            "SVD, gesvd": lambda m=momentum: torch.linalg.svd(
-                m, full_matrices=False, driver=None if TOY else "gesvd"
-            ),
+            **{
+                f"SVD, {driver}": lambda m=momentum, d=driver: torch.linalg.svd(
+                    m, full_matrices=False, driver=None if TOY else d
+                )
+                for driver in ("gesvdj", "gesvd")
+            },
+            "SVD, whole": lambda m=momentum: decomposition.decompose(m, True, "svd"),
         }
         taken: dict[str, float] = {}
         for what, run in ways.items():

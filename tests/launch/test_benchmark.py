@@ -74,6 +74,11 @@ def test_a_stall_is_what_refreshes_add(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--gap", "0"], "'0' is not a whole number of 1 or more"),
         (["--width", "-3"], "'-3' is not a whole number"),
+        pytest.param(
+            ["--device", "cuda"],
+            "torch finds no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         (["--picture", "times.doc"], "--picture times.doc: name a file that ends in .png"),
     ],
 )

@@ -9,7 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import launch_jobs
+import ranks
+from conda_dist.launch.job import report
 from conda_dist.launch.job.optimizer_config import SECTIONS
+from conda_dist.launch.job.watchdog import Watchdog
 from launch_jobs import curve, metrics, succeed, train
 
 
@@ -49,6 +52,32 @@ def whole(config: Path) -> Path:
     collect = ("--optimizer.diagnostics_every", 3)
     succeed(2, config, "--output", output, "--metrics.tensorboard", "true", *collect)
     return output
+
+
+def _hurried(seconds: float, *arguments: str) -> launch_jobs.Result:
+    """A job that prints each new basis, and whose watchdog is told; see `launch_jobs.job`."""
+    told, go_on, quiet = [], Watchdog.go_on, report.QUIET_S
+
+    def counted(dog: Watchdog) -> None:
+        before = dog._place
+        go_on(dog)
+        told.append(dog._place.count == before.count and dog._place.since > before.since)
+
+    Watchdog.go_on, report.QUIET_S = counted, seconds  # type: ignore[method-assign]
+    try:
+        ended = launch_jobs.job(*arguments)
+    finally:
+        Watchdog.go_on, report.QUIET_S = go_on, quiet  # type: ignore[method-assign]
+    assert told == [True] * 14 * 2  # of 2 layers, in steps 1 and 4
+    return ended
+
+
+def test_a_long_refresh_is_seen(config: Path, tmp_path: Path) -> None:
+    given = (str(config), "--output", str(tmp_path / "run"), "--training.steps", "5")
+    ((code, out, err),) = ranks.run(1, _hurried, -1.0, *given)
+    assert code == 0, err
+    assert "step 1: rank 0 has 14 new bases, up to model.layers.1.mlp.down_proj.weight" in out
+    assert out.count("new bases") == 28
 
 
 def test_a_run_leaves_its_results(whole: Path) -> None:

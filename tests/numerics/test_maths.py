@@ -76,7 +76,7 @@ def test_projection_dtypes() -> None:
     exact = arithmetic.project(x, basis, right=True)
     assert exact.dtype == torch.float32
     torch.testing.assert_close(exact, x.float() @ basis)
-    coarse = arithmetic.project(x, basis, True, torch.bfloat16)
+    coarse = arithmetic.project(x, basis.bfloat16(), True)
     assert coarse.dtype == torch.float32
     assert torch.equal(coarse, (x @ basis.bfloat16()).float())
     assert 0 < (coarse - exact).abs().max() < 0.05

@@ -57,7 +57,12 @@ def _woven(parts: list[Tensor], splits: tuple[int, ...]) -> Tensor:
         {},
         {"nesterov": False, "momentum": 0.5},
         {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3},
-        {"adjust_lr_fn": "spectral_unclamped", "ns_coefficients": (2.0, -1.5, 0.5)},
+        pytest.param(
+            {"adjust_lr_fn": "spectral_unclamped", "ns_coefficients": (2.0, -1.5, 0.5)},
+            marks=pytest.mark.skipif(
+                torch.__version__.startswith("2.11."), reason="torch 2.11's Muon does not have it"
+            ),
+        ),
         {"lr": torch.tensor(0.03), "weight_decay": 0.0},
         {"eps": 100.0},
     ],

@@ -15,6 +15,7 @@ from torch.linalg import LinAlgError
 
 import models
 import ranks
+from conda_dist import register_refresh_hook
 from models import GAP, Layout
 from traffic import Call, recorded
 
@@ -401,4 +402,28 @@ def test_an_error_on_one_rank_is_raised_on_all(layout: Layout) -> None:
         assert "MemoryError: no room for a workspace" in said
         assert any(name in said for name in theirs)
         assert took < 10
+        assert afterwards == "nothing was raised"
+
+
+def _tells_hooks(layout: Layout) -> tuple[list[str], list[str], str, str]:
+    """Names that a hook is told, this rank's names, and what comes of an error in a hook."""
+    model, optimizer = models.build(layout)
+    rows = [row for row in optimizer.report(show=False) if dist.get_rank() in row["owners"]]
+    told: list[str] = []
+    with register_refresh_hook(told.append):
+        models.train(model, optimizer, range(2))  # one with a refresh and one without
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"no more of {name}")
+
+    models.train(model, optimizer, range(2, GAP))
+    with register_refresh_hook(refuse):
+        said = models.attempt(models.train, model, optimizer, [GAP])
+    return told, [row["name"] for row in rows], said, models.attempt(_step, model, optimizer, GAP)
+
+
+def test_hooks_are_told_of_each_decomposition() -> None:
+    for told, theirs, said, afterwards in ranks.run(2, _tells_hooks, models.FSDP2):
+        assert sorted(set(told)) == sorted(theirs)
+        assert "ValueError: no more of" in said
         assert afterwards == "nothing was raised"

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The oldest torch that pyproject.toml allows: bash tests/oldest.sh [pytest arguments]
+#
+# Makes .venv-VERSION in the checkout if absent, with that torch, and runs the modules that use most
+# of torch there; with arguments, what they name.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+version=$(sed -n 's/^dependencies = \["torch>=\([0-9.]*\)".*/\1/p' "$root/pyproject.toml")
+source "$root/launch/setup_env.sh" train,deepspeed,test "$version" || exit 69 # see .ci/run
+cd "$root"
+
+unset PYTHONDONTWRITEBYTECODE
+export OMP_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1
+export TORCH_EXTENSIONS_DIR=$root/.venv-$version/torch_extensions
+echo "torch $(python -c 'import torch; print(torch.__version__)')"
+if [ $# -eq 0 ]; then
+    set -- tests/numerics/test_golden.py tests/optimizer/test_parity.py tests/runtime/test_fsdp.py \
+        tests/state/test_checkpoint.py tests/state/test_checkpoint_full.py -n 2 --dist loadfile
+fi
+exec python -m pytest "$@"
