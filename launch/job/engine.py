@@ -130,6 +130,17 @@ class Engine(ABC):
         """Where the last step got a number that is not finite from, in words."""
         return self._origin.describe(self._world, self._network)
 
+    @property
+    @abstractmethod
+    def _optimizers(self) -> Sequence[Optimizer]:
+        """All optimizers."""
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizers' state on all ranks; every rank asks."""
+        leaves = tree_leaves([list(each.state.values()) for each in self._optimizers])
+        held = sum(local(leaf).nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        return int(add_up(torch.tensor(held, dtype=torch.int64, device=self._world.device)))
+
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
         """Mean loss per token over rows spread across the ranks; arguments as above."""

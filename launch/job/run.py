@@ -33,6 +33,7 @@ from conda_dist.launch.job.files import (
     EXIT_STOPPED,
     STOP_NOTE,
 )
+from conda_dist.launch.job.finite import NonFiniteError
 from conda_dist.launch.job.model import require_replicas
 from conda_dist.launch.job.report import Reporter
 from conda_dist.launch.job.trainer import Trainer, require_same
@@ -132,9 +133,13 @@ def _train(
         for note in notes:
             reporter.note(note)
         with reporter.live(), watchdog.watching():
-            complete = trainer.train(reporter, stop)
+            try:
+                complete = trainer.train(reporter, stop)
+            except NonFiniteError as error:
+                reporter.diverged(error)
+                raise
         if complete:
-            reporter.complete(trainer.summary())
+            reporter.complete({**trainer.summary(), "state_bytes": engine.state_bytes()})
         else:
             reporter.note(f"stopped after step {trainer.step}; continue with --resume")
             if world.is_main and (file := os.environ.get(STOP_NOTE)):
