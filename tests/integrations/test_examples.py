@@ -1,4 +1,4 @@
-"""The examples run on two processes, and what they train learns."""
+"""The examples run on two processes, learn, and resume as one process would go on."""
 
 import contextlib
 import io
@@ -6,8 +6,11 @@ import os
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
@@ -21,6 +24,14 @@ from test_huggingface import settle
 
 EXAMPLES = Path(__file__).parents[2] / "integrations" / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+RESUMED = {
+    "huggingface_trainer": ("checkpoint-10", 4),  # an FSDP checkpoint needs FSDP: two ranks or more
+    "lightning_fsdp2": ("step=10.ckpt", 1),
+    "trl_lora": ("checkpoint-10", 1),
+}
+"""The checkpoint that an example writes after half of its steps, and the ranks that resume it."""
+LEARNED = {"trl_lora": 0.3}
+"""By how much the loss falls; adapters of a random model learn less."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,31 +42,56 @@ def _own_processes() -> Iterator[None]:
     ranks.close()
 
 
-def _run(script: str, port: int) -> list[float]:
-    """The losses that a script prints, which finds the ranks as torchrun's processes do."""
+def _run(script: str, port: int, *arguments: str) -> list[tuple[int, float]]:
+    """The steps and losses that a script prints; it finds the ranks as under torchrun."""
     settle()
     dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(port)
-    if "accelerate" in script:
-        from accelerate import PartialState
-        from accelerate.utils import DistributedType
-
-        # Accelerate offers FSDP on accelerators alone.
-        PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    torchrun = {"MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "none"}
     said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    with (
+        patch.dict(os.environ, torchrun),
+        patch.object(sys, "argv", [script, *arguments]),
+        _fsdp_on_cpus("trl" not in script),
+        contextlib.redirect_stdout(said),
+    ):
         runpy.run_path(script, run_name="__main__")
-    return [float(loss) for loss in re.findall(r"^step \d+ loss (\S+)$", said.getvalue(), re.M)]
+    lines = re.findall(r"^step (\d+) loss (\S+)$", said.getvalue(), re.M)
+    return [(int(step), float(loss)) for step, loss in lines]
+
+
+def _fsdp_on_cpus(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Accelerate offers FSDP on accelerators alone; this makes it do the same on CPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    make = PartialState.__init__
+
+    def pretend(state: Any, cpu: bool = True, **more: Any) -> None:
+        make(state, cpu=True, **more)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    return patch.object(PartialState, "__init__", pretend if wanted else make)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_scripts(script: Path) -> None:
-    losses, nothing = ranks.run(2, _run, str(script), free_port())
-    assert len(losses) == 20
-    assert losses[-1] < losses[0] - 0.5
+def test_scripts(script: Path, tmp_path: Path) -> None:
+    lines, nothing = ranks.run(2, _run, str(script), free_port(), str(tmp_path))
+    losses = dict(lines)
+    assert list(losses) == list(range(20))
+    assert losses[19] < losses[0] - LEARNED.get(script.stem, 0.5)
     assert not nothing
     command = f"torchrun --nproc-per-node 2 {script.relative_to(EXAMPLES.parents[1])}"
     assert command in script.read_text()
+    if script.stem not in RESUMED:
+        return
+    name, world = RESUMED[script.stem]
+    again, *_ = ranks.run(
+        world, _run, str(script), free_port(), str(tmp_path / "again"), str(tmp_path / name)
+    )
+    (alone,) = ranks.run(1, _run, str(script), free_port(), str(tmp_path / "alone"))
+    assert dict(alone) == pytest.approx(losses, abs=2e-3)
+    assert dict(again[-10:]) == pytest.approx(dict(lines[10:]), abs=2e-3)
 
 
 def test_torchtitan() -> None:

@@ -133,6 +133,7 @@ def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
     import transformers
 
     from conda_dist.integrations import deepspeed
+    from conda_dist.integrations.huggingface import conda_for_trainer
 
     own: tuple[Any, dict[str, Any]] = (deepspeed.Conda, {"lr": RATE, "update_proj_gap": GAP})
     cases: list[tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any]]] = [
@@ -140,6 +141,7 @@ def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
         ({**ALL_AUTO, "update_proj_gap": GAP}, {}, {}),
         (None, {}, {"optimizer_cls_and_kwargs": own}),
         (None, {"weight_decay": 0.0}, {"optimizer_cls_and_kwargs": own}),
+        (None, {}, {"optimizer_cls_and_kwargs": conda_for_trainer}),
         (None, {}, {"optimizers": Conda}),
         ({"lr": "auto"}, {"use_cpu": True}, {}),
     ]
@@ -166,6 +168,8 @@ def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
             disable_tqdm=True,
             **options,
         )
+        if more.get("optimizer_cls_and_kwargs") is conda_for_trainer:
+            more = {"optimizer_cls_and_kwargs": conda_for_trainer(arguments, update_proj_gap=GAP)}
         trainer = transformers.Trainer(model, arguments, train_dataset=texts(), **more)
         trainer.train()
         inner = trainer.model_wrapped.basic_optimizer
@@ -178,11 +182,12 @@ def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
 def test_what_of_the_trainers_arguments_arrives() -> None:
     """The README says so; where it does not, that is the Trainer's doing."""
     ours = "conda_dist.integrations.deepspeed.optimizer.Conda"
-    for only_rate, auto, own, whole, given, cpu in ranks.run(2, _arrivals):
+    for only_rate, auto, own, whole, factory, given, cpu in ranks.run(2, _arrivals):
         assert only_rate[:2] == (ours, {(0.0, 0.99)})
         assert auto[:2] == (ours, {(0.1, 0.999)})
         assert own[:2] == (ours, {(0.1, 0.99), (0.0, 0.99)})
         assert whole[2] == pytest.approx(only_rate[2], abs=1e-5)
+        assert factory == own
         assert given[0] == "torch.optim.adamw.AdamW"
         assert cpu[0] == ours
 
@@ -288,3 +293,64 @@ def test_accelerate_with_fsdp2(tmp_path: Path) -> None:
     for losses, paths in ranks.run(2, _accelerate_fsdp2, tmp_path):
         assert losses == pytest.approx(alone, abs=1e-4)
         assert paths.count("conda") == 14
+
+
+def _made(model: Any, **more: Any) -> Conda:
+    """The optimizer that the Trainer makes of a model in one process."""
+    import transformers
+
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    options = {"learning_rate": RATE, "weight_decay": 0.1, "use_cpu": True, **more}
+    arguments = transformers.TrainingArguments("unused", report_to=[], **options)
+    chosen = conda_for_trainer(arguments, update_proj_gap=GAP)
+    made = transformers.Trainer(
+        model, arguments, optimizer_cls_and_kwargs=chosen
+    ).create_optimizer()
+    assert isinstance(made, Conda)
+    return made
+
+
+def _groups(optimizer: Conda) -> dict[tuple[str, float], list[str]]:
+    """The names of the parameters by path and weight decay."""
+    return {(g["algorithm"], g["weight_decay"]): g["param_names"] for g in optimizer.param_groups}
+
+
+def test_trainers_groups() -> None:
+    """The Trainer's decay and rate, and the paths of param_groups."""
+    optimizer = _made(language_model())
+    groups = _groups(optimizer)
+    assert {len(groups["conda", 0.1]), len(optimizer.param_groups)} == {14, 3}
+    assert set(groups["adamw", 0.1]) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert all("norm" in name for name in groups["adamw", 0.0])
+    assert {group["lr"] for group in optimizer.param_groups} == {RATE}
+    without = _made(language_model(), weight_decay=0.0).param_groups
+    assert sum(len(group["params"]) for group in without) == 21
+    with pytest.raises(ValueError, match=r"learning_rate: 5e-05 is the default of TrainingArg"):
+        _made(language_model(), learning_rate=5e-5)
+
+
+def test_adapters() -> None:
+    """PEFT's A and B take the conda path, DoRA's magnitudes the adamw path; rank 1 has none."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(rank: int) -> Any:
+        config = LoraConfig(r=rank, target_modules="all-linear", use_dora=True)
+        return get_peft_model(language_model(), config)
+
+    groups = _groups(_made(adapted(4)))
+    assert len(groups["conda", 0.1]) == 28
+    assert all(".lora_A." in name or ".lora_B." in name for name in groups["conda", 0.1])
+    assert all("magnitude" in name for name in groups["adamw", 0.1])
+    with pytest.raises(ValueError, match="no trainable matrix would reach"):
+        _made(adapted(1))
+
+
+def test_an_option_that_conda_has_not() -> None:
+    import transformers
+
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    arguments = transformers.TrainingArguments("unused", learning_rate=RATE, use_cpu=True)
+    with pytest.raises(TypeError, match="update_gap"):
+        conda_for_trainer(arguments, update_gap=3)
