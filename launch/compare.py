@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.job.files import EXIT_FAILED, EXIT_STOPPED
+from conda_dist.launch.job.optimizer_config import SECTIONS
 from conda_dist.launch.tools import protocol
 from conda_dist.launch.tools.command_line import Parser, positive, refuse
 
@@ -56,7 +57,9 @@ def run(comparison: protocol.Comparison) -> int:
             runner = Runner(comparison)
             complete = runner.run()
     except Timeout:
-        raise ConfigError(f"another comparison writes {comparison.folder}: wait for its end") from None
+        raise ConfigError(
+            f"another comparison writes {comparison.folder}: wait for its end"
+        ) from None
     if not complete:
         print("stopped; the same command continues", file=sys.stderr)
         return EXIT_STOPPED
@@ -81,7 +84,7 @@ def _parser() -> Parser:
     parser = Parser("compare", __doc__, epilog)
     count: dict[str, Any] = {"type": positive, "metavar": "N"}
     listed: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
-    names = ", ".join(protocol.OPTIMIZERS)
+    names = ", ".join(SECTIONS)
     for name, text, options in (
         ("config", "TOML file shared by all runs", {"metavar": "CONFIG", "nargs": "?"}),
         ("--output", "folder of the comparison", {"type": Path, "required": True}),

@@ -7,36 +7,15 @@ cannot drift apart.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, make_dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from conda_dist.options import OPTIONS, Option
-
-OptimizerName = Literal["conda", "adamw", "muon"]
-
-_MOST = 2**31 - 1
-"""Of sizes and counts: what the libraries below take."""
-_LARGE = 1e9
-"""Of rates and decays: more than anyone's, and float32 can still multiply two of them."""
+from conda_dist.launch.job.key import LARGE, MOST, Key
+from conda_dist.launch.job.optimizer_config import OptimizerConfig
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message says which key and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """What the declaration of a key says besides its type and default.
-
-    The bounds apply to the value; to each item, where that is a list.
-    """
-
-    help: str
-    """One line for `--help`, with the unit where there is one."""
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +25,13 @@ class ModelConfig:
     architecture: Annotated[
         Literal["llama", "gpt2"], Key("LlamaForCausalLM or GPT2LMHeadModel")
     ] = "llama"
-    hidden_size: Annotated[int, Key("width of the residual stream", ge=1, le=_MOST)] = 192
-    intermediate_size: Annotated[int, Key("width inside the MLP", ge=1, le=_MOST)] = 512
-    num_hidden_layers: Annotated[int, Key("number of blocks", ge=1, le=_MOST)] = 4
-    num_attention_heads: Annotated[int, Key("attention heads per block", ge=1, le=_MOST)] = 6
+    hidden_size: Annotated[int, Key("width of the residual stream", ge=1, le=MOST)] = 192
+    intermediate_size: Annotated[int, Key("width inside the MLP", ge=1, le=MOST)] = 512
+    num_hidden_layers: Annotated[int, Key("number of blocks", ge=1, le=MOST)] = 4
+    num_attention_heads: Annotated[int, Key("attention heads per block", ge=1, le=MOST)] = 6
     num_key_value_heads: Annotated[
         int | None,
-        Key("llama: key/value heads (default: as many as attention heads)", ge=1, le=_MOST),
+        Key("llama: key/value heads (default: as many as attention heads)", ge=1, le=MOST),
     ] = None
     rope_theta: Annotated[float, Key("llama: base of the rotary embedding", ge=1, le=1e30)] = (
         10000.0
@@ -76,7 +55,7 @@ class TokenizerConfig:
         int, Key("vocabulary to train, special token included", ge=257, le=10_000_000)
     ] = 4096
     sample_mb: Annotated[
-        float, Key("MB of text to train it on, from the start of the data", gt=0, le=_LARGE)
+        float, Key("MB of text to train it on, from the start of the data", gt=0, le=LARGE)
     ] = 32.0
     end_of_text: Annotated[str, Key("token put after each document")] = "<|endoftext|>"
 
@@ -95,7 +74,7 @@ class DataConfig:
     hf_val_split: Annotated[
         str, Key("its validation split, val_fraction of hf_mb (default: of hf_split)")
     ] = ""
-    hf_mb: Annotated[float, Key("MB of its text to take, from the start", gt=0, le=_LARGE)] = 1000.0
+    hf_mb: Annotated[float, Key("MB of its text to take, from the start", gt=0, le=LARGE)] = 1000.0
     text_field: Annotated[str, Key("field or column of the text in JSONL, parquet and hf")] = "text"
     text_separator: Annotated[
         str, Key(r"cuts plain-text files into documents, such as '\n\n' (default: one a file)")
@@ -106,94 +85,6 @@ class DataConfig:
     cache: Annotated[
         str, Key("folder for tokens and tokenizers (default: ~/.cache/conda_dist)")
     ] = ""
-
-
-def _key(option: Option) -> Key:
-    """An option of Conda as a key of the job, which refuses a rate of zero and very large ones."""
-    positive = option.name in ("lr", "eps", "scale")
-    most = _LARGE if option.type is float else None
-    least = None if positive else option.least
-    return Key(option.help, ge=least, gt=0 if positive else None, le=most, lt=option.below)
-
-
-_CondaOptions: Any = make_dataclass(
-    "_CondaOptions",
-    [(n, Annotated[o.config_type, _key(o)], o.default) for n, o in OPTIONS.items()],
-    frozen=True,
-    slots=True,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class CondaConfig(_CondaOptions):  # type: ignore[misc]
-    """All options of `conda_dist.options`; the defaults are the paper's (arXiv 2509.24218)."""
-
-    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0, le=1e30)] = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class AdamWConfig:
-    """torch.optim.AdamW's keys."""
-
-    lr: Annotated[float, Key("peak learning rate", gt=0, le=_LARGE)] = 1e-3
-    betas: Annotated[tuple[float, float], Key("decay of the two moments", ge=0, lt=1)] = (
-        0.9,
-        0.999,
-    )
-    eps: Annotated[float, Key("added to the square root of the second moment", gt=0, le=_LARGE)] = (
-        1e-8
-    )
-    weight_decay: Annotated[float, Key("decoupled weight decay", ge=0, le=_LARGE)] = 0.0
-    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0, le=1e30)] = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class MuonConfig:
-    """conda_dist.Muon's keys: of the blocks' matrices, and of AdamW for everything else."""
-
-    lr: Annotated[float, Key("peak learning rate of the matrices", gt=0, le=_LARGE)] = 1e-3
-    momentum: Annotated[float, Key("decay of the momentum", ge=0, lt=1)] = 0.95
-    weight_decay: Annotated[
-        float, Key("decoupled weight decay, of both parts", ge=0, le=_LARGE)
-    ] = 0.0
-    ns_steps: Annotated[int, Key("Newton-Schulz iterations", ge=1, lt=100)] = 5
-    adjust_lr: Annotated[
-        Literal["original", "match_rms_adamw", "spectral_unclamped"],
-        Key("how the rate follows a matrix's shape"),
-    ] = "match_rms_adamw"
-    adamw_scale: Annotated[
-        float, Key("multiplies the update of the AdamW part", gt=0, le=_LARGE)
-    ] = 1.0
-    adamw_betas: Annotated[tuple[float, float], Key("betas of the AdamW part", ge=0, lt=1)] = (
-        0.9,
-        0.95,
-    )
-    adamw_eps: Annotated[float, Key("eps of the AdamW part", gt=0, le=_LARGE)] = 1e-8
-    grad_clip: Annotated[float, Key("largest gradient norm; 0: no clipping", ge=0, le=1e30)] = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerConfig:
-    """Which optimizer, and the settings of each, so that one file serves a comparison.
-
-    `optimizer.KEY` is short for `optimizer.NAME.KEY` of the chosen optimizer.
-    """
-
-    name: Annotated[OptimizerName, Key("the optimizer to train with")] = "conda"
-    conda: CondaConfig = field(default_factory=CondaConfig)
-    adamw: AdamWConfig = field(default_factory=AdamWConfig)
-    muon: MuonConfig = field(default_factory=MuonConfig)
-
-    @property
-    def chosen(self) -> CondaConfig | AdamWConfig | MuonConfig:
-        """The settings of the optimizer that `name` selects."""
-        match self.name:
-            case "conda":
-                return self.conda
-            case "adamw":
-                return self.adamw
-            case "muon":
-                return self.muon
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,19 +110,19 @@ class ScheduleConfig:
 class TrainingConfig:
     """The loop: how much, how often, in which precision."""
 
-    steps: Annotated[int, Key("optimizer steps", ge=1, le=_MOST)] = 600
+    steps: Annotated[int, Key("optimizer steps", ge=1, le=MOST)] = 600
     seed: Annotated[int, Key("of the initial weights, the data order and dropout", ge=0)] = 0
-    sequence_length: Annotated[int, Key("tokens per sequence", ge=2, le=_MOST)] = 256
-    global_batch_size: Annotated[int, Key("sequences per step over all ranks", ge=1, le=_MOST)] = 8
+    sequence_length: Annotated[int, Key("tokens per sequence", ge=2, le=MOST)] = 256
+    global_batch_size: Annotated[int, Key("sequences per step over all ranks", ge=1, le=MOST)] = 8
     micro_batch_size: Annotated[
-        int, Key("most sequences per rank and forward pass", ge=1, le=_MOST)
+        int, Key("most sequences per rank and forward pass", ge=1, le=MOST)
     ] = 4
     compute_dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
         Key("type of forward and backward; auto: bfloat16 where it is fast"),
     ] = "auto"
     hsdp_replicas: Annotated[
-        int, Key("copies of the sharded model (HSDP); 1: plain FSDP", ge=1, le=_MOST)
+        int, Key("copies of the sharded model (HSDP); 1: plain FSDP", ge=1, le=MOST)
     ] = 1
     lean_accumulation: Annotated[
         bool, Key("keep weights and gradients sharded between micro-batches: more communication")
@@ -240,8 +131,8 @@ class TrainingConfig:
         False
     )
     compile: Annotated[bool, Key("torch.compile each block")] = False
-    val_interval: Annotated[int, Key("steps between validations", ge=1, le=_MOST)] = 50
-    val_sequences: Annotated[int, Key("sequences in the fixed validation set", ge=1, le=_MOST)] = 64
+    val_interval: Annotated[int, Key("steps between validations", ge=1, le=MOST)] = 50
+    val_sequences: Annotated[int, Key("sequences in the fixed validation set", ge=1, le=MOST)] = 64
     timeout_s: Annotated[
         float, Key("seconds after which a stuck collective ends the job", ge=1, le=1e7)
     ] = 1800.0
@@ -367,9 +258,9 @@ def _conflicts(config: Config) -> list[tuple[bool, str]]:
 
 def _deepspeed_conflicts(config: Config) -> list[tuple[bool, str]]:
     """What FSDP2 does and the other engine does not."""
-    training = config.training
+    training, name = config.training, config.optimizer.name
     found = {
-        "optimizer.name muon": (config.optimizer.name == "muon", "conda or adamw"),
+        f"optimizer.name {name}": (name not in ("conda", "adamw"), "conda or adamw"),
         "training.hsdp_replicas": (training.hsdp_replicas != 1, "1"),
         "training.lean_accumulation": (training.lean_accumulation, "false"),
         "training.compile": (training.compile, "false"),

@@ -6,6 +6,7 @@ Importing this module imports DeepSpeed; `pretrain.py` does so only for a job th
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from conda_dist.integrations.deepspeed import Conda  # which makes the JSON's type known, too
 from conda_dist.launch.cluster.process_group import JobError, World, from_main, together
 from conda_dist.launch.job.config import Config, ConfigError
-from conda_dist.launch.job.deepspeed_settings import build_settings
+from conda_dist.launch.job.deepspeed_settings import build_settings, parameter_groups
 from conda_dist.launch.job.engine import Engine, StepResult, clock
 from conda_dist.launch.job.finite import finite
 from conda_dist.launch.job.model import compute_dtype, initialised_model
@@ -47,7 +49,7 @@ class DeepSpeedEngine(Engine):
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=model,
-                model_parameters=list(model.parameters()),
+                model_parameters=parameter_groups(config, model, vocab_size),
                 config=settings,
                 dist_init_required=False,
             )
@@ -60,6 +62,10 @@ class DeepSpeedEngine(Engine):
         self._engine.checkpoint_engine = self._files
         self._peaks = [float(group["lr"]) for group in self._groups]
         self._report = False
+
+    @property
+    def _optimizers(self) -> Sequence[Optimizer]:
+        return [self._engine.basic_optimizer]
 
     @property
     def _groups(self) -> list[dict[str, Any]]:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from conda_dist import param_groups
 from conda_dist.launch.cluster.process_group import World, from_main
-from conda_dist.launch.job.config import AdamWConfig, CondaConfig, Config, ConfigError
-from conda_dist.launch.job.model import compute_dtype
-from conda_dist.launch.job.optimizers import conda_arguments
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.model import compute_dtype, empty_model
+from conda_dist.launch.job.optimizers import arguments, rest_arguments
 
 _OWNED = {
     "train_batch_size": "training.global_batch_size",
@@ -70,20 +72,25 @@ def build_settings(config: Config, world: World) -> dict[str, Any]:
 
 
 def _optimizer(config: Config) -> dict[str, Any]:
-    match config.optimizer.chosen:
-        case CondaConfig() as settings:
-            return {"type": "Conda", "params": conda_arguments(settings)}
-        case AdamWConfig() as settings:
-            params = {
-                "torch_adam": True,
-                "fused": True,
-                "lr": settings.lr,
-                "betas": settings.betas,
-                "eps": settings.eps,
-                "weight_decay": settings.weight_decay,
-            }
-            return {"type": "AdamW", "params": params}
-    raise ConfigError(f"optimizer.name {config.optimizer.name} is not supported by DeepSpeed")
+    params = arguments(config.optimizer.chosen)
+    if config.optimizer.name == "conda":
+        return {"type": "Conda", "params": params}
+    del params["adamw_scale"]  # the rest has a group with a rate of its own
+    return {"type": "AdamW", "params": {"torch_adam": True, "fused": True, **params}}
+
+
+def parameter_groups(config: Config, model: nn.Module, vocab_size: int) -> list[dict[str, Any]]:
+    """The model's matrices, and all the rest with the settings of the AdamW that steps it."""
+    # Stage 3 has partitioned the model; its names are those of the empty one.
+    *_, others = param_groups(empty_model(config.model, config.training, vocab_size))
+    names = {name for name, _ in others["params"]}
+    sides: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        sides[name in names].append(parameter)
+    own = rest_arguments(config.optimizer)
+    if config.optimizer.name == "conda":  # which multiplies by adamw_scale itself
+        own = {key: own[key] for key in ("betas", "eps")}
+    return [{"params": sides[False]}, {"params": sides[True], **own}]
 
 
 def _read(file: Path) -> tuple[Any, str]:

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from conda_dist.launch.cluster.process_group import World, synchronise
 from conda_dist.launch.data.batches import Tokens
@@ -29,6 +31,7 @@ from conda_dist.launch.job.finite import Origin, finite
 from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
 from conda_dist.launch.job.tensors import load_tensors, save_tensors
 from conda_dist.matrix_optimizer import MatrixOptimizer
+from conda_dist.runtime.dtensor import local
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,10 @@ class Fsdp2Engine(Engine):
         except ValueError as error:
             raise ConfigError(f"optimizer.{config.optimizer.name}: {error}") from error
         self._peaks = [float(group["lr"]) for group in self._groups]
+
+    @property
+    def _optimizers(self) -> Sequence[Optimizer]:
+        return self.optimizers
 
     @property
     def _groups(self) -> list[dict[str, Any]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import pkgutil
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from conda_dist import Conda, Muon, param_groups
-from conda_dist.launch.job.config import AdamWConfig, CondaConfig, MuonConfig, OptimizerConfig
-from conda_dist.options import OPTIONS
+from conda_dist import param_groups
+from conda_dist.launch.job.optimizer_config import OptimizerConfig, Settings
+from conda_dist.matrix_optimizer import MatrixOptimizer
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
@@ -24,15 +26,20 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
         Optimizers that together hold every trainable parameter once; the first one's learning
         rate is the one to report.
     """
-    match config.chosen:
-        case CondaConfig() as settings:
-            return [_conda(model, settings)]
-        case AdamWConfig() as settings:
-            parameters = list(model.parameters())
-            return [
-                _adamw(parameters, settings.lr, settings.betas, settings.eps, settings.weight_decay)
-            ]
-    return [_muon(model, config.muon)]
+    settings = config.chosen
+    kind = pkgutil.resolve_name(settings.built_by)
+    given = arguments(settings)
+    if issubclass(kind, MatrixOptimizer):
+        eps = "eps" if config.name == "conda" else "adamw_eps"
+        own = {"betas": config.adamw_betas, eps: config.adamw_eps}
+        return [kind(param_groups(model, rule=config.name, adamw_options=own), **given)]
+    del given["adamw_scale"]
+    if kind is torch.optim.AdamW:
+        given["fused"] = True
+    *groups, others = param_groups(model)
+    held = [parameter for group in groups for _, parameter in group["params"]]
+    rest = [parameter for _, parameter in others["params"]]
+    return [kind(held, **given), torch.optim.AdamW(rest, **rest_arguments(config), fused=True)]
 
 
 def describe(optimizers: list[Optimizer]) -> str:
@@ -45,34 +52,21 @@ def describe(optimizers: list[Optimizer]) -> str:
     return "; ".join(parts)
 
 
-def conda_arguments(settings: CondaConfig) -> dict[str, Any]:
-    """Conda's arguments, but for its groups; dtypes by name."""
-    return {name: getattr(settings, name) for name in OPTIONS}
+def arguments(settings: Settings) -> dict[str, Any]:
+    """The arguments of the class that steps the matrices, but for its groups; dtypes by name."""
+    names = [field.name for field in dataclasses.fields(settings) if field.name != "grad_clip"]
+    return {name: getattr(settings, name) for name in names}
 
 
-def _conda(model: nn.Module, settings: CondaConfig) -> Conda:
-    return Conda(param_groups(model), **conda_arguments(settings))
+def rest_arguments(config: OptimizerConfig) -> dict[str, Any]:
+    """The arguments of AdamW for embeddings, head, norms and biases.
 
-
-def _adamw(
-    parameters: list[nn.Parameter],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=True)
-
-
-def _muon(model: nn.Module, settings: MuonConfig) -> Muon:
-    return Muon(
-        param_groups(model, rule="muon"),
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        ns_steps=settings.ns_steps,
-        adjust_lr_fn=settings.adjust_lr,
-        betas=settings.adamw_betas,
-        adamw_eps=settings.adamw_eps,
-        adamw_scale=settings.adamw_scale,
-    )
+    Its decay is the matrices', `lr * weight_decay`, whatever its rate is.
+    """
+    settings = config.chosen
+    return {
+        "lr": settings.lr * settings.adamw_scale,
+        "betas": config.adamw_betas,
+        "eps": config.adamw_eps,
+        "weight_decay": settings.weight_decay / settings.adamw_scale,
+    }

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from conda_dist.launch.job.config import Config, ConfigError, Key
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.key import Key
 
 Values = dict[str, Any]
 

@@ -13,8 +13,10 @@ from conda_dist.launch.tools.protocol import protocol_of
 from conda_dist.launch.tools.search import Rule, steps_to
 from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
 
-_HEADER = ("rule", "matrices", "rest", "trials", "best trial", "final loss", "least to greatest")
-_HEADER += ("ms a step", "optimizer ms", "state MiB")
+_HEADER = (
+    *("rule", "matrices", "rest", "trials", "best trial", "final loss", "least to greatest"),
+    *("ms a step", "optimizer ms", "state MiB"),
+)
 
 
 class Findings:
@@ -55,7 +57,7 @@ class Findings:
                 "shared the machine.\n",
                 *_markdown(("rule", *others), map(self._shares, self._rules)),
                 "All trials.\n",
-                *_markdown(_HEADER[:3] + ("loss",), self._trials()),
+                *_markdown((*_HEADER[:3], "loss"), self._trials()),
                 "Made by:\n",
                 *(
                     f"    {session['command']}  # {session['begun']}, {session['machine']}, "
@@ -91,7 +93,9 @@ class Findings:
     def _times(self, rule: Rule) -> list[float]:
         """Mean seconds of a step, and those of them in the optimizer."""
         records = self._repeats(rule, self._full)
-        return [statistics.fmean(each[key] for each in records) for key in ("step_s", "optimizer_s")]
+        return [
+            statistics.fmean(each[key] for each in records) for key in ("step_s", "optimizer_s")
+        ]
 
     def _shares(self, rule: Rule) -> list[str]:
         """How soon a rule gets to the final loss of each rule."""

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from conda_dist import param_groups
-from conda_dist.launch.job.config import CondaConfig
-from conda_dist.launch.job.optimizers import conda_arguments
+from conda_dist.launch.job.optimizer_config import CondaConfig
+from conda_dist.launch.job.optimizers import arguments
 from conda_dist.launch.tools.hardware import (
     EXCHANGE_LAUNCHES,
     HOST_EXCHANGE,
@@ -148,7 +148,7 @@ def forecast_conda(
 
 def conda_options(settings: CondaConfig) -> Options:
     """The options of a Conda with these settings."""
-    given = conda_arguments(settings)
+    given = arguments(settings)
     return Options(**{option.name: given[option.name] for option in fields(Options)})
 
 

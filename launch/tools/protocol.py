@@ -12,18 +12,18 @@ import time
 import tomllib
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from conda_dist.launch.cluster.launcher import shutdown_timeout
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.files import CONFIG
+from conda_dist.launch.job.optimizer_config import SECTIONS
 from conda_dist.launch.tools.command_line import check_input, check_output
 from conda_dist.launch.tools.search import Protocol, Rule, Run
 
-OPTIMIZERS: tuple[str, ...] = get_args(options.SCHEMA["optimizer.name"].type)
 RESULTS = "results.json"
 _DEFAULTS = {"budget": 8, "seeds": 3}
 _PACKAGES = ("conda-dist", "torch", "numpy", "transformers", "tokenizers", "deepspeed", "optuna")
@@ -105,10 +105,10 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
     if there is None and given.config is None:
         raise ConfigError(f"{folder} holds no comparison yet: name a CONFIG")
     before = {rule["name"]: rule for rule in there["rules"]} if there else {}
-    asked = given.optimizers or before or OPTIMIZERS
+    asked = given.optimizers or before or SECTIONS
     for name in asked:
-        if name not in OPTIMIZERS:
-            raise ConfigError(f"unknown {name!r}: name some of {', '.join(OPTIMIZERS)}")
+        if name not in SECTIONS:
+            raise ConfigError(f"unknown {name!r}: name some of {', '.join(SECTIONS)}")
     names = list(dict.fromkeys([*before, *asked]))
     config = _common(given.config or str(folder / CONFIG), overrides, names)
     nproc = given.nproc or (there["nproc"] if there else 1)
@@ -140,8 +140,8 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
 
 def _common(path: str, overrides: Sequence[str], rules: Collection[str]) -> Config:
     """What all runs have in common, with the sections of all optimizers."""
-    own: dict[str, list[str]] = {name: [] for name in OPTIMIZERS}
-    general = []
+    own: dict[str, list[str]] = {name: [] for name in SECTIONS}
+    general: list[str] = []
     for key, text in options.split_arguments(overrides):
         parts = key.split(".")
         if key in ("output", "resume", "optimizer.name"):
@@ -165,7 +165,7 @@ def _require_same(folder: Path, there: dict[str, Any], config: Config, nproc: in
     """Refuses to add runs of another configuration; of optimizers, only those there count."""
     now, then = ({**_flat(config), "nproc": nproc}, {**there["config"], "nproc": there["nproc"]})
     compared = [rule["name"] for rule in there["rules"]]
-    free = tuple(f"optimizer.{name}." for name in OPTIMIZERS if name not in compared)
+    free = tuple(f"optimizer.{name}." for name in SECTIONS if name not in compared)
     differing = [
         key
         for key in {**then, **now}

@@ -6,6 +6,7 @@ is killed, or given another rule, seed or trial, knows by itself what is still t
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -209,7 +210,7 @@ def steps_to(loss: float, curve: Sequence[tuple[int, float]]) -> tuple[float, bo
     reached = [(steps, found) for steps, found in curve if found <= loss]
     if not curve or curve[0] not in reached:
         return None
-    for (long, low), (short, high) in zip(curve, curve[1:], strict=False):
+    for (long, low), (short, high) in itertools.pairwise(curve):
         if high > loss:
             if math.isinf(high) or low == loss:
                 return float(long), True

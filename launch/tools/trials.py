@@ -65,8 +65,8 @@ class Store:
         """Of all finished runs, in the order in which they ended."""
         studies = self._storage.get_all_studies()
         trials = [t for s in studies for t in self._storage.get_all_trials(s._study_id)]
-        trials.sort(key=lambda trial: trial.datetime_complete)
-        return [trial.user_attrs["record"] for trial in trials]
+        records = [trial.user_attrs["record"] for trial in trials]
+        return sorted(records, key=lambda record: record["ended"])
 
 
 def run_of(record: dict[str, Any]) -> Run:
@@ -173,6 +173,7 @@ class Runner:
         record = {
             **asdict(run),
             **found,
+            "ended": time.time(),
             "wall_s": time.monotonic() - started,
             "session": len(results["sessions"]) - 1,
             "command": shlex.join(self._comparison.command(run)),

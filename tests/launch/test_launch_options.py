@@ -17,6 +17,7 @@ from conda_dist.launch.cluster import mpi
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.files import EXIT_CONFIG
+from conda_dist.launch.job.optimizer_config import SECTIONS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -71,6 +72,10 @@ def test_values_on_the_command_line(argument: str, text: str, value: object) -> 
         (["--training.compile", "yes"], ["true or false"]),
         (["--schedule.min_lr", "nan"], ["schedule.min_lr = nan", "a number"]),
         (["--optimizer.name", "sgd"], ["'conda', 'adamw', 'muon'"]),
+        (
+            ["--optimizer.name=namo_d", "--optimizer.clamp=1.5"],
+            ["namo_d.clamp = 1.5: must be <= 1"],
+        ),
         (["--optimizer.conda.betas", "0.9"], ["a list of 2"]),
         (["--optimizer.conda.betas", "0.9,1.0"], ["must be < 1"]),
         (["training.steps", "5"], ["found 'training.steps'"]),
@@ -146,6 +151,19 @@ def test_the_short_form_sets_the_chosen_optimizer(tmp_path: Path) -> None:
     assert config.optimizer.adamw.lr == 3e-3
 
 
+@pytest.mark.parametrize("name", SECTIONS)
+def test_two_effective_rates_are_the_axes_of_a_sweep(name: str) -> None:
+    chosen = ["--optimizer.name", name]
+    keys = options.load(None, chosen).optimizer.keys_for_rates(3e-3, 2e-2)
+    assert list(keys) == [f"optimizer.{name}.lr", f"optimizer.{name}.adamw_scale"]
+    given = [f"--{key}={value!r}" for key, value in keys.items()]
+    assert options.load(None, [*chosen, *given]).optimizer.effective_rates == pytest.approx(
+        (3e-3, 2e-2), rel=1e-12
+    )
+    if name == "conda":  # whose scale multiplies lr
+        assert keys[f"optimizer.{name}.lr"] == pytest.approx(1.2e-2)
+
+
 def test_a_key_of_another_optimizer_is_not_silently_ignored() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.conda\.scale has no effect"):
         options.load(None, ["--optimizer.name", "adamw", "--optimizer.conda.scale", "1.0"])
@@ -216,7 +234,7 @@ def test_a_mistyped_key_is_answered_with_a_real_one(name: str, typo: str) -> Non
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.stem)
-@pytest.mark.parametrize("optimizer", ["conda", "adamw", "muon"])
+@pytest.mark.parametrize("optimizer", SECTIONS)
 def test_shipped_configs_are_valid(file: Path, optimizer: str) -> None:
     config = options.load(file, ["--optimizer.name", optimizer])
     assert config.output == f"runs/{file.stem}"

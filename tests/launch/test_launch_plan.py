@@ -16,7 +16,7 @@ import ranks
 from conda_dist import Conda, Muon
 from conda_dist.launch import plan
 from conda_dist.launch.job import options
-from conda_dist.launch.job.config import CondaConfig
+from conda_dist.launch.job.optimizer_config import CondaConfig
 from conda_dist.launch.tools import forecast, planned
 from conda_dist.launch.tools.hardware import HARDWARE, Mesh
 from conda_dist.launch.tools.planned import Planned
