@@ -10,7 +10,7 @@ from typing import Any
 
 from conda_dist.launch.job.picture import new_figure
 from conda_dist.launch.tools.protocol import protocol_of
-from conda_dist.launch.tools.search import Rule, steps_to
+from conda_dist.launch.tools.search import Rule, edges, steps_to
 from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
 
 _HEADER = (
@@ -70,16 +70,18 @@ class Findings:
 
     def _row(self, rule: Rule) -> list[str]:
         """What was tuned, the losses on other seeds, and what a step costs."""
-        state = self._protocol.search(rule, self._losses)
-        spent = f"{len(state.points) - len(state.missing)} of {rule.budget}"
-        best = self._protocol.chosen(rule, self._losses)
+        points, best = self._protocol.search(rule, self._losses)
+        tried = sum(self._protocol.trial(rule, point) in self._losses for point in points)
+        spent = f"{tried} of {rule.budget}"
         if best is None:
             return [rule.name, "", "", spent, "not known yet", *[""] * 5]
-        edges = f"at an edge: no trial {', '.join(state.edges)}" if state.edges else "inside"
-        cells = [rule.name, f"{best.matrices:.3g}", f"{best.rest:.3g}", spent, edges]
+        open_sides = ", ".join(edges(points, best))
+        run = self._protocol.trial(rule, best)
+        cells = [rule.name, f"{run.matrices:.3g}", f"{run.rest:.3g}", spent]
+        cells.append(f"at an edge: no trial {open_sides}" if open_sides else "inside")
         records = self._repeats(rule, self._full)
         if not records:
-            return [*cells, "diverged" if math.isinf(self._losses[best]) else "", *[""] * 4]
+            return [*cells, "diverged" if math.isinf(self._losses[run]) else "", *[""] * 4]
         finite = [loss for loss in map(loss_of, records) if math.isfinite(loss)]
         final = f"{statistics.fmean(finite):.4f}" if finite else ""
         final += f" ± {statistics.stdev(finite):.4f}" if len(finite) > 1 else ""
@@ -99,7 +101,7 @@ class Findings:
 
     def _shares(self, rule: Rule) -> list[str]:
         """How soon a rule gets to the final loss of each rule."""
-        cells, curve = [rule.name], list(self._protocol.curve(rule, self._losses))
+        cells, curve = [rule.name], self._protocol.curve(rule, self._losses)
         for other in self._rules:
             target = self._means[other]
             if other == rule or not curve or target is None or math.isinf(target):
@@ -114,7 +116,7 @@ class Findings:
 
     def _trials(self) -> Iterable[list[str]]:
         for rule in self._rules:
-            for point in self._protocol.search(rule, self._losses).points:
+            for point in self._protocol.search(rule, self._losses)[0]:
                 run = self._protocol.trial(rule, point)
                 if (loss := self._losses.get(run)) is not None:
                     said = "diverged" if math.isinf(loss) else f"{loss:.4f}"
@@ -136,7 +138,7 @@ class Findings:
             end = statistics.fmean(curve[-1][1] for curve in curves)
             mean = _band(course, curves, f"C{index}", f"{rule.name}: {end:.3f}")
             lowest, highest = min(lowest, *mean), max(highest, *mean)
-            curve = list(self._protocol.curve(rule, self._losses))[::-1]
+            curve = self._protocol.curve(rule, self._losses)[::-1]
             lengths = [steps for steps, loss in curve if math.isfinite(loss)]
             seeds = zip(*(self._repeats(rule, steps) for steps in lengths), strict=True)
             finals = [[(run["steps"], run["val_loss"]) for run in seed] for seed in seeds]

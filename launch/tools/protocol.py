@@ -10,7 +10,7 @@ import platform
 import shlex
 import time
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,21 +46,30 @@ class Comparison:
 
     def command(self, run: Run) -> list[str]:
         """Starts that run, or continues it."""
-        optimizer = replaced(self.config, {"optimizer.name": run.rule}).optimizer
-        rates = optimizer.keys_for_rates(run.matrices, run.rest)
-        keys = {"optimizer.name": run.rule, **rates, "training.seed": run.seed}
-        keys |= {"training.steps": run.steps, "output": self.folder / "runs" / run.name}
+        own = keys_of(run.rule)
+        rates = options.replaced(self.config, own).optimizer.keys_for_rates(run.matrices, run.rest)
+        keys = {**own, **rates, "training.seed": run.seed, "training.steps": run.steps}
+        keys["output"] = self.folder / "runs" / run.name
         words = ["python"]
         if (processes := self.results["nproc"]) > 1:
             words += ["-m", "torch.distributed.run", "--standalone", *shutdown_timeout(300)]
             words += [f"--nproc-per-node={processes}"]
         words += ["-m", "conda_dist.launch.pretrain", str(self.folder / CONFIG)]
-        return [*words, *(f"--{key}={value}" for key, value in keys.items()), "--resume"]
+        words += [f"--{key}={'none' if value is None else value}" for key, value in keys.items()]
+        return [*words, "--resume"]
 
 
-def replaced(config: Config, values: dict[str, Any]) -> Config:
-    """The config with other values of some keys; raises ConfigError if it cannot be run."""
-    return options.build(options.to_values(config) | values)
+def keys_of(rule: str) -> dict[str, Any]:
+    """The keys that a rule sets: NAME, or NAME+KEY=VALUE, with options of its own.
+
+    Raises:
+        ConfigError: There is no such optimizer, key or value.
+    """
+    name, *own = rule.split("+")
+    if name not in SECTIONS:
+        raise ConfigError(f"unknown {name!r}: name some of {', '.join(SECTIONS)}")
+    words = [f"--optimizer.{name}.{text}" for text in own]
+    return {"optimizer.name": name, **options.parse_arguments(words)}
 
 
 def protocol_of(results: dict[str, Any]) -> Protocol:
@@ -79,8 +88,7 @@ def read(folder: Path) -> dict[str, Any]:
     file = folder / RESULTS
     try:
         results: dict[str, Any] = json.loads(file.read_text())
-        protocol_of(results)
-        _ = results["nproc"], results["sessions"], results["runs"]
+        _ = protocol_of(results), results["nproc"], results["sessions"], results["runs"]
     except (OSError, ValueError, TypeError, KeyError):
         raise ConfigError(f"{file} is not there, or not the results of a comparison") from None
     return results
@@ -101,58 +109,58 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
     """
     folder: Path = given.output
     check_output(folder)
-    there = read(folder) if (folder / RESULTS).exists() else None
-    if there is None and given.config is None:
+    if given.config is None and not (folder / RESULTS).exists():
         raise ConfigError(f"{folder} holds no comparison yet: name a CONFIG")
-    before = {rule["name"]: rule for rule in there["rules"]} if there else {}
+    there: dict[str, Any] = {"rules": [], "sessions": [], "runs": []}
+    if (folder / RESULTS).exists():
+        there = read(folder)
+    before = {rule["name"]: rule for rule in there["rules"]}
     asked = given.optimizers or before or SECTIONS
-    for name in asked:
-        if name not in SECTIONS:
-            raise ConfigError(f"unknown {name!r}: name some of {', '.join(SECTIONS)}")
     names = list(dict.fromkeys([*before, *asked]))
-    config = _common(given.config or str(folder / CONFIG), overrides, names)
-    nproc = given.nproc or (there["nproc"] if there else 1)
-    if there:
-        _require_same(folder, there, config, nproc)
+    keys = {name: keys_of(name) for name in names}
+    optimizers = {key["optimizer.name"] for key in keys.values()}
+    config = _common(given.config or str(folder / CONFIG), overrides, optimizers)
+    nproc = given.nproc or there.get("nproc", 1)
     rules = []
     for name in names:
         amounts = {key: before.get(name, _DEFAULTS)[key] for key in _DEFAULTS}
         if name in asked:
-            amounts |= {key: getattr(given, key) or amounts[key] for key in amounts}
-        rates = replaced(config, {"optimizer.name": name}).optimizer.effective_rates
+            amounts = {key: getattr(given, key) or amount for key, amount in amounts.items()}
+        rates = options.replaced(config, keys[name]).optimizer.effective_rates
         rules.append({"name": name, "matrices": rates[0], "rest": rates[1], **amounts})
-    if (gpus := devices()) and given.jobs * nproc > len(gpus):
-        raise ConfigError(f"--jobs {given.jobs} of {nproc} processes: there are {len(gpus)} GPUs")
     results = {
-        "config": _flat(config),
+        "config": options.flatten(tomllib.loads(options.to_toml(config))),
         "nproc": nproc,
         "rules": rules,
-        "sessions": [*(there["sessions"] if there else []), _session(given.jobs, typed)],
-        "runs": there["runs"] if there else [],
+        "sessions": [*there["sessions"], _session(given.jobs, typed)],
+        "runs": there["runs"],
     }
+    if before:
+        compared = {keys[name]["optimizer.name"] for name in before}
+        _require_same(folder, there, results, compared)
+    if (gpus := devices()) and given.jobs * nproc > len(gpus):
+        raise ConfigError(f"--jobs {given.jobs} of {nproc} processes: there are {len(gpus)} GPUs")
     protocol = protocol_of(results)
     for name in names:  # also of the shortest runs, before any is begun
         for steps in protocol.lengths:
-            replaced(config, {"optimizer.name": name, "training.steps": steps})
+            options.replaced(config, {**keys[name], "training.steps": steps})
     check_input(config)
     return Comparison(folder, config, protocol, given.jobs, results)
 
 
-def _common(path: str, overrides: Sequence[str], rules: Collection[str]) -> Config:
+def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config:
     """What all runs have in common, with the sections of all optimizers."""
-    own: dict[str, list[str]] = {name: [] for name in SECTIONS}
+    own: dict[str, list[str]] = {name: [] for name in sorted(optimizers)}
     general: list[str] = []
     for key, text in options.split_arguments(overrides):
-        parts = key.split(".")
+        head, _, name = key.rpartition(".")
         if key in ("output", "resume", "optimizer.name"):
             raise ConfigError(f"--{key} differs from run to run: compare sets it itself")
-        if parts[0] == "optimizer" and len(parts) == 2 and key not in options.SCHEMA:
-            raise ConfigError(f"--{key}: of which optimizer? Give --optimizer.NAME.{parts[1]}")
-        section = parts[1] if parts[0] == "optimizer" and len(parts) == 3 else ""
-        if section in own and section not in rules:
-            raise ConfigError(f"--{key} has no effect: {section} is not compared")
-        own.get(section, general).append(f"--{key}={text}")
-    values = options.to_values(options.load(path, general))
+        if head == "optimizer" and key not in options.SCHEMA:
+            raise ConfigError(f"--{key}: of which optimizer? Give --optimizer.NAME.{name}")
+        own.get(head.removeprefix("optimizer."), general).append(f"--{key}={text}")
+    first = [f"--optimizer.name={min(optimizers)}"]
+    values = options.to_values(options.load(path, [*first, *general]))
     for name, words in own.items():
         found = options.to_values(options.load(path, [f"--optimizer.name={name}", *words]))
         values |= {k: v for k, v in found.items() if k.startswith(f"optimizer.{name}.")}
@@ -161,10 +169,11 @@ def _common(path: str, overrides: Sequence[str], rules: Collection[str]) -> Conf
     return options.build(values)
 
 
-def _require_same(folder: Path, there: dict[str, Any], config: Config, nproc: int) -> None:
+def _require_same(
+    folder: Path, there: dict[str, Any], here: dict[str, Any], compared: set[str]
+) -> None:
     """Refuses to add runs of another configuration; of optimizers, only those there count."""
-    now, then = ({**_flat(config), "nproc": nproc}, {**there["config"], "nproc": there["nproc"]})
-    compared = [rule["name"] for rule in there["rules"]]
+    then, now = ({**each["config"], "nproc": each["nproc"]} for each in (there, here))
     free = tuple(f"optimizer.{name}." for name in SECTIONS if name not in compared)
     differing = [
         key
@@ -176,10 +185,6 @@ def _require_same(folder: Path, there: dict[str, Any], config: Config, nproc: in
             f"{folder} holds a comparison of another configuration (of another version, or with "
             f"another {', '.join(differing[:3])}): give another --output"
         )
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    return options.flatten(tomllib.loads(options.to_toml(config)))
 
 
 def _session(jobs: int, typed: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which runs a comparison makes: a search for each rule's two rates, other seeds, shorter runs.
 
-Everything here is a function of the losses that finished runs have had, so that a comparison which
-is killed, or given another rule, seed or trial, knows by itself what is still to be run.
+All of it is a function of the losses of the runs that are finished: a comparison that was killed,
+or is given another rule, seed or trial, knows by itself what is still to be run.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Point = tuple[int, int]
-"""Factors of two, as exponents, on the rates that a search begins at: matrices, rest."""
+"""Powers of two on the first trial's rates: that of the matrices, and that of the rest."""
 
-AXES = ("matrices", "rest")
 LENGTHS = (1.0, 5 / 6, 2 / 3, 1 / 2)
-"""Shares of the steps that runs take from which the steps to a baseline's loss are found."""
+"""Shares of the steps after which runs end that say how soon a baseline's loss is reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,84 +33,60 @@ class Run:
     def name(self) -> str:
         """Of its folder."""
         rates = f"matrices{self.matrices:.4g}-rest{self.rest:.4g}"
-        return f"{self.rule}-{rates}-seed{self.seed}-steps{self.steps}"
+        return f"{self.rule}-{rates}-seed{self.seed}-steps{self.steps}".replace("/", "_")
 
 
 Losses = Mapping[Run, float]
-"""Final validation losses of finished runs; infinite if they diverged."""
+"""Final validation losses of the finished runs; infinite where one diverged."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a comparison gives one optimizer."""
+    """What is compared: an optimizer, the rates of its first trial, its trials and its seeds."""
 
     name: str
     matrices: float
-    """The rate that its search begins at, and"""
     rest: float
-    """the same of everything else."""
     budget: int
-    """Trials of the search."""
     seeds: int
-    """Seeds at the rates that it finds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Search:
-    """How far a search has come."""
-
-    points: tuple[Point, ...]
-    """What it has asked for, in that order, within its budget."""
-    missing: tuple[Point, ...]
-    """Those not measured yet: to be run next."""
-    best: Point | None
-    """Where the loss is lowest, once the search is over."""
-
-    @property
-    def edges(self) -> list[str]:
-        """Sides of the best point on which the budget left no trial: a better one may be there."""
-        if self.best is None:
-            return []
-        sides = [("below", -1), ("above", 1)]
-        return [
-            f"{side} in {AXES[axis]}"
-            for axis in (0, 1)
-            for side, by in sides
-            if _moved(self.best, axis, by) not in self.points
-        ]
-
-
-def search(loss: Callable[[Point], float | None], budget: int) -> Search:
-    """Descends along one rate, then along the other, by factors of two, until neither helps.
+def search(losses: Mapping[Point, float], budget: int) -> tuple[list[Point], Point | None]:
+    """Descends along the matrices' rate, then along the other, until neither way is down.
 
     Args:
-        loss: Of a point; None: not measured yet.
+        losses: Those measured.
         budget: Most points.
+
+    Returns:
+        All points that it needs to know so far, and the best one, None if some are not measured.
     """
     points: list[Point] = []
     best, axis, settled = (0, 0), 0, 0
     while settled < 2:
         around = [best, _moved(best, axis, -1), _moved(best, axis, 1)]
-        points += [point for point in around if point not in points]
-        del points[budget:]
-        missing = tuple(point for point in points if loss(point) is None)
-        if missing:
-            return Search(tuple(points), missing, None)
+        points += [point for point in around if point not in points][: budget - len(points)]
+        if not losses.keys() >= {*points}:
+            return points, None
         # Where all diverge, the lower rate is the better one.
-        lowest = min((_known(loss, p), p) for p in around if p in points)[1]
+        lowest = min((losses[point], point) for point in around if point in points)[1]
+        if not {*points} >= {*around}:  # the budget is spent
+            break
         if lowest == best:
             axis, settled = 1 - axis, settled + 1
-        else:  # on along the same axis
+        else:  # an edge of what is measured: further the same way
             best, settled = lowest, 0
-        if not all(point in points for point in around):  # the budget is spent
-            break
-    return Search(tuple(points), (), min((_known(loss, p), p) for p in points)[1])
+    return points, min((losses[point], point) for point in points)[1]
 
 
-def _known(loss: Callable[[Point], float | None], point: Point) -> float:
-    found = loss(point)
-    assert found is not None
-    return found
+def edges(points: Sequence[Point], best: Point) -> list[str]:
+    """Sides of the best point on which there was no trial: a better rate may be there."""
+    return [
+        f"{side} {name}"
+        for axis, name in enumerate(("matrices", "rest"))
+        for side, by in (("below", -1), ("above", 1))
+        if _moved(best, axis, by) not in points
+    ]
 
 
 def _moved(point: Point, axis: int, by: int) -> Point:
@@ -137,63 +112,58 @@ class Protocol:
         rates = rule.matrices * 2.0 ** point[0], rule.rest * 2.0 ** point[1]
         return Run(rule.name, *rates, self.seed, self.steps)
 
-    def search(self, rule: Rule, losses: Losses) -> Search:
-        """How far a rule's search has come."""
-        return search(lambda point: losses.get(self.trial(rule, point)), rule.budget)
-
-    def chosen(self, rule: Rule, losses: Losses) -> Run | None:
-        """The best trial of a rule's search, once that is over."""
-        best = self.search(rule, losses).best
-        return None if best is None else self.trial(rule, best)
+    def search(self, rule: Rule, losses: Losses) -> tuple[list[Point], Point | None]:
+        """How far a rule's search has come; see `search`."""
+        measured = {}
+        for run, loss in losses.items():
+            if (run.rule, run.seed, run.steps) == (rule.name, self.seed, self.steps):
+                factors = run.matrices / rule.matrices, run.rest / rule.rest
+                measured[round(math.log2(factors[0])), round(math.log2(factors[1]))] = loss
+        return search(measured, rule.budget)
 
     def repeats(self, rule: Rule, losses: Losses, steps: int) -> list[Run]:
-        """The runs of a rule on the seeds that were not tuned on; none until rates are known."""
-        best = self.chosen(rule, losses)
-        if best is None or math.isinf(losses[best]):
+        """A rule's runs at its best rates on other seeds; none before these are known."""
+        _, best = self.search(rule, losses)
+        if best is None or math.isinf(losses[self.trial(rule, best)]):
             return []
+        found = self.trial(rule, best)
         seeds = range(self.seed + 1, self.seed + 1 + rule.seeds)
-        return [Run(rule.name, best.matrices, best.rest, seed, steps) for seed in seeds]
+        return [Run(rule.name, found.matrices, found.rest, seed, steps) for seed in seeds]
 
     def mean(self, rule: Rule, losses: Losses, steps: int) -> float | None:
-        """The mean loss of these runs, once all are finished."""
+        """The mean loss of these runs; None before all are finished."""
         runs = self.repeats(rule, losses, steps)
-        found = [losses[run] for run in runs if run in losses]
-        return statistics.fmean(found) if runs and len(found) == len(runs) else None
+        complete = runs and losses.keys() >= {*runs}
+        return statistics.fmean(losses[run] for run in runs) if complete else None
 
-    def wanted(self, losses: Losses) -> list[Run]:
-        """What can be run now, given the losses so far; nothing: the comparison is complete."""
-        return [run for rule in self.rules for run in self._next(rule, losses)[0]]
+    def curve(self, rule: Rule, losses: Losses) -> list[tuple[int, float]]:
+        """Steps, and the mean final loss of runs of so many steps; the longest first."""
+        means = ((steps, self.mean(rule, losses, steps)) for steps in self.lengths)
+        return [(steps, mean) for steps, mean in means if mean is not None]
 
-    def steps_left(self, losses: Losses) -> int:
-        """Steps of all runs that are not finished, at the most."""
-        return sum(self._next(rule, losses)[1] for rule in self.rules)
+    def ahead(self, losses: Losses) -> tuple[list[Run], int]:
+        """The runs that can be made now, and the steps of all to come, at the most."""
+        found = [self._ahead(rule, losses) for rule in self.rules]
+        return [run for runs, _ in found for run in runs], sum(steps for _, steps in found)
 
-    def _next(self, rule: Rule, losses: Losses) -> tuple[list[Run], int]:
-        """A rule's next runs, and the most steps of all its runs to come."""
-        state, lengths = self.search(rule, losses), self.lengths
-        if state.missing:
-            trials = rule.budget - len(state.points) + len(state.missing)
-            left = trials * self.steps + rule.seeds * sum(lengths)
-            return [self.trial(rule, point) for point in state.missing], left
-        others = [self.mean(each, losses, self.steps) for each in self.rules if each != rule]
-        finite = (mean for mean in others if mean is not None and math.isfinite(mean))
-        target = max(finite, default=-math.inf)
-        for index, length in enumerate(lengths):
-            runs = self.repeats(rule, losses, length)
-            missing = [run for run in runs if run not in losses]
-            if missing:
-                shorter = sum(lengths[index + 1 :]) * rule.seeds * (len(self.rules) > 1)
-                return missing, len(missing) * length + shorter
-            mean = self.mean(rule, losses, length)
-            if mean is None or mean >= target:  # a shorter run would not reach any baseline's loss
+    def _ahead(self, rule: Rule, losses: Losses) -> tuple[list[Run], int]:
+        points, best = self.search(rule, losses)
+        if best is None:
+            trials = [self.trial(rule, point) for point in points]
+            missing = [run for run in trials if run not in losses]
+            left = rule.budget - len(points) + len(missing)
+            return missing, left * self.steps + rule.seeds * sum(self.lengths)
+        means = [self.mean(other, losses, self.steps) for other in self.rules if other != rule]
+        highest = max((m for m in means if m is not None and m < math.inf), default=-math.inf)
+        for index, steps in enumerate(self.lengths):
+            runs = self.repeats(rule, losses, steps)
+            if missing := [run for run in runs if run not in losses]:
+                shorter = sum(self.lengths[index + 1 :]) * rule.seeds * (len(self.rules) > 1)
+                return missing, len(missing) * steps + shorter
+            mean = self.mean(rule, losses, steps)
+            if mean is None or mean >= highest:  # no rule's loss is reached by a shorter run
                 break
         return [], 0
-
-    def curve(self, rule: Rule, losses: Losses) -> Iterator[tuple[int, float]]:
-        """Steps, and the mean final loss of the runs that take so many; the longest first."""
-        for length in self.lengths:
-            if (mean := self.mean(rule, losses, length)) is not None:
-                yield length, mean
 
 
 def steps_to(loss: float, curve: Sequence[tuple[int, float]]) -> tuple[float, bool] | None:
@@ -204,16 +174,13 @@ def steps_to(loss: float, curve: Sequence[tuple[int, float]]) -> tuple[float, bo
         curve: Steps and final losses of runs of several lengths, the longest first.
 
     Returns:
-        The steps, interpolated in the loss's logarithm between two lengths, and whether that is
-        all there is to it: not if the shortest run is below the loss. None: no run gets there.
+        The steps, interpolated in the loss's logarithm between two lengths, and True; the steps of
+        the shortest run and False, if its loss is lower still. None: no run gets there.
     """
-    reached = [(steps, found) for steps, found in curve if found <= loss]
-    if not curve or curve[0] not in reached:
+    if not curve or curve[0][1] > loss:
         return None
     for (long, low), (short, high) in itertools.pairwise(curve):
         if high > loss:
-            if math.isinf(high) or low == loss:
-                return float(long), True
-            share = math.log(loss / low) / math.log(high / low)
+            share = 0.0 if math.isinf(high) else math.log(loss / low) / math.log(high / low)
             return long - share * (long - short), True
     return float(curve[-1][0]), curve[-1][1] == loss

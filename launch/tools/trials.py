@@ -127,7 +127,7 @@ class Runner:
         comparison = self._comparison
         with stop_requests(lambda number: self._stop()) as stop:
             while True:
-                wanted = comparison.protocol.wanted(losses_of(self._records))
+                wanted, _ = comparison.protocol.ahead(losses_of(self._records))
                 begun = {*self._running, *self.failed}
                 free = 0 if stop else comparison.jobs - len(self._running)
                 for run in [run for run in wanted if run not in begun][:free]:
@@ -187,7 +187,7 @@ class Runner:
 
     def _progress(self) -> str:
         """How many runs are finished, and how long the others take."""
-        left = self._comparison.protocol.steps_left(losses_of(self._records))
+        _, left = self._comparison.protocol.ahead(losses_of(self._records))
         each = statistics.fmean(record["wall_s"] / record["steps"] for record in self._records)
         hours = left * each / self._comparison.jobs / 3600
         return f"{len(self._records)} runs are finished, at most {hours:.2f} hours are left"
