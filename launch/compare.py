@@ -14,6 +14,7 @@ The second form continues what was stopped or killed, or adds rules, trials or s
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from conda_dist.launch.tools.command_line import Parser, positive, refuse
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is missing, then draws and tabulates; returns the exit code."""
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    given, overrides = _parser().parse_known_args(typed)
+    given, overrides = parse(typed)
     try:
         if given.draw:
             if given.config or overrides:
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return refuse(error)
     if code != EXIT_STOPPED:
-        _show(given.output)
+        from conda_dist.launch.tools.comparison import show
+
+        print(*show(given.output), sep="\n")
     return code
 
 
@@ -55,38 +58,25 @@ def run(comparison: protocol.Comparison) -> int:
     try:
         with FileLock(comparison.folder / "lock", timeout=5):
             runner = Runner(comparison)
-            complete = runner.run()
+            if not runner.run():
+                print("stopped; the same command continues", file=sys.stderr)
+                return EXIT_STOPPED
     except Timeout:
-        raise ConfigError(
-            f"another comparison writes {comparison.folder}: wait for its end"
-        ) from None
-    if not complete:
-        print("stopped; the same command continues", file=sys.stderr)
-        return EXIT_STOPPED
+        raise ConfigError(f"another comparison writes {comparison.folder}") from None
     for failed, said in runner.failed.items():
         print(f"failed: {failed.name}: {said}", file=sys.stderr)
     return EXIT_FAILED if runner.failed else 0
 
 
-def _show(folder: Path) -> None:
-    """Tabulates and draws what is there."""
-    from conda_dist.launch.tools.comparison import Findings
-
-    findings = Findings(protocol.read(folder))
-    (folder / "comparison.md").write_text(findings.table())
-    findings.draw(folder / "comparison.png")
-    print(findings.table())
-    print(f"curves in {folder / 'comparison.png'}")
-
-
-def _parser() -> Parser:
+def parse(typed: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own arguments, and those of the job."""
     epilog = "Any --section.key of the pretraining job may follow; it applies to every run."
     parser = Parser("compare", __doc__, epilog)
+    parser.usage = "%(prog)s [CONFIG] --output DIR ..."
     count: dict[str, Any] = {"type": positive, "metavar": "N"}
     listed: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
     names = ", ".join(SECTIONS)
     for name, text, options in (
-        ("config", "TOML file shared by all runs", {"metavar": "CONFIG", "nargs": "?"}),
         ("--output", "folder of the comparison", {"type": Path, "required": True}),
         ("--optimizers", f"{names} (default: all)", listed),
         ("--budget", "trials for each of these (default 8)", count),
@@ -96,7 +86,11 @@ def _parser() -> Parser:
         ("--draw", "run nothing, only write table and picture again", {"action": "store_true"}),
     ):
         parser.add_argument(name, help=text, **options)
-    return parser
+    # It comes first, as in the job: argparse would take any key's value for it.
+    named = bool(typed) and not typed[0].startswith("-")
+    given, overrides = parser.parse_known_args(typed[named:])
+    given.config = typed[0] if named else None
+    return given, overrides
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conda_dist.launch.job.picture import new_figure
-from conda_dist.launch.tools.protocol import protocol_of
+from conda_dist.launch.tools.protocol import protocol_of, read
 from conda_dist.launch.tools.search import Rule, edges, steps_to
 from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
 
@@ -17,6 +17,14 @@ _HEADER = (
     *("rule", "matrices", "rest", "trials", "best trial", "final loss", "least to greatest"),
     *("ms a step", "optimizer ms", "state MiB"),
 )
+
+
+def show(folder: Path) -> tuple[str, str]:
+    """Writes table and picture of a comparison; returns the table, and where the picture is."""
+    findings, picture = Findings(read(folder)), folder / "comparison.png"
+    (folder / "comparison.md").write_text(text := findings.table())
+    findings.draw(picture)
+    return text, f"curves in {picture}"
 
 
 class Findings:
@@ -51,10 +59,9 @@ class Findings:
                 "the matrices, and of embeddings, head, norms and biases, were tuned on seed "
                 f"{self._protocol.seed} by factors of two. State is that of all ranks.\n",
                 *_markdown(_HEADER, map(self._row, self._rules)),
-                "Share of the steps after which a run that ends there has the mean final loss of "
-                "another rule; in brackets seconds of training, and those in the optimizer. "
-                f"Interpolated between runs of {', '.join(lengths)} steps. At most {jobs} runs "
-                "shared the machine.\n",
+                "Steps of a run that ends at the mean final loss of another rule, and their share; "
+                "in brackets seconds of training, and those in the optimizer. Interpolated between "
+                f"runs of {', '.join(lengths)} steps. At most {jobs} runs shared the machine.\n",
                 *_markdown(("rule", *others), map(self._shares, self._rules)),
                 "All trials.\n",
                 *_markdown((*_HEADER[:3], "loss"), self._trials()),
@@ -85,8 +92,9 @@ class Findings:
         finite = [loss for loss in map(loss_of, records) if math.isfinite(loss)]
         final = f"{statistics.fmean(finite):.4f}" if finite else ""
         final += f" ± {statistics.stdev(finite):.4f}" if len(finite) > 1 else ""
-        final += f" ({len(finite)} of {rule.seeds} seeds" if len(finite) < rule.seeds else ""
-        final += f", {len(records) - len(finite)} diverged)" if len(finite) < rule.seeds else ""
+        if len(finite) < rule.seeds:
+            diverged = len(records) - len(finite)
+            final += f" ({len(finite)} of {rule.seeds} seeds, {diverged} diverged)"
         extent = f"{min(finite):.4f} to {max(finite):.4f}" if finite else ""
         times = [f"{1e3 * seconds:.1f}" for seconds in self._times(rule)]
         held = [record["state_bytes"] for record in records if record["state_bytes"]]
@@ -111,7 +119,8 @@ class Findings:
             else:
                 steps, exact = found
                 times = ", ".join(f"{steps * seconds:.1f} s" for seconds in self._times(rule))
-                cells.append(f"{'' if exact else 'at most '}{steps / self._full:.2f} ({times})")
+                share = f"{'' if exact else 'at most '}{steps / self._full:.2f}"
+                cells.append(f"{share}: {steps:.0f} steps ({times})")
         return cells
 
     def _trials(self) -> Iterable[list[str]]:

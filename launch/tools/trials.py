@@ -28,10 +28,6 @@ from conda_dist.launch.job.metrics import read_metrics
 from conda_dist.launch.tools.protocol import RESULTS, Comparison, devices
 from conda_dist.launch.tools.search import Run
 
-_TRIALS = "trials.db"
-_RATE, _COUNT = (1e-30, 1e30), (0, 2**62)
-"""Bounds that trials are declared with, wider than any rate, seed or number of steps."""
-
 
 class Store:
     """The finished runs in `trials.db`, one optuna study for each rule."""
@@ -41,25 +37,23 @@ class Store:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna = optuna
-        self._storage = optuna.storages.RDBStorage(f"sqlite:///{(folder / _TRIALS).absolute()}")
+        self._optuna, path = optuna, (folder / "trials.db").absolute()
+        self._storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
 
     def add(self, record: dict[str, Any]) -> None:
         """Keeps a finished run."""
-        make, run = self._optuna, run_of(record)
-        study = make.create_study(
-            study_name=run.rule, storage=self._storage, load_if_exists=True, direction="minimize"
-        )
-        rate = make.distributions.FloatDistribution(*_RATE, log=True)
-        count = make.distributions.IntDistribution(*_COUNT)
+        rate = self._optuna.distributions.FloatDistribution(1e-30, 1e30, log=True)
+        count = self._optuna.distributions.IntDistribution(0, 2**62)
         kinds = {"matrices": rate, "rest": rate, "seed": count, "steps": count}
-        trial = make.create_trial(
+        trial = self._optuna.create_trial(
             value=loss_of(record),
             params={key: record[key] for key in kinds},
             distributions=kinds,
             user_attrs={"record": record},
         )
-        study.add_trial(trial)
+        self._optuna.create_study(
+            study_name=record["rule"], storage=self._storage, load_if_exists=True
+        ).add_trial(trial)
 
     def records(self) -> list[dict[str, Any]]:
         """Of all finished runs, in the order in which they ended."""
@@ -86,23 +80,23 @@ def losses_of(records: Sequence[dict[str, Any]]) -> dict[Run, float]:
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """What a run has left in its folder; None: it is neither complete nor has it diverged."""
-    if not (folder / SUMMARY).exists() and not (folder / DIVERGED).exists():
+    complete = (folder / SUMMARY).exists()
+    if not complete and not (folder / DIVERGED).exists():
         return None
-    summary = json.loads((folder / SUMMARY).read_text()) if (folder / SUMMARY).exists() else {}
-    lines = read_metrics(folder / METRICS)
-    steps = [line["step"] for line in lines]
-    each = [now - before for before, now in zip([0, *steps], steps, strict=False)]
+    summary = json.loads((folder / SUMMARY).read_text()) if complete else {}
+    loss, lines = summary.get("val_loss", math.inf), read_metrics(folder / METRICS)
+    steps = [0, *(line["step"] for line in lines)]  # a line has means since the one before
     means = {
-        key: sum(line[key] * n for line, n in zip(lines, each, strict=True)) / max(1, sum(each))
+        key: sum(line[key] * (line["step"] - at) for line, at in zip(lines, steps, strict=False))
+        / max(1, steps[-1])
         for key in ("step_s", "optimizer_s")
     }
-    loss = summary.get("val_loss", math.inf)
-    curve = ((line["step"], line["val_loss"]) for line in lines)
+    curve = [(line["step"], line["val_loss"]) for line in lines if line["val_loss"] is not None]
     return {
         "val_loss": loss if math.isfinite(loss) else None,
         "state_bytes": summary.get("state_bytes"),
         **means,
-        "curve": [[step, at] for step, at in curve if at is not None and math.isfinite(at)],
+        "curve": [point for point in curve if math.isfinite(point[1])],
     }
 
 
@@ -124,14 +118,21 @@ class Runner:
 
     def run(self) -> bool:
         """Returns False if it was asked to stop: the runs have saved and ended then."""
-        comparison = self._comparison
-        with stop_requests(lambda number: self._stop()) as stop:
+
+        def end_all(number: int) -> None:
+            for job, *_ in self._running.values():
+                job.terminate()
+
+        with stop_requests(end_all) as stop:
             while True:
-                wanted, _ = comparison.protocol.ahead(losses_of(self._records))
+                wanted, _ = self._comparison.protocol.ahead(losses_of(self._records))
                 begun = {*self._running, *self.failed}
-                free = 0 if stop else comparison.jobs - len(self._running)
+                free = self._comparison.jobs - len(self._running)
                 for run in [run for run in wanted if run not in begun][:free]:
-                    self._start(run)
+                    if not stop:
+                        self._start(run)
+                        if stop:  # it came before the run was known
+                            end_all(stop.signal or 0)
                 if not self._running:
                     return not stop
                 time.sleep(0.1)
@@ -140,20 +141,18 @@ class Runner:
                         self._end(run, stopped=bool(stop))
 
     def _start(self, run: Run) -> None:
-        comparison, folder = self._comparison, self._folder(run)
+        folder, log = self._paths(run)
         taken = [place for _, place, _ in self._running.values()]
-        place = next(n for n in range(comparison.jobs) if n not in taken)
-        processes = comparison.results["nproc"]
-        environment = environment_of(place, processes, comparison.jobs, devices())
-        _log(f"{'continues' if folder.exists() else 'begins'}: {run.name}")
-        with self._said(run).open("ab") as said:
+        place = next(n for n in range(self._comparison.jobs) if n not in taken)
+        _say(f"{'continues' if folder.exists() else 'begins'}: {run.name}")
+        with log.open("ab") as said:
             # In a session of its own it hears of a Ctrl-C once, from here; by SIGTERM, which
             # torchrun passes on to its processes. It also gets one if this process is killed.
             job = subprocess.Popen(
-                [sys.executable, *comparison.command(run)[1:]],
+                [sys.executable, *self._comparison.command(run)[1:]],
                 stdout=said,
                 stderr=said,
-                env={**os.environ, **environment},
+                env={**os.environ, **environment_of(self._comparison, place, devices())},
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
@@ -161,14 +160,13 @@ class Runner:
 
     def _end(self, run: Run, *, stopped: bool) -> None:
         _, _, started = self._running.pop(run)
-        folder, results = self._folder(run), self._comparison.results
-        found = finished(folder)
-        if found is None:
+        (folder, log), results = self._paths(run), self._comparison.results
+        if (found := finished(folder)) is None:
             if not stopped:
-                lines = self._said(run).read_text(errors="replace").splitlines()
-                errors = [line for line in lines if "error" in line.lower()]
-                self.failed[run] = (errors or ["it gave no reason"])[-1].strip()
-                _log(f"failed: {run.name}: {self.failed[run]}")
+                lines = log.read_text(errors="replace").splitlines()
+                errors = [line.strip() for line in lines if "error" in line.lower()]
+                self.failed[run] = errors[-1] if errors else f"see {log}"
+                _say(f"failed: {run.name}: {self.failed[run]}")
             return
         record = {
             **asdict(run),
@@ -182,25 +180,18 @@ class Runner:
         self._records.append(record)
         self._write()
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # nothing resumes it any more
-        loss = "diverged" if found["val_loss"] is None else f"{found['val_loss']:.4f}"
-        _log(f"{loss}: {run.name}; {self._progress()}")
-
-    def _progress(self) -> str:
-        """How many runs are finished, and how long the others take."""
         _, left = self._comparison.protocol.ahead(losses_of(self._records))
         each = statistics.fmean(record["wall_s"] / record["steps"] for record in self._records)
-        hours = left * each / self._comparison.jobs / 3600
-        return f"{len(self._records)} runs are finished, at most {hours:.2f} hours are left"
+        loss = "diverged" if found["val_loss"] is None else f"{found['val_loss']:.4f}"
+        _say(
+            f"{loss}: {run.name}; {len(self._records)} runs are finished, at most "
+            f"{left * each / self._comparison.jobs / 3600:.2f} hours are left"
+        )
 
-    def _stop(self) -> None:
-        for job, *_ in self._running.values():
-            job.terminate()
-
-    def _folder(self, run: Run) -> Path:
-        return self._comparison.folder / "runs" / run.name
-
-    def _said(self, run: Run) -> Path:
-        return self._folder(run).with_name(f"{run.name}.log")
+    def _paths(self, run: Run) -> tuple[Path, Path]:
+        """A run's folder and log."""
+        runs = self._comparison.folder / "runs"
+        return runs / run.name, runs / f"{run.name}.log"
 
     def _write(self) -> None:
         """Writes results.json, whole or not at all."""
@@ -210,14 +201,15 @@ class Runner:
         os.replace(fresh, file)
 
 
-def environment_of(place: int, processes: int, jobs: int, gpus: Sequence[str]) -> dict[str, str]:
+def environment_of(comparison: Comparison, place: int, gpus: Sequence[str]) -> dict[str, str]:
     """Variables for one of several runs at once: its share of the cores, and GPUs of its own."""
-    threads = max(1, (os.cpu_count() or 1) // (processes * jobs))
+    processes = comparison.results["nproc"]
+    threads = max(1, (os.cpu_count() or 1) // (processes * comparison.jobs))
     found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     if gpus:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[place * processes : (place + 1) * processes])
     return found
 
 
-def _log(message: str) -> None:
+def _say(message: str) -> None:
     print(time.strftime("%H:%M:%S"), message, flush=True)
