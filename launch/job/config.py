@@ -252,6 +252,11 @@ def _conflicts(config: Config) -> list[tuple[bool, str]]:
             schedule.min_lr is not None and schedule.min_lr > peak,
             f"schedule.min_lr {schedule.min_lr} is above the peak rate {peak}",
         ),
+        (
+            not config.optimizer.chosen.knows_shards and config.training.hsdp_replicas != 1,
+            f"training.hsdp_replicas has no effect with optimizer.name {config.optimizer.name}, "
+            "whose model is replicated: set it to 1",
+        ),
         *(_deepspeed_conflicts(config) if config.engine == "deepspeed" else []),
     ]
 

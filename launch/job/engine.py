@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -180,7 +180,10 @@ class Fsdp2Engine(Engine):
         Raises:
             ConfigError: The optimizer does not take the settings.
         """
-        self.model = build_model(config.model, config.training, vocab_size, world)
+        training = config.training
+        if not config.optimizer.chosen.knows_shards:
+            training = replace(training, hsdp_replicas=world.size)
+        self.model = build_model(config.model, training, vocab_size, world)
         super().__init__(config, world, self.model, self.model)
         try:
             self.optimizers = optimizers.build_optimizers(self.model, config.optimizer)
@@ -198,7 +201,11 @@ class Fsdp2Engine(Engine):
 
     def describe(self) -> dict[str, str]:
         """See Engine."""
-        return {**super().describe(), "optimizer": optimizers.describe(self.optimizers)}
+        found = {**super().describe(), "optimizer": optimizers.describe(self.optimizers)}
+        if not self._config.optimizer.chosen.knows_shards:
+            name = type(self.optimizers[0]).__name__
+            found["layout"] = f"each rank has the whole model, because {name} knows no shards"
+        return found
 
     def print_report(self) -> None:
         """See Engine."""
@@ -247,6 +254,9 @@ class Fsdp2Engine(Engine):
         set_state_dict(
             self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer
         )
+        for group in self._groups:
+            if "step" in group:  # SOAP counts there
+                group["step"] = step
         self._step = step
 
 

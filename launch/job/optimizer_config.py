@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from conda_dist.launch.job.key import LARGE, Key
+from conda_dist.launch.job.key import LARGE, MOST, Key
 from conda_dist.options import OPTIONS, Option
 
 _Rate = Annotated[float, Key("peak learning rate of the blocks' matrices", gt=0, le=LARGE)]
@@ -37,6 +37,8 @@ class Settings:
     """The key that multiplies `lr` in the matrices' rate, if one does."""
     knows_shards: ClassVar[bool] = True
     """Whether the class steps sharded matrices (DTensors); else each rank has the whole model."""
+    package: ClassVar[str] = ""
+    """The optional package that has the class, if one does."""
 
     lr: _Rate = 1e-3
     adamw_scale: Annotated[
@@ -128,6 +130,37 @@ class NAMODConfig(NAMOConfig):
     ] = 0.75
 
 
+@dataclass(frozen=True, slots=True)
+class AdafactorConfig(Settings):
+    """torch.optim.Adafactor's keys; the rate is relative to the size of a matrix's elements."""
+
+    built_by: ClassVar[str] = "torch.optim:Adafactor"
+    knows_shards: ClassVar[bool] = False
+    lr: _Rate = 1e-2
+    beta2_decay: Annotated[
+        float, Key("the second moment's decay is 1 - step to this power", ge=-LARGE, le=0)
+    ] = -0.8
+    d: Annotated[float, Key("largest root mean square of an update", ge=1, le=LARGE)] = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SOAPConfig(Settings):
+    """pytorch_optimizer.SOAP's keys (arXiv 2409.11321)."""
+
+    built_by: ClassVar[str] = "pytorch_optimizer:SOAP"
+    knows_shards: ClassVar[bool] = False
+    package: ClassVar[str] = "pytorch_optimizer"
+    lr: _Rate = 3e-3
+    betas: _Betas = (0.95, 0.95)
+    eps: _Eps = 1e-8
+    precondition_frequency: Annotated[
+        int, Key("steps between two refreshes of the bases", ge=1, le=MOST)
+    ] = 10
+    max_precondition_dim: Annotated[
+        int, Key("a side of a matrix that is longer has no basis", ge=1, le=MOST)
+    ] = 10_000
+
+
 SECTIONS: dict[str, type[Settings]] = {
     "conda": CondaConfig,
     "adamw": AdamWConfig,
@@ -135,6 +168,8 @@ SECTIONS: dict[str, type[Settings]] = {
     "normuon": NorMuonConfig,
     "namo": NAMOConfig,
     "namo_d": NAMODConfig,
+    "adafactor": AdafactorConfig,
+    "soap": SOAPConfig,
 }
 """The optimizers: `optimizer.name`, and what is declared in `[optimizer.NAME]`."""
 

@@ -39,7 +39,41 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
     *groups, others = param_groups(model)
     held = [parameter for group in groups for _, parameter in group["params"]]
     rest = [parameter for _, parameter in others["params"]]
-    return [kind(held, **given), torch.optim.AdamW(rest, **rest_arguments(config), fused=True)]
+    matrices = kind(held, **given)
+    if not settings.knows_shards:
+        _step_copies(matrices)
+    return [matrices, torch.optim.AdamW(rest, **rest_arguments(config), fused=True)]
+
+
+def _step_copies(optimizer: Optimizer) -> None:
+    """Makes an optimizer that knows no DTensors step this rank's copies of replicated ones.
+
+    The state is that of plain tensors. Between steps it is the parameters', where checkpoints look
+    for it.
+    """
+    held: list[list[Any]] = []
+
+    def exchange(group: dict[str, Any], tensors: list[Any]) -> list[Any]:
+        before: list[Any] = group["params"]
+        group["params"] = tensors
+        for old, new in zip(before, tensors, strict=True):
+            if old in optimizer.state:
+                optimizer.state[new] = optimizer.state.pop(old)
+        return before
+
+    def before_step(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            copies = [parameter.detach().to_local() for parameter in group["params"]]
+            for parameter, copy in zip(group["params"], copies, strict=True):
+                copy.grad = None if parameter.grad is None else parameter.grad.to_local()
+            held.append(exchange(group, copies))
+
+    def after_step(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            exchange(group, held.pop(0))
+
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)
 
 
 def describe(optimizers: list[Optimizer]) -> str:

@@ -69,6 +69,12 @@ def run(config: Config, world: World) -> bool:
             "engine deepspeed: DeepSpeed is not installed; pip install 'conda-dist[deepspeed]', "
             "or give --engine fsdp2"
         )
+    name, package = config.optimizer.name, config.optimizer.chosen.package
+    if package and not versions[package]:
+        raise ConfigError(
+            f"optimizer.name {name}: {package} is not installed; pip install {package}, or give "
+            "another --optimizer.name"
+        )
     row_range(config.training.global_batch_size, world.rank, world.size)
     require_replicas(config.training, world.size)
     checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
@@ -170,6 +176,8 @@ def used_versions(config: Config) -> dict[str, str]:
     packages = ["conda-dist", "transformers", "tokenizers"]
     if config.engine == "deepspeed":
         packages.append("deepspeed")
+    if config.optimizer.chosen.package:
+        packages.append(config.optimizer.chosen.package)
     found = {"Python": platform.python_version(), "torch": torch.__version__}
     found["numpy"] = np.__version__
     for package in packages:

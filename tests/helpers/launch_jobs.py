@@ -46,6 +46,9 @@ lr = 1e-2
 [optimizer.muon]
 lr = 1e-2
 
+[optimizer.soap]
+precondition_frequency = 2
+
 [checkpoint]
 interval = 4
 

@@ -15,6 +15,7 @@ from conda_dist.launch.cluster import process_group
 from conda_dist.launch.job import options, schedule
 from conda_dist.launch.job.config import Config, ScheduleConfig
 from conda_dist.launch.job.model import build_model
+from conda_dist.launch.job.optimizer_config import SECTIONS
 from conda_dist.launch.job.optimizers import build_optimizers, describe
 
 SMALL = ["--model.hidden_size", "24", "--model.num_attention_heads", "2"]
@@ -160,3 +161,44 @@ def group_settings(config: Config) -> list[dict[str, Any]]:
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
+
+
+def rest_after_steps(configs: list[Config]) -> list[dict[str, torch.Tensor]]:
+    """What each optimizer makes of all but the blocks' matrices, in two steps."""
+    found = []
+    for config in configs:
+        model = build_model(config.model, config.training, 50, process_group.join(60))
+        optimizers = build_optimizers(model, config.optimizer)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = parameter.detach().mul(50).cos()
+            for optimizer in optimizers:
+                optimizer.step()
+        group = optimizers[-1].param_groups[-1]
+        assert (group["betas"], group.get("adamw_eps", group["eps"])) == ((0.8, 0.9), 1e-7)
+        named = model.named_parameters()
+        found.append({n: full(p).detach() for n, p in named if "_proj" not in n})
+    return found
+
+
+def test_one_adamw_steps_the_rest_of_every_optimizer() -> None:
+    """Its rate, betas and decay are the same, whatever steps the matrices.
+
+    Conda decays after the update, torch before: they differ by rate times decay (5e-6).
+    """
+    configs = []
+    for name in SECTIONS:
+        chosen = [*SMALL, "--optimizer.name", name, "--optimizer.adamw_betas", "0.8,0.9"]
+        chosen += ["--optimizer.adamw_eps", "1e-7"]
+        keys = options.load(None, chosen).optimizer.keys_for_rates(1e-3, 5e-3)
+        chosen += [f"--{key}={value!r}" for key, value in keys.items()]
+        lr = options.load(None, chosen).optimizer.chosen.lr
+        chosen += [f"--optimizer.weight_decay={1e-3 / lr}"]
+        configs.append(options.load(None, chosen))
+    (found,) = ranks.run(1, rest_after_steps, configs)
+    for name, rest in zip(SECTIONS, found, strict=True):
+        assert len(rest) == 2 * 2 + 3
+        for key, tensor in rest.items():
+            torch.testing.assert_close(
+                tensor, found[0][key], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import launch_jobs
+from conda_dist.launch.job.optimizer_config import SECTIONS
 from launch_jobs import curve, metrics, succeed, train
 
 
@@ -80,6 +81,28 @@ def test_loss_falls_and_does_not_depend_on_the_number_of_ranks(
         assert [line["loss"] for line in other] == pytest.approx(losses, abs=2e-3)
         assert other[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
         assert other[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], abs=2e-3)
+
+
+@pytest.mark.parametrize("optimizer", SECTIONS)
+def test_each_optimizer_resumes_on_other_ranks(
+    config: Path, tmp_path: Path, optimizer: str
+) -> None:
+    """What two ranks have saved, one continues as they would have."""
+    given = (config, "--output", tmp_path, "--optimizer.name", optimizer)
+    given += ("--training.steps", 4, "--checkpoint.interval", 2, "--schedule.warmup_steps", 0)
+    printed = succeed(2, *given)
+    assert ("each rank has the whole model" in printed) is not SECTIONS[optimizer].knows_shards
+    two = metrics(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000004").rename(tmp_path / "gone")
+    succeed(1, *given, "--resume")
+    one = metrics(tmp_path)
+    assert one[:2] == two[:2]
+    assert one[3] != two[3]
+    assert two[3]["loss"] < two[0]["loss"]
+    for ours, theirs in zip(one[2:], two[2:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert one[3]["val_loss"] == pytest.approx(two[3]["val_loss"], abs=1e-4)
 
 
 def test_replicas_train_the_same_model(config: Path, tmp_path: Path) -> None:
