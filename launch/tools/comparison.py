@@ -14,8 +14,8 @@ from conda_dist.launch.tools.search import Rule, edges, steps_to
 from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
 
 _HEADER = (
-    *("rule", "matrices", "rest", "trials", "best trial", "final loss", "least to greatest"),
-    *("ms a step", "optimizer ms", "state MiB"),
+    *("rule", "matrices", "rest", "trials", "best trial", "final loss"),
+    *("above the first, by seed", "ms a step", "optimizer ms", "state MiB"),
 )
 
 
@@ -54,9 +54,10 @@ class Findings:
         others = [f"{rule.name}'s" for rule in self._rules]
         return "\n".join(
             [
-                f"Final validation loss in nats per token after {self._full} steps: mean, standard "
-                "deviation and extent over seeds that were not tuned on. Effective peak rates of "
-                "the matrices, and of embeddings, head, norms and biases, were tuned on seed "
+                f"Final validation loss in nats per token after {self._full} steps: mean and "
+                "standard deviation over seeds that were not tuned on, also of the differences "
+                "from the first rule on the same seed. Effective peak rates of the matrices, and "
+                "of embeddings, head, norms and biases, were tuned on seed "
                 f"{self._protocol.seed} by factors of two. State is that of all ranks.\n",
                 *_markdown(_HEADER, map(self._row, self._rules)),
                 "Steps of a run that ends at the mean final loss of another rule, and their share; "
@@ -89,16 +90,16 @@ class Findings:
         records = self._repeats(rule, self._full)
         if not records:
             return [*cells, "diverged" if math.isinf(self._losses[run]) else "", *[""] * 4]
-        finite = [loss for loss in map(loss_of, records) if math.isfinite(loss)]
-        final = f"{statistics.fmean(finite):.4f}" if finite else ""
-        final += f" ± {statistics.stdev(finite):.4f}" if len(finite) > 1 else ""
-        if len(finite) < rule.seeds:
-            diverged = len(records) - len(finite)
-            final += f" ({len(finite)} of {rule.seeds} seeds, {diverged} diverged)"
-        extent = f"{min(finite):.4f} to {max(finite):.4f}" if finite else ""
+        losses = {record["seed"]: loss_of(record) for record in records}
+        first = {r["seed"]: loss_of(r) for r in self._repeats(self._rules[0], self._full)}
+        # Seeds move all rules alike: differences on the same seed vary less than losses do.
+        above = [loss - first[seed] for seed, loss in losses.items() if seed in first]
+        final, diverged = _spread(losses.values()), sum(map(math.isinf, losses.values()))
+        if len(losses) < rule.seeds or diverged:
+            final += f" ({len(losses)} of {rule.seeds} seeds, {diverged} of them diverged)"
         times = [f"{1e3 * seconds:.1f}" for seconds in self._times(rule)]
-        held = [record["state_bytes"] for record in records if record["state_bytes"]]
-        return [*cells, final, extent, *times, f"{held[0] / 2**20:.2f}" if held else ""]
+        held = [f"{r['state_bytes'] / 2**20:.2f}" for r in records if r["state_bytes"]] or [""]
+        return [*cells, final, _spread(above) if rule != self._rules[0] else "", *times, held[0]]
 
     def _times(self, rule: Rule) -> list[float]:
         """Mean seconds of a step, and those of them in the optimizer."""
@@ -159,6 +160,13 @@ class Findings:
             course.set_ylim(lowest - 0.05 * (highest - lowest), lowest + 0.6 * (highest - lowest))
             course.legend(frameon=False, title="mean over seeds, least to greatest")
         figure.savefig(path, dpi=110)
+
+
+def _spread(values: Iterable[float]) -> str:
+    """The mean of those that are finite, and their standard deviation."""
+    finite = [value for value in values if math.isfinite(value)]
+    mean = f"{statistics.fmean(finite):.4f}" if finite else ""
+    return f"{mean} ± {statistics.stdev(finite):.4f}" if len(finite) > 1 else mean
 
 
 def _band(

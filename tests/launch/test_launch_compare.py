@@ -225,10 +225,11 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     conda, adamw, muon = rows[2:5]
     assert [row[0] for row in (conda, adamw, muon)] == ["| conda", "| adamw", "| muon"]
-    assert conda[5:7] == ["3.5650 ± 0.0071", "3.5600 to 3.5700"]
+    assert conda[5:7] == ["3.5650 ± 0.0071", ""]
+    assert adamw[5:7] == ["4.0650 ± 0.0071", "0.5000 ± 0.0000"]
     assert conda[4] == "at an edge: no trial below matrices, below rest, above rest"
     assert conda[7:] == ["500.0", "100.0", "2.00 |"]
-    assert muon[5] == "5.0000 (1 of 2 seeds, 1 diverged)"
+    assert muon[5] == "5.0000 (2 of 2 seeds, 1 of them diverged)"
     shares = {row[0].removeprefix("| "): row[1:] for row in rows[7:10]}
     share, steps, seconds, own = map(float, re.findall(r"[\d.]+", shares["conda"][1]))
     assert 500 < steps < 600  # at 500 conda is above adamw at 600
