@@ -10,7 +10,7 @@ import ranks
 import titan_cpu
 import titan_data
 
-STEPS = 10
+STEPS = 7
 
 CONDA = (
     "--optimizer.name=conda",
@@ -18,7 +18,7 @@ CONDA = (
     "--optimizer.scale=1.0",
     "--optimizer.update_proj_gap=3",
 )
-"""Four refreshes in ten steps, and a scale at which no refresh at all (or a projected path that
+"""Three refreshes in seven steps, and a scale at which no refresh at all (or a projected path that
 does nothing) moves the losses by some per cent, a hundred times the tolerances."""
 
 OVERRIDE = (

@@ -25,12 +25,12 @@ from titan_jobs import (
     trajectory,
 )
 
-SAVED = 5
+SAVED = 4
 """The step of the checkpoint: between two refreshes, so that bases and moments both matter."""
 
-DENSE, MOE = 1e-4, 1e-3
+DENSE, MOE = 5e-5, 1e-3
 """Relative tolerances of losses, as in test_torchtitan.py; without the optimizer's state the dense
-model's are 3e-3 away."""
+model's are 8e-4 away."""
 
 
 @functools.cache
