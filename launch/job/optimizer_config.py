@@ -15,7 +15,7 @@ _Rate = Annotated[float, Key("peak learning rate of the blocks' matrices", gt=0,
 _Decay = Annotated[float, Key("decoupled weight decay, lr times it of both parts", ge=0, le=LARGE)]
 _Betas = Annotated[tuple[float, float], Key("decay of the two moments", ge=0, lt=1)]
 _Momentum = Annotated[float, Key("decay of the momentum", ge=0, lt=1)]
-_Iterations = Annotated[int, Key("Newton-Schulz iterations", ge=1, lt=100)]
+_Iterations = Annotated[int, Key("Newton-Schulz iterations", ge=1, le=99)]
 _Adjust = Annotated[
     Literal["original", "match_rms_adamw", "spectral_unclamped"],
     Key("how the rate follows a matrix's shape"),
@@ -137,9 +137,6 @@ class AdafactorConfig(Settings):
     built_by: ClassVar[str] = "torch.optim:Adafactor"
     knows_shards: ClassVar[bool] = False
     lr: _Rate = 1e-2
-    beta2_decay: Annotated[
-        float, Key("the second moment's decay is 1 - step to this power", ge=-LARGE, le=0)
-    ] = -0.8
     d: Annotated[float, Key("largest root mean square of an update", ge=1, le=LARGE)] = 1.0
 
 

@@ -23,7 +23,6 @@ SMALL: Mapping[str, st.SearchStrategy[Any]] = {
     "training.global_batch_size": st.integers(1, 9),
     "training.val_sequences": st.integers(1, 99),
     "training.hsdp_replicas": st.integers(1, 2),
-    "optimizer.muon.ns_steps": st.integers(1, 99),
 }
 """What a job's size and length follow from."""
 NOT_DRAWN = (

@@ -76,6 +76,10 @@ def test_values_on_the_command_line(argument: str, text: str, value: object) -> 
             ["--optimizer.name=namo_d", "--optimizer.clamp=1.5"],
             ["namo_d.clamp = 1.5: must be <= 1"],
         ),
+        (
+            ["--optimizer.name", "soap", "--training.hsdp_replicas", "2"],
+            ["optimizer.name soap, whose model is replicated: set it to 1"],
+        ),
         (["--optimizer.conda.betas", "0.9"], ["a list of 2"]),
         (["--optimizer.conda.betas", "0.9,1.0"], ["must be < 1"]),
         (["training.steps", "5"], ["found 'training.steps'"]),
