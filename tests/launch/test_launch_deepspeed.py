@@ -91,6 +91,10 @@ def test_every_stage_follows_fsdp2(fsdp2: Path, whole: list[Path]) -> None:
     for folder in whole:
         assert metrics(folder)[0].keys() == metrics(fsdp2)[0].keys()
         assert_close(folder, fsdp2, 1e-5)
+    runs = (fsdp2, *whole)
+    held = [json.loads((run / "summary.json").read_text())["state_bytes"] for run in runs]
+    assert held[1] > 1.9 * held[2]  # stage 0 has all states on both ranks
+    assert held[2:] == [pytest.approx(held[0], rel=0.05)] * len(held[2:])
 
 
 def test_resumes_bit_for_bit(config: Path, whole: list[Path], tmp_path: Path) -> None:
