@@ -67,6 +67,11 @@ class DeepSpeedEngine(Engine):
     def _optimizers(self) -> Sequence[Optimizer]:
         return [self._engine.basic_optimizer]
 
+    def _held(self, optimizer: Optimizer) -> int:
+        if isinstance(optimizer, Conda):  # under ZeRO its bases are not in its state
+            return sum(row["state_bytes"] for row in optimizer.report())
+        return super()._held(optimizer)
+
     @property
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self._engine.optimizer.param_groups

@@ -140,9 +140,13 @@ class Engine(ABC):
 
     def state_bytes(self) -> int:
         """Bytes of the optimizers' state on all ranks; every rank asks."""
-        leaves = tree_leaves([list(each.state.values()) for each in self._optimizers])
-        held = sum(local(leaf).nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        held = sum(map(self._held, self._optimizers))
         return int(add_up(torch.tensor(held, dtype=torch.int64, device=self._world.device)))
+
+    def _held(self, optimizer: Optimizer) -> int:
+        """Bytes of an optimizer's state on this rank."""
+        leaves = tree_leaves(list(optimizer.state.values()))
+        return sum(local(leaf).nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
