@@ -70,7 +70,7 @@ class CondaFactory:
     def __call__(
         self,
         model: nn.Module,
-        *,
+        *_: TrainingArguments,
         args: TrainingArguments,
         conda_params: Sequence[str],
         adamw_params: Sequence[str],
@@ -78,6 +78,8 @@ class CondaFactory:
         **options: Any,
     ) -> torch.optim.Optimizer:
         """Makes the optimizer of a model; see :func:`conda_for_trainer`.
+
+        Axolotl's trainer passes its arguments after the model, too; they are those of ``args``.
 
         Raises:
             ValueError: FSDP1 is used; or see :func:`conda_dist.param_groups`.

@@ -20,7 +20,7 @@ from conda_dist.launch.cluster.process_group import JobError, World, from_main, 
 from conda_dist.launch.job.config import ConfigError
 
 _FACTS = "trainer.json"
-FACTS = ("step", "train_s", "val_loss", "fingerprint", "config")
+FACTS = ("step", "train_s", "val_loss", "bad_steps", "fingerprint", "config")
 """What the job saves besides tensors; without one of them it cannot go on."""
 _NAME = re.compile(r"step-\d{8,}")
 _WRITING = ".writing-"

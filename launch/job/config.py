@@ -131,6 +131,22 @@ class TrainingConfig:
         False
     )
     compile: Annotated[bool, Key("torch.compile each block")] = False
+    skip_limit: Annotated[
+        int,
+        Key("bad steps in a row that are skipped before the job ends; 0: none", ge=0, le=MOST),
+    ] = 3
+    skip_factor: Annotated[
+        float,
+        Key(
+            "a step is bad also if loss or norm is so many spreads above the median of good steps; "
+            "0: only if it is not finite",
+            ge=0,
+            le=LARGE,
+        ),
+    ] = 0.0
+    skip_window: Annotated[
+        int, Key("good steps whose median and spread skip_factor takes", ge=1, le=1_000_000)
+    ] = 100
     val_interval: Annotated[int, Key("steps between validations", ge=1, le=MOST)] = 50
     val_sequences: Annotated[int, Key("sequences in the fixed validation set", ge=1, le=MOST)] = 64
     timeout_s: Annotated[

@@ -6,6 +6,7 @@ Importing this module imports DeepSpeed; `pretrain.py` does so only for a job th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from conda_dist.integrations.deepspeed import Conda  # which makes the JSON's ty
 from conda_dist.launch.cluster.process_group import JobError, World, from_main, together
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.deepspeed_settings import build_settings, parameter_groups
-from conda_dist.launch.job.engine import Engine, StepResult, clock
-from conda_dist.launch.job.finite import finite
+from conda_dist.launch.job.engine import Engine, StepResult, Take, clock
 from conda_dist.launch.job.model import compute_dtype, initialised_model
 from conda_dist.report import print_table
 
@@ -61,6 +61,7 @@ class DeepSpeedEngine(Engine):
         self._files = _Files()
         self._engine.checkpoint_engine = self._files
         self._peaks = [float(group["lr"]) for group in self._groups]
+        self._gate = _Gate(self._engine)
         self._report = False
 
     @property
@@ -98,26 +99,28 @@ class DeepSpeedEngine(Engine):
         # its share of the global mean.
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
-    def step(self) -> StepResult:
+    def step(self, take: Take) -> StepResult:
         """See Engine."""
         lr = self._set_rates(self._peaks)
-        name = "the gradient's norm"
         started = clock(self._world.device)
-        norm = None
+        self._gate.close(take)
+        skipped = None
         if self._engine.optimizer is self._engine.basic_optimizer:
             # Stage 0 in float32: nothing stands between the engine and the optimizer that would
-            # know the norm, or hold back a step.
+            # know the norm.
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            norm = finite(name, float(torch.nn.utils.get_total_norm(gradients)))
+            self._gate.decide(float(torch.nn.utils.get_total_norm(gradients)))
+            skipped = None if self._gate.taken else self._where()
         self._engine.step()
-        if norm is None:
-            # Infinite if the step was held back.
-            norm = finite(name, float(self._engine.get_global_grad_norm()))
-        if self._report:
+        if self._gate.taken is None:  # held back by DeepSpeed; the norm is infinite then
+            self._gate.decide(float(self._engine.get_global_grad_norm()))
+        if not self._gate.taken:
+            skipped = skipped or self._where()
+        elif self._report:
             self._report = False
             print_table(self._engine.basic_optimizer.report())
         self._step += 1
-        return StepResult(norm, lr, clock(self._world.device) - started)
+        return StepResult(self._gate.norm, lr, clock(self._world.device) - started, skipped)
 
     def save(self, folder: Path) -> None:
         """See Engine. The files are DeepSpeed's own, in a folder of theirs."""
@@ -169,6 +172,35 @@ class DeepSpeedEngine(Engine):
             "stage": self._config.deepspeed.stage,
             "dtype": str(dtype).removeprefix("torch."),
         }
+
+
+class _Gate:
+    """Has DeepSpeed's step update nothing, if that is decided once the gradient's norm is known.
+
+    ZeRO computes the norm, and then calls the step of the optimizer that it has, once for each part
+    of the parameters. These calls do nothing then, and ZeRO goes on with what it has.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        """Stands before the step of the engine's basic optimizer from here on."""
+        self._zero, self._step = engine.optimizer, engine.basic_optimizer.step
+        engine.basic_optimizer.step = self._pass
+        self.taken: bool | None = None
+        """Whether the step is taken; None as long as nothing has been decided."""
+        self.norm = math.nan
+
+    def close(self, take: Take) -> None:
+        """Has the next step be decided anew."""
+        self._take, self.taken = take, None
+
+    def decide(self, norm: float) -> None:
+        """Asks whether a step with this norm is to be taken."""
+        self.norm, self.taken = norm, self._take(norm)
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        if self.taken is None:
+            self.decide(float(self._zero._global_grad_norm))
+        return self._step(*args, **kwargs) if self.taken else None
 
 
 class _Files(TorchCheckpointEngine):  # type: ignore[misc]

@@ -114,6 +114,8 @@ def _refusal(given: Mapping[str, Any], stage: int) -> str:
     zero = given.get("zero_optimization", {})
     if not isinstance(zero, dict):
         return f"zero_optimization = {zero!r}: an object is wanted, {{ ... }}"
+    if zero.get("compute_grad_norm") is False:
+        return "zero_optimization.compute_grad_norm is false: the job needs the norm; remove it"
     if zero.get("stage", stage) != stage:
         return (
             f"zero_optimization.stage is {zero['stage']} there and deepspeed.stage is {stage}: "

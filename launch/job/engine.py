@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +27,7 @@ from conda_dist.launch.cluster.process_group import World, synchronise
 from conda_dist.launch.data.batches import Tokens
 from conda_dist.launch.job import optimizers, schedule
 from conda_dist.launch.job.config import Config, ConfigError
-from conda_dist.launch.job.finite import Origin, finite
+from conda_dist.launch.job.finite import Origin
 from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
 from conda_dist.launch.job.tensors import load_tensors, save_tensors
 from conda_dist.matrix_optimizer import MatrixOptimizer
@@ -44,6 +44,12 @@ class StepResult:
     """Learning rate of this step (the first group's)."""
     optimizer_s: float
     """Seconds this rank spent clipping and updating."""
+    skipped: str | None = None
+    """None if the weights were updated, else where a number that is not finite came from."""
+
+
+Take = Callable[[float], bool]
+"""Is told the norm of the global gradient, and says whether the step is to be taken."""
 
 
 class Engine(ABC):
@@ -83,9 +89,6 @@ class Engine(ABC):
             micro_batches: This rank's rows, (b, sequence_length + 1) each and possibly none; as
                 many as on every other rank.
             tokens: Predicted tokens in the global batch, over all ranks.
-
-        Raises:
-            NonFiniteError: On every rank.
         """
         total = torch.zeros((), device=self._world.device)
         self._origin.begin()
@@ -95,7 +98,7 @@ class Engine(ABC):
             self._backward(loss)
             total += loss.detach()
         self._origin.loss(total)
-        return finite("the loss", add_up(total))
+        return add_up(total)
 
     @abstractmethod
     def _prepare(self, *, last: bool) -> None:
@@ -106,11 +109,11 @@ class Engine(ABC):
         """Adds the gradients of this rank's share of the loss."""
 
     @abstractmethod
-    def step(self) -> StepResult:
+    def step(self, take: Take) -> StepResult:
         """Clips, updates the weights, advances the schedule and clears the gradients.
 
-        Raises:
-            NonFiniteError: On every rank, before anything is updated.
+        Weights and optimizer state stay as they are if `take` says no, on every rank alike. It is
+        asked once, and does not communicate.
         """
 
     @property
@@ -129,8 +132,8 @@ class Engine(ABC):
             group["lr"] = rate * factor
         return peaks[0] * factor
 
-    def origin(self) -> str:
-        """Where the last step got a number that is not finite from, in words."""
+    def _where(self) -> str:
+        """Where a number that is not finite came from, in words; before gradients are cleared."""
         return self._origin.describe(self._world, self._network)
 
     @property
@@ -227,24 +230,26 @@ class Fsdp2Engine(Engine):
     def _backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss)
 
-    def step(self) -> StepResult:
+    def step(self, take: Take) -> StepResult:
         """See Engine."""
         settings = self._config.optimizer.chosen
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        grad_norm = finite("the gradient's norm", float(norm))
+        grad_norm = float(norm)
+        skipped = None if take(grad_norm) else self._where()
         started = clock(self._world.device)
-        if settings.grad_clip:
+        if settings.grad_clip and skipped is None:
             torch.nn.utils.clip_grads_with_norm_(
                 self.model.parameters(), settings.grad_clip, torch.tensor(grad_norm)
             )
         lr = self._set_rates(self._peaks)
         self._step += 1
         for optimizer in self.optimizers:
-            optimizer.step()
+            if skipped is None:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return StepResult(grad_norm, lr, clock(self._world.device) - started)
+        return StepResult(grad_norm, lr, clock(self._world.device) - started, skipped)
 
     def save(self, folder: Path) -> None:
         """See Engine. Hyperparameters are not saved: they are the config's."""

@@ -1,30 +1,14 @@
-"""Numbers that are not finite: noticed before an update, and traced to ranks."""
+"""Numbers that are not finite, traced to ranks."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conda_dist.launch.cluster.process_group import JobError, World, gather
+from conda_dist.launch.cluster.process_group import World, gather
 from conda_dist.runtime.dtensor import local
-
-
-class NonFiniteError(JobError):
-    """The loss or the gradient is NaN or infinite; nothing was updated."""
-
-
-def finite(name: str, value: float) -> float:
-    """The value, if it is finite.
-
-    Raises:
-        NonFiniteError: It is not.
-    """
-    if not math.isfinite(value):
-        raise NonFiniteError(f"{name} is {value}")
-    return value
 
 
 class Origin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +22,11 @@ class Record:
     """Training loss of this step, mean per token over the global batch."""
     lr: float
     grad_norm: float
-    """Norm of the global gradient before clipping."""
+    """Norm of the global gradient before clipping; null in the file if not finite, as the loss."""
     val_loss: float | None
     """Validation loss after this step, where it was measured."""
+    skipped: int
+    """Steps so far that were not taken, being bad."""
     tokens: int
     """Tokens trained on so far."""
     tokens_per_s: float
@@ -53,7 +56,14 @@ class Meter:
         self.train_s += seconds
 
     def record(
-        self, step: int, *, loss: float, lr: float, grad_norm: float, val_loss: float | None
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        val_loss: float | None,
+        skipped: int,
     ) -> Record:
         """The record after `step`, of everything added since the last one."""
         record = Record(
@@ -62,6 +72,7 @@ class Meter:
             lr=lr,
             grad_norm=grad_norm,
             val_loss=val_loss,
+            skipped=skipped,
             tokens=step * self._tokens_per_step,
             tokens_per_s=self._steps * self._tokens_per_step / self._seconds,
             step_s=self._seconds / self._steps,
@@ -99,6 +110,9 @@ class MetricsWriter:
     def write(self, record: Record) -> None:
         """Appends one record."""
         values = asdict(record)
+        for name in ("loss", "grad_norm"):  # JSON has no word for them
+            if not math.isfinite(values[name]):
+                values[name] = None
         self._file.write(json.dumps(values) + "\n")
         if self._board is not None:
             for name, value in values.items():

@@ -14,9 +14,13 @@ def draw_loss(folder: Path, title: str) -> Path:
     """Draws the training and validation loss of a run's metrics.jsonl into its loss.png."""
     import numpy as np
 
+    nan = float("nan")  # a gap in the curve: of a step that was skipped
     lines = read_metrics(folder / METRICS)
     figure, (axis,) = new_figure(1)
-    steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
+    steps, losses = (
+        [line["step"] for line in lines],
+        [nan if line["loss"] is None else line["loss"] for line in lines],
+    )
     axis.plot(steps, losses, color="#a9c1d9", linewidth=0.7, label="training")
     width = max(5, len(losses) // 40)
     if len(losses) > 2 * width:

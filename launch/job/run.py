@@ -59,7 +59,7 @@ def run(config: Config, world: World) -> bool:
 
     Raises:
         ConfigError: The configuration does not fit this job.
-        JobError: On every rank: ranks differ, a checkpoint cannot be used, a loss is not finite,
+        JobError: On every rank: ranks differ, a checkpoint cannot be used, too many steps are bad,
             or something failed on one of them.
     """
     versions = used_versions(config)

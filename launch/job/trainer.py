@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from conda_dist.bad_steps import BadSteps
 from conda_dist.launch.cluster import process_group
 from conda_dist.launch.cluster.process_group import JobError, World
 from conda_dist.launch.cluster.signals import StopRequest
@@ -19,7 +21,6 @@ from conda_dist.launch.job import options
 from conda_dist.launch.job.checkpoint import Checkpoints
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.engine import Engine, StepResult
-from conda_dist.launch.job.finite import NonFiniteError
 from conda_dist.launch.job.metrics import Meter
 from conda_dist.launch.job.report import Reporter
 from conda_dist.launch.job.watchdog import Watchdog
@@ -35,6 +36,10 @@ _IDENTITY = (
 )
 # These say where and how a job is started, not what it computes.
 _INCIDENTAL = ("output", "resume", "data.cache")
+
+
+class BadStepsError(JobError):
+    """There were more bad steps in a row than may be skipped; they updated nothing."""
 
 
 class Trainer:
@@ -56,6 +61,8 @@ class Trainer:
         training = config.training
         self._tokens = training.global_batch_size * training.sequence_length
         self._meter = Meter(self._tokens, train_s=0.0)
+        skip = training.skip_limit, training.skip_factor, training.skip_window
+        self._bad = BadSteps(*skip)
         self._val_loss: float | None = None
         self._saved_at = 0
         self.step = 0
@@ -81,6 +88,7 @@ class Trainer:
             raise self._checkpoints.unusable(path, str(error)) from error
         self.step = self._saved_at = facts["step"]
         self._meter.train_s, self._val_loss = facts["train_s"], facts["val_loss"]
+        self._bad.load_state_dict(facts["bad_steps"])
         abandoned = self._checkpoints.abandon_after(self.step)
         return [f"set aside, being of a later step: {folder}" for folder in abandoned]
 
@@ -88,7 +96,7 @@ class Trainer:
         """Trains to the last step; returns False if asked to stop before.
 
         Raises:
-            NonFiniteError: On every rank: the loss or the gradient is not finite.
+            BadStepsError: On every rank: see there.
             JobError: On every rank: a checkpoint, or the metrics, could not be saved, or data not
                 be read.
         """
@@ -113,7 +121,7 @@ class Trainer:
                             raise error
                 return False
             assert rows is not None
-            loss, result = self._train_step(rows)
+            loss, result = self._train_step(rows, reporter)
             self._meter.add(time.perf_counter() - started, result.optimizer_s)
             val_loss = None
             if self.step % training.val_interval == 0 or self.step == training.steps:
@@ -127,6 +135,7 @@ class Trainer:
                         lr=result.lr,
                         grad_norm=result.grad_norm,
                         val_loss=val_loss,
+                        skipped=self._bad.total,
                     )
                 )
             if saving and self.step % saving == 0:
@@ -149,7 +158,7 @@ class Trainer:
         except Exception as error:  # the other ranks are waiting: tell them first
             return None, error
 
-    def _train_step(self, rows: Tokens) -> tuple[float, StepResult]:
+    def _train_step(self, rows: Tokens, reporter: Reporter) -> tuple[float, StepResult]:
         """One step on this rank's rows; returns its loss and the optimizer's report."""
         training, world = self._config.training, self._world
         # Random numbers (dropout's) depend on the step and the rank alone: no generator state to
@@ -158,21 +167,41 @@ class Trainer:
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
         most = -(-training.global_batch_size // world.size)
         parts = micro_batches(rows, most, training.micro_batch_size)
-        try:
-            self._watchdog.mark(self.step + 1, "forward and backward")
-            loss = self._engine.forward_backward(parts, self._tokens)
-            self._watchdog.mark(self.step + 1, "optimizer step")
-            result = self._engine.step()
-        except NonFiniteError as error:
-            newest = self._checkpoints.newest()
-            kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
-            raise NonFiniteError(
-                f"step {self.step + 1}: {error} ({self._engine.origin()}). Nothing was updated; "
-                f"{kept}. A lower "
-                "optimizer.lr or an optimizer.grad_clip may help"
-            ) from None
+        self._watchdog.mark(self.step + 1, "forward and backward")
+        loss = self._engine.forward_backward(parts, self._tokens)
+        self._watchdog.mark(self.step + 1, "optimizer step")
+        wrong = ""
+
+        def take(norm: float) -> bool:
+            nonlocal wrong
+            wrong = self._bad.judge({"the loss": loss, "the gradient's norm": norm})
+            return not wrong
+
+        result = self._engine.step(take)
+        if wrong:
+            finite = math.isfinite(loss) and math.isfinite(result.grad_norm)
+            where = "" if finite else f" ({result.skipped})"
+            self._skip(f"step {self.step + 1}: {wrong}{where}", reporter)
         self.step += 1
         return loss, result
+
+    def _skip(self, what: str, reporter: Reporter) -> None:
+        """Says that a step was skipped.
+
+        Raises:
+            BadStepsError: It was one too many.
+        """
+        if not self._bad.too_many:
+            reporter.note(f"skipped {what}; {self._bad.describe()} (training.skip_limit)")
+            return
+        newest = self._checkpoints.newest()
+        kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
+        before = self._bad.in_a_row - 1
+        since = f", and {before} steps before it were skipped" if before else ""
+        raise BadStepsError(
+            f"{what}. Nothing was updated{since}; {kept}. A lower optimizer.lr or an "
+            "optimizer.grad_clip may help"
+        )
 
     def _validate(self) -> float:
         """Mean loss per token over the validation set, spread over the ranks."""
@@ -190,6 +219,7 @@ class Trainer:
         self._watchdog.mark(self.step, "saving a checkpoint")
         facts = {
             **self.summary(),
+            "bad_steps": self._bad.state_dict(),
             "fingerprint": self._data.fingerprint,
             "config": options.to_values(self._config),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},

@@ -42,6 +42,12 @@ class _Clock:
         rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
         return rank == self._rank and self.step >= self._first
 
+    def factor(self) -> float:
+        """What the gradient is multiplied by."""
+        if self.fault == "bad steps":
+            return {0: float("nan"), 2: 1e4}.get(self.step - self._first, 1.0)
+        return float("nan")
+
 
 def _cut() -> None:
     """Shuts down this process's connections, but for those to the rendezvous store."""
@@ -66,7 +72,9 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
 
     Args:
         fault: "nan": the gradient of a block's output is NaN. "nan weight": that of one weight
-            alone. "no memory": a decomposition raises. "no svd": none converges, in two steps.
+            alone. "bad steps": that of a block's output is NaN in one step, and 1e4 times too large
+            two steps later. "no memory": a decomposition raises. "no svd": none converges, in two
+            steps.
             "asleep": reading data never ends. "frozen": and no other thread of the process runs.
             "slow": it takes a while. "unread": it raises. "full": files cannot grow.
             "full metrics": metrics.jsonl cannot. "cut": its connections to other ranks are shut
@@ -102,7 +110,8 @@ def injected(fault: str, rank: int, step: int) -> Iterator[None]:
             raise LinAlgError("linalg.svd: the algorithm failed to converge")
         return svd(*args, **kwargs)
 
-    spoil = {"nan": _spoil, "nan weight": _spoil_weight}.get(fault, lambda clock: _leave)
+    faults = {"nan": _spoil, "bad steps": _spoil, "nan weight": _spoil_weight}
+    spoil = faults.get(fault, lambda clock: _leave)
     hook = register_module_forward_hook(spoil(clock))
     torch.linalg.svd = decompose
     TokenBatches.rows = read  # type: ignore[method-assign]
@@ -124,7 +133,8 @@ def _spoil(clock: _Clock) -> Callable[[Any, Any, Any], None]:
         # FSDP2 puts its own name before a class's.
         block = type(module).__name__.endswith("LlamaDecoderLayer")
         if block and output.requires_grad and clock.strikes():
-            output.register_hook(lambda gradient: gradient * float("nan"))
+            factor = clock.factor()
+            output.register_hook(lambda gradient: gradient * factor)
 
     return hook
 

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -20,7 +19,7 @@ import titan_cpu
 import titan_data
 import titan_jobs
 from processes import free_port
-from test_huggingface import settle
+from test_huggingface import fsdp_on_cpus, settle
 
 EXAMPLES = Path(__file__).parents[2] / "integrations" / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -51,27 +50,12 @@ def _run(script: str, port: int, *arguments: str) -> list[tuple[int, float]]:
     with (
         patch.dict(os.environ, torchrun),
         patch.object(sys, "argv", [script, *arguments]),
-        _fsdp_on_cpus("trl" not in script),
+        fsdp_on_cpus("trl" not in script),
         contextlib.redirect_stdout(said),
     ):
         runpy.run_path(script, run_name="__main__")
     lines = re.findall(r"^step (\d+) loss (\S+)$", said.getvalue(), re.M)
     return [(int(step), float(loss)) for step, loss in lines]
-
-
-def _fsdp_on_cpus(wanted: bool) -> contextlib.AbstractContextManager[Any]:
-    """Accelerate offers FSDP on accelerators alone; this makes it do the same on CPUs."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    make = PartialState.__init__
-
-    def pretend(state: Any, cpu: bool = True, **more: Any) -> None:
-        make(state, cpu=True, **more)
-        if state.distributed_type == DistributedType.MULTI_CPU:
-            state.distributed_type = DistributedType.MULTI_GPU
-
-    return patch.object(PartialState, "__init__", pretend if wanted else make)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -1,10 +1,13 @@
 """Conda in Hugging Face's Trainer and Accelerate: DeepSpeed from the JSON, and FSDP2."""
 
+import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ import conda_dist
 import ranks
 import zero
 from conda_dist import Conda, param_groups
+from conda_dist.runtime.dtensor import local
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -44,6 +48,21 @@ def settle() -> None:
     for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))]:
         del os.environ[name]
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", ACCELERATE_TORCH_DEVICE="cpu")
+
+
+def fsdp_on_cpus(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """Accelerate offers FSDP on accelerators alone; this makes it do the same on CPUs."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    make = PartialState.__init__
+
+    def pretend(state: Any, cpu: bool = True, **more: Any) -> None:
+        make(state, cpu=True, **more)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    return patch.object(PartialState, "__init__", pretend if wanted else make)
 
 
 def language_model() -> Any:
@@ -88,16 +107,21 @@ def deepspeed_json(stage: int) -> dict[str, Any]:
     }
 
 
-def _trainer(folder: Path, stage: int, resume: bool) -> list[float]:
+def _trainer(folder: Path, stage: int, factory: bool, resume: bool) -> list[float]:
     """The losses of a training by the Trainer, a line a step."""
     settle()
     import transformers
 
     from conda_dist.integrations import deepspeed
+    from conda_dist.integrations.huggingface import conda_for_trainer
 
+    made = deepspeed_json(stage)
+    more: dict[str, Any] = {}
+    if factory:
+        del made["optimizer"]
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        deepspeed=deepspeed_json(stage),
+        deepspeed=made,
         learning_rate=RATE,
         max_steps=12,
         per_device_train_batch_size=BATCH // dist.get_world_size(),
@@ -107,20 +131,23 @@ def _trainer(folder: Path, stage: int, resume: bool) -> list[float]:
         disable_tqdm=True,
         lr_scheduler_type="linear",
     )
-    trainer = transformers.Trainer(language_model(), arguments, train_dataset=texts())
+    if factory:
+        more["optimizer_cls_and_kwargs"] = conda_for_trainer(arguments, update_proj_gap=GAP)
+    trainer = transformers.Trainer(language_model(), arguments, train_dataset=texts(), **more)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6") if resume else None)
     inner = trainer.model_wrapped.basic_optimizer
     assert isinstance(inner, deepspeed.Conda), type(inner)
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage", "factory"), [(2, True), (3, False)])
 @pytest.mark.thorough
-def test_trainer(tmp_path: Path, stage: int) -> None:
-    whole, _ = ranks.run(2, _trainer, tmp_path, stage, False)
+def test_trainer(tmp_path: Path, stage: int, factory: bool) -> None:
+    """The optimizer is in the JSON, or the Trainer makes it by conda_for_trainer."""
+    whole, _ = ranks.run(2, _trainer, tmp_path, stage, factory, False)
     assert len(whole) == 12
     assert whole[-1] < 0.8 * whole[0]
-    again, _ = ranks.run(2, _trainer, tmp_path, stage, True)
+    again, _ = ranks.run(2, _trainer, tmp_path, stage, factory, True)
     assert again == whole
 
 
@@ -251,25 +278,31 @@ def test_accelerate_with_deepspeed() -> None:
             assert losses == pytest.approx(alone, abs=1e-4)
 
 
-def _accelerate_fsdp2(folder: Path) -> tuple[list[float], list[str]]:
-    """Losses, and the paths of the parameters."""
-    settle()
+def accelerator_on_fsdp(**plugin: Any) -> Any:
+    """An Accelerator with FSDP."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
-    from torch.distributed.tensor import DTensor
 
     # Accelerate takes FSDP for something of accelerators; it is only on CPUs that nobody asks.
     state = PartialState()
     state.distributed_type, state.backend = DistributedType.MULTI_GPU, "gloo"
     state.num_processes, state.process_index = dist.get_world_size(), dist.get_rank()
-
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        state_dict_type="SHARDED_STATE_DICT",
+    return Accelerator(
+        fsdp_plugin=FullyShardedDataParallelPlugin(
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="SHARDED_STATE_DICT",
+            **plugin,
+        )
     )
-    accelerator = Accelerator(fsdp_plugin=plugin)
+
+
+def _accelerate_fsdp2(folder: Path) -> tuple[list[float], list[str]]:
+    """Losses, and the paths of the parameters."""
+    settle()
+    from torch.distributed.tensor import DTensor
+
+    accelerator = accelerator_on_fsdp(fsdp_version=2)
     model = language_model()
     scope = {"accelerator": accelerator, "model": model, "conda_dist": conda_dist}
     exec(README[2], scope)
@@ -330,6 +363,42 @@ def test_trainers_groups() -> None:
         _made(language_model(), learning_rate=5e-5)
 
 
+def _fsdp1() -> str:
+    """The error in a process whose Accelerate uses FSDP1."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    arguments = transformers.TrainingArguments(
+        "unused", learning_rate=RATE, use_cpu=True, report_to=[]
+    )
+    factory, options = conda_for_trainer(arguments)
+    accelerator_on_fsdp(fsdp_version=1)
+    with pytest.raises(ValueError, match="Conda does not support FSDP1") as error:
+        factory()(language_model(), **options)
+    return str(error.value)
+
+
+def test_fsdp1() -> None:
+    assert all('fsdp_config={"version": 2' in said for said in ranks.run(1, _fsdp1))
+
+
+def test_trainers_that_pass_their_arguments_too() -> None:
+    """Axolotl's makes the optimizer by factory()(model, args, **kwargs)."""
+    import transformers
+
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    arguments = transformers.TrainingArguments("unused", learning_rate=RATE, use_cpu=True)
+    factory, options = conda_for_trainer(arguments)
+    trainer = transformers.Trainer(
+        language_model(), arguments, optimizer_cls_and_kwargs=(factory, options)
+    )
+    made = factory()(trainer.model, arguments, **options)
+    assert _groups(made) == _groups(trainer.create_optimizer())
+
+
 def test_adapters() -> None:
     """PEFT's A and B take the conda path, DoRA's magnitudes the adamw path; rank 1 has none."""
     from peft import LoraConfig, get_peft_model
@@ -354,3 +423,92 @@ def test_an_option_that_conda_has_not() -> None:
     arguments = transformers.TrainingArguments("unused", learning_rate=RATE, use_cpu=True)
     with pytest.raises(TypeError, match="update_gap"):
         conda_for_trainer(arguments, update_gap=3)
+
+
+def _spoilt(model: Any, factors: dict[int, float], first: int) -> Any:
+    """Multiplies the gradient of a model's loss in some steps, on the last rank."""
+    steps = itertools.count(first + 1)
+
+    def spoil(module: Any, args: Any, output: Any) -> None:
+        step = next(steps) if output.loss.requires_grad else 0
+        if step in factors and dist.get_rank() == dist.get_world_size() - 1:
+            output.loss.register_hook(lambda gradient: gradient * factors[step])
+
+    model.register_forward_hook(spoil)
+    return model
+
+
+BAD = {3: float("nan"), 6: 1e4}
+"""Steps, and what their gradients are multiplied by."""
+
+
+def _skipping(
+    folder: Path, resume: bool, factors: dict[int, float], sharded: bool
+) -> tuple[list[dict[str, str]], list[Tensor], list[Tensor]]:
+    """What a Trainer logs that skips bad steps, its weights, and the moments of its optimizer."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations.bad_steps import skip_bad_steps
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    with fsdp_on_cpus(sharded):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            learning_rate=RATE,
+            max_steps=8,
+            per_device_train_batch_size=BATCH // dist.get_world_size(),
+            logging_steps=1,
+            save_steps=4,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            fsdp=sharded,
+            fsdp_config={"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+        )
+        trainer = transformers.Trainer(
+            _spoilt(language_model(), factors, 4 if resume else 0),
+            arguments,
+            train_dataset=texts(),
+            optimizer_cls_and_kwargs=conda_for_trainer(arguments, update_proj_gap=GAP),
+        )
+        callback = skip_bad_steps(trainer, factor=20.0, window=4, limit=1)
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4") if resume else None)
+        assert callback.skipped == 2
+    # As text: a NaN is not equal to another.
+    history = [line for line in trainer.state.log_history if "loss" in line]
+    lines = [{key: repr(line[key]) for key in sorted(line)} for line in history]
+    weights = [local(param.detach()).clone() for param in trainer.model.parameters()]
+    states = trainer.optimizer.optimizer.state.values()
+    moments = [local(state["exp_avg"]) for state in states if "exp_avg" in state]
+    return lines, weights, moments
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_trainer_skips_bad_steps(tmp_path: Path, sharded: bool) -> None:
+    """DDP and FSDP2. Step 6 is compared with 1, 2, 4 and 5, also after a resume from 4."""
+    whole = ranks.run(2, _skipping, tmp_path, False, BAD, sharded)
+    lines, weights, moments = whole[0]
+    assert [line["skipped_steps"] for line in lines] == list("00111222")
+    norms, losses = ([float(line[key]) for line in lines] for key in ("grad_norm", "loss"))
+    assert norms[5] > 100 * norms[4]
+    assert losses[-1] < losses[0]
+    assert all(tensor.isfinite().all() for tensor in (*weights, *moments))
+    again, resumed, kept = ranks.run(2, _skipping, tmp_path, True, BAD, sharded)[0]
+    assert again == lines
+    for ours, theirs in zip((*resumed, *kept), (*weights, *moments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _hopeless(folder: Path) -> str:
+    """What a Trainer says whose gradients are all NaN from a step on."""
+    try:
+        _skipping(folder, False, dict.fromkeys(range(3, 9), float("nan")), False)
+    except RuntimeError as error:
+        return str(error)
+    return "trained"
+
+
+def test_the_trainer_ends_after_too_many_bad_steps(tmp_path: Path) -> None:
+    for said in ranks.run(2, _hopeless, tmp_path):
+        assert said.startswith("step 4: the gradient's norm is nan. Nothing was updated, and 1")

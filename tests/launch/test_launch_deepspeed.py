@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import injected
 import launch_jobs
 import ranks
 import zero
@@ -19,7 +20,6 @@ from conda_dist.launch.cluster.process_group import JobError
 from conda_dist.launch.job import options
 from conda_dist.launch.job.checkpoint import complete_checkpoints
 from conda_dist.launch.job.config import ConfigError
-from conda_dist.launch.job.finite import NonFiniteError
 from launch_jobs import Result, curve, metrics
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -169,46 +169,93 @@ def build(config: str, output: str, stage: int, dtype: str) -> tuple[Any, Any]:
 
 
 def _spoil(block: Any, args: Any, output: torch.Tensor) -> None:
-    output.register_hook(lambda grad: grad * math.nan)
+    if output.requires_grad:
+        output.register_hook(lambda grad: grad * math.nan)
 
 
-def _poisoned(*arguments: Any) -> tuple[list[str], list[float]]:
-    """What a step says whose gradient is NaN on one rank; the losses around it."""
+def _skipped(*arguments: Any) -> tuple[list[Any], list[float], list[bool]]:
+    """Steps that are not taken: a good one, by decision, and one with a NaN on one rank.
+
+    Returns what the steps said, the loss before, between and after them, and whether the optimizer
+    state was the same before and after.
+    """
     engine, rows = build(*arguments)
     for _ in range(2):
         engine.forward_backward([rows], 256)
-        engine.step()
-    before = engine.evaluate([rows], 256)
+        assert engine.step(math.isfinite).skipped is None
+    losses, states = [engine.evaluate([rows], 256)], [_state(engine)]
+
+    def step(take: Any) -> Any:
+        engine.forward_backward([rows], 256)
+        result = engine.step(take)
+        losses.append(engine.evaluate([rows], 256))
+        states.append(_state(engine))
+        return result.grad_norm, result.skipped
+
+    said = [step(lambda norm: False)]
     if dist.get_rank() == 1:
         block = engine._engine.module.model.layers[1]
         hook = block.register_forward_hook(_spoil)
-    engine.forward_backward([rows], 256)
+    said.append(step(math.isfinite))
     if dist.get_rank() == 1:
         hook.remove()
-    said = []
-    try:
-        engine.step()
-    except NonFiniteError as error:
-        said += [str(error), engine.origin()]
-    return said, [before, engine.evaluate([rows], 256)]
+    said.append(step(math.isfinite))  # as the first would have been, had it been taken
+    return said, losses, [_equal(states[0], state) for state in states[1:]]
+
+
+def _state(engine: Any) -> list[torch.Tensor]:
+    """Copies of what the optimizer keeps."""
+    kept = engine._engine.basic_optimizer.state.values()
+    return [t.clone() for state in kept for t in state.values() if isinstance(t, torch.Tensor)]
+
+
+def _equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_updates_nothing(
+def test_a_skipped_step_updates_nothing(
     config: Path, tmp_path: Path, stage: int, dtype: str
 ) -> None:
-    for said, losses in ranks.run(2, _poisoned, str(config), str(tmp_path), stage, dtype):
-        assert said[0] in ("the gradient's norm is inf", "the gradient's norm is nan")
-        assert said[1] == "the gradient of rank 1 is not finite"
-        assert losses[0] == losses[1]
+    for said, losses, same in ranks.run(2, _skipped, str(config), str(tmp_path), stage, dtype):
+        (norm, where), (bad, traced), (again, taken) = said
+        assert where is not None
+        assert not math.isfinite(bad)
+        assert traced == "the gradient of rank 1 is not finite"
+        assert taken is None
+        assert again == norm
+        assert losses[0] == losses[1] == losses[2] > losses[3]
+        assert same == [True, True, False]
+
+
+def bad_zero_job(*arguments: str) -> Result:
+    """A job of which rank 1 has two bad steps: 3, and 5."""
+    zero.settle()
+    return injected.job("bad steps", 1, 3, *arguments)
+
+
+def test_bad_steps_are_skipped_and_resumed(config: Path, tmp_path: Path) -> None:
+    """Whether step 5 is bad depends on the steps before the checkpoint, of step 4."""
+    engine = ("--engine", "deepspeed", "--deepspeed.stage", 2)
+    skipping = ("--training.skip_factor", 20, "--training.skip_window", 3)
+    words = [str(word) for word in (config, *engine, *skipping, "--output", tmp_path)]
+    for again in ([], ["--resume"]):
+        results = ranks.run(2, bad_zero_job, *words, *again)
+        assert [result.code for result in results] == [0, 0], results
+        assert "skipped step 5: the gradient's norm is " in results[0].out
+        if not again:
+            whole = curve(tmp_path)
+            shutil.rmtree(tmp_path / "checkpoints" / "step-00000008")
+    assert curve(tmp_path) == whole
+    assert [line["skipped"] for line in metrics(tmp_path)] == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
 def _blocked(folder: Path, *arguments: Any) -> str:
     """What saving says where one rank cannot write its file."""
     engine, rows = build(*arguments)
     engine.forward_backward([rows], 256)
-    engine.step()
+    engine.step(math.isfinite)
     try:
         engine.save(folder)
     except JobError as error:
@@ -260,6 +307,7 @@ def test_a_checkpoint_of_another_engine_or_stage_is_refused(
         ("[1]", "an object is wanted"),
         ('{"zero_optimization": 3}', "zero_optimization = 3: an object is wanted"),
         ('{"zero_optimization": {"stage": 3}}', "give --deepspeed.stage 3"),
+        ('{"zero_optimization": {"compute_grad_norm": false}}', "the job needs the norm"),
         ('{"zero_optimization": {"stages": 3}}', "DeepSpeed does not take the settings in"),
         ('{"zero_optimization": {"zenflow": {}}}', "it replaces the optimizer's step"),
         (

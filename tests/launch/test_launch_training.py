@@ -198,7 +198,8 @@ def test_a_loss_that_is_not_finite_ends_the_job_before_any_update(
         "--schedule.warmup_ratio",
         0,
     )
-    for result in train(2, config, "--output", tmp_path, *hot, "--checkpoint.interval", 1):
+    hot += ("--checkpoint.interval", 1, "--training.skip_limit", 0)
+    for result in train(2, config, "--output", tmp_path, *hot):
         assert result.code == 1
         assert "step 2: the loss is nan" in result.err or "step 3" in result.err
         assert "Nothing was updated" in result.err

@@ -306,12 +306,28 @@ def _ended(
 
 
 def nan_gradient(scene: Scene, weight: bool = False) -> Outcome:
-    """A rank whose gradient is NaN: of a block's output, or of one weight alone."""
-    named = "weight" if weight else "rank"
-    did = f"ended before the update, naming step and {named}; nothing saved after"
-    words = ("a NaN gradient", f"in a {'weight' if weight else 'block'} of rank 1", did)
-    fault = "nan weight" if weight else "nan"
-    return _ended(scene, fault.replace(" ", "-"), fault, words=words)
+    """A rank whose gradient is NaN from here on: of a block's output, or of one weight alone.
+
+    The second one may skip no step.
+    """
+    if weight:
+        did = "ended before the update, naming step and weight; nothing saved after"
+        words = ("a NaN gradient, skip_limit 0", "in a weight of rank 1", did)
+        return _ended(scene, "nan-weight", "nan weight", "--training.skip_limit", 0, words=words)
+    did = "skipped three steps on both ranks, then ended, naming step and rank"
+    return _ended(scene, "nan", "nan", words=("NaN gradients", "in a block of rank 1", did))
+
+
+def bad_steps(scene: Scene) -> Outcome:
+    """A rank whose gradient is NaN in one step, and huge in another."""
+    extra = ("--training.skip_factor", 20, "--training.skip_window", STRUCK - 1)
+    results = with_fault(scene, "bad-steps", "bad steps", *extra)
+    assert [result.code for result in results] == [0, 0], results
+    did = "skipped the two steps on both ranks, named step and rank, and went on"
+    injected = "NaN in a step of rank 1, 1e4 times too large in another"
+    outcome = Outcome("two bad gradients", injected, did, results[0].out, 0.0)
+    outcome.difference = farthest(scene.folder / "bad-steps", scene.reference)
+    return outcome
 
 
 def data_unread(scene: Scene) -> Outcome:
@@ -376,6 +392,7 @@ ALL: tuple[Callable[[Scene], Outcome], ...] = (
     lambda scene: stuck_rank(scene, "frozen"),
     nan_gradient,
     lambda scene: nan_gradient(scene, weight=True),
+    bad_steps,
     data_unread,
     lambda scene: decomposition_raises(scene, 0),
     lambda scene: decomposition_raises(scene, 1),
