@@ -9,7 +9,7 @@ SUMMARY = "summary.json"
 """Written when a run is complete: its last step, validation loss and seconds of training, and the
 bytes of the optimizer's state on all ranks."""
 DIVERGED = "diverged.json"
-"""Written when a run ended because its loss or gradient was not finite: the reason."""
+"""Written when a run ended because of too many bad steps in a row: the reason."""
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 EXIT_STOPPED = 75

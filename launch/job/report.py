@@ -92,7 +92,7 @@ class Reporter:
             self._display.update(record)
 
     def diverged(self, error: Exception) -> None:
-        """Marks the run as one that ended by a loss or a gradient that is not finite."""
+        """Marks the run as one that ended because of too many bad steps in a row."""
         if self._display is not None:
             with suppress(OSError):
                 (self._output / DIVERGED).write_text(json.dumps({"error": str(error)}) + "\n")

@@ -33,10 +33,9 @@ from conda_dist.launch.job.files import (
     EXIT_STOPPED,
     STOP_NOTE,
 )
-from conda_dist.launch.job.finite import NonFiniteError
 from conda_dist.launch.job.model import require_replicas
 from conda_dist.launch.job.report import Reporter
-from conda_dist.launch.job.trainer import Trainer, require_same
+from conda_dist.launch.job.trainer import BadStepsError, Trainer, require_same
 from conda_dist.launch.job.watchdog import Watchdog
 
 
@@ -141,7 +140,7 @@ def _train(
         with reporter.live(), watchdog.watching():
             try:
                 complete = trainer.train(reporter, stop)
-            except NonFiniteError as error:
+            except BadStepsError as error:
                 reporter.diverged(error)
                 raise
         if complete:
