@@ -25,6 +25,7 @@ from conda_dist.rules.rule import Rule
 from conda_dist.rules.states import has_own, is_own
 from conda_dist.runtime.adamw import adamw_step
 from conda_dist.runtime.collectives import Mesh, SharedGroup, is_distributed, world
+from conda_dist.runtime.diagnostics import Diagnostics, Signals, read
 from conda_dist.runtime.environment import refuse_capture, without_autocast
 from conda_dist.runtime.foreign_state import keep
 from conda_dist.runtime.parameters import Setup, find_meshes, set_up
@@ -68,6 +69,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._shared_group = SharedGroup(process_group)
         self._setup: Setup | None = None
         self._path: MatrixPath | None = None
+        self._diagnostics: Diagnostics | None = None
         self._choices: dict[tuple[Tensor, int | None], Choice] = {}
         self._names = ParameterNames()
         self._checked: list[dict[str, Any]] = []
@@ -159,8 +161,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
             setup.refuse_strangers()
             setup.searched_replaced = True
         weights, others = setup.stepping(grads)
-        path.step({i: grads[setup.weights[i].param] for i in weights})
-        adamw_step(others, grads, self._options.stochastic_rounding)
+        collection = None
+        if self._diagnostics is not None:
+            collection = self._diagnostics.begin(grads, setup.started)
+        path.step({i: grads[setup.weights[i].param] for i in weights}, collection)
+        if collection is None:
+            adamw_step(others, grads, self._options.stochastic_rounding)
+        else:
+            for other in others:  # one by one, so that only one is copied at a time
+                with collection.change(other):
+                    adamw_step([other], grads, self._options.stochastic_rounding)
+            collection.finish()
         for comparison in setup.comparisons:
             comparison.schedule_next()
 
@@ -186,6 +197,28 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if show and self.is_first:
             print_table(table)
         return table
+
+    def diagnostics(self, *, summed: bool = False) -> dict[str, Signals]:
+        """Returns what the last step that collected has found; see ``diagnostics_every``.
+
+        It communicates nothing, so one rank may call it alone. The values are the same on all ranks
+        that share the parameters and, but for rounding, on every layout. A parameter without a
+        gradient in that step is left out. Diagnostics are not part of the state: they start anew
+        after ``load_state_dict``, in a copy, and if parameters are added, replaced or unfrozen.
+
+        Args:
+            summed: whether to sum up the parameters of each path.
+
+        Returns:
+            By parameter's name, or by path ("conda", "adamw"), a dict; see
+            :class:`conda_dist.runtime.diagnostics.Signals`. Empty before the first collection.
+        """
+        return read(() if self._diagnostics is None else (self._diagnostics,), summed)
+
+    @property
+    def diagnostics_step(self) -> int:
+        """The step that has collected what :meth:`diagnostics` returns; 0 before the first."""
+        return 0 if self._diagnostics is None else self._diagnostics.step
 
     @property
     def is_first(self) -> bool:
@@ -223,6 +256,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if self._path is not None:
                 self._path.drop()
             self._setup, self._path = setup, MatrixPath(setup.weights, self._options)
+            self._diagnostics = None
+            if every := self._options.diagnostics_every:
+                self._diagnostics = Diagnostics(setup.members, setup.meshes, every)
         return setup, self._path
 
     def _check_groups(self) -> None:
@@ -311,7 +347,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 setup = self._set_up(found.states)
                 setup.init_state()
                 fill_state(setup, found.states)
-                self._setup = None  # plan again: a Setup reads at its start which meshes have steps
+                # Plan again: a Setup reads at its start which meshes have steps.
+                self._setup = self._diagnostics = None
             for param, others in found.wrapper_states.items():
                 self.state[param].update(keep(others, param, before.get(param)))
 
@@ -380,5 +417,5 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fills a copy or an unpickled optimizer; torch's ``load_state_dict`` also calls this."""
         super().__setstate__(state)
-        self._setup = self._path = None
+        self._setup = self._path = self._diagnostics = None
         self._checked = []

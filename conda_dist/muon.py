@@ -39,6 +39,8 @@ class Muon(MatrixOptimizer):
         betas: decay rates of the moments on the adamw path.
         adamw_eps: added to the square root of the second moment on the adamw path.
         adamw_scale: multiplies the update of the adamw path, not its decay.
+        diagnostics_every: steps between two collections of diagnostics; 0: never. See
+            :meth:`diagnostics`.
         process_group: for plain parameters: ranks whose parameters and gradients are equal.
 
     Raises:
@@ -62,6 +64,8 @@ class Muon(MatrixOptimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_scale: float = 1.0,
+        diagnostics_every: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(params, locals(), MuonRule(), Options(), process_group)
+        options = Options(diagnostics_every=diagnostics_every)
+        super().__init__(params, locals(), MuonRule(), options, process_group)

@@ -96,6 +96,10 @@ class Conda(MatrixOptimizer):
         buffer_bytes: half of the bytes that a step may use for all of its buffers together. A step
             uses more only if one weight needs more: a weight that needs no communication uses
             twice the size of its shard in float32.
+        diagnostics_every: steps between two collections of diagnostics; 0: never. A step collects
+            if its number is a multiple of this: it takes norms, copies one parameter's shard at a
+            time, and adds one all-reduce along each mesh dimension. All other steps stay as they
+            are. See :meth:`diagnostics`.
         process_group: for plain parameters: ranks whose parameters and gradients are equal. They
             then share the decompositions instead of each computing all of them, and so cannot
             diverge.
@@ -133,6 +137,7 @@ class Conda(MatrixOptimizer):
         second_moment_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
         buffer_bytes: int = 512 * 2**20,
+        diagnostics_every: int = 0,
         process_group: dist.ProcessGroup | None = None,
         fused: bool | None = None,
         foreach: bool | None = None,

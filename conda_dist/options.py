@@ -122,6 +122,10 @@ class Options:
         default=512 * 2**20,
         metadata=_about("half of the bytes that a step may use for buffers", least=1),
     )
+    diagnostics_every: int = field(
+        default=0,
+        metadata=_about("steps between two collections of diagnostics; 0: never", least=0),
+    )
 
     @property
     def product_dtype(self) -> torch.dtype | None:

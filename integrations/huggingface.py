@@ -15,9 +15,10 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conda_dist import Conda, param_groups
+from conda_dist.runtime.diagnostics import scalars
 
 Group = dict[str, Any]
 
@@ -103,6 +104,28 @@ class CondaFactory:
         if _is_replicated(model, state):
             options.setdefault("process_group", dist.group.WORLD)
         return Conda(_by_decay(model, groups, decay), **options)
+
+
+class DiagnosticsCallback(TrainerCallback):  # type: ignore[misc]
+    """Logs the optimizer's diagnostics by path, such as "conda/staleness", where the Trainer logs.
+
+    ``trainer.add_callback(DiagnosticsCallback(trainer))``, with ``diagnostics_every`` among the
+    options of :func:`conda_for_trainer`. A step that collects is logged at its end.
+
+    Args:
+        trainer: the Trainer, for its ``log``.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._logged = trainer, 0
+
+    def on_step_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        """Logs what the step has collected, if it has."""
+        while optimizer is not None and not hasattr(optimizer, "diagnostics_step"):
+            optimizer = getattr(optimizer, "optimizer", None)  # Accelerate and DeepSpeed wrap it
+        before, self._logged = self._logged, getattr(optimizer, "diagnostics_step", 0)
+        if self._logged not in (before, 0):
+            self._trainer.log(scalars(optimizer.diagnostics(summed=True)))
 
 
 def _rate(args: TrainingArguments, options: Mapping[str, Any]) -> Any:

@@ -2,14 +2,15 @@
 
     python -m conda_dist.launch.benchmark [--width 512] [--mlp 1376] [--layers 4] [--rounds 40]
     python -m conda_dist.launch.benchmark --gap 5 [--refresh-method orthogonal_iteration]
+    python -m conda_dist.launch.benchmark --only conda_dist "conda_dist, diagnostics"
     python -m conda_dist.launch.benchmark --picture FILE ...
 
 One process, one thread. All run in turns, so that whatever slows the machine down slows all;
 medians and quartiles of the rounds are printed, and the medians of their ratios to the first.
 Steps are those between refreshes, or with `--gap` the mean of so many, one of which refreshes the
 bases (SOAP's and the other Conda's, too). "two products" is the floor: the projection and the way
-back alone. After that come the bytes of state, and the time that a refresh adds to the steps around
-it.
+back alone. "diagnostics" collects them in every step. After that come the bytes of state, and the
+time that a refresh adds to the steps around it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{option}", type=positive, default=default)
     parser.add_argument("--gap", type=positive, help="steps between refreshes (default: none)")
     parser.add_argument("--refresh-method", choices=REFRESH_METHODS, default=REFRESH_METHODS[1])
+    parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="of the table's")
     parser.add_argument(
         "--picture", metavar="FILE", type=Path, help="draw the times, in the file's format"
     )

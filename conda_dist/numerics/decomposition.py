@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,45 @@ CAUSES = {
 """Why a basis could not be refreshed, for the warning."""
 
 
-def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcome, Tensor | None]:
+class Spectrum(NamedTuple):
+    """How the energy of a projected momentum is spread, from its Gram matrix S (r, r).
+
+    S is Q^T M^T M Q for m >= n, else Q^T M M^T Q. Its eigenvalues are s_i^2, the squared singular
+    values of M. No product is needed for it: the decomposition has S, or finds its factors.
+
+    Attributes:
+        staleness: the share of |S|^2 (Frobenius) that is off the diagonal. It is 0 if the columns
+            of Q are singular vectors of M, and at most 1 - 1/r. None if Q was the identity,
+            because the matrix had no basis yet.
+        effective_rank: (sum s_i^2)^2 / sum s_i^4 = trace(S)^2 / |S|^2. It is r if all singular
+            values are equal, and 1 if there is only one.
+    """
+
+    staleness: float | None
+    effective_rank: float
+
+    @classmethod
+    def of(cls, diagonal: Tensor, total: Tensor) -> "Spectrum":
+        """From the diagonal of S and |S|^2, both in float64."""
+        trace, on, all_of_it = torch.stack((diagonal.sum(), diagonal @ diagonal, total)).tolist()
+        return cls(max(0.0, 1 - on / all_of_it), trace * trace / all_of_it)
+
+
+class Found(NamedTuple):
+    """The result of a decomposition.
+
+    Attributes:
+        outcome: the outcome.
+        rotation: P (r, r), in at least float32, if the outcome is ``DONE``, else None.
+        spectrum: the spectrum of the momentum if it was asked for and there is a rotation.
+    """
+
+    outcome: Outcome
+    rotation: Tensor | None = None
+    spectrum: Spectrum | None = None
+
+
+def decompose(exp_avg: Tensor, right: bool, method: str = "svd", measure: bool = False) -> Found:
     """Computes the rotation P (r, r) from the current basis Q to the next basis Q P.
 
     If proj(M) = A S P^T is the SVD of the projected momentum (m >= n), then Q P has the right
@@ -44,12 +83,12 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
         method: "svd"; "eigh64": the eigenvectors of the Gram matrix, in float64, because a Gram
             matrix has the squared condition number; or "orthogonal_iteration": one step of subspace
             iteration, which brings Q closer to the singular vectors.
+        measure: whether to find the spectrum, too.
 
     Returns:
-        The outcome, and P in at least float32 if the outcome is DONE, else None. A momentum that is
-        exactly zero or not finite is not decomposed. If the method does not converge, runs out of
-        memory or fails in CUDA's linear algebra libraries, it is tried again in float64, with
-        another driver, and on the CPU.
+        The result. A momentum that is exactly zero or not finite is not decomposed. If the method
+        does not converge, runs out of memory or fails in CUDA's linear algebra libraries, it is
+        tried again in float64, with another driver, and on the CPU.
 
     Raises:
         RuntimeError: another error occurred.
@@ -58,25 +97,30 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd") -> tuple[Outcom
     # Not the 2-norm: the sum of squares of finite float32 values may overflow.
     largest = float(torch.linalg.vector_norm(tall, math.inf))
     if not math.isfinite(largest):
-        return Outcome.NOT_FINITE, None
+        return Found(Outcome.NOT_FINITE)
     if not largest:
-        return Outcome.ZERO, None
+        return Found(Outcome.ZERO)
     for device, dtype, driver in _attempts(tall, method):
         try:
             matrix = tall.to(device, dtype)
             if method == "svd":
-                rotation = _right_singular_vectors(matrix, driver)
+                rotation, values = _right_singular_vectors(matrix, driver)
             else:
                 scaled = matrix / largest  # so that squares neither overflow nor underflow
                 gram = exact_product(scaled.mT, scaled)  # (r, max(m, n)) @ (max(m, n), r)
                 rotation = _eigenvectors(gram) if method == "eigh64" else _iterated(gram)
             # Some GPU drivers give NaN instead of an error.
             if math.isfinite(torch.linalg.vector_norm(rotation, math.inf)):
-                return Outcome.DONE, rotation.to(tall.device, tall.dtype)
+                spectrum = None
+                if measure and method == "svd":
+                    spectrum = _spectrum_of_factors(rotation, values)
+                elif measure:
+                    spectrum = Spectrum.of(gram.diagonal().double(), gram.double().square().sum())
+                return Found(Outcome.DONE, rotation.to(tall.device, tall.dtype), spectrum)
         except RuntimeError as error:
             if not _may_be_retried(error):
                 raise
-    return Outcome.NOT_CONVERGED, None
+    return Found(Outcome.NOT_CONVERGED)
 
 
 def _attempts(tall: Tensor, method: str) -> Iterable[tuple[torch.device, torch.dtype, str | None]]:
@@ -176,17 +220,26 @@ def cholesky_factor(gram: Tensor) -> Tensor | None:
     return None
 
 
-def _right_singular_vectors(tall: Tensor, driver: str | None) -> Tensor:
-    """Right singular vectors (n, n) of a matrix (m, n), m >= n, as columns, descending.
+def _spectrum_of_factors(rotation: Tensor, values: Tensor) -> Spectrum:
+    """The spectrum from the eigenvectors P (r, r) of S and the singular values s (r,)."""
+    squares = (values / values[0]).double().square()  # so that squares do not overflow
+    return Spectrum.of(rotation.double().square() @ squares, squares @ squares)
+
+
+def _right_singular_vectors(tall: Tensor, driver: str | None) -> tuple[Tensor, Tensor]:
+    """Right singular vectors of a matrix (m, n), m >= n.
 
     ``driver`` is torch's name of a cuSOLVER driver; None for its default.
+
+    Returns:
+        The vectors (n, n), as columns, and the singular values (n,), descending.
     """
     m, n = tall.shape
     if 3 * m > 5 * n:  # from here on a QR first is cheaper (Chan, doi:10.1145/355984.355990)
         # R (n, n) has the same right singular vectors, and the (m, n) factor is never formed.
         tall = torch.linalg.qr(tall, mode="r").R
-    rotation: Tensor = torch.linalg.svd(tall, full_matrices=False, driver=driver).Vh.mT
-    return rotation
+    _, values, vectors = torch.linalg.svd(tall, full_matrices=False, driver=driver)
+    return vectors.mT, values
 
 
 def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conda_dist.numerics import arithmetic, decomposition, low_precision
 from conda_dist.numerics.arithmetic import Hyper
-from conda_dist.numerics.decomposition import Outcome
+from conda_dist.numerics.decomposition import Found
 from conda_dist.options import Options
 from conda_dist.rules.hyperparameters import hyper_of
 from conda_dist.rules.rule import Buffers, RefreshedRule, StateSpec, WeightSlice
@@ -75,10 +75,11 @@ class CondaRule(RefreshedRule):
         beta1 = float(group["betas"][0])
         arithmetic.average_(momentum, projected, beta1, rounding)
 
-    def refresh(self, momentum: Tensor, right: bool, first: bool) -> tuple[Outcome, Tensor | None]:
+    def refresh(self, momentum: Tensor, right: bool, first: bool) -> Found:
         """See RefreshedRule. The new basis consists of singular vectors of the momentum."""
         method = "svd" if first else self.options.refresh_method
-        return decomposition.decompose(momentum, right, method)
+        measure = self.options.diagnostics_every > 0
+        return decomposition.decompose(momentum, right, method, measure)
 
     def update(self, weight: WeightSlice) -> Tensor | None:
         """See Rule."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from conda_dist.numerics.decomposition import Outcome
+from conda_dist.numerics.decomposition import Found
 from conda_dist.rules.states import RULE_STATES
 
 
@@ -231,7 +231,7 @@ class RefreshedRule(Rule):
         """
 
     @abstractmethod
-    def refresh(self, momentum: Tensor, right: bool, first: bool) -> tuple[Outcome, Tensor | None]:
+    def refresh(self, momentum: Tensor, right: bool, first: bool) -> Found:
         """Decomposes a projected momentum.
 
         Args:
@@ -240,6 +240,6 @@ class RefreshedRule(Rule):
             first: whether the matrix has no basis yet (the basis is the identity).
 
         Returns:
-            The outcome, and the rotation P (r, r) from the basis Q to the new basis Q P; None
-            unless the outcome is ``DONE``.
+            The outcome; the rotation P (r, r) from the basis Q to the new basis Q P if the outcome
+            is ``DONE``; and then the spectrum, if the options ask for diagnostics.
         """

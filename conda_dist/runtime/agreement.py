@@ -35,6 +35,24 @@ SHOWN = 3
 """The largest number of parameters that an error names."""
 
 
+class HostCopy:
+    """A copy of a tensor to the host, which starts at construction. Nobody waits for it then."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._copied: torch.Event | None = None
+        if values.device.type != "cpu":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            device, values = values.device, host.copy_(values, non_blocking=True)
+            self._copied = torch.accelerator.current_stream(device).record_event()
+        self._values = values
+
+    def wait(self) -> Tensor:
+        """Waits for the copy, and returns it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values
+
+
 @dataclass(slots=True)
 class _Arrived:
     """Flags of one task that this rank has received, on their way to the host.
@@ -43,15 +61,13 @@ class _Arrived:
         mesh: the ranks.
         dims: mesh dimensions along which this rank has the flags of all ranks.
         names: fully qualified names of the k weights.
-        values: the flags, (ranks along each of ``dims``..., k), on the CPU once copied.
-        copied: event after the copy to the host; None if the flags were on the CPU.
+        values: the flags, (ranks along each of ``dims``..., k).
     """
 
     mesh: Mesh
     dims: tuple[int, ...]
     names: tuple[str, ...]
-    values: Tensor
-    copied: torch.Event | None
+    values: HostCopy
 
 
 class GradientFlags:
@@ -88,12 +104,7 @@ class GradientFlags:
             names: names of the k weights.
             values: the flags of all ranks along ``flags.dims``, (..., k).
         """
-        copied = None
-        if values.device.type != "cpu":
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            device, values = values.device, host.copy_(values, non_blocking=True)
-            copied = torch.accelerator.current_stream(device).record_event()
-        self._arrived.append(_Arrived(mesh, flags.dims, names, values, copied))
+        self._arrived.append(_Arrived(mesh, flags.dims, names, HostCopy(values)))
 
     def check(self) -> None:
         """Reads the flags of the last step.
@@ -109,9 +120,8 @@ class GradientFlags:
         raised: list[str] = []
         warned: list[str] = []
         for flags in arrived:
-            if flags.copied is not None:
-                flags.copied.synchronize()  # the copy began a step ago: nearly always finished
-            missing = flags.values == MISSING
+            # The copy began a step ago, so it is nearly always finished.
+            missing = flags.values.wait() == MISSING
             if missing.any():
                 known = set(flags.mesh.shared_dims()) <= set(flags.dims)
                 (raised if known else warned).extend(_describe(flags, missing))

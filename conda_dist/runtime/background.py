@@ -13,11 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conda_dist.numerics.decomposition import Outcome
+from conda_dist.numerics.decomposition import Found, Outcome
 from conda_dist.numerics.precision import leaving_flags
-
-Found = tuple[Outcome, Tensor | None]
-"""The result of a decomposition: the outcome, and the rotation P (r, r) if it is DONE."""
 
 
 class _Job(NamedTuple):
@@ -118,18 +115,19 @@ class Background:
         """Waits for the result of a decomposition, and removes it.
 
         Returns:
-            The outcome and the rotation; (UNKNOWN, None) if another rank decomposed the momentum.
+            The result; its outcome is UNKNOWN if another rank decomposed the momentum.
 
         Raises:
             Exception: what the decomposition raised.
         """
         future = self._started.pop(key)
         if future is None:
-            return Outcome.UNKNOWN, None
-        outcome, rotation = future.result()
+            return Found(Outcome.UNKNOWN)
+        found = future.result()
+        rotation = found.rotation
         if rotation is not None and rotation.device.type != "cpu":
             rotation.record_stream(torch.accelerator.current_stream(rotation.device))
-        return outcome, rotation
+        return found
 
     def drop(self) -> None:
         """Drops all decompositions; only the one that is running is finished."""

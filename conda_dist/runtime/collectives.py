@@ -54,10 +54,9 @@ class Mesh:
         coordinate = mesh.get_coordinate()
         if coordinate is None:
             raise ValueError(f"rank {dist.get_rank()} is not part of the parameter's mesh {mesh}")
-        ranks = tuple(mesh.mesh.flatten().tolist())
-        groups = tuple(mesh.get_all_groups())
-        topology = Topology(tuple(mesh.mesh.shape), ranks)
-        return cls(topology, tuple(coordinate), groups, tuple(mesh.mesh_dim_names or ()))
+        topology = Topology(tuple(mesh.mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+        names = tuple(mesh.mesh_dim_names or ())
+        return cls(topology, tuple(coordinate), tuple(mesh.get_all_groups()), names)
 
     @classmethod
     def of_group(cls, group: dist.ProcessGroup) -> "Mesh":
@@ -152,8 +151,7 @@ class Exchange:
 
     def _empty(self, transfer: Transfer) -> Tensor:
         assert transfer.shape is not None
-        dtype = self._dtypes[transfer.item]
-        return torch.empty(transfer.shape, dtype=dtype, device=self._device)
+        return torch.empty(transfer.shape, dtype=self._dtypes[transfer.item], device=self._device)
 
     def _launch(self, mesh_dim: int, packing: Packing) -> "_Packed":
         """Packs tensors into a buffer, drops the references to them, and starts the collective."""
@@ -190,8 +188,7 @@ class Exchange:
         packed.work = packed.send = None
         received, packing = packed.received, packed.packing
         if received.device.type != self._device.type:
-            staged = self._buffer(received.numel(), received.dtype, received.device)
-            received = staged.copy_(received)
+            received = self._buffer(len(received), received.dtype, received.device).copy_(received)
         outputs = {t.item: self._empty(t) for t in packing.transfers if t.shape is not None}
         unpack(packing, received, packed.kept, outputs)
         self._tensors = [outputs.get(i, tensor) for i, tensor in enumerate(self._tensors)]
@@ -320,6 +317,14 @@ def all_max(mesh: Mesh, values: Sequence[int]) -> list[int]:
     return [int(value) for value in result.tolist()]
 
 
+def all_sum(mesh: Mesh, values: Tensor) -> Tensor:
+    """The element-wise sum over all ranks of a mesh, in place or moved; the host does not wait."""
+    for mesh_dim in mesh.shared_dims():
+        values = values.to(mesh.device(mesh_dim, values.device))
+        dist.all_reduce(values, group=mesh.groups[mesh_dim])
+    return values
+
+
 def all_texts(mesh: Mesh, text: str) -> dict[int, str]:
     """The text of every rank of a mesh, by global rank. Slow: only used to make an error."""
     texts = {mesh.rank: text}
@@ -380,8 +385,7 @@ def _find_missing(ranks: Sequence[int], group: dist.ProcessGroup) -> str | None:
                 assert work is not None
                 work.wait(2 * ALL_CALL_WITHIN)
         except RuntimeError:
-            waited = time.monotonic() - begun
-            alone = waited > 1.9 * ALL_CALL_WITHIN.total_seconds()
+            alone = time.monotonic() - begun > 1.9 * ALL_CALL_WITHIN.total_seconds()
             return f"rank {first}" if alone else f"a rank (which rank {first} names)"
         return None
     end = time.monotonic() + ALL_CALL_WITHIN.total_seconds()

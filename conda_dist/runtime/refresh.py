@@ -8,6 +8,7 @@ A synchronous refresh happens within a step. An asynchronous one is started in a
 snapshot of the momentum, and its rotation is taken some steps later.
 """
 
+import struct
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from conda_dist.layout.redistribution import Hop
 from conda_dist.numerics import decomposition
 from conda_dist.numerics.arithmetic import matrices
-from conda_dist.numerics.decomposition import Outcome
+from conda_dist.numerics.decomposition import Found, Outcome, Spectrum
 from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
 from conda_dist.runtime.background import Background
@@ -173,12 +174,40 @@ def _decompose(
         RuntimeError: see :func:`refresh`.
     """
     mesh = weights[0].mesh
-    found, ours, error = _decompose_mine(taking, weights, bases, whole, background)
-    outcomes = [Outcome(worst) for worst in all_max(mesh, ours)]
+    ours, error = _decompose_mine(taking, weights, bases, whole, background)
+    sent = [int(found.outcome) for found in ours]
+    if weights[0].options.diagnostics_every:
+        sent += [word for found in ours for word in _words(found.spectrum)]
+    agreed = all_max(mesh, sent)
+    outcomes = [Outcome(worst) for worst in agreed[: len(taking)]]
     if Outcome.ERROR in outcomes:
         _raise_together(mesh, error)
+    words = iter(agreed[len(taking) :])
+    for matrix, outcome, pair in zip(
+        taking, outcomes, zip(words, words, strict=True), strict=False
+    ):
+        if outcome == Outcome.DONE:
+            _keep_spectrum(weights[matrix.position], matrix.index, pair)
     _record(taking, weights, outcomes)
-    return found, outcomes
+    return [found.rotation for found in ours], outcomes
+
+
+def _words(spectrum: Spectrum | None) -> tuple[int, int]:
+    """A spectrum as integers of the same order: the bits of numbers that are not negative.
+
+    So the maximum over the ranks is the owner's; the others pass zeros.
+    """
+    if spectrum is None:
+        return 0, 0
+    staleness, rank = struct.unpack("<qq", struct.pack("<dd", *spectrum))
+    return staleness, rank
+
+
+def _keep_spectrum(weight: Weight, index: int, words: tuple[int, int]) -> None:
+    """Stores what the owner of a matrix has said of its momentum, before the basis is recorded."""
+    staleness, rank = struct.unpack("<dd", struct.pack("<qq", *words))
+    first = weight.basis_step(index) == NO_BASIS
+    weight.spectra[index] = Spectrum(None if first else staleness, rank)
 
 
 def _decompose_mine(
@@ -187,42 +216,42 @@ def _decompose_mine(
     bases: Sequence[Tensor],
     whole: Sequence[Tensor | None],
     background: Background,
-) -> tuple[list[Tensor | None], list[int], Exception | None]:
+) -> tuple[list[Found], Exception | None]:
     """Decomposes this rank's momenta, or takes the results of the background.
 
     Returns:
-        For each matrix its rotation, the identity if the decomposition gave none; for each matrix
-        the outcome; and the first exception that was raised, or None. Matrices of other owners have
-        None and ``UNKNOWN``.
+        For each matrix the result, with the identity as its rotation if the decomposition gave
+        none; and the first exception that was raised, or None. Matrices of other owners have the
+        outcome ``UNKNOWN`` and no rotation.
     """
-    found: list[Tensor | None] = [None] * len(taking)
-    outcomes = [int(Outcome.UNKNOWN)] * len(taking)
+    results: list[Found] = []
     error: Exception | None = None
-    for i, (matrix, momentum) in enumerate(zip(taking, whole, strict=True)):
+    for matrix, momentum in zip(taking, whole, strict=True):
         weight = weights[matrix.position]
         first = weight.basis_step(matrix.index) == NO_BASIS
-        outcome, rotation = Outcome.UNKNOWN, None
+        found = Found(Outcome.UNKNOWN)
         try:
             if matrix.in_background:
-                outcome, rotation = background.take((weight, matrix.index))
+                found = background.take((weight, matrix.index))
             elif matrix.mine:
                 assert momentum is not None
-                outcome, rotation = weight.decompose(momentum, first)
-            if rotation is not None:
+                found = weight.decompose(momentum, first)
+            if found.rotation is not None:
                 basis = _basis(bases, matrix)
-                rotation = rotation.to(rotation_dtype(basis))
+                rotation = found.rotation.to(rotation_dtype(basis))
                 if not first and weight.must_orthonormalise:
                     rotation = decomposition.orthonormal(rotation, basis)
-                found[i] = rotation.contiguous()
+                found = found._replace(rotation=rotation.contiguous())
         except Exception as caught:  # raised later, after the other ranks were told
-            outcome, error = Outcome.ERROR, error or caught
+            found, error = Found(Outcome.ERROR), error or caught
             error.add_note(f"while decomposing the momentum of {weight.plan.name}")
-        if matrix.mine and found[i] is None:  # the planned exchange needs a tensor in any case
+        if matrix.mine and found.rotation is None:  # the planned exchange needs a tensor anyway
             basis = _basis(bases, matrix)
             dtype, device = rotation_dtype(basis), basis.device
-            found[i] = torch.eye(basis.shape[-1], dtype=dtype, device=device)
-        outcomes[i] = int(outcome)
-    return found, outcomes, error
+            identity = torch.eye(basis.shape[-1], dtype=dtype, device=device)
+            found = found._replace(rotation=identity)
+        results.append(found)
+    return results, error
 
 
 def _basis(bases: Sequence[Tensor], matrix: Matrix) -> Tensor:

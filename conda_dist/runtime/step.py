@@ -5,6 +5,7 @@ the updates of the previous one back to their storage layout.
 """
 
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from conda_dist.runtime import dtensor
 from conda_dist.runtime.agreement import GradientFlags
 from conda_dist.runtime.background import Background
 from conda_dist.runtime.collectives import Exchange
+from conda_dist.runtime.diagnostics import Collection
 from conda_dist.runtime.refresh import refresh, start_in_background
 from conda_dist.runtime.scratch import Scratch
 from conda_dist.runtime.weight import Weight
@@ -38,6 +40,10 @@ Which = Mapping[int, tuple[int, ...]]
 MAX_SCHEDULES = 64
 """Number of schedules that are cached: one for steps without refreshes, one for steps with them,
 and more if different weights have gradients in different steps."""
+
+
+UNWATCHED = nullcontext()
+"""The context of a change that is not measured."""
 
 
 def _cached(cache: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
@@ -68,20 +74,23 @@ class MatrixPath:
         # Weights whose gradients are exchanged: they take part in every step, with or without one.
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
+        self._collection: Collection | None = None  # of a step that collects diagnostics
         self._products = partial(matmul_precision, "tf32" if options.tf32 else "ieee")
 
-    def step(self, grads: Grads) -> None:
+    def step(self, grads: Grads, collection: Collection | None = None) -> None:
         """Takes one step.
 
         Args:
             grads: for each weight, by index, the local gradient of its parameter, of the
                 parameter's local shape. Parts of a weight have the same one. None if this rank has
                 no gradient.
+            collection: measures the changes of the weights; None in a step that does not collect.
 
         Raises:
             RuntimeError: a decomposition raised an error, or failed too often in a row. Raised on
                 all ranks.
         """
+        self._collection = collection
         try:
             self._step(grads)
         except BaseException:
@@ -213,8 +222,15 @@ class MatrixPath:
                 bases.pop(0)
                 continue
             reused = scratch if weight.in_place else None
-            updates.append(weight.advance(bases.pop(0), grads.pop(0), scratch=reused))
+            with self._watched(weight, weight.in_place):
+                updates.append(weight.advance(bases.pop(0), grads.pop(0), scratch=reused))
         return updates
+
+    def _watched(self, weight: Weight, changes: bool) -> AbstractContextManager[None]:
+        """A context in which a weight may change, measured if this step collects diagnostics."""
+        if self._collection is None or not changes:
+            return UNWATCHED
+        return self._collection.change(weight)
 
     def _refreshing(
         self, task: Task, grads: list[Tensor], bases: list[Tensor], begun: bool
@@ -229,11 +245,15 @@ class MatrixPath:
                     weight.average(weight.moments[0], projected[-1])
         counts = refresh(task, weights, bases, projected, self._background, begun)
         parts = zip(weights, bases, projected, counts, strict=True)
+        updates = []
         with self._products():
-            return [
-                weight.advance(basis, grad, averaged=True) if counted else weight.zero_update(grad)
-                for weight, basis, grad, counted in parts
-            ]
+            for weight, basis, grad, counted in parts:
+                if not counted:
+                    updates.append(weight.zero_update(grad))
+                    continue
+                with self._watched(weight, weight.in_place):
+                    updates.append(weight.advance(basis, grad, averaged=True))
+        return updates
 
     def _forward(self, task: Task, grads: Grads) -> Exchange:
         """Starts the exchange before a task's update; see :attr:`Task.forward` for its items."""
@@ -294,7 +314,8 @@ class MatrixPath:
         for i, update in zip(task.weights, tensors, strict=False):
             extra = None if self._plans[i].extra_shape is None else next(extras)
             if update is not None and i not in missing:
-                self.weights[i].apply(update, extra)
+                with self._watched(self.weights[i], True):
+                    self.weights[i].apply(update, extra)
         arrived = iter(tensors[len(task.weights) :])
         for i, first, second in zip(task.loading, arrived, arrived, strict=False):
             assert first is not None

@@ -11,7 +11,7 @@ from conda_dist.layout.flat import Flat
 from conda_dist.layout.layout import Layout
 from conda_dist.numerics import arithmetic
 from conda_dist.numerics.arithmetic import matrices
-from conda_dist.numerics.decomposition import CAUSES, Outcome
+from conda_dist.numerics.decomposition import CAUSES, Found, Outcome, Spectrum
 from conda_dist.options import Options
 from conda_dist.plan import calendar
 from conda_dist.plan.calendar import NO_BASIS
@@ -72,6 +72,7 @@ class Weight:
         # Whether a step works on other shapes or rows than the parameter's local tensor has.
         self._reshaped = flat or self._kernel or plan.part is not None
         self.failures: dict[int, int] = {}  # by matrix, failed refreshes in a row
+        self.spectra: dict[int, Spectrum] = {}  # by matrix, of its last refresh, for diagnostics
         self._loaded: tuple[Tensor, ...] | None = None
         self._extra: Tensor | None = None
         m, n = self.shape = plan.storage.shape[-2], plan.storage.shape[-1]
@@ -263,6 +264,11 @@ class Weight:
         return self.specs[self._cut[0]].dtype
 
     @property
+    def momentum(self) -> list[Tensor]:
+        """Views of this rank's elements of the first moment, in the layout in which it is kept."""
+        return self._views_of(self._cut[0])
+
+    @property
     def kept_moments(self) -> tuple[Tensor, ...]:
         """This rank's elements of the moments, in the layout in which they are kept."""
         if self._reshaped:
@@ -303,7 +309,7 @@ class Weight:
         """Updates a first moment, or a slice of it, in place with the projected gradient."""
         self._refreshed.average(moment, projected, self.group, self.step + 1)
 
-    def decompose(self, momentum: Tensor, first: bool) -> tuple[Outcome, Tensor | None]:
+    def decompose(self, momentum: Tensor, first: bool) -> Found:
         """Decomposes a whole projected momentum (m, n); see :meth:`RefreshedRule.refresh`."""
         return self._refreshed.refresh(momentum, self.plan.right, first)
 
@@ -392,8 +398,12 @@ class Weight:
         for view, piece in zip(views, _pieces(update, views), strict=True):
             self.rule.apply(view, piece, self.group, step, self.shape, extra)
 
+    def basis_steps(self) -> list[float]:
+        """For each matrix the step at which it took its basis; ``NO_BASIS`` if it has none."""
+        return self._counts("basis_step")
+
     def basis_step(self, matrix: int) -> float:
-        """The step at which a matrix of the batch took its basis; ``NO_BASIS`` if it has none."""
+        """The entry of :meth:`basis_steps` of a matrix of the batch."""
         return self._counts("basis_step")[matrix]
 
     @property

@@ -24,6 +24,7 @@ from conda_dist.report import Row, as_text, rows
 from conda_dist.routing import CONDA, clean_name, no_matrix_message, route_parameters
 from conda_dist.rules.states import moment_dtype
 from conda_dist.runtime.collectives import Mesh, agree
+from conda_dist.runtime.diagnostics import Diagnostics, Signals, read
 from conda_dist.runtime.environment import without_autocast
 from conda_dist.runtime.parameters import Setup
 
@@ -308,6 +309,19 @@ class Conda(torch.optim.Optimizer):
         return rows(
             Setup(weights, adamw_parameters, list(dict.fromkeys(s.meshes[0] for s in setups)), None)
         )
+
+    def diagnostics(self, *, summed: bool = False) -> dict[str, Signals]:
+        """What the last steps that collected have found; see ``conda_dist.Conda.diagnostics``."""
+        return read(self._diagnostics(), summed)
+
+    @property
+    def diagnostics_step(self) -> int:
+        """The step that has collected what :meth:`diagnostics` returns; 0 before the first."""
+        return max((found.step for found in self._diagnostics()), default=0)
+
+    def _diagnostics(self) -> list[Diagnostics]:
+        found = (partition_step.diagnostics for partition_step in self._steps.values())
+        return [diagnostics for diagnostics in found if diagnostics is not None]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group in ``__init__``. Later it raises: DeepSpeed partitions only these groups.

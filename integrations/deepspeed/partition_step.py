@@ -25,6 +25,7 @@ from conda_dist.rules.hyperparameters import hyper_of
 from conda_dist.rules.states import moment_dtype
 from conda_dist.runtime.adamw import AdamWParameter
 from conda_dist.runtime.collectives import Exchange, Mesh, all_max
+from conda_dist.runtime.diagnostics import Collection, Diagnostics
 from conda_dist.runtime.parameters import Setup, UnplannedWeight, plan_weights
 from conda_dist.runtime.step import MatrixPath
 from conda_dist.runtime.weight import Weight
@@ -92,22 +93,25 @@ class PartitionStep:
         self._conda = [i for i, shard in enumerate(shards) if shard.info.algorithm == CONDA]
         self._adamw = [i for i, shard in enumerate(shards) if shard.info.algorithm != CONDA]
         self.started = False
+        self.diagnostics: Diagnostics | None = None
 
     def setup(self) -> Setup:
         """The plan, for the report and for the comparison between ranks."""
-        adamw_parameters = [
+        return Setup(self.weights, self._adamw_parameters(), [self.mesh], None)
+
+    def _adamw_parameters(self) -> list[AdamWParameter]:
+        return [
             AdamWParameter(
                 s.info.name,
                 view,
                 self.mesh,
                 s.layout,
                 self._groups[s.tensor_index],
-                {},
+                self._states,
                 self._options,
             )
             for s, view in ((self.shards[i], self._views[i]) for i in self._adamw)
         ]
-        return Setup(self.weights, adamw_parameters, [self.mesh], None)
 
     def basis_bytes(self) -> int:
         """The bytes of bases that are not sharded, on the rank with most of them."""
@@ -179,7 +183,8 @@ class PartitionStep:
             state, own = engine[shard.tensor_index], self._states.get(old_views[i], {})
             moments = {key: shard.view(state[key]) for key in ("exp_avg", "exp_avg_sq")}
             new_states[view] = {**own, **moments}
-            if shard.start is None:  # no other parameter shares the engine's tensor and its count
+            # A weight has a count of its own if other parameters share the engine's tensor.
+            if shard.start is None or shard.info.algorithm != CONDA:
                 new_states[view]["step"] = state["step"]
             self._views.append(view)
         self._states.clear()
@@ -187,6 +192,8 @@ class PartitionStep:
         for i, weight in zip(self._conda, self.weights, strict=True):
             weight.param = self._views[i]
         self._pointers = pointers
+        if self.diagnostics is not None:
+            self.diagnostics.replace(self.setup().members)
 
     def step(
         self,
@@ -218,16 +225,31 @@ class PartitionStep:
                 return
         for i, weight in zip(self._conda, self.weights, strict=True):
             weight.group = groups[self.shards[i].tensor_index]
+        collection = self._collection(grads)
         self._path.step(
-            {place: grad for place, i in enumerate(self._conda) if (grad := grads[i]) is not None}
+            {place: grad for place, i in enumerate(self._conda) if (grad := grads[i]) is not None},
+            collection,
         )
-        self._adamw_step(grads)
+        self._adamw_step(grads, collection)
+        if collection is not None:
+            collection.finish()
 
-    def _adamw_step(self, grads: Sequence[Tensor | None]) -> None:
+    def _collection(self, grads: Sequence[Tensor | None]) -> Collection | None:
+        """The collection of diagnostics to fill in this step; None if it does not collect."""
+        if not (every := self._options.diagnostics_every):
+            return None
+        if self.diagnostics is None:
+            self.diagnostics = Diagnostics(self.setup().members, [self.mesh], every)
+        return self.diagnostics.begin(dict(zip(self._views, grads, strict=True)), [True])
+
+    def _adamw_step(
+        self, grads: Sequence[Tensor | None], collection: Collection | None = None
+    ) -> None:
         """Steps the parameters on the adamw path, one kernel for equal groups and counts."""
         # A flat tensor has one count for all parameters in it; a whole tensor counts its own steps.
         for index in {shard.tensor_index for shard in self.shards if shard.start is not None}:
             self._engine_states[self.tensors[index]]["step"] += 1
+        members = {} if collection is None else {m.param: m for m in self._adamw_parameters()}
         together: dict[tuple[int, int], list[Entry]] = defaultdict(list)
         for i in self._adamw:
             shard, view, grad = self.shards[i], self._views[i], grads[i]
@@ -241,7 +263,13 @@ class PartitionStep:
             together[id(self._groups[shard.tensor_index]), int(count)].append(entry)
         groups = {id(group): group for group in self._groups}
         for (group, step), entries in together.items():
-            adamw_(entries, step, hyper_of(groups[group], "adamw_scale"))
+            hyper = hyper_of(groups[group], "adamw_scale")
+            if collection is None:
+                adamw_(entries, step, hyper)
+                continue
+            for entry in entries:
+                with collection.change(members[entry.param]):
+                    adamw_([entry], step, hyper)
 
 
 def _load_basis(weight: Weight, saved: Mapping[str, Tensor]) -> None:

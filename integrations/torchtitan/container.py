@@ -20,6 +20,7 @@ from conda_dist.options import OPTIONS
 from conda_dist.report import as_text
 from conda_dist.routing import ADAMW, clean_name, group_by_view, no_matrix_message, route_model
 from conda_dist.runtime.collectives import Mesh, agree, all_max
+from conda_dist.runtime.diagnostics import scalars
 
 _CondaOptions: Any = make_dataclass(
     "_CondaOptions",
@@ -92,6 +93,7 @@ class CondaOptimizersContainer(OptimizersContainer):  # type: ignore[misc]
         for optimizer in self.optimizers:
             if isinstance(optimizer, Conda):
                 _log_table(optimizer)
+                optimizer.register_step_post_hook(_diagnostics_logger())
 
     def _build_param_groups(
         self, model: nn.Module, param_group_configs: Sequence[Any], impl_kwargs: Mapping[str, Any]
@@ -278,3 +280,18 @@ def _log_table(optimizer: Conda) -> None:
         return
     table = optimizer.report(show=False)
     logger.info("Conda's parameters\n%s", as_text(table))
+
+
+def _diagnostics_logger() -> Callable[..., None]:
+    """A hook after each step that logs what the step has collected, as :func:`_log_table` does."""
+    logged = 0
+
+    def log(optimizer: Conda, *_: Any) -> None:
+        nonlocal logged
+        before, logged = logged, optimizer.diagnostics_step
+        if logged not in (before, 0) and optimizer.is_first:
+            found = scalars(optimizer.diagnostics(summed=True))
+            said = "  ".join(f"{name}: {value:.4g}" for name, value in found.items())
+            logger.info("Conda's diagnostics, step %d:  %s", logged, said)
+
+    return log

@@ -31,6 +31,7 @@ from conda_dist.launch.job.finite import Origin
 from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
 from conda_dist.launch.job.tensors import load_tensors, save_tensors
 from conda_dist.matrix_optimizer import MatrixOptimizer
+from conda_dist.runtime.diagnostics import scalars
 from conda_dist.runtime.dtensor import local
 
 
@@ -69,6 +70,8 @@ class Engine(ABC):
         self._origin = Origin(network.get_input_embeddings(), world.device)
         self._step = 0
         """Steps taken."""
+        self._collected = 0
+        """The step of the diagnostics that were last read."""
 
     def describe(self) -> dict[str, str]:
         """Names and values that say what runs."""
@@ -116,6 +119,17 @@ class Engine(ABC):
         asked once, and does not communicate.
         """
 
+    def signals(self) -> dict[str, float]:
+        """What the optimizer has collected in the last step, by name; {} if nothing."""
+        optimizer: Any = self._optimizers[0]
+        before, self._collected = self._collected, getattr(optimizer, "diagnostics_step", 0)
+        return scalars(optimizer.diagnostics(summed=True)) if self._collected != before else {}
+
+    @property
+    @abstractmethod
+    def _optimizers(self) -> Sequence[Optimizer]:
+        """All optimizers; diagnostics are the first one's, if it has some."""
+
     @property
     @abstractmethod
     def _groups(self) -> list[dict[str, Any]]:
@@ -135,11 +149,6 @@ class Engine(ABC):
     def _where(self) -> str:
         """Where a number that is not finite came from, in words; before gradients are cleared."""
         return self._origin.describe(self._world, self._network)
-
-    @property
-    @abstractmethod
-    def _optimizers(self) -> Sequence[Optimizer]:
-        """All optimizers."""
 
     def state_bytes(self) -> int:
         """Bytes of the optimizers' state on all ranks; every rank asks."""

@@ -4,7 +4,7 @@ CONFIG = "config.toml"
 """The resolved configuration."""
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
-LOSS_PICTURE = "loss.png"
+LOSS_PICTURE, SIGNALS_PICTURE = "loss.png", "signals.png"
 SUMMARY = "summary.json"
 """Written when a run is complete: its last step, validation loss and seconds of training, and the
 bytes of the optimizer's state on all ranks."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ class Record:
     """Seconds per step in the optimizer, part of step_s."""
     train_s: float
     """Seconds of training so far, without validation, saving and stops."""
+    signals: Mapping[str, float] = field(default_factory=dict)
+    """The optimizer's diagnostics by path, as "conda/staleness", where this step collected some;
+    in the files beside the other numbers."""
 
 
 class Meter:
@@ -64,6 +68,7 @@ class Meter:
         grad_norm: float,
         val_loss: float | None,
         skipped: int,
+        signals: Mapping[str, float] | None = None,
     ) -> Record:
         """The record after `step`, of everything added since the last one."""
         record = Record(
@@ -78,6 +83,7 @@ class Meter:
             step_s=self._seconds / self._steps,
             optimizer_s=self._optimizer_s / self._steps,
             train_s=self.train_s,
+            signals=signals or {},
         )
         self._clear()
         return record
@@ -110,7 +116,8 @@ class MetricsWriter:
     def write(self, record: Record) -> None:
         """Appends one record."""
         values = asdict(record)
-        for name in ("loss", "grad_norm"):  # JSON has no word for them
+        values |= values.pop("signals")
+        for name in ("loss", "grad_norm", *record.signals):  # JSON has no word for them
             if not math.isfinite(values[name]):
                 values[name] = None
         self._file.write(json.dumps(values) + "\n")

@@ -21,6 +21,7 @@ _Adjust = Annotated[
     Key("how the rate follows a matrix's shape"),
 ]
 _Beta = Annotated[float, Key("decay of the second moment", ge=0, lt=1)]
+_Diagnostics = Annotated[int, Key(OPTIONS["diagnostics_every"].help, ge=0, le=MOST)]
 _Eps = Annotated[float, Key("added to the square root of the second moment", gt=0, le=LARGE)]
 
 
@@ -91,6 +92,7 @@ class MuonConfig(Settings):
     momentum: _Momentum = 0.95
     ns_steps: _Iterations = 5
     adjust_lr_fn: _Adjust = "match_rms_adamw"
+    diagnostics_every: _Diagnostics = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class NAMOConfig(Settings):
     scale: Annotated[
         float, Key("multiplies the update, beside sqrt(max(m, n))", gt=0, le=LARGE)
     ] = 0.2
+    diagnostics_every: _Diagnostics = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Loss curves as PNG files."""
+"""Curves of the loss and of the optimizer's diagnostics as PNG files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conda_dist.launch.job.files import LOSS_PICTURE, METRICS
+from conda_dist.launch.job.files import LOSS_PICTURE, METRICS, SIGNALS_PICTURE
 from conda_dist.launch.job.metrics import read_metrics
 
 
@@ -36,6 +36,43 @@ def draw_loss(folder: Path, title: str) -> Path:
     axis.legend(frameon=False)
     path = folder / LOSS_PICTURE
     figure.savefig(path, dpi=150)
+    return path
+
+
+_PANELS = (
+    ("change / weight, RMS", ("update_ratio",), "log"),
+    ("norm: gradient (line), momentum (dashed)", ("gradient_norm", "momentum_norm"), "log"),
+    ("staleness", ("staleness",), "linear"),
+    ("effective rank", ("effective_rank",), "linear"),
+)
+"""Panels of the diagnostics: title, signals and scale."""
+
+
+def draw_signals(folder: Path, title: str) -> Path | None:
+    """Draws the diagnostics in a run's metrics.jsonl into its signals.png.
+
+    Returns:
+        The picture; None if the run has collected no diagnostics.
+    """
+    lines = read_metrics(folder / METRICS)
+    paths = dict.fromkeys(name.partition("/")[0] for line in lines for name in line if "/" in name)
+    if not paths:
+        return None
+    figure, axes = new_figure(len(_PANELS))
+    figure.set_size_inches(15, 3.2)
+    for axis, (what, names, scale) in zip(axes, _PANELS, strict=True):
+        for kind, color in zip(paths, ("#1f5a94", "#c8501e"), strict=False):
+            for name, style in zip(names, ("-", "--"), strict=False):
+                key = f"{kind}/{name}"
+                points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+                if points:
+                    label = kind if style == "-" else None
+                    axis.plot(*zip(*points, strict=True), style, color=color, label=label)
+        axis.set(xlabel="step", title=what, yscale=scale)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    path = folder / SIGNALS_PICTURE
+    figure.savefig(path, dpi=80)
     return path
 
 

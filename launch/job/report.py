@@ -13,7 +13,7 @@ from conda_dist.launch.job.config import Config
 from conda_dist.launch.job.console import Display
 from conda_dist.launch.job.files import DIVERGED, SUMMARY
 from conda_dist.launch.job.metrics import MetricsWriter, Record
-from conda_dist.launch.job.picture import draw_loss
+from conda_dist.launch.job.picture import draw_loss, draw_signals
 
 
 class Reporter:
@@ -109,4 +109,5 @@ class Reporter:
                 title = f"{self._config.model.architecture}, {self._config.optimizer.name}"
                 picture = draw_loss(self._output, title)
                 (self._output / SUMMARY).write_text(json.dumps(dict(summary)) + "\n")
-                self.note(f"curves in {picture}")
+                signals = draw_signals(self._output, title)
+                self.note(f"curves in {picture}" + (f" and {signals}" if signals else ""))

@@ -127,7 +127,8 @@ class Trainer:
             if self.step % training.val_interval == 0 or self.step == training.steps:
                 val_loss = self._val_loss = self._validate()
             self._watchdog.mark(self.step, "writing metrics")
-            if self.step % reporting == 0 or val_loss is not None:
+            signals = self._engine.signals()
+            if self.step % reporting == 0 or val_loss is not None or signals:
                 reporter.record(
                     self._meter.record(
                         self.step,
@@ -135,6 +136,7 @@ class Trainer:
                         lr=result.lr,
                         grad_norm=result.grad_norm,
                         val_loss=val_loss,
+                        signals=signals,
                         skipped=self._bad.total,
                     )
                 )

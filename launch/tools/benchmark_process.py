@@ -3,7 +3,7 @@
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,7 @@ def builders(
     ours = {
         "conda_dist": conda(),
         "conda_dist, bfloat16": conda(**half),
+        "conda_dist, diagnostics": conda(diagnostics_every=1),
         "conda_dist, async": conda(refresh_delay=max(1, min(gap // 2, 20))),
     }
     others: dict[str, Callable[[], Step]] = {
@@ -105,12 +106,16 @@ def builders(
 
 
 def contenders(
-    sizes: Sequence[tuple[int, int]], gap: int = NEVER, method: str = "svd"
+    sizes: Sequence[tuple[int, int]],
+    gap: int = NEVER,
+    method: str = "svd",
+    only: Collection[str] = (),
 ) -> dict[str, Step]:
-    """A step of each optimizer, which has begun; see `builders`."""
-    steps = {name: build() for name, build in builders(sizes, gap, method).items()}
+    """A step of each optimizer, which has begun; see `builders`. ``only``: names; (): all."""
+    made = builders(sizes, gap, method)
     if gap == NEVER:
-        del steps["conda_dist, async"]  # the same as in sync
+        del made["conda_dist, async"]  # the same as in sync
+    steps = {name: build() for name, build in made.items() if not only or name in only}
     for step in steps.values():
         for _ in range(2):  # the first takes the bases
             step()
@@ -128,13 +133,16 @@ def facts(
         method: Conda's ``refresh_method``.
     """
     made = builders(sizes, STALL_GAP, method)
-    stalls = {name: stall(made[name]()) for name in made if "onda" in name or "SOAP" in name}
+    refreshed = [name for name in steps if "onda" in name or "SOAP" in name]
+    if len(steps) >= len(made) - 1:  # all that there are
+        refreshed = [name for name in made if "onda" in name or "SOAP" in name]
+    stalls = {name: stall(made[name]()) for name in refreshed}
     found = {}
     for name, step in steps.items():
         owner = getattr(step, "__self__", None)
         state = _state_bytes(owner) if isinstance(owner, Optimizer) else 0
         found[name] = Facts(state, stalls.get(name))
-    if "conda_dist, async" not in found:
+    if "conda_dist, async" in stalls and "conda_dist, async" not in found:
         found["conda_dist, async"] = Facts(0, stalls["conda_dist, async"])
     return found
 
@@ -220,7 +228,7 @@ def run(given: argparse.Namespace) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=150)
-    steps = contenders(sizes, given.gap or NEVER, given.refresh_method)
+    steps = contenders(sizes, given.gap or NEVER, given.refresh_method, given.only)
     taken = measure(steps, rounds, given.gap or 1)
     title = f"{len(sizes)} matrices, width {given.width}, MLP {given.mlp}, one thread"
     if given.gap:

@@ -40,6 +40,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "buffer_bytes": st.integers(1, 10**15) | st.integers(1, 300),
     "refresh_method": st.sampled_from(["svd", "orthogonal_iteration", "eigh64"]),
     "refresh_delay": st.integers(0, 4) | st.just(10**30),
+    "diagnostics_every": st.integers(0, 3) | st.just(10**30),
 }
 """Options of the optimizer."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 import models
 import ranks
 import zero
+from conda_dist import Conda, param_groups
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -104,6 +105,38 @@ def test_new_bases_of_gram_matrices_follow_one_process() -> None:
     assert models.farthest(zero.alone(), theirs, zero.start()) > 0.01
     for config, error in zip(configs, _errors(2, configs, theirs), strict=True):
         assert error < 1e-4, config
+
+
+def _diagnosed(configs: list[Config]) -> list[Any]:
+    found = []
+    for stage, dtype, others in configs:
+        params = {"diagnostics_every": zero.STEPS - 1}
+        engine = zero.build(zero.config(stage, dtype, params=params, **others))
+        zero.train(engine, range(zero.STEPS))
+        optimizer = engine.basic_optimizer
+        found.append([optimizer.diagnostics(), optimizer.diagnostics(summed=True)])
+        assert optimizer.diagnostics_step == zero.STEPS - 1
+    return found
+
+
+def test_diagnostics_follow_one_process() -> None:
+    torch.manual_seed(0)
+    model = models.Tiny()
+    options = {**zero.SETTINGS, "diagnostics_every": zero.STEPS - 1}
+    optimizer = Conda(param_groups(model), **options)
+    for step in range(zero.STEPS):
+        optimizer.zero_grad()
+        zero.loss(model, zero.tokens(step)).backward()
+        optimizer.step()
+    expected = [optimizer.diagnostics(), optimizer.diagnostics(summed=True)]
+    for rank in ranks.run(2, _diagnosed, [*STAGES, (3, "fp32", SUB_GROUPS)]):
+        for found in rank:
+            for ours, theirs in zip(found, expected, strict=True):
+                assert ours.keys() == theirs.keys()
+                for name, signals in theirs.items():
+                    for key, value in signals.items():
+                        close = pytest.approx(value, 1e-3) if isinstance(value, float) else value
+                        assert ours[name][key] == close, (name, key)
 
 
 def test_the_adamw_path_has_a_factor_of_its_own() -> None:

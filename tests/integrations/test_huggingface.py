@@ -344,6 +344,28 @@ def _made(model: Any, **more: Any) -> Conda:
     return made
 
 
+def test_diagnostics_in_the_trainers_log() -> None:
+    import transformers
+
+    from conda_dist.integrations.huggingface import DiagnosticsCallback, conda_for_trainer
+
+    options = {"learning_rate": RATE, "use_cpu": True, "logging_steps": 2, "max_steps": 4}
+    arguments = transformers.TrainingArguments(
+        "unused", report_to=[], save_strategy="no", disable_tqdm=True, **options
+    )
+    trainer = transformers.Trainer(
+        language_model(),
+        arguments,
+        train_dataset=texts(),
+        optimizer_cls_and_kwargs=conda_for_trainer(arguments, diagnostics_every=3),
+    )
+    trainer.add_callback(DiagnosticsCallback(trainer))
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if "conda/update_ratio" in line]
+    assert [line["step"] for line in logged] == [3]
+    assert 0 < logged[0]["adamw/update_ratio"] < 1
+
+
 def _groups(optimizer: Conda) -> dict[tuple[str, float], list[str]]:
     """The names of the parameters by path and weight decay."""
     return {(g["algorithm"], g["weight_decay"]): g["param_names"] for g in optimizer.param_groups}

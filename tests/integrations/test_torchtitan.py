@@ -140,15 +140,12 @@ def test_learning_rates_follow_the_schedule() -> None:
         assert ours.lrs == pytest.approx([5e-3 * factor] * len(ours.lrs))
 
 
-def test_table_is_logged_once_for_each_stage() -> None:
-    counts = [
-        titan_jobs.messages([run]).count("Conda: what each parameter gets")
-        for run in titan_jobs.run(PP, "llama3", *CONDA, "--training.steps=1")
-    ]
-    assert counts == [2, 2]
-    runs = titan_jobs.run(FSDP, "llama3", *CONDA, "--training.steps=1")
-    counts = [titan_jobs.messages([run]).count("Conda: what each parameter gets") for run in runs]
-    assert counts == [1, 0]
+@pytest.mark.parametrize(("layout", "expected"), [(PP, [2, 2]), (FSDP, [1, 0])], ids=str)
+def test_what_is_logged_once_for_each_stage(layout: Layout, expected: list[int]) -> None:
+    options = ("--training.steps=1", "--optimizer.diagnostics_every=1")
+    runs = titan_jobs.run(layout, "llama3", *CONDA, *options)
+    for text in ("Conda: what each parameter gets", "Conda's diagnostics, step 1:"):
+        assert [titan_jobs.messages([run]).count(text) for run in runs] == expected
 
 
 @pytest.mark.thorough

@@ -24,7 +24,7 @@ def test_every_contender_steps_in_every_round() -> None:
     before = [[param.detach().clone() for param in some] for some in params]
     taken = benchmark_process.measure(steps, 3)
     assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys(steps, 3)
-    assert len(params) == 6
+    assert len(params) == 7
     for some, were in zip(params, before, strict=True):
         assert not any(map(torch.equal, some, were))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import launch_jobs
@@ -45,7 +46,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(config: Path) -> Path:
     """Conda on 2 ranks, 8 steps without a stop."""
     output = config.parent / "whole"
-    succeed(2, config, "--output", output, "--metrics.tensorboard", "true")
+    collect = ("--optimizer.diagnostics_every", 3)
+    succeed(2, config, "--output", output, "--metrics.tensorboard", "true", *collect)
     return output
 
 
@@ -64,7 +66,13 @@ def test_a_run_leaves_its_results(whole: Path) -> None:
     bases = 2 * 14 * 32 * 32 * 4  # each of two ranks has all of them
     assert moments + bases // 2 < summary["state_bytes"] < 1.01 * (moments + bases)
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert list((whole / "tensorboard").iterdir())
+    assert (whole / "signals.png").read_bytes().startswith(b"\x89PNG")
+    board = EventAccumulator(str(whole / "tensorboard")).Reload()
+    for name in ("conda/update_ratio", "adamw/momentum_norm", "conda/staleness"):
+        told = {line["step"]: line[name] for line in lines if name in line}
+        assert list(told) == ([6] if name == "conda/staleness" else [3, 6])
+        events = {event.step: event.value for event in board.Scalars(name)}
+        assert events == pytest.approx(told)
 
 
 @pytest.mark.parametrize(

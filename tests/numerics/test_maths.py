@@ -109,7 +109,7 @@ def test_refreshing_in_projected_coordinates(shape: tuple[int, int]) -> None:
     right, r = _right(shape), min(shape)
     momentum, basis = toys.random(*shape, dtype=DOUBLE), _basis(r, r)
     exp_avg = arithmetic.project(momentum, basis, right)
-    outcome, rotation = decomposition.decompose(exp_avg, right)
+    outcome, rotation, _ = decomposition.decompose(exp_avg, right)
     assert outcome == Outcome.DONE
     assert rotation is not None
     new = basis @ rotation
@@ -150,7 +150,7 @@ def test_matrices() -> None:
 
 def _check_decomposition(momentum: Tensor, right: bool, tolerance: float) -> Tensor:
     """P has the singular vectors in descending order; returns it."""
-    outcome, rotation = decomposition.decompose(momentum, right)
+    outcome, rotation, _ = decomposition.decompose(momentum, right)
     assert outcome == Outcome.DONE
     assert rotation is not None
     r = min(momentum.shape)
@@ -217,7 +217,7 @@ def test_decompose_of_low_rank(shape: tuple[int, int], rank: int, dtype: torch.d
     m, n = shape
     momentum = toys.random(m, rank, seed=1, dtype=dtype) @ toys.random(rank, n, seed=2, dtype=dtype)
     if not rank:
-        assert decomposition.decompose(momentum, _right(shape)) == (Outcome.ZERO, None)
+        assert decomposition.decompose(momentum, _right(shape)) == (Outcome.ZERO, None, None)
         return
     _check_decomposition(momentum, _right(shape), 1e-11 if dtype == DOUBLE else 2e-5)
 
@@ -234,7 +234,7 @@ def test_decompose_of_any_scale(shape: tuple[int, int], scale: float) -> None:
 def test_decompose_of_denormal_numbers() -> None:
     """They have few bits left to take directions from, but the basis is one."""
     for shape in DECOMPOSED:
-        outcome, rotation = decomposition.decompose(toys.random(*shape) * 1e-42, _right(shape))
+        outcome, rotation, _ = decomposition.decompose(toys.random(*shape) * 1e-42, _right(shape))
         assert outcome == Outcome.DONE
         assert rotation is not None
         assert _orthonormality(rotation) < 1e-5
@@ -245,7 +245,7 @@ def test_decompose_of_ill_conditioned_momentum() -> None:
     u, v = _basis(40, 8, seed=1), _basis(8, 8, seed=2)
     spectrum = torch.logspace(0, -5, 8, dtype=DOUBLE)
     momentum = ((u * spectrum) @ v.mT).float()
-    _, rotation = decomposition.decompose(momentum, True)
+    _, rotation, _ = decomposition.decompose(momentum, True)
     assert rotation is not None
     overlap = (rotation.double().mT @ v).abs()
     assert (overlap.diag() - 1).abs().max() < 1e-2
@@ -263,12 +263,12 @@ def test_decompose_does_not_touch_its_argument() -> None:
 def test_what_is_not_finite_has_no_basis(shape: tuple[int, int], bad: float) -> None:
     momentum = toys.random(*shape)
     momentum[-1, -1] = bad
-    assert decomposition.decompose(momentum, _right(shape)) == (Outcome.NOT_FINITE, None)
+    assert decomposition.decompose(momentum, _right(shape)) == (Outcome.NOT_FINITE, None, None)
 
 
 def test_finite_momentum_whose_sum_overflows_is_finite() -> None:
     momentum = torch.full((4, 3), 3e38)
-    outcome, _ = decomposition.decompose(momentum, True)
+    outcome, *_ = decomposition.decompose(momentum, True)
     assert outcome != Outcome.NOT_FINITE
 
 
@@ -290,7 +290,7 @@ def test_an_svd_that_does_not_converge(
         return type(found)([torch.full_like(part, torch.nan) for part in found])
 
     monkeypatch.setattr(torch.linalg, "svd", flaky)
-    outcome, rotation = decomposition.decompose(toys.random(6, 4), True)
+    outcome, rotation, _ = decomposition.decompose(toys.random(6, 4), True)
     assert seen == [torch.float32, DOUBLE]
     if times == 1:
         assert outcome == Outcome.DONE
@@ -328,7 +328,7 @@ def test_errors_of_an_attempt_and_others(
     monkeypatch.setattr(torch.linalg, called[method], broken)
     if error in RETRIED:
         found = decomposition.decompose(toys.random(6, 4), True, method)
-        assert found == (Outcome.NOT_CONVERGED, None)
+        assert found == (Outcome.NOT_CONVERGED, None, None)
     else:
         with pytest.raises(type(error), match=str(error)):
             decomposition.decompose(toys.random(6, 4), True, method)
@@ -467,3 +467,26 @@ def test_one_product_into_the_weight_is_the_same_step(
     arithmetic.project_back_and_apply_(fused, y, basis, right, 4, hyper)
     torch.testing.assert_close(param, expected, rtol=0, atol=1e-13)
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", REFRESH_METHODS)
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
+def test_the_spectrum_of_a_momentum(shape: tuple[int, int], method: str) -> None:
+    right, m, r = _right(shape), max(shape), min(shape)
+    columns = _basis(m, m)[:, :r]
+
+    def measured(tall: Tensor) -> Any:
+        return decomposition.decompose(tall if right else tall.mT, right, method, True).spectrum
+
+    values = torch.arange(1, r + 1, dtype=DOUBLE)
+    squares = values.square()
+    found = measured(1e-30 * columns * values)  # in the basis of its singular vectors
+    assert found.staleness == pytest.approx(0, abs=1e-12)
+    assert found.effective_rank == pytest.approx(float(squares.sum() ** 2 / (squares**2).sum()))
+    turned = (columns * values).float() @ _basis(r, r).float()
+    gram = (turned.mT @ turned).double()
+    share = float((gram.diagonal().norm() / gram.norm()) ** 2)
+    assert measured(turned) == pytest.approx((1 - share, found.effective_rank), 1e-4)
+    assert measured(columns @ _basis(r, r)) == pytest.approx((0, r), abs=1e-12)
+    worst = torch.ones(m, r, dtype=DOUBLE)  # one direction, the farthest from every axis
+    assert measured(worst) == pytest.approx((1 - 1 / r, 1))

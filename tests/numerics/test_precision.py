@@ -176,7 +176,7 @@ def test_a_thread_that_leaves_the_flags_multiplies_in_float64() -> None:
     with leaving_flags(), products:
         with matmul_precision("ieee"):
             assert get("cuda", "matmul") == "tf32"
-        outcome, rotation = decompose(momentum, True, "orthogonal_iteration")
+        outcome, rotation, _ = decompose(momentum, True, "orthogonal_iteration")
     assert outcome == Outcome.DONE
     assert {cuda for cuda, _ in products.seen} == {"tf32"}
     assert set(products.dtypes) == {torch.float64}

@@ -32,7 +32,7 @@ def _momentum(shape: tuple[int, int], rank: int | None = None) -> Tensor:
 
 def _basis(momentum: Tensor, method: str) -> Tensor:
     right = momentum.shape[0] >= momentum.shape[1]
-    outcome, rotation = decompose(momentum, right, method)
+    outcome, rotation, _ = decompose(momentum, right, method)
     assert outcome == Outcome.DONE
     assert rotation is not None
     return rotation
@@ -154,11 +154,11 @@ def test_bases_are_orthonormal_whatever_the_momentum(
 
 @pytest.mark.parametrize("method", REFRESH_METHODS)
 def test_what_has_no_basis(method: str) -> None:
-    assert decompose(torch.zeros(4, 3), True, method) == (Outcome.ZERO, None)
+    assert decompose(torch.zeros(4, 3), True, method) == (Outcome.ZERO, None, None)
     for wrong in (math.nan, math.inf):
         momentum = _momentum((12, 12))
         momentum[3, 4] = wrong
-        assert decompose(momentum, True, method) == (Outcome.NOT_FINITE, None)
+        assert decompose(momentum, True, method) == (Outcome.NOT_FINITE, None, None)
 
 
 @pytest.mark.parametrize("method", REFRESH_METHODS)

@@ -90,7 +90,7 @@ def test_integers_no_float_can_hold(name: str, integer: int) -> None:
         )),
         *(("basis_budget", value) for value in (-1, 1.5, "1", True)),
         *((name, value) for value in (-1, 1.5, "1", None, True, "async") for name in (
-            "buffer_bytes", "refresh_delay",
+            "buffer_bytes", "refresh_delay", "diagnostics_every",
         )),
         *((name, torch.uint8) for name in ("state_dtype", "matmul_dtype", "basis_dtype")),
         ("second_moment_dtype", torch.float16),
@@ -394,6 +394,7 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "buffer_bytes": st.integers(1, 10**15),
     "basis_dtype": st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16]),
     "refresh_delay": st.integers(0, 10**30),
+    "diagnostics_every": st.integers(0, 10**30),
 }
 OF_GROUPS = (
     "lr",

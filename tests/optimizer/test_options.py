@@ -21,6 +21,7 @@ OWN = (
     *("scale", "adamw_scale", "update_proj_gap", "correct_bias"),
     *("refresh_method", "refresh_delay", "matmul_dtype", "basis_dtype", "basis_budget"),
     *("state_dtype", "second_moment_dtype", "stochastic_rounding", "buffer_bytes"),
+    "diagnostics_every",
 )
 """A new option must be argued for, and then be written here."""
 

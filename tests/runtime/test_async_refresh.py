@@ -223,10 +223,10 @@ FORSAKEN = """
 import time, torch
 from conda_dist import Conda
 from conda_dist.numerics import decomposition
-def slow(momentum, right, method, plain=decomposition.decompose):
+def slow(*arguments, plain=decomposition.decompose):
     time.sleep(0.5)
     decomposed.append(1)
-    return plain(momentum, right, method)
+    return plain(*arguments)
 decomposed = []
 params = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(40)]
 optimizer = Conda([{"params": params, "algorithm": "conda"}], update_proj_gap=1, refresh_delay=1)
