@@ -1,77 +1,96 @@
-"""Several runs of one config on the same data, in one table and one picture.
+"""Compares optimizers at rates tuned by the same means, and keeps what is needed to run it again.
 
-    python -m conda_dist.launch.compare CONFIG --optimizers conda,adamw,muon --output DIR
-    python -m conda_dist.launch.compare CONFIG --engines fsdp2,zero1,zero2,zero3,single --output DIR
-    python -m conda_dist.launch.compare CONFIG --vary training.seed=0,1,2 \\
-        --vary optimizer.conda.update_proj_gap=5,20,100 --output DIR
+    python -m conda_dist.launch.compare CONFIG --optimizers conda,muon,adamw --output DIR
+    python -m conda_dist.launch.compare --output DIR [--optimizers namo] [--seeds 5] [--budget 12]
+    python -m conda_dist.launch.compare --output DIR --draw
 
-There is a run for each optimizer (with its own settings from the config's [optimizer.NAME]) or
-engine, and for each combination of the values that `--vary` lists. Runs go one after another in
-the same pretraining job. Those already complete in DIR are kept, so that a comparison can be
-stopped, continued and extended.
+For each optimizer it looks for the two rates, those of the matrices and of everything else, within
+the same budget of trials, by factors of two on one seed; the search begins at the config's own. At
+the best rates there are runs on other seeds. Rules that beat another one get shorter runs as well,
+which say after how many steps they have its final loss. A run that diverges is a result.
+
+The second form continues what was stopped or killed, or adds rules, trials or seeds.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.job.files import EXIT_FAILED, EXIT_STOPPED
+from conda_dist.launch.job.optimizer_config import SECTIONS
+from conda_dist.launch.tools import protocol
 from conda_dist.launch.tools.command_line import Parser, positive, refuse
-from conda_dist.launch.tools.sweeps import ENGINES, OPTIMIZERS, check, plan, run_trial
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is missing, then draws and tabulates; returns the exit code."""
-    given, overrides = _parser().parse_known_args(arguments)
-    optimizers = given.optimizers or ([] if given.engines or given.vary else [*OPTIMIZERS])
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    given, overrides = parse(typed)
     try:
-        trials = plan(
-            given.config,
-            given.output,
-            given.nproc,
-            optimizers=optimizers,
-            engines=given.engines,
-            vary=given.vary,
-            overrides=overrides,
-        )
-        for trial in trials:
-            check(trial)
-        complete = [trial for trial in trials if run_trial(trial)]
-    except KeyboardInterrupt:
-        print("stopped; the same command continues", file=sys.stderr)
-        return EXIT_STOPPED
+        if given.draw:
+            if given.config or overrides:
+                raise ConfigError("--draw runs nothing: give --output alone")
+            protocol.read(given.output)
+            code = 0
+        else:
+            code = run(protocol.plan(given, overrides, typed))
     except ConfigError as error:
         return refuse(error)
-    if complete:
-        from conda_dist.launch.tools import comparison
+    if code != EXIT_STOPPED:
+        from conda_dist.launch.tools.comparison import show
 
-        print(*comparison.show(complete, given.output), sep="\n")
-    for trial in trials:
-        if trial not in complete:
-            print(f"failed: {trial.folder} (its messages are above)", file=sys.stderr)
-    return 0 if len(complete) == len(trials) else EXIT_FAILED
+        print(*show(given.output), sep="\n")
+    return code
 
 
-def _parser() -> Parser:
+def run(comparison: protocol.Comparison) -> int:
+    """Runs what is missing; returns the exit code."""
+    from conda_dist.launch.tools.trials import Runner
+
+    comparison.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(comparison.folder / "lock", timeout=5):
+            runner = Runner(comparison)
+            if not runner.run():
+                print("stopped; the same command continues", file=sys.stderr)
+                return EXIT_STOPPED
+    except Timeout:
+        raise ConfigError(f"another comparison writes {comparison.folder}") from None
+    for failed, said in runner.failed.items():
+        print(f"failed: {failed.name}: {said}", file=sys.stderr)
+    return EXIT_FAILED if runner.failed else 0
+
+
+def parse(typed: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own arguments, and those of the job."""
     epilog = "Any --section.key of the pretraining job may follow; it applies to every run."
     parser = Parser("compare", __doc__, epilog)
-    listed: dict[str, Any] = {"type": lambda text: text.split(","), "default": []}
-    many: dict[str, Any] = {"action": "append", "default": []}
-    names, engines = map(", ".join, (OPTIMIZERS, ENGINES))
+    parser.usage = "%(prog)s [CONFIG] --output DIR ..."
+    count: dict[str, Any] = {"type": positive, "metavar": "N"}
+    listed: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
+    names = ", ".join(SECTIONS)
     for name, text, options in (
-        ("config", "TOML file shared by all runs", {"metavar": "CONFIG"}),
-        ("--output", "folder of all runs", {"type": Path, "required": True}),
-        ("--nproc", "processes per run (default 2)", {"type": positive, "default": 2}),
-        ("--optimizers", f"{names} (default: all)", {"metavar": "NAME,...", **listed}),
-        ("--engines", f"instead: {engines}", {"metavar": "NAME,...", **listed}),
-        ("--vary", "values of a key of the job", {"metavar": "KEY=VALUE,...", **many}),
+        ("--output", "folder of the comparison", {"type": Path, "required": True}),
+        ("--optimizers", f"{names} (default: all)", listed),
+        ("--budget", "trials for each of these (default 8)", count),
+        ("--seeds", "seeds for each, besides the one tuned on (default 3)", count),
+        ("--nproc", "processes per run (default 1)", count),
+        ("--jobs", "runs at once (default 1)", {**count, "default": 1}),
+        ("--draw", "run nothing, only write table and picture again", {"action": "store_true"}),
     ):
         parser.add_argument(name, help=text, **options)
-    return parser
+    # It comes first, as in the job: argparse would take any key's value for it.
+    named = bool(typed) and not typed[0].startswith("-")
+    given, overrides = parser.parse_known_args(typed[named:])
+    given.config = typed[0] if named else None
+    return given, overrides
 
 
 if __name__ == "__main__":

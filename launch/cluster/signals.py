@@ -60,6 +60,12 @@ def stop_requests(forward: Callable[[int], object] | None = None) -> Iterator[St
             signal.signal(number, handler)
 
 
+def end_with_parent() -> None:
+    """Has the system send SIGTERM here when the parent dies. Only on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def end_with_launcher() -> None:
     """Has the system send SIGTERM here when the launcher dies, so that no rank trains on unseen.
 
@@ -69,7 +75,7 @@ def end_with_launcher() -> None:
     """
     if sys.platform != "linux" or not any(name in os.environ for name in _LAUNCHED):
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == 1 and not _is_python(1):
         os.kill(os.getpid(), signal.SIGTERM)  # it died before, while this process was importing
     if "CROSS_RANK" in os.environ:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from conda_dist.integrations.deepspeed import Conda  # which makes the JSON's type known, too
@@ -63,8 +65,13 @@ class DeepSpeedEngine(Engine):
         self._report = False
 
     @property
-    def _optimizer(self) -> Any:
-        return self._engine.basic_optimizer
+    def _optimizers(self) -> Sequence[Optimizer]:
+        return [self._engine.basic_optimizer]
+
+    def _held(self, optimizer: Optimizer) -> int:
+        if isinstance(optimizer, Conda):  # under ZeRO its bases are not in its state
+            return sum(row["state_bytes"] for row in optimizer.report())
+        return super()._held(optimizer)
 
     @property
     def _groups(self) -> list[dict[str, Any]]:

@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from conda_dist.launch.cluster.process_group import World
 from conda_dist.launch.data.batches import Tokens
@@ -30,6 +32,7 @@ from conda_dist.launch.job.model import build_model, compute_dtype, parameter_co
 from conda_dist.launch.job.tensors import load_tensors, save_tensors
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.runtime.diagnostics import scalars
+from conda_dist.runtime.dtensor import local
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +129,14 @@ class Engine(ABC):
 
     def signals(self) -> dict[str, float]:
         """What the optimizer has collected in the last step, by name; {} if nothing."""
-        optimizer = self._optimizer
+        optimizer: Any = self._optimizers[0]
         before, self._collected = self._collected, getattr(optimizer, "diagnostics_step", 0)
         return scalars(optimizer.diagnostics(summed=True)) if self._collected != before else {}
 
     @property
     @abstractmethod
-    def _optimizer(self) -> Any:
-        """The optimizer whose diagnostics are reported, if it has some."""
+    def _optimizers(self) -> Sequence[Optimizer]:
+        """All optimizers; diagnostics are the first one's, if it has some."""
 
     @property
     @abstractmethod
@@ -154,6 +157,16 @@ class Engine(ABC):
     def _where(self) -> str:
         """Where a number that is not finite came from, in words; before gradients are cleared."""
         return self._origin.describe(self._world, self._network)
+
+    def state_bytes(self) -> int:
+        """Bytes of the optimizers' state on all ranks; every rank asks."""
+        held = sum(map(self._held, self._optimizers))
+        return int(add_up(torch.tensor(held, dtype=torch.int64, device=self._world.device)))
+
+    def _held(self, optimizer: Optimizer) -> int:
+        """Bytes of an optimizer's state on this rank."""
+        leaves = tree_leaves(list(optimizer.state.values()))
+        return sum(local(leaf).nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Tokens], tokens: int) -> float:
@@ -203,8 +216,8 @@ class Fsdp2Engine(Engine):
         self._peaks = [float(group["lr"]) for group in self._groups]
 
     @property
-    def _optimizer(self) -> Any:
-        return self.optimizers[0]
+    def _optimizers(self) -> Sequence[Optimizer]:
+        return self.optimizers
 
     @property
     def _groups(self) -> list[dict[str, Any]]:

@@ -6,7 +6,10 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 LOSS_PICTURE, SIGNALS_PICTURE = "loss.png", "signals.png"
 SUMMARY = "summary.json"
-"""Written when a run is complete: its last step, validation loss and seconds of training."""
+"""Written when a run is complete: its last step, validation loss and seconds of training, and the
+bytes of the optimizer's state on all ranks."""
+DIVERGED = "diverged.json"
+"""Written when a run ended because of too many bad steps in a row: the reason."""
 
 EXIT_FAILED, EXIT_CONFIG = 1, 2
 EXIT_STOPPED = 75

@@ -104,6 +104,11 @@ def build(values: Values) -> Config:
     return cast(Config, _construct(Config, "", checked))
 
 
+def replaced(config: Config, values: Values) -> Config:
+    """The config with these values of keys by their full names; raises ConfigError as `load`."""
+    return build(to_values(config) | values)
+
+
 def lookup(name: str) -> Declared:
     """The key of that dotted name; raises ConfigError with the nearest name there is."""
     if name in SCHEMA:

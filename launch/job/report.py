@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from conda_dist.launch.cluster.process_group import World, together
 from conda_dist.launch.job.config import Config
 from conda_dist.launch.job.console import Display
-from conda_dist.launch.job.files import SUMMARY
+from conda_dist.launch.job.files import DIVERGED, SUMMARY
 from conda_dist.launch.job.metrics import MetricsWriter, Record
 from conda_dist.launch.job.picture import draw_loss, draw_signals
 
@@ -46,7 +46,8 @@ class Reporter:
         self._refresh = _Refresh(step, 0.0)
         with together(world, f"opening the metrics in {config.output}"):
             if world.is_main:
-                (self._output / SUMMARY).unlink(missing_ok=True)
+                for said in (SUMMARY, DIVERGED):  # of an end that is none any more
+                    (self._output / said).unlink(missing_ok=True)
                 board, steps = config.metrics.tensorboard, config.training.steps
                 self._writer = MetricsWriter(self._output, step=step, tensorboard=board)
                 self._display = Display(steps, step, config.metrics.console_interval)
@@ -119,6 +120,12 @@ class Reporter:
             except OSError as error:
                 self._error = error
             self._display.update(record)
+
+    def diverged(self, error: Exception) -> None:
+        """Marks the run as one that ended because of too many bad steps in a row."""
+        if self._display is not None:
+            with suppress(OSError):
+                (self._output / DIVERGED).write_text(json.dumps({"error": str(error)}) + "\n")
 
     def complete(self, summary: Mapping[str, Any]) -> None:
         """Draws the curves and marks the run as complete.

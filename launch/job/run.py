@@ -35,7 +35,7 @@ from conda_dist.launch.job.files import (
 )
 from conda_dist.launch.job.model import require_replicas
 from conda_dist.launch.job.report import Reporter
-from conda_dist.launch.job.trainer import Trainer, require_same
+from conda_dist.launch.job.trainer import BadStepsError, Trainer, require_same
 from conda_dist.launch.job.watchdog import Watchdog
 from conda_dist.runtime.refresh import register_refresh_hook
 
@@ -144,9 +144,13 @@ def _train(
             reporter.decomposed(trainer.step + 1, name)
 
         with reporter.live(), watchdog.watching(), register_refresh_hook(decomposed):
-            complete = trainer.train(reporter, stop)
+            try:
+                complete = trainer.train(reporter, stop)
+            except BadStepsError as error:
+                reporter.diverged(error)
+                raise
         if complete:
-            reporter.complete(trainer.summary())
+            reporter.complete({**trainer.summary(), "state_bytes": engine.state_bytes()})
         else:
             reporter.note(f"stopped after step {trainer.step}; continue with --resume")
             if world.is_main and (file := os.environ.get(STOP_NOTE)):

@@ -1,159 +1,187 @@
-"""What the runs of a comparison found: one table, one picture.
-
-They are comparison.json, comparison.md and comparison.png in the comparison's folder.
-"""
+"""What the runs of a comparison found, from its results.json: one table, one picture."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from conda_dist.launch.job.files import METRICS
-from conda_dist.launch.job.metrics import read_metrics
 from conda_dist.launch.job.picture import new_figure
-from conda_dist.launch.tools.sweeps import Trial
+from conda_dist.launch.tools.protocol import protocol_of, read
+from conda_dist.launch.tools.search import Rule, edges, steps_to
+from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
 
-BASELINE = "adamw"
-"""The optimizer whose best run the others are measured by; without it, the first run is."""
+_HEADER = (
+    *("rule", "matrices", "rest", "trials", "best trial", "final loss"),
+    *("above the first, by seed", "ms a step", "optimizer ms", "state MiB"),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What one complete run has left."""
+def show(folder: Path) -> tuple[str, str]:
+    """Writes table and picture of a comparison; returns the table, and where the picture is."""
+    findings, picture = Findings(read(folder)), folder / "comparison.png"
+    (folder / "comparison.md").write_text(text := findings.table())
+    findings.draw(picture)
+    return text, f"curves in {picture}"
 
-    name: str
-    optimizer: str
-    lr: float
-    lines: list[dict[str, Any]]
-    """Of its metrics.jsonl."""
 
-    @property
-    def points(self) -> list[dict[str, Any]]:
-        """The lines with a validation loss."""
-        return [line for line in self.lines if line["val_loss"] is not None]
+class Findings:
+    """A comparison's results; it need not be complete."""
 
-    @property
-    def val_loss(self) -> float:
-        """The final validation loss, in nats per token."""
-        return float(self.points[-1]["val_loss"])
+    def __init__(self, results: dict[str, Any]) -> None:
+        """Sorts the rules, the lowest mean loss first."""
+        self._results, self._protocol = results, protocol_of(results)
+        self._records = {run_of(record): record for record in results["runs"]}
+        self._losses = losses_of(results["runs"])
+        self._full = self._protocol.steps
+        self._means = {
+            rule: self._protocol.mean(rule, self._losses, self._full)
+            for rule in self._protocol.rules
+        }
+        self._rules = sorted(self._means, key=lambda rule: self._means[rule] or math.inf)
 
-    def first_at(self, loss: float) -> dict[str, Any] | None:
-        """The first validation at or below a loss."""
-        return next((point for point in self.points if point["val_loss"] <= loss), None)
+    def _repeats(self, rule: Rule, steps: int) -> list[dict[str, Any]]:
+        """The records of a rule's runs on the seeds that were not tuned on."""
+        runs = self._protocol.repeats(rule, self._losses, steps)
+        return [self._records[run] for run in runs if run in self._records]
 
-    def farthest(self, other: Run) -> float:
-        """The greatest difference of training or validation losses in a step that both have."""
-        theirs = {line["step"]: line for line in other.lines}
-        pairs = [(line, theirs[line["step"]]) for line in self.lines if line["step"] in theirs]
-        distances: list[float] = [
-            abs(one[kind] - two[kind])
-            for one, two in pairs
-            for kind in ("loss", "val_loss")
-            if one[kind] is not None and two[kind] is not None
+    def table(self) -> str:
+        """All there is to say, as Markdown."""
+        sessions, lengths = self._results["sessions"], map(str, self._protocol.lengths)
+        jobs = max(session["jobs"] for session in sessions)
+        others = [f"{rule.name}'s" for rule in self._rules]
+        return "\n".join(
+            [
+                f"Final validation loss in nats per token after {self._full} steps: mean and "
+                "standard deviation over seeds that were not tuned on, also of the differences "
+                "from the first rule on the same seed. Effective peak rates of the matrices, and "
+                "of embeddings, head, norms and biases, were tuned on seed "
+                f"{self._protocol.seed} by factors of two. State is that of all ranks.\n",
+                *_markdown(_HEADER, map(self._row, self._rules)),
+                "Steps of a run that ends at the mean final loss of another rule, and their share; "
+                "in brackets seconds of training, and those in the optimizer. Interpolated between "
+                f"runs of {', '.join(lengths)} steps. At most {jobs} runs shared the machine.\n",
+                *_markdown(("rule", *others), map(self._shares, self._rules)),
+                "All trials.\n",
+                *_markdown((*_HEADER[:3], "loss"), self._trials()),
+                "Made by:\n",
+                *(
+                    f"    {session['command']}  # {session['begun']}, {session['machine']}, "
+                    + ", ".join(f"{name} {text}" for name, text in session["versions"].items())
+                    for session in sessions
+                ),
+                "",
+            ]
+        )
+
+    def _row(self, rule: Rule) -> list[str]:
+        """What was tuned, the losses on other seeds, and what a step costs."""
+        points, best = self._protocol.search(rule, self._losses)
+        tried = sum(self._protocol.trial(rule, point) in self._losses for point in points)
+        spent = f"{tried} of {rule.budget}"
+        if best is None:
+            return [rule.name, "", "", spent, "not known yet", *[""] * 5]
+        open_sides = ", ".join(edges(points, best))
+        run = self._protocol.trial(rule, best)
+        cells = [rule.name, f"{run.matrices:.3g}", f"{run.rest:.3g}", spent]
+        cells.append(f"at an edge: no trial {open_sides}" if open_sides else "inside")
+        records = self._repeats(rule, self._full)
+        if not records:
+            return [*cells, "diverged" if math.isinf(self._losses[run]) else "", *[""] * 4]
+        losses = {record["seed"]: loss_of(record) for record in records}
+        first = {r["seed"]: loss_of(r) for r in self._repeats(self._rules[0], self._full)}
+        # Seeds move all rules alike: differences on the same seed vary less than losses do.
+        above = [loss - first[seed] for seed, loss in losses.items() if seed in first]
+        final, diverged = _spread(losses.values()), sum(map(math.isinf, losses.values()))
+        if len(losses) < rule.seeds or diverged:
+            final += f" ({len(losses)} of {rule.seeds} seeds, {diverged} of them diverged)"
+        times = [f"{1e3 * seconds:.1f}" for seconds in self._times(rule)]
+        held = [f"{r['state_bytes'] / 2**20:.2f}" for r in records if r["state_bytes"]] or [""]
+        return [*cells, final, _spread(above) if rule != self._rules[0] else "", *times, held[0]]
+
+    def _times(self, rule: Rule) -> list[float]:
+        """Mean seconds of a step, and those of them in the optimizer."""
+        records = self._repeats(rule, self._full)
+        return [
+            statistics.fmean(each[key] for each in records) for key in ("step_s", "optimizer_s")
         ]
-        return max(distances)
+
+    def _shares(self, rule: Rule) -> list[str]:
+        """How soon a rule gets to the final loss of each rule."""
+        cells, curve = [rule.name], self._protocol.curve(rule, self._losses)
+        for other in self._rules:
+            target = self._means[other]
+            if other == rule or not curve or target is None or math.isinf(target):
+                cells.append("")
+            elif (found := steps_to(target, curve)) is None:
+                cells.append("not reached")
+            else:
+                steps, exact = found
+                times = ", ".join(f"{steps * seconds:.1f} s" for seconds in self._times(rule))
+                share = f"{'' if exact else 'at most '}{steps / self._full:.2f}"
+                cells.append(f"{share}: {steps:.0f} steps ({times})")
+        return cells
+
+    def _trials(self) -> Iterable[list[str]]:
+        for rule in self._rules:
+            for point in self._protocol.search(rule, self._losses)[0]:
+                run = self._protocol.trial(rule, point)
+                if (loss := self._losses.get(run)) is not None:
+                    said = "diverged" if math.isinf(loss) else f"{loss:.4f}"
+                    yield [rule.name, f"{run.matrices:.3g}", f"{run.rest:.3g}", said]
+
+    def draw(self, path: Path) -> None:
+        """Draws means over the seeds, in bands from the least to the greatest.
+
+        On the left there are losses in the course of the full runs, on the right the final losses
+        of runs of several lengths.
+        """
+        figure, (course, ends) = new_figure(2)
+        lowest, highest = math.inf, -math.inf
+        for index, rule in enumerate(self._rules):
+            runs = self._repeats(rule, self._full)
+            curves = [run["curve"] for run in runs if run["val_loss"] is not None]
+            if not curves:
+                continue
+            end = statistics.fmean(curve[-1][1] for curve in curves)
+            mean = _band(course, curves, f"C{index}", f"{rule.name}: {end:.3f}")
+            lowest, highest = min(lowest, *mean), max(highest, *mean)
+            curve = self._protocol.curve(rule, self._losses)[::-1]
+            lengths = [steps for steps, loss in curve if math.isfinite(loss)]
+            seeds = zip(*(self._repeats(rule, steps) for steps in lengths), strict=True)
+            finals = [[(run["steps"], run["val_loss"]) for run in seed] for seed in seeds]
+            if finals:
+                _band(ends, finals, f"C{index}", rule.name, "o")
+        course.set(xlabel="step", ylabel="validation loss (nats per token)")
+        ends.set(xlabel="steps of the whole run", ylabel="final validation loss")
+        if lowest < highest:  # past the first fall, which would squeeze all the rest
+            course.set_ylim(lowest - 0.05 * (highest - lowest), lowest + 0.6 * (highest - lowest))
+            course.legend(frameon=False, title="mean over seeds, least to greatest")
+        figure.savefig(path, dpi=110)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A line of the table; None: the baseline's final loss was never reached."""
-
-    run: str
-    lr: float
-    val_loss: float
-    steps_to_baseline: int | None
-    seconds_to_baseline: float | None
-    optimizer_s_per_step: float
-    optimizer_share: float
-    """Of the step's time."""
-    farthest_from_baseline: float
-    """The greatest difference of losses in any step, in nats per token."""
+def _spread(values: Iterable[float]) -> str:
+    """The mean of those that are finite, and their standard deviation."""
+    finite = [value for value in values if math.isfinite(value)]
+    mean = f"{statistics.fmean(finite):.4f}" if finite else ""
+    return f"{mean} ± {statistics.stdev(finite):.4f}" if len(finite) > 1 else mean
 
 
-def read_run(trial: Trial) -> Run:
-    """Reads what a complete run has left in its folder."""
-    optimizer = trial.config.optimizer
-    lines = read_metrics(trial.folder / METRICS)
-    return Run(trial.name, optimizer.name, optimizer.chosen.lr, lines)
+def _band(
+    axis: Any, curves: Sequence[Sequence[Any]], colour: str, label: str, marker: str = ""
+) -> list[float]:
+    """Draws the mean of curves of (step, loss), and their extent; returns the mean."""
+    steps = [step for step, _ in curves[0]]
+    values = list(zip(*([loss for _, loss in curve] for curve in curves), strict=True))
+    mean = [statistics.fmean(each) for each in values]
+    axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.2)
+    axis.plot(steps, mean, color=colour, label=label, marker=marker)
+    return mean
 
 
-def baseline_of(runs: Sequence[Run]) -> Run:
-    """The run that the others are measured by."""
-    candidates = [run for run in runs if run.optimizer == BASELINE]
-    differ = len({run.optimizer for run in runs}) > 1
-    return min(candidates, key=lambda run: run.val_loss) if candidates and differ else runs[0]
-
-
-def tabulate(runs: Sequence[Run]) -> list[Row]:
-    """A row for each run, the lowest final loss first."""
-    baseline, rows = baseline_of(runs), []
-    for run in runs:
-        reached = run.first_at(baseline.val_loss)
-        optimizer_s, step_s = (
-            sum(line[key] for line in run.lines) / len(run.lines)
-            for key in ("optimizer_s", "step_s")
-        )
-        rows.append(
-            Row(
-                run=run.name,
-                lr=run.lr,
-                val_loss=run.val_loss,
-                steps_to_baseline=reached["step"] if reached else None,
-                seconds_to_baseline=reached["train_s"] if reached else None,
-                optimizer_s_per_step=optimizer_s,
-                optimizer_share=optimizer_s / step_s,
-                farthest_from_baseline=run.farthest(baseline),
-            )
-        )
-    return sorted(rows, key=lambda row: row.val_loss)
-
-
-def show(trials: Sequence[Trial], folder: Path) -> tuple[str, str]:
-    """Writes the table and draws the validation curves.
-
-    Returns:
-        The table as Markdown, and where the picture is.
-    """
-    runs = [read_run(trial) for trial in trials]
-    rows, baseline = tabulate(runs), baseline_of(runs)
-    record = {"baseline": baseline.name, "runs": [asdict(row) for row in rows]}
-    text = _markdown(rows, baseline)
-    (folder / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "comparison.md").write_text(text)
-    return text, f"curves in {_draw(runs, baseline, folder / 'comparison.png')}"
-
-
-def _markdown(rows: Sequence[Row], baseline: Run) -> str:
-    header = ["run", "lr", "final val loss", f"steps to {baseline.name}'s", "seconds to it"]
-    header += ["optimizer ms/step", "share of step", f"farthest from {baseline.name}"]
-    lines = [header, ["---"] * len(header)]
-    for row in rows:
-        steps, seconds = (
-            "not reached" if amount is None else f"{amount:.0f}"
-            for amount in (row.steps_to_baseline, row.seconds_to_baseline)
-        )
-        time, share = f"{1000 * row.optimizer_s_per_step:.1f}", f"{row.optimizer_share:.0%}"
-        losses = f"{row.val_loss:.4f}", f"{row.farthest_from_baseline:.2e}"
-        lines.append([row.run, f"{row.lr:g}", losses[0], steps, seconds, time, share, losses[1]])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def _draw(runs: Sequence[Run], baseline: Run, path: Path) -> Path:
-    figure, axes = new_figure(2)
-    # The loss axis begins past the first fall, which would squeeze all the rest.
-    lowest = min(run.val_loss for run in runs)
-    highest = max(run.points[0]["val_loss"] for run in runs)
-    units = ("step", "step"), ("train_s", "seconds of training")
-    for axis, (unit, label) in zip(axes, units, strict=True):
-        axis.axhline(baseline.val_loss, color="#777777", linewidth=0.8, linestyle="--")
-        for run in runs:
-            points = [(point[unit], point["val_loss"]) for point in run.points]
-            axis.plot(*zip(*points, strict=True), label=f"{run.name}: {run.val_loss:.3f}")
-        axis.set(xlabel=label, ylabel="validation loss (nats per token)")
-        axis.set_ylim(top=lowest + 0.75 * (highest - lowest) + 1e-3)
-    axes[0].legend(frameon=False, title=f"dashed: {baseline.name}'s final loss")
-    figure.savefig(path, dpi=150)
-    return path
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table, and an empty one."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import subprocess
 import sys
@@ -235,7 +236,7 @@ def test_any_command_line_of_the_planner(words: list[str], mesh: list[str]) -> N
     assert code == 0 or "error:" in said
 
 
-COMPARE = ("optimizers", "engines", "nproc", "vary", "output")
+COMPARE = ("optimizers", "budget", "seeds", "nproc", "jobs", "output", "draw")
 
 
 @given(_lines(COMPARE))
@@ -243,12 +244,12 @@ COMPARE = ("optimizers", "engines", "nproc", "vary", "output")
 def test_any_command_line_of_a_comparison(
     tmp_path_factory: pytest.TempPathFactory, words: list[str]
 ) -> None:
-    def ran(*_: Any) -> bool:
+    def ran(*_: Any) -> int:
         raise _RanError
 
     folder = str(_file(tmp_path_factory).with_name("comparison"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "run_trial", ran)
+        patch.setattr(compare, "run", ran)
         code, said = _command(compare.main, [MODEL, *words, "--output", folder])
     assert code in (0, 2)
     assert code == 0 or "error:" in said
@@ -324,9 +325,11 @@ REFUSED: list[tuple[Callable[[Sequence[str]], Any], tuple[str, ...], str]] = [
     (compare.main, (*RUN, "--nproc", "0"), "--nproc"),
     (compare.main, (*RUN, "--nproc", "two"), "--nproc"),
     (compare.main, (*RUN, "--training.stps", "1"), "training.stps"),
-    (compare.main, (*RUN, "--vary", "optimizer.conda.lr=-1"), "optimizer.conda.lr"),
-    (compare.main, ("tiny.toml", "--output", "other", "--optimizers", "conda"), "training.steps"),
-    (compare.main, ("tiny.toml", "--output", "torn", "--optimizers", "conda"), "config.toml is no"),
+    (compare.main, (*RUN, "--optimizers", "conda+lr=-1"), "optimizer.conda.lr"),
+    (compare.main, ("tiny.toml", "--output", "other"), "training.steps"),
+    (compare.main, ("--output", "torn"), "results.json is not there, or not the results"),
+    (compare.main, ("--output", "out", "--draw"), "results.json is not there"),
+    (compare.main, ("--output", "out"), "out holds no comparison yet"),
     (plan.main, ("--model", "binary.toml", "--mesh", "dp_shard=2"), "binary.toml"),
     (plan.main, ("--model", "old.toml", "--mesh", "dp_shard=2"), "old.toml: unknown key"),
     (plan.main, (*PLAN, "--tokens-per-rank", "many"), "--tokens-per-rank"),
@@ -356,10 +359,15 @@ def test_what_is_wrong_is_said_in_one_line(
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "tiny.toml").write_text("[training]\nsteps = 5\n")
     (tmp_path / "old.toml").write_text("[optimizer.conda]\nold = 5\n")
-    for name, content in (("other", "[training]\nsteps = 6\n"), ("torn", "[training\n")):
-        run = tmp_path / name / "conda"
-        run.mkdir(parents=True)
-        (run / "config.toml").write_text(content)
+    config = options.flatten(tomllib.loads(options.to_toml(options.load(None))))
+    about = {"nproc": 1, "sessions": [], "runs": []}
+    rule = {"name": "conda", "matrices": 1.0, "rest": 1.0, "budget": 1, "seeds": 1}
+    for name, content in (
+        ("other", json.dumps({"config": config, "rules": [rule], **about})),
+        ("torn", "{"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(content)
     monkeypatch.chdir(tmp_path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")}
     code, err = _command(main, [*words])

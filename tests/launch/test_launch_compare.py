@@ -1,6 +1,9 @@
-"""Comparing optimizers and engines: what is run, what is kept, what the table says."""
+"""Comparing optimizers: which runs are made, what is kept, what the table says."""
 
 import json
+import math
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,10 @@ import pytest
 import launch_jobs
 from conda_dist.launch import compare
 from conda_dist.launch.job import options
-from conda_dist.launch.tools import sweeps
-from conda_dist.launch.tools.comparison import Run, baseline_of, tabulate
-from conda_dist.launch.tools.sweeps import ENGINES, Trial
+from conda_dist.launch.tools import protocol, trials
+from conda_dist.launch.tools.comparison import Findings
+from conda_dist.launch.tools.search import Point, Protocol, Rule, Run, edges, search, steps_to
+from processes import DEADLINE, children, has_ended, started, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -19,72 +23,124 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch_jobs.write_config(tmp_path_factory.mktemp("compare"))
 
 
-def plan(config: Path, *vary: str, **others: Any) -> list[Trial]:
-    return sweeps.plan(str(config), Path("out"), 2, vary=vary, **others)
+# The search
 
 
-def test_a_run_for_each_combination(config: Path) -> None:
-    """A key of one optimizer varies its runs only."""
-    rates = "optimizer.conda.lr=5e-3,1e-2"
-    trials = plan(config, rates, "training.seed=0,3", optimizers=["conda", "adamw"])
-    assert [str(trial.folder) for trial in trials] == [
-        "out/conda-lr5e-3-seed0",
-        "out/conda-lr5e-3-seed3",
-        "out/conda-lr1e-2-seed0",
-        "out/conda-lr1e-2-seed3",
-        "out/adamw-seed0",
-        "out/adamw-seed3",
-    ]
-    assert [trial.config.optimizer.chosen.lr for trial in trials[:4:2]] == [5e-3, 1e-2]
-    assert trials[1].config.training.seed == 3
-    (alone,) = plan(config)
-    assert alone.name == "conda"
-    methods = "optimizer.refresh_method=svd,orthogonal_iteration"
-    names = [trial.name for trial in plan(config, methods, "optimizer.update_proj_gap=5,5")]
-    assert names == ["conda-refresh_methodsvd-update_proj_gap5",
-                     "conda-refresh_methodorthogonal_iteration-update_proj_gap5"]  # fmt: skip
+def measured(loss: Any, budget: int) -> tuple[list[Point], Point, int]:
+    """All points that a search measures, the best, and in how many rounds it asked for them."""
+    losses: dict[Point, float] = {}
+    for rounds in range(100):
+        points, best = search(losses, budget)
+        if best is not None:
+            assert set(points) == set(losses)
+            return points, best, rounds
+        losses |= {point: loss(*point) for point in points}
+    raise AssertionError("no end")
 
 
-def test_an_optimizer_s_key_goes_to_its_runs_only(config: Path) -> None:
-    overrides = ["--optimizer.conda.scale", "0.5", "--training.steps=5"]
-    trials = plan(config, optimizers=["conda", "adamw"], overrides=overrides)
-    assert all("--training.steps=5" in trial.arguments for trial in trials)
-    own = ["--optimizer.conda.scale=0.5" in trial.arguments for trial in trials]
-    assert own == [True, False]
+def test_a_search_goes_along_one_rate_then_the_other() -> None:
+    points, best, rounds = measured(lambda i, j: (i - 1) ** 2 + (j + 1) ** 2, budget=20)
+    assert best == (1, -1)
+    assert points[:4] == [(0, 0), (-1, 0), (1, 0), (2, 0)]  # extended at the edge
+    assert points[4:] == [(1, -1), (1, 1), (1, -2), (0, -1), (2, -1)]  # around the best, twice
+    assert rounds == 5
+    assert edges(points, best) == []
 
 
-def test_engines_run_the_same_job(config: Path) -> None:
-    overrides = ["--optimizer.name", "adamw", "--deepspeed.config", "zero.json"]
-    trials = plan(config, engines=list(ENGINES), overrides=overrides)
-    assert [trial.name for trial in trials] == list(ENGINES)
-    assert [trial.processes for trial in trials] == [2] * 5 + [1]
-    assert ["--deepspeed.config=zero.json" in trial.arguments for trial in trials] == [
-        trial.name.startswith("zero") for trial in trials
-    ]
-    loaded = [options.load(trial.arguments[0], trial.arguments[1:]) for trial in trials]
-    assert {each.optimizer.name for each in loaded} == {"adamw"}
-    assert [each.engine for each in loaded] == ["fsdp2", *["deepspeed"] * 4, "fsdp2"]
-    assert [each.deepspeed.stage for each in loaded[1:5]] == [0, 1, 2, 3]
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 8])
+def test_a_search_keeps_to_its_budget_and_says_where_it_is_open(budget: int) -> None:
+    points, best, _ = measured(lambda i, j: -i - j / 10, budget)
+    assert len(points) == budget
+    assert best == max(points)
+    assert {"above matrices", "above rest"} <= set(edges(points, best))
+    assert ("below matrices" in edges(points, best)) == (budget == 1)
+
+
+def test_a_search_backs_out_of_rates_at_which_all_diverges() -> None:
+    _, best, _ = measured(lambda i, j: math.inf if i > -2 else abs(i + 3) + j * j, budget=8)
+    assert best == (-3, 0)
+
+
+# The runs
+
+ONE, TWO = Rule("conda", 3e-3, 1e-2, 3, 2), Rule("adamw", 1e-3, 1e-3, 3, 2)
+
+
+def play(loss: Any, *rules: Rule, steps: int = 600) -> tuple[Protocol, dict[Run, float]]:
+    """A whole comparison with these losses."""
+    plan, losses = Protocol(rules, seed=5, steps=steps), dict[Run, float]()
+    left = math.inf
+    while (ahead := plan.ahead(losses))[0]:
+        assert ahead[1] <= left  # the estimate never grows
+        left = ahead[1]
+        run = ahead[0][0]
+        assert run not in losses
+        losses[run] = loss(run)
+    assert ahead[1] == 0
+    return plan, losses
+
+
+def test_other_seeds_and_shorter_runs_follow_the_best_rates() -> None:
+    def loss(run: Run) -> float:
+        best = {"conda": 6e-3, "adamw": 1e-3}[run.rule]
+        lead = 0.3 if run.rule == "conda" else 0.0
+        shorter = 1.0 - run.steps / 600
+        return 4.0 - lead + shorter + abs(math.log2(run.matrices / best)) + run.seed / 100
+
+    plan, losses = play(loss, ONE, TWO)
+    tuned = [run for run in losses if run.seed == 5]
+    assert {run.steps for run in tuned} == {600}
+    assert len(tuned) == 6
+    others = [run for run in losses if run.seed != 5]
+    assert {(run.rule, run.matrices) for run in others} == {("conda", 6e-3), ("adamw", 1e-3)}
+    assert {run.seed for run in others} == {6, 7}
+    # adamw beats nothing. At 2/3 of the steps conda is above its loss: no shorter run helps.
+    assert sorted({run.steps for run in others if run.rule == "adamw"}) == [600]
+    assert sorted({run.steps for run in others if run.rule == "conda"}) == [400, 500, 600]
+    found = steps_to(plan.mean(TWO, losses, 600) or 0.0, plan.curve(ONE, losses))
+    assert found is not None
+    assert 400 < found[0] < 430  # 420, if it were linear in the loss
+    # Another seed for one rule asks for that seed's runs alone.
+    more = Protocol((ONE, Rule("adamw", 1e-3, 1e-3, 3, 3)), 5, 600)
+    assert more.ahead(losses)[0] == [Run("adamw", 1e-3, 1e-3, 8, 600)]
+
+
+def test_a_rule_that_diverges_everywhere_ends_there() -> None:
+    _, losses = play(lambda run: math.inf if run.rule == "conda" else 4.0, ONE, TWO)
+    assert [run.seed for run in losses if run.rule == "conda"] == [5] * 3
+    assert {run.steps for run in losses} == {600}
+
+
+def test_steps_to_a_loss() -> None:
+    curve = [(600, 3.0), (500, 3.3), (400, 4.0), (300, math.inf)]
+    assert steps_to(2.9, curve) is None
+    assert steps_to(3.0, curve) == (600.0, True)
+    assert steps_to(math.sqrt(3.0 * 3.3), curve) == (pytest.approx(550.0), True)
+    assert steps_to(4.5, curve) == (400.0, True)  # the next shorter run diverged
+    assert steps_to(4.5, curve[:3]) == (400.0, False)  # sooner, by how much is not known
+    assert steps_to(4.0, []) is None
+
+
+# The command line
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--optimizers", "sgd"], "unknown 'sgd'"),
+        (["--optimizers", "conda+update_proj_gap=0"], "optimizer.conda.update_proj_gap = 0"),
+        (["--optimizers", "conda+gap=1"], "unknown key 'optimizer.conda.gap'"),
         (["--optimizer.lr", "1"], "of which optimizer"),
-        (["--vary", "optimizer.lr=1,2", "--optimizers", "conda"], "of which optimizer"),
         (["--optimizer.name", "adamw"], "compare sets it itself"),
         (["--output", "out", "--resume"], "compare sets it itself"),
         (["--training.step", "1"], "Did you mean 'training.steps'"),
-        (["--optimizers", "sgd"], "unknown 'sgd'"),
-        (["--engines", "zero4"], "unknown 'zero4'"),
-        (["--engines", "zero1", "--deepspeed.stage", "2"], "compare sets it itself"),
-        (["--engines", "zero1", "--optimizer.name", "muon"], "not supported by engine deepspeed"),
-        (["--engines", "fsdp2", "--optimizers", "conda"], "--engines runs one optimizer"),
-        (["--vary", "training.seed"], "KEY=VALUE,VALUE is wanted"),
-        (["--vary", "training.sed=1"], "Did you mean 'training.seed'"),
-        (["--vary", "training.seed=one"], "training.seed one: a whole number is wanted"),
-        (["--vary", "training.seed=1,2", "--training.seed", "1"], "compare sets it itself"),
-        (["--vary", "optimizer.conda.update_proj_gap=0"], "optimizer.conda.update_proj_gap = 0"),
+        (["--optimizers", "muon", "--optimizer.conda.lr", "1"], "has no effect"),
+        (["--optimizers", "muon", "--engine", "deepspeed"], "not supported by engine deepspeed"),
+        (["--schedule.min_lr", "1e-5"], "min_lr_ratio instead"),
+        (["--schedule.warmup_steps", "6"], "schedule.warmup_steps 6 is more than training.steps"),
+        (["--data.path", "absent"], "data.path 'absent' names no file"),
+        (["--budget", "0"], "--budget"),
+        (["--draw"], "--draw runs nothing"),
     ],
 )
 def test_refusals(
@@ -94,104 +150,165 @@ def test_refusals(
     arguments: list[str],
     words: str,
 ) -> None:
-    assert compare.main([str(config), "--output", str(tmp_path / "out"), *arguments]) == 2
-    assert words in capsys.readouterr().err
+    try:
+        code = compare.main([str(config), "--output", str(tmp_path / "out"), *arguments])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    assert code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def run(name: str, optimizer: str, losses: list[float], seconds: float) -> Run:
-    """A run of 100 steps with validations spread evenly over it."""
-    every = 100 // len(losses)
-    lines = [
-        {
-            "step": every * i,
-            "train_s": seconds * every * i / 100,
-            "loss": loss,
-            "val_loss": loss,
-            "optimizer_s": 0.01,
-            "step_s": 0.2,
-        }
-        for i, loss in enumerate(losses, start=1)
+def planned(config: Path, output: Path, *arguments: str) -> protocol.Comparison:
+    given, overrides = compare.parse([str(config), "--output", str(output), *arguments])
+    return protocol.plan(given, overrides, arguments)
+
+
+def test_a_run_s_command_says_all_that_it_differs_in(config: Path, tmp_path: Path) -> None:
+    rules = "conda,conda+scale=0.5,adamw"
+    found = planned(config, tmp_path, "--optimizers", rules, "--optimizer.conda.betas", "0.8,0.9")
+    assert [rule.name for rule in found.protocol.rules] == rules.split(",")
+    assert [rule.matrices for rule in found.protocol.rules] == [2.5e-3, 5e-3, 1e-2]
+    (tmp_path / "config.toml").write_text(options.to_toml(found.config))
+    for rule in found.protocol.rules:
+        run = found.protocol.trial(rule, (1, -2))
+        *_, module, path = (word for word in found.command(run) if not word.startswith("--"))
+        assert module == "conda_dist.launch.pretrain"
+        loaded = options.load(path, [w for w in found.command(run) if w.startswith("--")])
+        assert loaded.optimizer.name == rule.name.partition("+")[0]
+        rates = loaded.optimizer.effective_rates
+        assert rates == pytest.approx((2 * rule.matrices, rule.rest / 4))
+        assert loaded.optimizer.conda.betas == (0.8, 0.9)
+        assert loaded.output == str(tmp_path / "runs" / run.name)
+    assert found.results["sessions"][0]["versions"]["torch"]
+
+
+def test_runs_at_once_share_cores_and_gpus(config: Path, tmp_path: Path) -> None:
+    found = planned(config, tmp_path, "--nproc", "2", "--jobs", "2")
+    given = trials.environment_of(found, 1, list("0123"))
+    assert given["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert "CUDA_VISIBLE_DEVICES" not in trials.environment_of(found, 0, [])
+
+
+# The results
+
+
+def record(run: Run, loss: float | None, **others: Any) -> dict[str, Any]:
+    rule, matrices, rest, seed, steps = run.rule, run.matrices, run.rest, run.seed, run.steps
+    about = {"rule": rule, "matrices": matrices, "rest": rest, "seed": seed, "steps": steps}
+    measures = {"step_s": 0.5, "optimizer_s": 0.1, "state_bytes": 2**21, "session": 0}
+    curve = [] if loss is None else [[300, loss + 1.0], [steps, loss]]
+    return {**about, "val_loss": loss, **measures, "curve": curve, **others}
+
+
+def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
+    three = Rule("muon", 1e-3, 1e-3, 1, 2)
+
+    def loss(run: Run) -> float:
+        if run.rule == "muon":
+            return math.inf if run.seed == 7 else 5.0
+        return {"conda": 3.5, "adamw": 4.0}[run.rule] + run.seed / 100 + (600 - run.steps) / 150
+
+    plan, losses = play(loss, ONE, TWO, three)
+    session = {"command": "python -m x", "begun": "now", "machine": "here", "jobs": 2}
+    results = {
+        "config": {"training.seed": 5, "training.steps": 600},
+        "nproc": 1,
+        "rules": [{f: getattr(r, f) for f in r.__slots__} for r in plan.rules],
+        "sessions": [{**session, "versions": {"torch": "3.0"}}],
+        "runs": [record(run, None if math.isinf(at) else at) for run, at in losses.items()],
+    }
+    again = json.loads(json.dumps(results))
+    text = Findings(again).table()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    conda, adamw, muon = rows[2:5]
+    assert [row[0] for row in (conda, adamw, muon)] == ["| conda", "| adamw", "| muon"]
+    assert conda[5:7] == ["3.5650 ± 0.0071", ""]
+    assert adamw[5:7] == ["4.0650 ± 0.0071", "0.5000 ± 0.0000"]
+    assert conda[4] == "at an edge: no trial below matrices, below rest, above rest"
+    assert conda[7:] == ["500.0", "100.0", "2.00 |"]
+    assert muon[5] == "5.0000 (2 of 2 seeds, 1 of them diverged)"
+    shares = {row[0].removeprefix("| "): row[1:] for row in rows[7:10]}
+    share, steps, seconds, own = map(float, re.findall(r"[\d.]+", shares["conda"][1]))
+    assert 500 < steps < 600  # at 500 conda is above adamw at 600
+    assert share == pytest.approx(steps / 600, abs=0.01)
+    assert seconds == pytest.approx(steps * 0.5, rel=0.01)
+    assert own == pytest.approx(steps * 0.1, rel=0.01)
+    assert shares["adamw"][0] == "not reached"
+    assert "python -m x" in text
+    assert "torch 3.0" in text
+    Findings(again).draw(tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_store_keeps_every_kind_of_end(tmp_path: Path) -> None:
+    found = [
+        record(Run("conda", 3e-3, 1e-2, 0, 600), 3.5, ended=1.0),
+        record(Run("adamw", 1e-9, 1e3, 2**40, 1), None, ended=2.0),
+        record(Run("conda", 6e-3, 1e-2, 0, 600), 3.25, ended=3.0),
     ]
-    return Run(name, optimizer, 1e-3, lines)
+    for each in found:
+        trials.Store(tmp_path).add(each)
+    assert trials.Store(tmp_path).records() == found
+    losses = trials.losses_of(found)
+    assert sorted(losses.values()) == [3.25, 3.5, math.inf]
 
 
-def test_runs_are_measured_by_adamw_s_best() -> None:
-    runs = [
-        run("conda", "conda", [5.0, 4.0, 3.0, 2.5], seconds=20.0),
-        run("adamw-1", "adamw", [5.5, 5.0, 4.5, 4.2], seconds=10.0),
-        run("adamw-2", "adamw", [5.5, 4.9, 4.4, 4.0], seconds=10.0),
-        run("muon", "muon", [6.0, 5.0, 4.5, 4.1], seconds=15.0),
-    ]
-    assert baseline_of(runs).name == "adamw-2"
-    rows = tabulate(runs)
-    assert [row.run for row in rows] == ["conda", "adamw-2", "muon", "adamw-1"]
-    assert [row.steps_to_baseline for row in rows] == [50, 100, None, None]
-    assert rows[0].seconds_to_baseline == pytest.approx(10.0)
-    assert rows[0].optimizer_share == pytest.approx(0.05)
-    assert rows[0].farthest_from_baseline == pytest.approx(1.5)
-    assert rows[1].farthest_from_baseline == 0.0
-
-
-def test_without_adamw_the_first_run_is_the_measure() -> None:
-    runs = [run("muon", "muon", [5.0, 4.0], 10.0), run("conda", "conda", [4.0, 3.0], 10.0)]
-    assert baseline_of(runs) is runs[0]
-    assert {row.run: row.steps_to_baseline for row in tabulate(runs)} == {"muon": 100, "conda": 50}
+# All of it
 
 
 @pytest.mark.thorough
-def test_a_comparison_runs_draws_and_continues(
+def test_a_comparison_is_killed_continued_and_extended(
     config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [str(config), "--output", str(tmp_path), "--nproc", "1"]
-    arguments += ["--optimizers", "conda,adamw", "--training.steps", "12"]
-    assert compare.main(arguments) == 0
-    printed = capfd.readouterr().out
-    found = json.loads((tmp_path / "comparison.json").read_text())
-    assert found["baseline"] == "adamw"
-    assert {row["run"] for row in found["runs"]} == {"conda", "adamw"}
-    for row in found["runs"]:
-        assert row["val_loss"] == launch_jobs.metrics(tmp_path / row["run"])[-1]["val_loss"]
-    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "comparison.md").read_text() in printed
-    # Both saw the same batches.
-    first = [launch_jobs.metrics(tmp_path / name)[0]["loss"] for name in ("conda", "adamw")]
-    assert first[0] == first[1]
+    """A run that was begun goes on from its checkpoint, and one that is finished stays."""
+    output, more = tmp_path / "out", ["--seeds", "1", "--budget", "1"]
+    typed = [str(config), "--output", str(output), "--optimizers", "conda", *more]
+    typed += ["--checkpoint.interval", "1", "--training.val_interval", "2"]
+    first = output / "runs" / "conda-matrices0.0025-rest0.01-seed0-steps8"
+    with started("-m", "conda_dist.launch.compare", *typed) as process:
+        wait_for_step(first, 3, process)
+        (job,) = children(process.pid)
+        process.kill()
+        deadline = time.monotonic() + DEADLINE
+        while not has_ended(job):  # nor does it train on alone
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not (first / "summary.json").exists()
+    reached = launch_jobs.metrics(first)
 
-    # Extended by one run, the two complete ones are not repeated; a failed one is reported.
-    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/metrics.jsonl")}
-    (tmp_path / "muon").mkdir()
-    (tmp_path / "muon" / "checkpoints").touch()
-    arguments[arguments.index("conda,adamw")] = "conda,adamw,muon"
-    assert compare.main(arguments) == 1
+    # The same again, with a rule that diverges in its second step, and one that is better.
+    extended = ["--output", str(output), "--optimizers", "muon,adamw", *more]
+    extended += ["--optimizer.muon.lr=1e9", "--jobs", "2"]
+    assert compare.main(extended) == 0
+    assert "continues: conda" in capfd.readouterr().out
+    assert launch_jobs.metrics(first)[: len(reached) - 1] == reached[:-1]
+    results = json.loads((output / "results.json").read_text())
+    runs = {(r["rule"], r["seed"], r["steps"]): r for r in results["runs"]}
+    assert {key for key in runs if key[2] == 8} == {
+        ("conda", 0, 8), ("conda", 1, 8), ("adamw", 0, 8), ("adamw", 1, 8), ("muon", 0, 8)
+    }  # fmt: skip
+    assert {key[2] for key in runs} > {8}  # the better rule's shorter runs
+    assert runs["muon", 0, 8]["val_loss"] is None
+    assert runs["conda", 1, 8]["state_bytes"] > 100_000
+    assert len(results["sessions"]) == 2
+    table, picture = output / "comparison.md", output / "comparison.png"
+    assert "| muon | 1e+09 |" in table.read_text()
+    assert not list(output.glob("runs/*/checkpoints"))
+
+    # Once more: nothing is run again. A run that fails is said, and the rest is drawn.
+    text = table.read_text()
+    table.unlink()
+    picture.unlink()
+    assert compare.main(["--output", str(output), "--draw"]) == 0
+    assert table.read_text() == text
+    assert picture.exists()
+    (output / "runs" / "conda-matrices0.0025-rest0.01-seed2-steps8").touch()
+    assert compare.main(["--output", str(output), "--optimizers", "conda", "--seeds", "2"]) == 1
     captured = capfd.readouterr()
-    assert captured.out.count("complete already") == 2
-    assert "failed" in captured.err
-    assert str(tmp_path / "muon") in captured.err
-    assert all(file.stat().st_mtime_ns == time for file, time in before.items())
-
-    # The folders of another configuration are not taken for this one's.
-    assert compare.main([*arguments[:-1], "14"]) == 2
-    said = capfd.readouterr().err
-    assert "conda holds a run of another configuration" in said
-    assert "training.steps" in said
-
-
-@pytest.mark.thorough
-def test_engines_are_compared(
-    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [str(config), "--output", str(tmp_path), "--engines", "fsdp2,zero2"]
-    arguments += ["--training.steps", "4", "--checkpoint.interval", "0"]
-    assert compare.main(arguments) == 0
-    found = json.loads((tmp_path / "comparison.json").read_text())
-    assert found["baseline"] == "fsdp2"
-    losses = [
-        [line["loss"] for line in launch_jobs.metrics(tmp_path / name)]
-        for name in ("fsdp2", "zero2")
-    ]
-    assert len(set(losses[0])) == 4
-    for name, engine in (("fsdp2", "fsdp2"), ("zero2", "deepspeed")):
-        assert f'engine = "{engine}"' in (tmp_path / name / "config.toml").read_text()
-    (distance,) = (row["farthest_from_baseline"] for row in found["runs"] if row["run"] == "zero2")
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) <= distance < 1e-4
+    assert "begins" not in captured.out
+    assert "failed: conda-matrices0.0025-rest0.01-seed2-steps8: " in captured.err
+    assert compare.main(["--output", str(output), "--training.steps", "9"]) == 2
+    assert "another training.steps" in capfd.readouterr().err

@@ -55,15 +55,15 @@ def test_one_process_stops_on_a_signal(config: Path, tmp_path: Path, number: int
 @pytest.mark.thorough
 def test_a_comparison_passes_the_stop_on(config: Path, tmp_path: Path) -> None:
     job = ("-m", "conda_dist.launch.compare", *endless(config, tmp_path))
-    run = tmp_path / "adamw"
-    with started(*job, "--optimizers", "adamw,muon", "--nproc", 1) as comparison:
+    run = tmp_path / "runs" / "adamw-matrices0.01-rest0.01-seed0-steps100000"
+    with started(*job, "--optimizers", "adamw,muon", "--jobs", 1) as comparison:
         wait_for_step(run, 3, comparison)
         comparison.send_signal(signal.SIGTERM)
         said, _ = comparison.communicate(timeout=DEADLINE)
     assert comparison.returncode == EXIT_STOPPED
     assert "stopped; the same command continues" in said
     assert step_of(complete_checkpoints(run / "checkpoints")[-1]) == metrics(run)[-1]["step"]
-    assert not (tmp_path / "muon").exists()
+    assert not [*tmp_path.glob("runs/muon*")]
 
 
 def ranks_of_their_own(

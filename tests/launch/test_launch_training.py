@@ -90,6 +90,10 @@ def test_a_run_leaves_its_results(whole: Path) -> None:
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["step"] == 8
     assert summary["val_loss"] == lines[-1]["val_loss"]
+    saved = weights(whole, 8)
+    moments = 8 * sum(saved[name].numel() for name in saved if name.startswith(".model"))
+    bases = 2 * 14 * 32 * 32 * 4  # each of two ranks has all of them
+    assert moments + bases // 2 < summary["state_bytes"] < 1.01 * (moments + bases)
     assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (whole / "signals.png").read_bytes().startswith(b"\x89PNG")
     board = EventAccumulator(str(whole / "tensorboard")).Reload()
@@ -236,3 +240,5 @@ def test_a_loss_that_is_not_finite_ends_the_job_before_any_update(
         assert result.code == 1
         assert "step 2: the loss is nan" in result.err or "step 3" in result.err
         assert "Nothing was updated" in result.err
+    assert "Nothing was updated" in json.loads((tmp_path / "diverged.json").read_text())["error"]
+    assert not (tmp_path / "summary.json").exists()

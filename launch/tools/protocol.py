@@ -1,0 +1,210 @@
+"""What a comparison's command line asks for: checked, with nothing written."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import time
+import tomllib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conda_dist.launch.cluster.launcher import shutdown_timeout
+from conda_dist.launch.job import options
+from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.files import CONFIG
+from conda_dist.launch.job.optimizer_config import SECTIONS
+from conda_dist.launch.tools.command_line import check_input, check_output
+from conda_dist.launch.tools.search import Protocol, Rule, Run
+
+RESULTS = "results.json"
+_DEFAULTS = {"budget": 8, "seeds": 3}
+_PACKAGES = ("conda-dist", "torch", "numpy", "transformers", "tokenizers", "deepspeed", "optuna")
+_INCIDENTAL = ("output", "resume", "optimizer.name", "data.cache")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The runs of a comparison, and how to start them."""
+
+    folder: Path
+    config: Config
+    """What all runs have in common."""
+    protocol: Protocol
+    jobs: int
+    """Runs at once."""
+    results: dict[str, Any]
+    """What `results.json` holds: the common `config`, `nproc` processes of each run, `rules`,
+    `sessions` (commands typed, with versions and machine) and a record of each of the `runs`."""
+
+    def command(self, run: Run) -> list[str]:
+        """Starts that run, or continues it."""
+        own = keys_of(run.rule)
+        rates = options.replaced(self.config, own).optimizer.keys_for_rates(run.matrices, run.rest)
+        keys = {**own, **rates, "training.seed": run.seed, "training.steps": run.steps}
+        keys["output"] = self.folder / "runs" / run.name
+        words = ["python"]
+        if (processes := self.results["nproc"]) > 1:
+            words += ["-m", "torch.distributed.run", "--standalone", *shutdown_timeout(300)]
+            words += [f"--nproc-per-node={processes}"]
+        words += ["-m", "conda_dist.launch.pretrain", str(self.folder / CONFIG)]
+        words += [f"--{key}={'none' if value is None else value}" for key, value in keys.items()]
+        return [*words, "--resume"]
+
+
+def keys_of(rule: str) -> dict[str, Any]:
+    """The keys that a rule sets: NAME, or NAME+KEY=VALUE, with options of its own.
+
+    Raises:
+        ConfigError: There is no such optimizer, key or value.
+    """
+    name, *own = rule.split("+")
+    if name not in SECTIONS:
+        raise ConfigError(f"unknown {name!r}: name some of {', '.join(SECTIONS)}")
+    words = [f"--optimizer.{name}.{text}" for text in own]
+    return {"optimizer.name": name, **options.parse_arguments(words)}
+
+
+def protocol_of(results: dict[str, Any]) -> Protocol:
+    """The runs that a comparison consists of."""
+    rules = tuple(Rule(**rule) for rule in results["rules"])
+    config = results["config"]
+    return Protocol(rules, config["training.seed"], config["training.steps"])
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The results of the comparison in that folder.
+
+    Raises:
+        ConfigError: There are none, or they cannot be read.
+    """
+    file = folder / RESULTS
+    try:
+        results: dict[str, Any] = json.loads(file.read_text())
+        _ = protocol_of(results), results["nproc"], results["sessions"], results["runs"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ConfigError(f"{file} is not there, or not the results of a comparison") from None
+    return results
+
+
+def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[str]) -> Comparison:
+    """Finds what there is to run.
+
+    Args:
+        given: `config`, `output`, `optimizers`, `budget`, `seeds`, `nproc`, `jobs`; what is None
+            stays as it is in the comparison that the output holds, or takes its default.
+        overrides: `--section.key value` arguments for all runs.
+        typed: All arguments, for the record.
+
+    Raises:
+        ConfigError: An unknown name or key, a config that cannot be run, or an output that cannot
+            be written or holds a comparison of another configuration.
+    """
+    folder: Path = given.output
+    check_output(folder)
+    if given.config is None and not (folder / RESULTS).exists():
+        raise ConfigError(f"{folder} holds no comparison yet: name a CONFIG")
+    there: dict[str, Any] = {"rules": [], "sessions": [], "runs": []}
+    if (folder / RESULTS).exists():
+        there = read(folder)
+    before = {rule["name"]: rule for rule in there["rules"]}
+    asked = given.optimizers or before or SECTIONS
+    names = list(dict.fromkeys([*before, *asked]))
+    keys = {name: keys_of(name) for name in names}
+    optimizers = {key["optimizer.name"] for key in keys.values()}
+    config = _common(given.config or str(folder / CONFIG), overrides, optimizers)
+    nproc = given.nproc or there.get("nproc", 1)
+    rules = []
+    for name in names:
+        amounts = {key: before.get(name, _DEFAULTS)[key] for key in _DEFAULTS}
+        if name in asked:
+            amounts = {key: getattr(given, key) or amount for key, amount in amounts.items()}
+        rates = options.replaced(config, keys[name]).optimizer.effective_rates
+        rules.append({"name": name, "matrices": rates[0], "rest": rates[1], **amounts})
+    results = {
+        "config": options.flatten(tomllib.loads(options.to_toml(config))),
+        "nproc": nproc,
+        "rules": rules,
+        "sessions": [*there["sessions"], _session(given.jobs, typed)],
+        "runs": there["runs"],
+    }
+    if before:
+        compared = {keys[name]["optimizer.name"] for name in before}
+        _require_same(folder, there, results, compared)
+    if (gpus := devices()) and given.jobs * nproc > len(gpus):
+        raise ConfigError(f"--jobs {given.jobs} of {nproc} processes: there are {len(gpus)} GPUs")
+    protocol = protocol_of(results)
+    for name in names:  # also of the shortest runs, before any is begun
+        for steps in protocol.lengths:
+            options.replaced(config, {**keys[name], "training.steps": steps})
+    check_input(config)
+    return Comparison(folder, config, protocol, given.jobs, results)
+
+
+def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config:
+    """What all runs have in common, with the sections of all optimizers."""
+    own: dict[str, list[str]] = {name: [] for name in sorted(optimizers)}
+    general: list[str] = []
+    for key, text in options.split_arguments(overrides):
+        head, _, name = key.rpartition(".")
+        if key in ("output", "resume", "optimizer.name"):
+            raise ConfigError(f"--{key} differs from run to run: compare sets it itself")
+        if head == "optimizer" and key not in options.SCHEMA:
+            raise ConfigError(f"--{key}: of which optimizer? Give --optimizer.NAME.{name}")
+        own.get(head.removeprefix("optimizer."), general).append(f"--{key}={text}")
+    first = [f"--optimizer.name={min(optimizers)}"]
+    values = options.to_values(options.load(path, [*first, *general]))
+    for name, words in own.items():
+        found = options.to_values(options.load(path, [f"--optimizer.name={name}", *words]))
+        values |= {k: v for k, v in found.items() if k.startswith(f"optimizer.{name}.")}
+    if values["schedule.min_lr"] is not None:
+        raise ConfigError("schedule.min_lr is one rate for all: give schedule.min_lr_ratio instead")
+    return options.build(values)
+
+
+def _require_same(
+    folder: Path, there: dict[str, Any], here: dict[str, Any], compared: set[str]
+) -> None:
+    """Refuses to add runs of another configuration; of optimizers, only those there count."""
+    then, now = ({**each["config"], "nproc": each["nproc"]} for each in (there, here))
+    free = tuple(f"optimizer.{name}." for name in SECTIONS if name not in compared)
+    differing = [
+        key
+        for key in {**then, **now}
+        if then.get(key) != now.get(key) and key not in _INCIDENTAL and not key.startswith(free)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder} holds a comparison of another configuration (of another version, or with "
+            f"another {', '.join(differing[:3])}): give another --output"
+        )
+
+
+def _session(jobs: int, typed: Sequence[str]) -> dict[str, Any]:
+    """When, where and with what the runs of one command were made."""
+    versions = {"Python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "command": shlex.join(["python", "-m", "conda_dist.launch.compare", *typed]),
+        "begun": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {len(devices())} GPUs",
+        "jobs": jobs,
+        "versions": versions,
+    }
+
+
+def devices() -> list[str]:
+    """The GPUs that runs may take, as CUDA_VISIBLE_DEVICES names them; none: they use the CPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
