@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conda_dist import Conda
+from conda_dist import NAMO, NAMO_D, Conda, Muon, NorMuon
 from conda_dist.launch.job.picture import new_figure
 
 NEVER = 10**9  # steps between refreshes: none but the first
@@ -66,6 +66,19 @@ def two_products(
     return step
 
 
+def newton_schulz_products(sizes: Sequence[tuple[int, int]]) -> Callable[[], None]:
+    """A step that only multiplies what five iterations multiply: the floor of Muon and its kin."""
+    wide = [torch.randn(min(s), max(s), dtype=torch.bfloat16) / max(s) for s in sizes]
+
+    def step() -> None:
+        for x in wide:
+            for _ in range(5):
+                gram = x @ x.mT
+                (gram @ gram) @ x
+
+    return step
+
+
 def _now() -> float:
     """The time, once the GPU, if there is one, has done all that was enqueued."""
     if torch.cuda.is_available():
@@ -91,6 +104,10 @@ def builders(
 
         return build
 
+    def rule(kind: type[Optimizer]) -> Callable[[], Step]:
+        group = {"algorithm": kind.__name__.lower()}
+        return lambda: kind([{"params": parameters(sizes), **group}]).step
+
     half = {"matmul_dtype": torch.bfloat16}
     ours = {
         "conda_dist": conda(),
@@ -101,7 +118,9 @@ def builders(
     others: dict[str, Callable[[], Step]] = {
         "two products": lambda: two_products(sizes),
         "torch.optim.AdamW": lambda: torch.optim.AdamW(parameters(sizes), fused=True).step,
+        "Newton-Schulz products": lambda: newton_schulz_products(sizes),
         "torch.optim.Muon": lambda: torch.optim.Muon(parameters(sizes)).step,
+        **{kind.__name__: rule(kind) for kind in (Muon, NorMuon, NAMO, NAMO_D)},
     }
     try:
         from pytorch_optimizer import SOAP
