@@ -168,7 +168,7 @@ def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
         ({**ALL_AUTO, "update_proj_gap": GAP}, {}, {}),
         (None, {}, {"optimizer_cls_and_kwargs": own}),
         (None, {"weight_decay": 0.0}, {"optimizer_cls_and_kwargs": own}),
-        (None, {}, {"optimizer_cls_and_kwargs": conda_for_trainer}),
+        (None, {"use_cpu": True}, {"optimizer_cls_and_kwargs": conda_for_trainer}),
         (None, {}, {"optimizers": Conda}),
         ({"lr": "auto"}, {"use_cpu": True}, {}),
     ]
@@ -206,15 +206,44 @@ def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
     return ends
 
 
+def _one_process() -> list[float]:
+    """The losses of the same steps without DeepSpeed."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    arguments = transformers.TrainingArguments(
+        output_dir="unused",
+        weight_decay=0.1,
+        learning_rate=RATE,
+        max_steps=3,
+        per_device_train_batch_size=BATCH,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    made = conda_for_trainer(arguments, update_proj_gap=GAP)
+    trainer = transformers.Trainer(
+        language_model(), arguments, train_dataset=texts(), optimizer_cls_and_kwargs=made
+    )
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
 def test_what_of_the_trainers_arguments_arrives() -> None:
     """The README says so; where it does not, that is the Trainer's doing."""
     ours = "conda_dist.integrations.deepspeed.optimizer.Conda"
+    (alone,) = ranks.run(1, _one_process)
     for only_rate, auto, own, whole, factory, given, cpu in ranks.run(2, _arrivals):
         assert only_rate[:2] == (ours, {(0.0, 0.99)})
         assert auto[:2] == (ours, {(0.1, 0.999)})
         assert own[:2] == (ours, {(0.1, 0.99), (0.0, 0.99)})
         assert whole[2] == pytest.approx(only_rate[2], abs=1e-5)
-        assert factory == own
+        assert factory[:2] == own[:2]
+        assert factory[2] == pytest.approx(alone, abs=1e-4)
         assert given[0] == "torch.optim.adamw.AdamW"
         assert cpu[0] == ours
 
@@ -359,7 +388,9 @@ def test_trainers_groups() -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {RATE}
     without = _made(language_model(), weight_decay=0.0).param_groups
     assert sum(len(group["params"]) for group in without) == 21
-    with pytest.raises(ValueError, match=r"learning_rate: 5e-05 is the default of TrainingArg"):
+    with pytest.raises(
+        ValueError, match=r"learning_rate: 5e-05 is the default of TrainingArg.*lr=5"
+    ):
         _made(language_model(), learning_rate=5e-5)
 
 
@@ -511,4 +542,38 @@ def _hopeless(folder: Path) -> str:
 
 def test_the_trainer_ends_after_too_many_bad_steps(tmp_path: Path) -> None:
     for said in ranks.run(2, _hopeless, tmp_path):
-        assert said.startswith("step 4: the gradient's norm is nan. Nothing was updated, and 1")
+        assert said.startswith(
+            "step 4: the gradient's norm is nan; 2 in a row; up to 1 are skipped"
+        )
+
+
+def _trained_anew(folder: Path) -> tuple[list[int], str]:
+    """Steps skipped in each of two trainings, and what a third says whose norm nobody is told."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations.bad_steps import skip_bad_steps
+
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=2, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True
+    )
+    model = _spoilt(language_model(), {2: float("nan")}, 0)
+    trainer = transformers.Trainer(model, arguments, train_dataset=texts())
+    callback = skip_bad_steps(trainer)
+    counts = []
+    for _ in range(2):
+        trainer.train()
+        counts.append(callback.skipped)
+    del trainer.accelerator.clip_grad_norm_  # as where the Trainer has made another accelerator
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return counts, str(error)
+    return counts, "trained"
+
+
+def test_bad_steps_of_each_training_are_counted_anew(tmp_path: Path) -> None:
+    """And where the Trainer does not compute the norm where it is watched, that is an error."""
+    ((counts, said),) = ranks.run(1, _trained_anew, tmp_path)
+    assert counts == [1, 0]
+    assert said.startswith("step 1: skip_bad_steps cannot judge it")
