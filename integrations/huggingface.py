@@ -51,7 +51,7 @@ def conda_for_trainer(
         adamw_params: patterns of names of parameters to put on the adamw path.
         splits: the rows of the parts of fused weights; see :func:`conda_dist.param_groups`.
         options: arguments of :class:`conda_dist.Conda`. ``lr`` and ``weight_decay`` replace those
-            of ``args``.
+            of ``args``. DeepSpeed's takes no ``process_group``; under DDP it is all ranks' group.
 
     Raises:
         TypeError: an option is not one of Conda's.
