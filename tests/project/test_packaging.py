@@ -227,6 +227,17 @@ def test_extras_that_are_named_exist() -> None:
     assert named <= set(project["optional-dependencies"])
 
 
+def test_extras_install(built: Built) -> None:
+    """Pip resolves the wheel with each extra to what is installed here, which the tests run on."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = ",".join(sorted(project["optional-dependencies"].keys() - {"dev"}))
+    pip = [sys.executable, "-m", "pip", "--python", str(built.python), "install", "--no-index"]
+    ran = _run([*pip, "--dry-run", f"{built.wheel}[{extras}]"], built.outside)
+    assert ran.returncode == 0, ran.stderr
+    assert "does not provide the extra" not in ran.stderr
+    assert "deepspeed" in ran.stdout
+
+
 @pytest.mark.thorough
 def test_doctor(built: Built) -> None:
     """In the real environment, which is sound; it takes 15 seconds of a core."""
