@@ -14,8 +14,8 @@ class BadSteps:
 
     A step is bad if a number is not finite. With ``factor`` it is bad also if a number is above
     ``median + factor * spread`` of the last ``window`` steps that were good. The spread is the
-    median absolute deviation from that median, but at least 1 % of it. Before there were that many
-    good steps, nothing is a jump.
+    median absolute deviation from that median, but at least 1 % of it. Nothing is a jump before
+    there were that many good steps, or where the spread is 0: half of them were exactly 0 then.
 
     It communicates nothing: give it numbers that are equal on all ranks, and all ranks decide
     alike.
@@ -66,7 +66,7 @@ class BadSteps:
         return self.in_a_row > self._limit
 
     def describe(self) -> str:
-        """How many bad steps in a row there were, in words."""
+        """How many bad steps in a row there were, and may be skipped, in words."""
         return f"{self.in_a_row} in a row; up to {self._limit} are skipped"
 
     def state_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class BadSteps:
         middle = median(recent)
         spread = max(median(abs(old - middle) for old in recent), _LEAST_SPREAD * abs(middle))
         most = middle + self._factor * spread
-        if value <= most:
+        if not spread or value <= most:
             return ""
         return (
             f"{name} is {value:.4g}, above {most:.4g}: the median of the last {self._window} good "

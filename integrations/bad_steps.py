@@ -31,7 +31,8 @@ def skip_bad_steps(
     The host waits for the norm in each step. By default it waits there for the loss already
     (``logging_nan_inf_filter``).
 
-    With float16, steps that are not finite are left to the gradient scaler, and not counted.
+    With float16, steps that are not finite are left to the gradient scaler: they are not counted,
+    and no number of them ends the training.
 
     Args:
         trainer: works in one process, under DDP and under FSDP2.
@@ -68,7 +69,7 @@ class SkipBadSteps(TrainerCallback):  # type: ignore[misc]
                 "Trainer knows the gradient's norm. ZeRO itself skips steps that are not finite: "
                 'in float32 and float16, and in bfloat16 with "bf16": {"check_grad_overflow": true}'
             )
-        self._bad, self._step = bad, 0
+        self._bad, self._step, self._judged = bad, 0, False
         self._accelerator = trainer.accelerator
         self._clip = trainer.accelerator.clip_grad_norm_
         trainer.accelerator.clip_grad_norm_ = self._clip_or_skip
@@ -86,7 +87,7 @@ class SkipBadSteps(TrainerCallback):  # type: ignore[misc]
         Raises:
             RuntimeError: there were too many in a row.
         """
-        parameters = list(parameters)
+        parameters, self._judged = list(parameters), True
         norm: torch.Tensor = self._clip(parameters, *args, **kwargs)
         value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if self._accelerator.scaler is not None and not math.isfinite(value):
@@ -94,24 +95,37 @@ class SkipBadSteps(TrainerCallback):  # type: ignore[misc]
         wrong = self._bad.judge({"the gradient's norm": value})
         if not wrong:
             return norm
-        what = f"step {self._step + 1}: {wrong}"
+        what = f"step {self._step + 1}: {wrong}; {self._bad.describe()}"
         if self._bad.too_many:
-            before = self._bad.in_a_row - 1
             raise RuntimeError(
-                f"{what}. Nothing was updated, and {before} steps before it were skipped. A lower "
-                "learning_rate or max_grad_norm may help"
+                f"{what}. Nothing was updated. A lower learning_rate or max_grad_norm may help"
             )
         if self._accelerator.is_main_process:
-            _log.warning("skipped %s; %s", what, self._bad.describe())
+            _log.warning("skipped %s", what)
         for parameter in parameters:
             parameter.grad = None
         return norm
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Goes on where the checkpoint stood from which the Trainer resumes."""
-        self._step = state.global_step
-        if _SAVED in state.stateful_callbacks:
-            self._bad.load_state_dict(state.stateful_callbacks[_SAVED])
+        """Goes on where the checkpoint stood from which the Trainer resumes, else begins anew."""
+        self._step, self._judged = state.global_step, False
+        self._bad.load_state_dict(state.stateful_callbacks.get(_SAVED, BadSteps().state_dict()))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes sure that the step was judged.
+
+        Raises:
+            RuntimeError: the Trainer did not compute the norm by the accelerator that it had when
+                :func:`skip_bad_steps` was called.
+        """
+        if not self._judged:
+            raise RuntimeError(
+                f"step {self._step + 1}: skip_bad_steps cannot judge it, because the Trainer did "
+                "not compute the gradient's norm by the accelerator that it was made with: it has "
+                "another one (hyperparameter_search), or its parameters are on several device "
+                "meshes. Nothing was updated. Train without skip_bad_steps"
+            )
+        self._judged = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Puts counts and norms where the Trainer's checkpoints have them."""

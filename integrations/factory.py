@@ -55,9 +55,10 @@ def _module_of(params: Any) -> nn.Module:
     """The module whose method ``parameters()`` returned a generator.
 
     Raises:
-        TypeError: it is no such generator, or one that has ended.
+        TypeError: it is no such generator, or one that has yielded parameters already.
     """
-    if inspect.isgenerator(params) and params.gi_code is nn.Module.parameters.__code__:
+    made = inspect.isgenerator(params) and params.gi_code is nn.Module.parameters.__code__
+    if made and inspect.getgeneratorstate(params) == inspect.GEN_CREATED:
         module = inspect.getgeneratorlocals(params).get("self")
         if isinstance(module, nn.Module):
             return module

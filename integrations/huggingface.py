@@ -52,12 +52,12 @@ def conda_for_trainer(
         adamw_params: patterns of names of parameters to put on the adamw path.
         splits: the rows of the parts of fused weights; see :func:`conda_dist.param_groups`.
         options: arguments of :class:`conda_dist.Conda`. ``lr`` and ``weight_decay`` replace those
-            of ``args``.
+            of ``args``. DeepSpeed's takes no ``process_group``; under DDP it is all ranks' group.
 
     Raises:
         TypeError: an option is not one of Conda's.
-        ValueError: neither ``args`` nor ``lr`` gives a rate: 5e-5, the default of
-            ``TrainingArguments``, was chosen for AdamW.
+        ValueError: ``args.learning_rate`` is the default of its class, which was chosen for AdamW
+            (5e-5 in ``TrainingArguments``), and there is no ``lr`` in ``options``.
     """
     inspect.signature(Conda).bind([], **options)
     _rate(args, options)
@@ -132,7 +132,7 @@ def _rate(args: TrainingArguments, options: Mapping[str, Any]) -> Any:
     """The learning rate.
 
     Raises:
-        ValueError: nobody has chosen one.
+        ValueError: it is the default of the arguments' class.
     """
     if "lr" in options:
         return options["lr"]
@@ -140,9 +140,9 @@ def _rate(args: TrainingArguments, options: Mapping[str, Any]) -> Any:
     if args.learning_rate == default:
         raise ValueError(
             f"learning_rate: {default} is the default of {type(args).__name__}, which was chosen "
-            f"for AdamW. Set learning_rate there, or conda_for_trainer(args, lr=...). With "
-            "scale=1.0, a rate that was tuned for AdamW is a start; with the default scale=0.25, "
-            "four times that rate."
+            "for AdamW. Set another one there; if you mean this one, give conda_for_trainer(args, "
+            f"lr={default}). With scale=1.0, a rate that was tuned for AdamW is a start; with the "
+            "default scale=0.25, four times that rate."
         )
     return args.learning_rate
 

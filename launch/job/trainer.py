@@ -183,7 +183,8 @@ class Trainer:
         if wrong:
             finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
             where = "" if finite else f" ({result.skipped})"
-            self._skip(f"step {self.step + 1}: {wrong}{where}", reporter)
+            what = f"step {self.step + 1}: {wrong}{where}; {self._bad.describe()}"
+            self._skip(f"{what} (training.skip_limit)", reporter)
         self.step += 1
         return result
 
@@ -194,15 +195,13 @@ class Trainer:
             BadStepsError: It was one too many.
         """
         if not self._bad.too_many:
-            reporter.note(f"skipped {what}; {self._bad.describe()} (training.skip_limit)")
+            reporter.note(f"skipped {what}")
             return
         newest = self._checkpoints.newest()
         kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        before = self._bad.in_a_row - 1
-        since = f", and {before} steps before it were skipped" if before else ""
         raise BadStepsError(
-            f"{what}. Nothing was updated{since}; {kept}. A lower optimizer.lr or an "
-            "optimizer.grad_clip may help"
+            f"{what}. Nothing was updated; {kept}. A lower optimizer.lr or an optimizer.grad_clip "
+            "may help"
         )
 
     def _validate(self) -> float:

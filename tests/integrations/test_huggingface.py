@@ -129,7 +129,7 @@ def _trainer(folder: Path, stage: int, factory: bool, resume: bool) -> list[floa
         save_steps=6,
         report_to=[],
         disable_tqdm=True,
-        lr_scheduler_type="linear",
+        use_cpu=True,  # without it all ranks get the same rows
     )
     if factory:
         more["optimizer_cls_and_kwargs"] = conda_for_trainer(arguments, update_proj_gap=GAP)
@@ -140,13 +140,15 @@ def _trainer(folder: Path, stage: int, factory: bool, resume: bool) -> list[floa
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize(("stage", "factory"), [(2, True), (3, False)])
+@pytest.mark.parametrize(("stage", "factory"), [(2, True), (3, False), (3, True)])
 @pytest.mark.thorough
 def test_trainer(tmp_path: Path, stage: int, factory: bool) -> None:
     """The optimizer is in the JSON, or the Trainer makes it by conda_for_trainer."""
+    (alone,) = ranks.run(1, _one_process, 12, 0.0)
     whole, _ = ranks.run(2, _trainer, tmp_path, stage, factory, False)
     assert len(whole) == 12
     assert whole[-1] < 0.8 * whole[0]
+    assert whole == pytest.approx(alone, abs=1e-3)
     again, _ = ranks.run(2, _trainer, tmp_path, stage, factory, True)
     assert again == whole
 
@@ -168,7 +170,7 @@ def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
         ({**ALL_AUTO, "update_proj_gap": GAP}, {}, {}),
         (None, {}, {"optimizer_cls_and_kwargs": own}),
         (None, {"weight_decay": 0.0}, {"optimizer_cls_and_kwargs": own}),
-        (None, {}, {"optimizer_cls_and_kwargs": conda_for_trainer}),
+        (None, {"use_cpu": True}, {"optimizer_cls_and_kwargs": conda_for_trainer}),
         (None, {}, {"optimizers": Conda}),
         ({"lr": "auto"}, {"use_cpu": True}, {}),
     ]
@@ -206,15 +208,44 @@ def _arrivals() -> list[tuple[str, set[Any], list[float]]]:
     return ends
 
 
+def _one_process(steps: int, decay: float) -> list[float]:
+    """The losses of the same steps without DeepSpeed."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations.huggingface import conda_for_trainer
+
+    arguments = transformers.TrainingArguments(
+        output_dir="unused",
+        weight_decay=decay,
+        learning_rate=RATE,
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    made = conda_for_trainer(arguments, update_proj_gap=GAP)
+    trainer = transformers.Trainer(
+        language_model(), arguments, train_dataset=texts(), optimizer_cls_and_kwargs=made
+    )
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
 def test_what_of_the_trainers_arguments_arrives() -> None:
     """The README says so; where it does not, that is the Trainer's doing."""
     ours = "conda_dist.integrations.deepspeed.optimizer.Conda"
+    (alone,) = ranks.run(1, _one_process, 3, 0.1)
     for only_rate, auto, own, whole, factory, given, cpu in ranks.run(2, _arrivals):
         assert only_rate[:2] == (ours, {(0.0, 0.99)})
         assert auto[:2] == (ours, {(0.1, 0.999)})
         assert own[:2] == (ours, {(0.1, 0.99), (0.0, 0.99)})
         assert whole[2] == pytest.approx(only_rate[2], abs=1e-5)
-        assert factory == own
+        assert factory[:2] == own[:2]
+        assert factory[2] == pytest.approx(alone, abs=1e-4)
         assert given[0] == "torch.optim.adamw.AdamW"
         assert cpu[0] == ours
 
@@ -381,7 +412,9 @@ def test_trainers_groups() -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {RATE}
     without = _made(language_model(), weight_decay=0.0).param_groups
     assert sum(len(group["params"]) for group in without) == 21
-    with pytest.raises(ValueError, match=r"learning_rate: 5e-05 is the default of TrainingArg"):
+    with pytest.raises(
+        ValueError, match=r"learning_rate: 5e-05 is the default of TrainingArg.*lr=5"
+    ):
         _made(language_model(), learning_rate=5e-5)
 
 
@@ -533,4 +566,38 @@ def _hopeless(folder: Path) -> str:
 
 def test_the_trainer_ends_after_too_many_bad_steps(tmp_path: Path) -> None:
     for said in ranks.run(2, _hopeless, tmp_path):
-        assert said.startswith("step 4: the gradient's norm is nan. Nothing was updated, and 1")
+        assert said.startswith(
+            "step 4: the gradient's norm is nan; 2 in a row; up to 1 are skipped"
+        )
+
+
+def _trained_anew(folder: Path) -> tuple[list[int], str]:
+    """Steps skipped in each of two trainings, and what a third says whose norm nobody is told."""
+    settle()
+    import transformers
+
+    from conda_dist.integrations.bad_steps import skip_bad_steps
+
+    arguments = transformers.TrainingArguments(
+        str(folder), max_steps=2, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True
+    )
+    model = _spoilt(language_model(), {2: float("nan")}, 0)
+    trainer = transformers.Trainer(model, arguments, train_dataset=texts())
+    callback = skip_bad_steps(trainer)
+    counts = []
+    for _ in range(2):
+        trainer.train()
+        counts.append(callback.skipped)
+    del trainer.accelerator.clip_grad_norm_  # as where the Trainer has made another accelerator
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        return counts, str(error)
+    return counts, "trained"
+
+
+def test_bad_steps_of_each_training_are_counted_anew(tmp_path: Path) -> None:
+    """And where the Trainer does not compute the norm where it is watched, that is an error."""
+    ((counts, said),) = ranks.run(1, _trained_anew, tmp_path)
+    assert counts == [1, 0]
+    assert said.startswith("step 1: skip_bad_steps cannot judge it")

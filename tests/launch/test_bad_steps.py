@@ -149,6 +149,8 @@ def test_a_jump_is_measured_by_median_and_spread() -> None:
     # What is alike has a spread of 1 %; what is skipped is not remembered.
     assert judged(BadSteps(3, 4.0, 2), 1, 1, 1.03, 1.05, 1.05) == [False] * 3 + [False, False]
     assert judged(BadSteps(3, 4.0, 2), 1, 1, 1.05, 1.05, 1.0) == [False, False, True, True, False]
+    # Without a spread there is no measure: rewards that are all equal give gradients of 0.
+    assert judged(BadSteps(3, 4.0, 3), 0, 0, 0, 0.1, 0, 9.0) == [False] * 6
 
 
 def test_a_state_goes_on() -> None:

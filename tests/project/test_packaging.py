@@ -227,6 +227,17 @@ def test_extras_that_are_named_exist() -> None:
     assert named <= set(project["optional-dependencies"])
 
 
+def test_extras_install(built: Built) -> None:
+    """Pip resolves the wheel with each extra to what is installed here, which the tests run on."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = ",".join(sorted(project["optional-dependencies"].keys() - {"dev"}))
+    pip = [sys.executable, "-m", "pip", "--python", str(built.python), "install", "--no-index"]
+    ran = _run([*pip, "--dry-run", f"{built.wheel}[{extras}]"], built.outside)
+    assert ran.returncode == 0, ran.stderr
+    assert "does not provide the extra" not in ran.stderr
+    assert "deepspeed" in ran.stdout
+
+
 @pytest.mark.thorough
 def test_doctor(built: Built) -> None:
     """In the real environment, which is sound; it takes 15 seconds of a core."""
@@ -261,6 +272,18 @@ def test_doctor_where_torch_cannot_be_imported(built: Built, tmp_path: Path) -> 
     assert ran.returncode == 1, ran.stderr
     assert "WRONG: torch: import torch: ImportError: libcudart.so.13: no such file" in ran.stdout
     assert "gloo" not in ran.stdout
+    assert not ran.stderr
+
+
+def test_doctor_where_nothing_is_installed() -> None:
+    """Not even torch: it stops before what imports it."""
+    bare = [sys.executable, "-S", "-m", "conda_dist.doctor"]  # -S: without site-packages
+    ran = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1, ran.stderr
+    assert "WRONG: conda-dist: it is not installed" in ran.stdout
+    assert ran.stdout.endswith(
+        "WRONG: packages: ModuleNotFoundError: No module named 'packaging'\n2 wrong\n"
+    )
     assert not ran.stderr
 
 

@@ -197,7 +197,9 @@ def test_nan_gradients_are_skipped_and_end_the_job(scene: Scene) -> None:
     assert 0 < outcome.difference < SKIPPED  # the checkpoint is of a step after two skipped ones
     where = "the gradient's norm is nan (the gradient of rank 1 is not finite)"
     assert outcome.said.count(f"step {STRUCK + 4}: {where}") == 2
-    words = "Nothing was updated, and 3 steps before it were skipped; the newest checkpoint is"
+    words = (
+        "; 4 in a row; up to 3 are skipped (training.skip_limit). Nothing was updated; the newest"
+    )
     assert words in outcome.said
     assert [line["skipped"] for line in metrics(scene.folder / "nan")][-1] == 2
 
@@ -206,9 +208,7 @@ def test_a_nan_gradient_of_one_weight_is_traced_to_it(scene: Scene) -> None:
     """Which rank it comes from is lost where gradients are reduced."""
     outcome = faults.nan_gradient(scene, weight=True)
     assert_lost(outcome, INTERVAL)
-    words = (
-        "are finite, not the gradient of model.layers.1.mlp.up_proj.weight). Nothing was updated; "
-    )
+    words = "are finite, not the gradient of model.layers.1.mlp.up_proj.weight); 1 in a row; "
     assert outcome.said.count(words) == 2
     assert f"step {STRUCK + 1}: " in outcome.said
 
