@@ -111,11 +111,10 @@ def package(name: str, asked: str = "") -> Finding:
     from packaging.requirements import Requirement
 
     need = Requirement(asked or name)
-    extra = str(need.marker).split('"')[1] if need.marker else ""
-    install = f"pip install '{_OURSELVES}[{extra}]'" if extra else f"pip install '{need}'"
+    install = f"pip install '{need.name}{need.specifier}'"
     version = _version(name)
     if not version:
-        needed = bool(asked) and not extra
+        needed = bool(asked) and need.marker is None
         wrong = f"it is not installed: {install}" if needed else ""
         return Finding(name, "not installed", wrong, installed=False)
     if need.specifier and not need.specifier.contains(version, prereleases=True):

@@ -49,7 +49,7 @@ def rendezvous(timeout: timedelta) -> Store:
         raise MpiError(
             f"an MPI launcher has started {size} processes, and mpi4py, which tells them who is "
             f"who, cannot be imported: {str(error).splitlines()[0]}. Do pip install "
-            "'conda-dist[mpi]'; if the launcher's MPI is not found, set MPI4PY_LIBMPI to its "
+            "mpi4py; if the launcher's MPI is not found, set MPI4PY_LIBMPI to its "
             "libmpi.so; or start the job with torchrun"
         ) from error
     ours = not MPI.Is_initialized()

@@ -66,7 +66,7 @@ def run(config: Config, world: World) -> bool:
     process_group.require_agreement(world, options.to_values(config) | versions)
     if not versions.get("deepspeed", "not used"):
         raise ConfigError(
-            "engine deepspeed: DeepSpeed is not installed; pip install 'conda-dist[deepspeed]', "
+            "engine deepspeed: DeepSpeed is not installed; pip install deepspeed, "
             "or give --engine fsdp2"
         )
     name, package = config.optimizer.name, config.optimizer.chosen.package

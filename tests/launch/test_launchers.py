@@ -107,8 +107,8 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("variables", "arguments", "code", "words"),
     [
-        ({}, ("--engine", "deepspeed"), 2, "pip install 'conda-dist[deepspeed]'"),
-        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, (), 1, "pip install 'conda-dist[mpi]'"),
+        ({}, ("--engine", "deepspeed"), 2, "pip install deepspeed"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, (), 1, "pip install mpi4py"),
     ],
 )
 def test_what_is_not_installed_is_named(

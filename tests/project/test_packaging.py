@@ -292,7 +292,7 @@ def test_doctor_where_nothing_is_installed() -> None:
     [
         ("2.0", "import os; os.abort()", "import peft: it ended the process by signal 6"),
         ("2.0", "import nothing_such", "ModuleNotFoundError: No module named 'nothing_such'"),
-        ("0.9", "", "0.9 is installed, >=1.2 is needed: pip install 'conda-dist[adapters]'"),
+        ("0.9", "", "0.9 is installed, >=1.2 is needed: pip install 'peft>=1.2'"),
         ("1.2", "", ""),
     ],
 )
