@@ -270,7 +270,9 @@ def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:
     """
     step_size = hyper.step_size(step)
     if isinstance(step_size, Tensor):
-        param.sub_(update * step_size.to(update.device))
+        # A factor without dimensions would not widen the dtype of the update.
+        wide = update.to(torch.promote_types(update.dtype, param.dtype))
+        param.sub_(wide * step_size.to(param.device))
     else:
         param.sub_(update, alpha=step_size)
     if hyper.weight_decay:

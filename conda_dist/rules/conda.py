@@ -106,8 +106,8 @@ class CondaRule(RefreshedRule):
             # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
             arithmetic.project_back_and_apply_(param, y, factor, right, weight.step, hyper)
             return None
-        # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n
-        return arithmetic.project_back(y, factor, right, y.dtype)
+        # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n; exchanged in no wider dtype
+        return arithmetic.project_back(y, factor, right, factor.dtype)
 
     def _normalise(self, weight: WeightSlice, factor: Tensor, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""

@@ -105,6 +105,9 @@ class Background:
         """Runs one job, and waits for its stream."""
         if job.stream is None or job.gathered is None:
             return job.find(job.momentum)
+        # A new thread begins on the first GPU. To go back there, the stream's context would use
+        # memory of that GPU for each process of the host.
+        torch.accelerator.set_device_index(job.momentum.device)
         with job.stream:
             job.stream.wait_event(job.gathered)
             found = job.find(job.momentum)

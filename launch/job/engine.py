@@ -290,11 +290,15 @@ class Fsdp2Engine(Engine):
 def loss_sum(model: nn.Module, rows: Tokens, device: torch.device) -> Tensor:
     """Summed cross-entropy of (b, sequence_length + 1) tokens, in float32."""
     empty = len(rows) == 0
-    tokens = torch.from_numpy(rows).to(device)
     if empty:
         # Sharded models communicate in every forward pass, so a rank without rows runs one as
         # well; its sum is multiplied by zero.
         tokens = torch.zeros((1, rows.shape[1]), dtype=torch.int64, device=device)
+    elif device.type == "cuda":
+        # From memory that is not pinned, a copy waits for all that the device has to do.
+        tokens = torch.from_numpy(rows).pin_memory().to(device, non_blocking=True)
+    else:
+        tokens = torch.from_numpy(rows)
     logits = model(input_ids=tokens[:, :-1]).logits
     loss = functional.cross_entropy(
         logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"

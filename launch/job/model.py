@@ -102,7 +102,9 @@ def parameter_count(model: nn.Module) -> int:
 def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrainedModel:
     # Importing transformers takes seconds, which a job that is refused need not wait for.
     import transformers
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    transformers.AttentionInterface.register(_CAUSAL, sdpa_attention_forward)
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "initializer_range": config.initializer_range,
@@ -110,7 +112,7 @@ def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrain
         "use_cache": False,
         "bos_token_id": None,
         "eos_token_id": None,
-        "attn_implementation": "sdpa",
+        "attn_implementation": _CAUSAL,
     }
     if config.architecture == "llama":
         llama = transformers.LlamaConfig(
@@ -137,6 +139,11 @@ def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrain
         **common,
     )
     return transformers.GPT2LMHeadModel(gpt2)
+
+
+_CAUSAL = "causal_sdpa"
+"""The library's "sdpa" without a mask, which is causal. For "sdpa" itself the library looks in
+every forward pass whether rows hold several texts, and the host waits for the device."""
 
 
 def _blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,6 +95,23 @@ def without_waits() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@contextlib.contextmanager
+def listed_waits() -> Iterator[list[str]]:
+    """Gives a list that afterwards names each place where the host waited for the device."""
+    places: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if not TOY:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            if not TOY:
+                torch.cuda.set_sync_debug_mode("default")
+            waits = [each for each in caught if "synchronizing" in str(each.message)]
+            places += [f"{Path(each.filename).name}:{each.lineno}" for each in waits]
 
 
 @dataclass(frozen=True)

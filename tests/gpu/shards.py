@@ -11,9 +11,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from common import DEVICE, TOY, Section, left_s
+import training
+from common import DEVICE, TOY, Section, left_s, listed_waits
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -130,6 +132,30 @@ def _offloaded(mesh: DeviceMesh) -> tuple[str, bool]:
     return f"state on {', '.join(sorted(places))}", places == {"cpu"}
 
 
+def _job(out: Path) -> tuple[str, bool]:
+    """Where the host waits in a step of the job: only where it reads loss and norm together."""
+    from conda_dist.launch.cluster import process_group
+    from conda_dist.launch.job import options
+    from conda_dist.launch.job.engine import Fsdp2Engine
+
+    settings = {"optimizer.conda.update_proj_gap": "100", "output": str(out / "work" / "waits")}
+    file, *given = training.arguments(out, settings)
+    config = options.load(file, given)
+    engine = Fsdp2Engine(config, 300, process_group.join(60))
+    length, rows = config.training.sequence_length, config.training.micro_batch_size
+    generator = np.random.default_rng(0)
+    for step in range(6):
+        micro_batches = [generator.integers(300, size=(rows, length + 1)) for _ in range(2)]
+        with listed_waits() as places:
+            engine.forward_backward(micro_batches, 2 * rows * length)
+            engine.step(lambda loss, norm: True)
+        if step < 4:  # the first steps allocate, and take the bases
+            continue
+        if len(places) != (0 if TOY else 1):
+            return f"step {step}: {', '.join(places) or 'no wait'}", False
+    return "one wait a step", True
+
+
 def _uneven(rank: int, world: int) -> tuple[str, bool]:
     """Exchanges in which some ranks send or receive nothing."""
     given = torch.arange(3.0, device=DEVICE)
@@ -159,6 +185,7 @@ def _rank(rank: int, world: int, backend: str, port: int, out: Path, answers: An
         tried["DCP"] = _resumed, mesh, out / "work" / f"dcp-{world}", rank, world
         if world == 1:
             tried["CPU offload"] = _offloaded, mesh
+            tried["a step of the job"] = _job, out
         tried["uneven and empty splits"] = _uneven, rank, world
         for what, (function, *args) in tried.items():
             try:
@@ -199,7 +226,7 @@ def _spawn(section: Section, out: Path, world: int, backend: str, limit_s: float
 
 
 def one_rank(section: Section, out: Path) -> None:
-    """FSDP2 on one rank over NCCL: ways to refresh, a checkpoint, CPU offload."""
+    """FSDP2 on one rank over NCCL: ways to refresh, a checkpoint, CPU offload, the job."""
     _spawn(section, out, 1, "gloo" if TOY else "nccl", 90)
 
 

@@ -48,7 +48,8 @@ RUNS = {
 }
 
 
-def _arguments(out: Path, options: dict[str, str]) -> list[str]:
+def arguments(out: Path, options: dict[str, str]) -> list[str]:
+    """The command line of the job: the config, and what differs from it."""
     config = ROOT / "configs" / ("llama_tiny.toml" if TOY else "llama_60m.toml")
     given = {
         "data.hf": "",
@@ -73,7 +74,7 @@ preparation._prepare_files(options.load(sys.argv[1], sys.argv[2:]))
 def prepare(out: Path) -> subprocess.Popen[bytes]:
     """Starts to make tokens, on the CPU's cores, while the other sections run."""
     (out / "work").mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", PREPARE, *_arguments(out, {})]
+    command = [sys.executable, "-c", PREPARE, *arguments(out, {})]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1" if TOY else "8"}
     said = (out / "work" / "data.log").open("w")
     return subprocess.Popen(command, stdout=said, stderr=said, env=environment)
@@ -88,7 +89,7 @@ def _pretrain(out: Path, name: str, optimizer: str, steps: int, interval: int) -
         "training.val_interval": str(interval),
         **RUNS[optimizer],
     }
-    command = [sys.executable, "-m", "conda_dist.launch.pretrain", *_arguments(out, options)]
+    command = [sys.executable, "-m", "conda_dist.launch.pretrain", *arguments(out, options)]
     limit = max(10.0, left_s())
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=limit)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import ranks
@@ -14,7 +15,8 @@ from conda_dist import Muon
 from conda_dist.launch.cluster import process_group
 from conda_dist.launch.job import options, schedule
 from conda_dist.launch.job.config import Config, ScheduleConfig
-from conda_dist.launch.job.model import build_model
+from conda_dist.launch.job.engine import loss_sum
+from conda_dist.launch.job.model import build_model, initialised_model
 from conda_dist.launch.job.optimizer_config import SECTIONS
 from conda_dist.launch.job.optimizers import build_optimizers, describe
 
@@ -83,6 +85,26 @@ def test_the_sharded_model_computes_what_the_library_s_does() -> None:
         )  # fmt: skip
         reference.load_state_dict(weights)
         torch.testing.assert_close(output, reference(input_ids=tokens).logits)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that the host reads: on a GPU it waits for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_forward_pass_reads_nothing(architecture: str) -> None:
+    config = options.load(None, [*SMALL, "--model.architecture", architecture])
+    model = initialised_model(config.model, config.training, 50, lambda module: None)
+    rows = torch.arange(34).view(2, 17).numpy()
+    with Reads() as reads:
+        loss_sum(model, rows, torch.device("cpu")).backward()  # type: ignore[no-untyped-call]
+    assert reads.count == 0
 
 
 # Schedules.
