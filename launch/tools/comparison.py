@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conda_dist.launch.job.picture import new_figure
-from conda_dist.launch.tools.protocol import protocol_of, read
+from conda_dist.launch.tools.protocol import keys_of, protocol_of, read
 from conda_dist.launch.tools.search import Rule, edges, steps_to
 from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
 
@@ -59,6 +59,7 @@ class Findings:
                 "from the first rule on the same seed. Effective peak rates of the matrices, and "
                 "of embeddings, head, norms and biases, were tuned on seed "
                 f"{self._protocol.seed} by factors of two. State is that of all ranks.\n",
+                *(f"{note}\n" for note in self._notes()),
                 *_markdown(_HEADER, map(self._row, self._rules)),
                 "Steps of a run that ends at the mean final loss of another rule, and their share; "
                 "in brackets seconds of training, and those in the optimizer. Interpolated between "
@@ -75,6 +76,27 @@ class Findings:
                 "",
             ]
         )
+
+    def _notes(self) -> list[str]:
+        """What else the rules, or the runs, do not have in common: a sentence each."""
+        notes, config = [], self._results["config"]
+        for key in ("weight_decay", "grad_clip"):
+            values = {}
+            for rule in self._rules:
+                own = keys_of(rule.name)
+                name = f"optimizer.{own['optimizer.name']}.{key}"
+                values[rule.name] = own.get(name, config[name])
+            if len({*values.values()}) > 1:
+                listed = ", ".join(f"{name} {value:g}" for name, value in values.items())
+                notes.append(f"{key} was not tuned, and differs: {listed}.")
+        used = sorted({run["session"] for run in self._results["runs"]})
+        sessions = [self._results["sessions"][index] for index in used]
+        made = [{"machine": each["machine"], **each["versions"]} for each in sessions]
+        for what in dict.fromkeys(name for each in made for name in each):
+            found = dict.fromkeys(each.get(what, "none") for each in made)
+            if len(found) > 1:
+                notes.append(f"Runs were made with more than one {what}: {'; '.join(found)}.")
+        return notes
 
     def _row(self, rule: Rule) -> list[str]:
         """What was tuned, the losses on other seeds, and what a step costs."""
@@ -173,8 +195,10 @@ def _band(
     axis: Any, curves: Sequence[Sequence[Any]], colour: str, label: str, marker: str = ""
 ) -> list[float]:
     """Draws the mean of curves of (step, loss), and their extent; returns the mean."""
-    steps = [step for step, _ in curves[0]]
-    values = list(zip(*([loss for _, loss in curve] for curve in curves), strict=True))
+    # A loss that was not finite for a while is in no curve.
+    losses = [dict(curve) for curve in curves]
+    steps = [step for step in losses[0] if all(step in each for each in losses)]
+    values = [[each[step] for each in losses] for step in steps]
     mean = [statistics.fmean(each) for each in values]
     axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.2)
     axis.plot(steps, mean, color=colour, label=label, marker=marker)

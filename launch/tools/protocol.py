@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import time
 import tomllib
@@ -65,7 +66,7 @@ def keys_of(rule: str) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such optimizer, key or value.
     """
-    name, *own = rule.split("+")
+    name, *own = re.split(r"\+(?!\d)", rule)  # one that a digit follows is an exponent's
     if name not in SECTIONS:
         raise ConfigError(f"unknown {name!r}: name some of {', '.join(SECTIONS)}")
     words = [f"--optimizer.{name}.{text}" for text in own]
@@ -183,7 +184,8 @@ def _require_same(
     if differing:
         raise ConfigError(
             f"{folder} holds a comparison of another configuration (of another version, or with "
-            f"another {', '.join(differing[:3])}): give another --output"
+            f"another {', '.join(differing[:3])}): leave out CONFIG and these keys to continue "
+            "it, or give another --output"
         )
 
 

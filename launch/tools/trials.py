@@ -23,9 +23,10 @@ from typing import Any
 
 from conda_dist.launch.cluster.signals import end_with_parent, stop_requests
 from conda_dist.launch.job import options
+from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.job.files import CHECKPOINTS, CONFIG, DIVERGED, METRICS, SUMMARY
 from conda_dist.launch.job.metrics import read_metrics
-from conda_dist.launch.tools.protocol import RESULTS, Comparison, devices
+from conda_dist.launch.tools.protocol import RESULTS, Comparison, devices, read
 from conda_dist.launch.tools.search import Run
 
 
@@ -42,7 +43,7 @@ class Store:
 
     def add(self, record: dict[str, Any]) -> None:
         """Keeps a finished run."""
-        rate = self._optuna.distributions.FloatDistribution(1e-30, 1e30, log=True)
+        rate = self._optuna.distributions.FloatDistribution(5e-324, sys.float_info.max, log=True)
         count = self._optuna.distributions.IntDistribution(0, 2**62)
         kinds = {"matrices": rate, "rest": rate, "seed": count, "steps": count}
         trial = self._optuna.create_trial(
@@ -105,12 +106,25 @@ class Runner:
     """Runs what a comparison wants, several at once, until nothing is left or it is stopped."""
 
     def __init__(self, comparison: Comparison) -> None:
-        """Writes what the runs have in common, and takes over those that are finished."""
+        """Writes what the runs have in common, and takes over those that are finished.
+
+        Raises:
+            ConfigError: The folder is not as it was when the comparison was planned, or holds
+                runs of which nobody knows the configuration.
+        """
         self._comparison, folder = comparison, comparison.folder
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(options.to_toml(comparison.config))
+        there = read(folder)["sessions"] if (folder / RESULTS).exists() else []
+        if there != comparison.results["sessions"][:-1]:
+            raise ConfigError(f"another command has just written {folder}: give this one again")
         self._store = Store(folder)
         self._records = self._store.records()
+        if self._records and not there:
+            raise ConfigError(
+                f"{folder} holds runs, but no {RESULTS}, which says of what configuration they "
+                "are: give another --output"
+            )
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(options.to_toml(comparison.config))
         self._running: dict[Run, tuple[subprocess.Popen[bytes], int, float]] = {}
         """Of each run its process, its place among the jobs, and when it was started."""
         self.failed: dict[Run, str] = {}

@@ -12,6 +12,7 @@ import pytest
 import launch_jobs
 from conda_dist.launch import compare
 from conda_dist.launch.job import options
+from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.tools import protocol, trials
 from conda_dist.launch.tools.comparison import Findings
 from conda_dist.launch.tools.search import Point, Protocol, Rule, Run, edges, search, steps_to
@@ -185,6 +186,31 @@ def test_a_run_s_command_says_all_that_it_differs_in(config: Path, tmp_path: Pat
     assert found.results["sessions"][0]["versions"]["torch"]
 
 
+def test_a_list_of_rules_may_hold_blanks_and_lists_of_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = " conda, conda+ betas = 0.8, .9 + lr=1e+0,muon"
+    output = ["--output", str(tmp_path)]
+    given, _ = compare.parse([*output, "--optimizers", rules])
+    assert given.optimizers == ["conda", "conda+betas=0.8,.9+lr=1e+0", "muon"]
+    keys = protocol.keys_of(given.optimizers[1])
+    assert keys["optimizer.conda.betas"] == (0.8, 0.9)
+    assert keys["optimizer.conda.lr"] == 1.0
+    assert compare.main([*output, "--draw", "--seeds", "5"]) == 2
+    assert "--draw runs nothing" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_what_was_planned_for_is_refused(config: Path, tmp_path: Path) -> None:
+    found = planned(config, tmp_path)
+    trials.Store(tmp_path).add(record(Run("conda", 3e-3, 1e-2, 0, 600), 3.5, ended=1.0))
+    with pytest.raises(ConfigError, match=r"holds runs, but no results\.json"):
+        trials.Runner(found)
+    (tmp_path / "results.json").write_text(json.dumps({**found.results, "runs": []}))
+    with pytest.raises(ConfigError, match="another command has just written"):
+        trials.Runner(found)
+    assert {each.name for each in tmp_path.iterdir()} == {"trials.db", "results.json"}
+
+
 def test_runs_at_once_share_cores_and_gpus(config: Path, tmp_path: Path) -> None:
     found = planned(config, tmp_path, "--nproc", "2", "--jobs", "2")
     given = trials.environment_of(found, 1, list("0123"))
@@ -213,13 +239,19 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
 
     plan, losses = play(loss, ONE, TWO, three)
     session = {"command": "python -m x", "begun": "now", "machine": "here", "jobs": 2}
+    settings = {f"optimizer.{r.name}.weight_decay": 0.0 for r in plan.rules}
+    settings |= {f"optimizer.{r.name}.grad_clip": 1.0 for r in plan.rules}
+    settings["optimizer.muon.weight_decay"] = 0.1
     results = {
-        "config": {"training.seed": 5, "training.steps": 600},
+        "config": {"training.seed": 5, "training.steps": 600, **settings},
         "nproc": 1,
         "rules": [{f: getattr(r, f) for f in r.__slots__} for r in plan.rules],
-        "sessions": [{**session, "versions": {"torch": "3.0"}}],
+        "sessions": [{**session, "versions": {"torch": each}} for each in ("2.9", "3.0", "3.1")],
         "runs": [record(run, None if math.isinf(at) else at) for run, at in losses.items()],
     }
+    results["runs"][-1]["session"] = 1  # none is of the last one
+    full = next(run for run in results["runs"] if run["seed"] == 6 and run["steps"] == 600)
+    del full["curve"][0]  # where its loss was not finite
     again = json.loads(json.dumps(results))
     text = Findings(again).table()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
@@ -239,6 +271,9 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
     assert shares["adamw"][0] == "not reached"
     assert "python -m x" in text
     assert "torch 3.0" in text
+    assert "weight_decay was not tuned, and differs: conda 0, adamw 0, muon 0.1." in text
+    assert "grad_clip was" not in text
+    assert "Runs were made with more than one torch: 2.9; 3.0." in text
     Findings(again).draw(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
@@ -246,7 +281,7 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
 def test_a_store_keeps_every_kind_of_end(tmp_path: Path) -> None:
     found = [
         record(Run("conda", 3e-3, 1e-2, 0, 600), 3.5, ended=1.0),
-        record(Run("adamw", 1e-9, 1e3, 2**40, 1), None, ended=2.0),
+        record(Run("adamw", 1e-40, 1e40, 2**40, 1), None, ended=2.0),
         record(Run("conda", 6e-3, 1e-2, 0, 600), 3.25, ended=3.0),
     ]
     for each in found:
