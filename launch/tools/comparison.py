@@ -96,6 +96,8 @@ class Findings:
             found = dict.fromkeys(each.get(what, "none") for each in made)
             if len(found) > 1:
                 notes.append(f"Runs were made with more than one {what}: {'; '.join(found)}.")
+        if len({run["data"] for run in self._results["runs"] if run.get("data")}) > 1:
+            notes.append("Runs had not the same data: text or tokenizer changed in between.")
         return notes
 
     def _row(self, rule: Rule) -> list[str]:

@@ -96,6 +96,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return {
         "val_loss": loss if math.isfinite(loss) else None,
         "state_bytes": summary.get("state_bytes"),
+        "data": summary.get("data"),
         **means,
         "skipped": lines[-1]["skipped"] if lines else 0,
         "curve": [point for point in curve if math.isfinite(point[1])],

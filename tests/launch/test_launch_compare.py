@@ -224,7 +224,7 @@ def test_runs_at_once_share_cores_and_gpus(config: Path, tmp_path: Path) -> None
 def record(run: Run, loss: float | None, **others: Any) -> dict[str, Any]:
     rule, matrices, rest, seed, steps = run.rule, run.matrices, run.rest, run.seed, run.steps
     about = {"rule": rule, "matrices": matrices, "rest": rest, "seed": seed, "steps": steps}
-    measures = {"step_s": 0.5, "optimizer_s": 0.1, "state_bytes": 2**21, "session": 0}
+    measures = {"step_s": 0.5, "optimizer_s": 0.1, "state_bytes": 2**21, "session": 0, "data": "x"}
     curve = [] if loss is None else [[300, loss + 1.0], [steps, loss]]
     return {**about, "val_loss": loss, **measures, "curve": curve, **others}
 
@@ -249,7 +249,7 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
         "sessions": [{**session, "versions": {"torch": each}} for each in ("2.9", "3.0", "3.1")],
         "runs": [record(run, None if math.isinf(at) else at) for run, at in losses.items()],
     }
-    results["runs"][-1]["session"] = 1  # none is of the last one
+    results["runs"][-1] |= {"session": 1, "data": "other"}  # none is of the last session
     full = next(run for run in results["runs"] if run["seed"] == 6 and run["steps"] == 600)
     del full["curve"][0]  # where its loss was not finite
     again = json.loads(json.dumps(results))
@@ -273,6 +273,7 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
     assert "torch 3.0" in text
     assert "weight_decay was not tuned, and differs: conda 0, adamw 0, muon 0.1." in text
     assert "grad_clip was" not in text
+    assert "Runs had not the same data" in text
     assert "Runs were made with more than one torch: 2.9; 3.0." in text
     Findings(again).draw(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -328,6 +329,7 @@ def test_a_comparison_is_killed_continued_and_extended(
     assert {key[2] for key in runs} > {8}  # the better rule's shorter runs
     assert runs["muon", 0, 8]["val_loss"] is None
     assert runs["conda", 1, 8]["state_bytes"] > 100_000
+    assert len({run["data"] for run in results["runs"]} - {None}) == 1
     assert len(results["sessions"]) == 2
     table, picture = output / "comparison.md", output / "comparison.png"
     assert "| muon | 1e+09 |" in table.read_text()
