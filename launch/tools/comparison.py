@@ -1,4 +1,4 @@
-"""What the runs of a comparison found, from its results.json: one table, one picture."""
+"""The findings of a comparison as a table and a picture, made from its results.json."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Findings:
         open_sides = ", ".join(edges(points, best))
         run = self._protocol.trial(rule, best)
         cells = [rule.name, f"{run.matrices:.3g}", f"{run.rest:.3g}", spent]
-        cells.append(f"at an edge: no trial {open_sides}" if open_sides else "inside")
+        cells.append(f"at an edge: no trial of {open_sides}" if open_sides else "inside")
         records = self._repeats(rule, self._full)
         if not records:
             return [*cells, "diverged" if math.isinf(self._losses[run]) else "", *[""] * 4]

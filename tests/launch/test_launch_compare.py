@@ -53,8 +53,8 @@ def test_a_search_keeps_to_its_budget_and_says_where_it_is_open(budget: int) -> 
     points, best, _ = measured(lambda i, j: -i - j / 10, budget)
     assert len(points) == budget
     assert best == max(points)
-    assert {"above matrices", "above rest"} <= set(edges(points, best))
-    assert ("below matrices" in edges(points, best)) == (budget == 1)
+    assert {"matrices x 2", "rest x 2"} <= set(edges(points, best))
+    assert ("matrices / 2" in edges(points, best)) == (budget == 1)
 
 
 def test_a_search_backs_out_of_rates_at_which_all_diverges() -> None:
@@ -259,7 +259,7 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
     assert [row[0] for row in (conda, adamw, muon)] == ["| conda", "| adamw", "| muon"]
     assert conda[5:7] == ["3.5650 ± 0.0071", ""]
     assert adamw[5:7] == ["4.0650 ± 0.0071", "0.5000 ± 0.0000"]
-    assert conda[4] == "at an edge: no trial below matrices, below rest, above rest"
+    assert conda[4] == "at an edge: no trial of matrices / 2, rest / 2, rest x 2"
     assert conda[7:] == ["500.0", "100.0", "2.00 |"]
     assert muon[5] == "5.0000 (2 of 2 seeds, 1 of them diverged)"
     shares = {row[0].removeprefix("| "): row[1:] for row in rows[7:10]}
