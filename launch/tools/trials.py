@@ -29,17 +29,29 @@ from conda_dist.launch.job.metrics import read_metrics
 from conda_dist.launch.tools.protocol import RESULTS, Comparison, devices, read
 from conda_dist.launch.tools.search import Run
 
+LOCKED_S = 60.0
+"""Seconds to wait for a program that looks into `trials.db`, as optuna's dashboard does."""
+
 
 class Store:
     """The finished runs in `trials.db`, one optuna study for each rule."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens it, or makes it."""
+        """Opens it, or makes it.
+
+        Raises:
+            ConfigError: It cannot be read, or another process does not let go of it.
+        """
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, path = optuna, (folder / "trials.db").absolute()
-        self._storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        patience = {"connect_args": {"timeout": LOCKED_S}}
+        try:
+            self._storage = optuna.storages.RDBStorage(f"sqlite:///{path}", patience)
+        except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+            raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
     def add(self, record: dict[str, Any]) -> None:
         """Keeps a finished run."""

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,20 @@ def test_a_store_keeps_every_kind_of_end(tmp_path: Path) -> None:
     assert trials.Store(tmp_path).records() == found
     losses = trials.losses_of(found)
     assert sorted(losses.values()) == [3.25, 3.5, math.inf]
+
+
+def test_a_store_that_is_damaged_or_locked_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "LOCKED_S", 0.05)
+    trials.Store(tmp_path)
+    with sqlite3.connect(tmp_path / "trials.db", isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigError, match=r"trials\.db cannot be read: .*database is locked"):
+            trials.Store(tmp_path)
+    (tmp_path / "trials.db").write_bytes(b"nothing" * 99)
+    with pytest.raises(ConfigError, match="not a database"):
+        trials.Store(tmp_path)
 
 
 # All of it
