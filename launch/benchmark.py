@@ -9,9 +9,10 @@
 One process, one thread or one GPU. All run in turns, so that whatever slows the machine down slows
 all; medians and quartiles of the rounds are printed, and the medians of their ratios to the first.
 Steps are those between refreshes, or with `--gap` the mean of so many, one of which refreshes the
-bases (SOAP's and the other Conda's, too). "two products" is the floor: the projection and the way
-back alone. "diagnostics" collects them in every step. After that come the bytes of state, and the
-time that a refresh adds to the steps around it.
+bases (SOAP's and the other Conda's, too). "two products" is Conda's floor: the projection and the
+way back alone. "Newton-Schulz" is the floor of Muon, NorMuon and NAMO: five iterations alone.
+"diagnostics" collects them in every step. After that come the bytes of state, and the time that a
+refresh adds to the steps around it.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conda_dist import Conda
+from conda_dist import NAMO, NAMO_D, Conda, Muon, NorMuon
 from conda_dist.launch.job.picture import new_figure
+from conda_dist.rules.orthogonal import LEAST_NORM, newton_schulz
 
 NEVER = 10**9  # steps between refreshes: none but the first
 STALL_GAP = 8  # the same, where the time is measured that they add
@@ -52,7 +53,7 @@ def parameters(
 def two_products(
     sizes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32
 ) -> Callable[[], None]:
-    """Makes a step that only projects the gradients and projects them back: the floor."""
+    """Makes a step that only projects the gradients and projects them back: Conda's floor."""
     grads = [torch.randn(size, dtype=dtype) for size in sizes]
     bases = [torch.randn(min(s), min(s), dtype=dtype) / min(s) for s in sizes]
 
@@ -62,6 +63,17 @@ def two_products(
                 (grad @ basis) @ basis.mT
             else:
                 basis @ (basis.mT @ grad)
+
+    return step
+
+
+def iterations(sizes: Sequence[tuple[int, int]]) -> Callable[[], None]:
+    """Makes a step that only orthogonalises the gradients: the floor of Muon and its like."""
+    grads = [torch.randn(size) for size in sizes]
+
+    def step() -> None:
+        for grad in grads:
+            newton_schulz(grad, (3.4445, -4.7750, 2.0315), 5, LEAST_NORM)
 
     return step
 
@@ -98,8 +110,15 @@ def builders(
         "conda_dist, diagnostics": conda(diagnostics_every=1),
         "conda_dist, async": conda(refresh_delay=max(1, min(gap // 2, 20))),
     }
+    rules = {"muon": Muon, "normuon": NorMuon, "namo": NAMO, "namo_d": NAMO_D}
+
+    def rule(name: str) -> Callable[[], Step]:
+        return lambda: rules[name]([{"params": parameters(sizes), "algorithm": name}]).step
+
     others: dict[str, Callable[[], Step]] = {
         "two products": lambda: two_products(sizes),
+        "Newton-Schulz": lambda: iterations(sizes),
+        **{kind.__name__: rule(name) for name, kind in rules.items()},
         "torch.optim.AdamW": lambda: torch.optim.AdamW(parameters(sizes), fused=True).step,
         "torch.optim.Muon": lambda: torch.optim.Muon(parameters(sizes)).step,
     }
