@@ -150,7 +150,7 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
 
 
 def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config:
-    """What all runs have in common, with the sections of all optimizers."""
+    """What all runs have in common: the config, with the section of each optimizer."""
     own: dict[str, list[str]] = {name: [] for name in sorted(optimizers)}
     general: list[str] = []
     for key, text in options.split_arguments(overrides):
@@ -173,7 +173,10 @@ def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config
 def _require_same(
     folder: Path, there: dict[str, Any], here: dict[str, Any], compared: set[str]
 ) -> None:
-    """Refuses to add runs of another configuration; of optimizers, only those there count."""
+    """Refuses to add runs of another configuration.
+
+    Keys of optimizers that are not among those compared may differ.
+    """
     then, now = ({**each["config"], "nproc": each["nproc"]} for each in (there, here))
     free = tuple(f"optimizer.{name}." for name in SECTIONS if name not in compared)
     differing = [
