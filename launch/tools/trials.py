@@ -151,9 +151,12 @@ class Runner:
             for job, *_ in self._running.values():
                 job.terminate()
 
+        protocol, wanted = self._comparison.protocol, list[Run]()
         with stop_requests(end_all) as stop:
+            ended = True
             while True:
-                wanted, _ = self._comparison.protocol.ahead(losses_of(self._records))
+                if ended:  # only then: it takes milliseconds, which the runs would miss
+                    wanted, _ = protocol.ahead(losses_of(self._records))
                 begun = {*self._running, *self.failed}
                 free = self._comparison.jobs - len(self._running)
                 for run in [run for run in wanted if run not in begun][:free]:
@@ -164,9 +167,10 @@ class Runner:
                 if not self._running:
                     return not stop
                 time.sleep(0.1)
-                for run, (job, *_) in list(self._running.items()):
-                    if job.poll() is not None:
-                        self._end(run, stopped=bool(stop))
+                done = [run for run, (job, *_) in self._running.items() if job.poll() is not None]
+                for run in done:
+                    self._end(run, stopped=bool(stop))
+                ended = bool(done)
 
     def _start(self, run: Run) -> None:
         folder, log = self._paths(run)
