@@ -118,9 +118,10 @@ class Findings:
         first = {r["seed"]: loss_of(r) for r in self._repeats(self._rules[0], self._full)}
         # Seeds move all rules alike: differences on the same seed vary less than losses do.
         above = [loss - first[seed] for seed, loss in losses.items() if seed in first]
-        final, diverged = _spread(losses.values()), sum(map(math.isinf, losses.values()))
-        if len(losses) < rule.seeds or diverged:
-            final += f" ({len(losses)} of {rule.seeds} seeds, {diverged} of them diverged)"
+        diverged = sum(map(math.isinf, losses.values()))
+        said = f"{len(losses)} of {rule.seeds} seeds"
+        said += f", {diverged} of them diverged" if diverged else ""
+        final = f"{_spread(losses.values())} ({said})"
         times = [f"{1e3 * seconds:.1f}" for seconds in self._times(rule)]
         held = [f"{r['state_bytes'] / 2**20:.2f}" for r in records if r["state_bytes"]] or [""]
         return [*cells, final, _spread(above) if rule != self._rules[0] else "", *times, held[0]]

@@ -258,8 +258,8 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     conda, adamw, muon = rows[2:5]
     assert [row[0] for row in (conda, adamw, muon)] == ["| conda", "| adamw", "| muon"]
-    assert conda[5:7] == ["3.5650 ± 0.0071", ""]
-    assert adamw[5:7] == ["4.0650 ± 0.0071", "0.5000 ± 0.0000"]
+    assert conda[5:7] == ["3.5650 ± 0.0071 (2 of 2 seeds)", ""]
+    assert adamw[5:7] == ["4.0650 ± 0.0071 (2 of 2 seeds)", "0.5000 ± 0.0000"]
     assert conda[4] == "at an edge: no trial of matrices / 2, rest / 2, rest x 2"
     assert conda[7:] == ["500.0", "100.0", "2.00 |"]
     assert muon[5] == "5.0000 (2 of 2 seeds, 1 of them diverged)"
