@@ -15,6 +15,7 @@ The second form continues what was stopped or killed, or adds rules, trials or s
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, overrides = parse(typed)
     try:
         if given.draw:
-            if given.config or overrides:
+            asked = given.config, given.optimizers, given.budget, given.seeds, given.nproc
+            if any(asked) or overrides:
                 raise ConfigError("--draw runs nothing: give --output alone")
             protocol.read(given.output)
             code = 0
@@ -74,7 +76,7 @@ def parse(typed: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser("compare", __doc__, epilog)
     parser.usage = "%(prog)s [CONFIG] --output DIR ..."
     count: dict[str, Any] = {"type": positive, "metavar": "N"}
-    listed: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,..."}
+    listed: dict[str, Any] = {"type": _rules, "metavar": "NAME,..."}
     names = ", ".join(SECTIONS)
     for name, text, options in (
         ("--output", "folder of the comparison", {"type": Path, "required": True}),
@@ -91,6 +93,12 @@ def parse(typed: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     given, overrides = parser.parse_known_args(typed[named:])
     given.config = typed[0] if named else None
     return given, overrides
+
+
+def _rules(text: str) -> list[str]:
+    """The rules in a list such as "muon, conda+betas=0.8,0.9", without blanks."""
+    # A comma that a number follows is within a value.
+    return ["".join(rule.split()) for rule in re.split(r",(?!\s*[\d.])", text)]
 
 
 if __name__ == "__main__":

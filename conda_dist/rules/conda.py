@@ -60,10 +60,18 @@ class CondaRule(RefreshedRule):
         return f"{self.name} every {group['update_proj_gap']} steps"
 
     def project(
-        self, grad: Tensor, basis: Tensor, right: bool, buffers: Buffers | None = None
+        self,
+        grad: Tensor,
+        basis: Tensor,
+        right: bool,
+        buffers: Buffers | None = None,
+        factor: Tensor | None = None,
     ) -> Tensor:
-        """See RefreshedRule."""
-        return self._project(grad, basis, self._factor(basis), right, buffers)
+        """See RefreshedRule; ``factor``: what `_factor` gave, if it was asked already."""
+        factor = self._factor(basis) if factor is None else factor
+        dtype = torch.promote_types(basis.dtype, torch.float32)
+        out = None if buffers is None else buffers.take(0, grad, dtype)
+        return arithmetic.project(grad, factor, right, dtype, out)
 
     def _factor(self, basis: Tensor) -> Tensor:
         """The basis in the dtype of the products. A step casts it once, for both of them.
@@ -72,14 +80,6 @@ class CondaRule(RefreshedRule):
         ``basis_dtype="bfloat16"`` needs no cast at all.
         """
         return basis if self._product_dtype is None else basis.to(self._product_dtype)
-
-    @staticmethod
-    def _project(
-        grad: Tensor, basis: Tensor, factor: Tensor, right: bool, buffers: Buffers | None
-    ) -> Tensor:
-        dtype = torch.promote_types(basis.dtype, torch.float32)
-        out = None if buffers is None else buffers.take(0, grad, dtype)
-        return arithmetic.project(grad, factor, right, dtype, out)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
@@ -99,8 +99,8 @@ class CondaRule(RefreshedRule):
         """See Rule."""
         hyper, right, param = hyper_of(weight.group), weight.right, weight.param
         basis = weight.states["basis"]
-        factor = self._factor(basis)
-        y = self._normalise(weight, factor, hyper)  # (m', n), or (m, n') if m < n
+        factor = basis if self._product_dtype is None else self._factor(basis)
+        y = self._normalise(weight, factor, right, hyper)  # (m', n), or (m, n') if m < n
         alike = param is not None and y.dtype == basis.dtype == factor.dtype == param.dtype
         if param is not None and alike and not isinstance(hyper.lr, Tensor):
             # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
@@ -109,13 +109,13 @@ class CondaRule(RefreshedRule):
         # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n; exchanged in no wider dtype
         return arithmetic.project_back(y, factor, right, factor.dtype)
 
-    def _normalise(self, weight: WeightSlice, factor: Tensor, hyper: Hyper) -> Tensor:
+    def _normalise(self, weight: WeightSlice, factor: Tensor, right: bool, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""
         first, second = weight.states["exp_avg"], weight.states[self.second_key]
         projected = weight.grad
         if not weight.averaged:
-            basis, right = weight.states["basis"], weight.right
-            projected = self._project(weight.grad, basis, factor, right, weight.buffers)
+            basis = weight.states["basis"]
+            projected = self.project(weight.grad, basis, right, weight.buffers, factor)
             weight.grad = projected
             if arithmetic.can_fuse(projected, first, second):
                 buffers, out = weight.buffers, None

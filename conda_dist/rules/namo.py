@@ -15,9 +15,10 @@ class _AdaptiveRule(OrthogonalRule):
     """What NAMO and NAMO-D share: the extra tensor has the factors on ``lr``.
 
     The released code differs from the paper, and the rules follow the code: the momentum N is
-    Nesterov's, the update is multiplied by 0.2 sqrt(max(m, n)), and no rate is above one. A decay
-    is never below zero (in the code: NAMO-D's alone, which matters where ``weight_decay`` is above
-    one). The factors are computed in at least float32, and rates are not rounded to bfloat16.
+    Nesterov's, the update is multiplied by 0.2 sqrt(max(m, n)), and no rate is above one. Unlike in
+    the code, the factors are computed in at least float32, rates are not rounded to bfloat16, and
+    decay multiplies no weight by less than zero (the code has this bound for NAMO-D only; it is
+    reached only if ``weight_decay`` is above one).
     """
 
     state_names = frozenset({"momentum_buffer", "second_moment"})
@@ -42,7 +43,7 @@ class _AdaptiveRule(OrthogonalRule):
         assert second is not None
         corrected = math.sqrt(1 - group["beta2"] ** step) / (1 - group["momentum"] ** step)
         factors = self.factors(momentum, grad, second, group) * corrected
-        # The factors are float32, as layouts exchange them, unless the iteration is exact, too.
+        # Layouts exchange the factors in float32. Only an iteration in float64 keeps theirs.
         exact = self.iteration_dtype == torch.float64
         return self.orthogonalise(momentum, group), factors if exact else factors.float()
 

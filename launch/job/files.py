@@ -6,8 +6,8 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 LOSS_PICTURE, SIGNALS_PICTURE = "loss.png", "signals.png"
 SUMMARY = "summary.json"
-"""Written when a run is complete: its last step, validation loss and seconds of training, and the
-bytes of the optimizer's state on all ranks."""
+"""Written when a run is complete: its last step, validation loss and seconds of training, the bytes
+of the optimizer's state on all ranks, and a hash of the data."""
 DIVERGED = "diverged.json"
 """Written when a run ended because of too many bad steps in a row: the reason."""
 

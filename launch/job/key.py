@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MOST = 2**31 - 1
-"""Of sizes and counts: what the libraries below take."""
+"""Upper bound of sizes and counts: the libraries below take no larger ones."""
 LARGE = 1e9
-"""Of rates and decays: more than anyone's, and float32 can still multiply two of them."""
+"""Upper bound of rates and decays: nobody needs more, and float32 can multiply two of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,8 +48,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimize
 def _step_copies(optimizer: Optimizer) -> None:
     """Makes an optimizer that knows no DTensors step this rank's copies of replicated ones.
 
-    The state is that of plain tensors. Between steps it is the parameters', where checkpoints look
-    for it.
+    The state consists of plain tensors. Between steps it is kept under the parameters, where
+    checkpoints look for it, and during a step under their copies.
     """
     held: list[list[Any]] = []
 

@@ -150,7 +150,8 @@ def _train(
                 reporter.diverged(error)
                 raise
         if complete:
-            reporter.complete({**trainer.summary(), "state_bytes": engine.state_bytes()})
+            about = {"state_bytes": engine.state_bytes(), "data": data.fingerprint}
+            reporter.complete({**trainer.summary(), **about})
         else:
             reporter.note(f"stopped after step {trainer.step}; continue with --resume")
             if world.is_main and (file := os.environ.get(STOP_NOTE)):

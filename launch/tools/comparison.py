@@ -1,4 +1,4 @@
-"""What the runs of a comparison found, from its results.json: one table, one picture."""
+"""The findings of a comparison as a table and a picture, made from its results.json."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conda_dist.launch.job.picture import new_figure
-from conda_dist.launch.tools.protocol import protocol_of, read
+from conda_dist.launch.tools.protocol import keys_of, protocol_of, read
 from conda_dist.launch.tools.search import Rule, edges, steps_to
 from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
 
@@ -59,6 +59,7 @@ class Findings:
                 "from the first rule on the same seed. Effective peak rates of the matrices, and "
                 "of embeddings, head, norms and biases, were tuned on seed "
                 f"{self._protocol.seed} by factors of two. State is that of all ranks.\n",
+                *(f"{note}\n" for note in self._notes()),
                 *_markdown(_HEADER, map(self._row, self._rules)),
                 "Steps of a run that ends at the mean final loss of another rule, and their share; "
                 "in brackets seconds of training, and those in the optimizer. Interpolated between "
@@ -76,6 +77,29 @@ class Findings:
             ]
         )
 
+    def _notes(self) -> list[str]:
+        """What else the rules, or the runs, do not have in common: a sentence each."""
+        notes, config = [], self._results["config"]
+        for key in ("weight_decay", "grad_clip"):
+            values = {}
+            for rule in self._rules:
+                own = keys_of(rule.name)
+                name = f"optimizer.{own['optimizer.name']}.{key}"
+                values[rule.name] = own.get(name, config[name])
+            if len({*values.values()}) > 1:
+                listed = ", ".join(f"{name} {value:g}" for name, value in values.items())
+                notes.append(f"{key} was not tuned, and differs: {listed}.")
+        used = sorted({run["session"] for run in self._results["runs"]})
+        sessions = [self._results["sessions"][index] for index in used]
+        made = [{"machine": each["machine"], **each["versions"]} for each in sessions]
+        for what in dict.fromkeys(name for each in made for name in each):
+            found = dict.fromkeys(each.get(what, "none") for each in made)
+            if len(found) > 1:
+                notes.append(f"Runs were made with more than one {what}: {'; '.join(found)}.")
+        if len({run["data"] for run in self._results["runs"] if run.get("data")}) > 1:
+            notes.append("Runs had not the same data: text or tokenizer changed in between.")
+        return notes
+
     def _row(self, rule: Rule) -> list[str]:
         """What was tuned, the losses on other seeds, and what a step costs."""
         points, best = self._protocol.search(rule, self._losses)
@@ -86,7 +110,7 @@ class Findings:
         open_sides = ", ".join(edges(points, best))
         run = self._protocol.trial(rule, best)
         cells = [rule.name, f"{run.matrices:.3g}", f"{run.rest:.3g}", spent]
-        cells.append(f"at an edge: no trial {open_sides}" if open_sides else "inside")
+        cells.append(f"at an edge: no trial of {open_sides}" if open_sides else "inside")
         records = self._repeats(rule, self._full)
         if not records:
             return [*cells, "diverged" if math.isinf(self._losses[run]) else "", *[""] * 4]
@@ -94,9 +118,10 @@ class Findings:
         first = {r["seed"]: loss_of(r) for r in self._repeats(self._rules[0], self._full)}
         # Seeds move all rules alike: differences on the same seed vary less than losses do.
         above = [loss - first[seed] for seed, loss in losses.items() if seed in first]
-        final, diverged = _spread(losses.values()), sum(map(math.isinf, losses.values()))
-        if len(losses) < rule.seeds or diverged:
-            final += f" ({len(losses)} of {rule.seeds} seeds, {diverged} of them diverged)"
+        diverged = sum(map(math.isinf, losses.values()))
+        said = f"{len(losses)} of {rule.seeds} seeds"
+        said += f", {diverged} of them diverged" if diverged else ""
+        final = f"{_spread(losses.values())} ({said})"
         times = [f"{1e3 * seconds:.1f}" for seconds in self._times(rule)]
         held = [f"{r['state_bytes'] / 2**20:.2f}" for r in records if r["state_bytes"]] or [""]
         return [*cells, final, _spread(above) if rule != self._rules[0] else "", *times, held[0]]
@@ -173,8 +198,10 @@ def _band(
     axis: Any, curves: Sequence[Sequence[Any]], colour: str, label: str, marker: str = ""
 ) -> list[float]:
     """Draws the mean of curves of (step, loss), and their extent; returns the mean."""
-    steps = [step for step, _ in curves[0]]
-    values = list(zip(*([loss for _, loss in curve] for curve in curves), strict=True))
+    # A loss that was not finite for a while is in no curve.
+    losses = [dict(curve) for curve in curves]
+    steps = [step for step in losses[0] if all(step in each for each in losses)]
+    values = [[each[step] for each in losses] for step in steps]
     mean = [statistics.fmean(each) for each in values]
     axis.fill_between(steps, [*map(min, values)], [*map(max, values)], color=colour, alpha=0.2)
     axis.plot(steps, mean, color=colour, label=label, marker=marker)

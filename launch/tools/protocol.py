@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import time
 import tomllib
@@ -65,7 +66,7 @@ def keys_of(rule: str) -> dict[str, Any]:
     Raises:
         ConfigError: There is no such optimizer, key or value.
     """
-    name, *own = rule.split("+")
+    name, *own = re.split(r"\+(?!\d)", rule)  # one that a digit follows is an exponent's
     if name not in SECTIONS:
         raise ConfigError(f"unknown {name!r}: name some of {', '.join(SECTIONS)}")
     words = [f"--optimizer.{name}.{text}" for text in own]
@@ -149,7 +150,7 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
 
 
 def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config:
-    """What all runs have in common, with the sections of all optimizers."""
+    """What all runs have in common: the config, with the section of each optimizer."""
     own: dict[str, list[str]] = {name: [] for name in sorted(optimizers)}
     general: list[str] = []
     for key, text in options.split_arguments(overrides):
@@ -172,7 +173,10 @@ def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config
 def _require_same(
     folder: Path, there: dict[str, Any], here: dict[str, Any], compared: set[str]
 ) -> None:
-    """Refuses to add runs of another configuration; of optimizers, only those there count."""
+    """Refuses to add runs of another configuration.
+
+    Keys of optimizers that are not among those compared may differ.
+    """
     then, now = ({**each["config"], "nproc": each["nproc"]} for each in (there, here))
     free = tuple(f"optimizer.{name}." for name in SECTIONS if name not in compared)
     differing = [
@@ -183,7 +187,8 @@ def _require_same(
     if differing:
         raise ConfigError(
             f"{folder} holds a comparison of another configuration (of another version, or with "
-            f"another {', '.join(differing[:3])}): give another --output"
+            f"another {', '.join(differing[:3])}): leave out CONFIG and these keys to continue "
+            "it, or give another --output"
         )
 
 

@@ -13,15 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Point = tuple[int, int]
-"""Powers of two on the first trial's rates: that of the matrices, and that of the rest."""
+"""Exponents of two: the rates of matrices and rest are the first trial's, times 2 to these."""
 
 LENGTHS = (1.0, 5 / 6, 2 / 3, 1 / 2)
-"""Shares of the steps after which runs end that say how soon a baseline's loss is reached."""
+"""Lengths of the runs at the best rates, as shares of all steps. The shorter ones say how soon
+another rule's loss is reached."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run of the job, at the effective peak rates of the matrices and of the rest."""
+    """One run of the job: its rule, effective peak rates of matrices and rest, seed and steps."""
 
     rule: str
     matrices: float
@@ -31,7 +32,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         rates = f"matrices{self.matrices:.4g}-rest{self.rest:.4g}"
         return f"{self.rule}-{rates}-seed{self.seed}-steps{self.steps}".replace("/", "_")
 
@@ -42,7 +43,7 @@ Losses = Mapping[Run, float]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What is compared: an optimizer, the rates of its first trial, its trials and its seeds."""
+    """What is compared: an optimizer, the rates of its first trial, how many trials and seeds."""
 
     name: str
     matrices: float
@@ -52,14 +53,14 @@ class Rule:
 
 
 def search(losses: Mapping[Point, float], budget: int) -> tuple[list[Point], Point | None]:
-    """Descends along the matrices' rate, then along the other, until neither way is down.
+    """Descends along the matrices' rate, then along the rest's, and so on until neither helps.
 
     Args:
-        losses: Those measured.
-        budget: Most points.
+        losses: The loss at each point that is measured.
+        budget: The most points to measure.
 
     Returns:
-        All points that it needs to know so far, and the best one, None if some are not measured.
+        All points asked for so far; and the best one, or None while some are not measured.
     """
     points: list[Point] = []
     best, axis, settled = (0, 0), 0, 0
@@ -80,11 +81,11 @@ def search(losses: Mapping[Point, float], budget: int) -> tuple[list[Point], Poi
 
 
 def edges(points: Sequence[Point], best: Point) -> list[str]:
-    """Sides of the best point on which there was no trial: a better rate may be there."""
+    """The neighbours of the best point that are no trials: one of them may be better."""
     return [
-        f"{side} {name}"
+        f"{name} {side}"
         for axis, name in enumerate(("matrices", "rest"))
-        for side, by in (("below", -1), ("above", 1))
+        for side, by in (("/ 2", -1), ("x 2", 1))
         if _moved(best, axis, by) not in points
     ]
 
@@ -99,7 +100,7 @@ class Protocol:
 
     rules: tuple[Rule, ...]
     seed: int
-    """On which rates are tuned; the other seeds follow it."""
+    """Rates are tuned on this seed; the other seeds are those after it."""
     steps: int
 
     @property
@@ -113,7 +114,7 @@ class Protocol:
         return Run(rule.name, *rates, self.seed, self.steps)
 
     def search(self, rule: Rule, losses: Losses) -> tuple[list[Point], Point | None]:
-        """How far a rule's search has come; see `search`."""
+        """The points of a rule's search so far, and the best one; see `search`."""
         measured = {}
         for run, loss in losses.items():
             if (run.rule, run.seed, run.steps) == (rule.name, self.seed, self.steps):
@@ -122,7 +123,7 @@ class Protocol:
         return search(measured, rule.budget)
 
     def repeats(self, rule: Rule, losses: Losses, steps: int) -> list[Run]:
-        """A rule's runs at its best rates on other seeds; none before these are known."""
+        """A rule's runs at its best rates on the other seeds; none before the rates are known."""
         _, best = self.search(rule, losses)
         if best is None or math.isinf(losses[self.trial(rule, best)]):
             return []
@@ -131,7 +132,7 @@ class Protocol:
         return [Run(rule.name, found.matrices, found.rest, seed, steps) for seed in seeds]
 
     def mean(self, rule: Rule, losses: Losses, steps: int) -> float | None:
-        """The mean loss of these runs; None before all are finished."""
+        """The mean loss of its `repeats`; None before all of them are finished."""
         runs = self.repeats(rule, losses, steps)
         complete = runs and losses.keys() >= {*runs}
         return statistics.fmean(losses[run] for run in runs) if complete else None
@@ -142,7 +143,7 @@ class Protocol:
         return [(steps, mean) for steps, mean in means if mean is not None]
 
     def ahead(self, losses: Losses) -> tuple[list[Run], int]:
-        """The runs that can be made now, and the steps of all to come, at the most."""
+        """The runs that can be made now, and the most steps that all runs to come can have."""
         found = [self._ahead(rule, losses) for rule in self.rules]
         return [run for runs, _ in found for run in runs], sum(steps for _, steps in found)
 
@@ -167,15 +168,15 @@ class Protocol:
 
 
 def steps_to(loss: float, curve: Sequence[tuple[int, float]]) -> tuple[float, bool] | None:
-    """The steps of a run that ends at this loss.
+    """How many steps a run needs that ends at this loss.
 
     Args:
         loss: A final loss, in nats per token.
         curve: Steps and final losses of runs of several lengths, the longest first.
 
     Returns:
-        The steps, interpolated in the loss's logarithm between two lengths, and True; the steps of
-        the shortest run and False, if its loss is lower still. None: no run gets there.
+        The steps, interpolated between two lengths in the loss's logarithm, and True. If even the
+        shortest run ends lower: its steps, and False. If no run gets there: None.
     """
     if not curve or curve[0][1] > loss:
         return None

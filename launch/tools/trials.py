@@ -23,26 +23,39 @@ from typing import Any
 
 from conda_dist.launch.cluster.signals import end_with_parent, stop_requests
 from conda_dist.launch.job import options
+from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.job.files import CHECKPOINTS, CONFIG, DIVERGED, METRICS, SUMMARY
 from conda_dist.launch.job.metrics import read_metrics
-from conda_dist.launch.tools.protocol import RESULTS, Comparison, devices
+from conda_dist.launch.tools.protocol import RESULTS, Comparison, devices, read
 from conda_dist.launch.tools.search import Run
+
+LOCKED_S = 60.0
+"""Seconds to wait for a program that looks into `trials.db`, as optuna's dashboard does."""
 
 
 class Store:
     """The finished runs in `trials.db`, one optuna study for each rule."""
 
     def __init__(self, folder: Path) -> None:
-        """Opens it, or makes it."""
+        """Opens it, or makes it.
+
+        Raises:
+            ConfigError: It cannot be read, or another process does not let go of it.
+        """
         import optuna
+        from sqlalchemy.exc import SQLAlchemyError
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, path = optuna, (folder / "trials.db").absolute()
-        self._storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+        patience = {"connect_args": {"timeout": LOCKED_S}}
+        try:
+            self._storage = optuna.storages.RDBStorage(f"sqlite:///{path}", patience)
+        except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+            raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
 
     def add(self, record: dict[str, Any]) -> None:
         """Keeps a finished run."""
-        rate = self._optuna.distributions.FloatDistribution(1e-30, 1e30, log=True)
+        rate = self._optuna.distributions.FloatDistribution(5e-324, sys.float_info.max, log=True)
         count = self._optuna.distributions.IntDistribution(0, 2**62)
         kinds = {"matrices": rate, "rest": rate, "seed": count, "steps": count}
         trial = self._optuna.create_trial(
@@ -95,6 +108,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return {
         "val_loss": loss if math.isfinite(loss) else None,
         "state_bytes": summary.get("state_bytes"),
+        "data": summary.get("data"),
         **means,
         "skipped": lines[-1]["skipped"] if lines else 0,
         "curve": [point for point in curve if math.isfinite(point[1])],
@@ -105,12 +119,25 @@ class Runner:
     """Runs what a comparison wants, several at once, until nothing is left or it is stopped."""
 
     def __init__(self, comparison: Comparison) -> None:
-        """Writes what the runs have in common, and takes over those that are finished."""
+        """Writes what the runs have in common, and takes over those that are finished.
+
+        Raises:
+            ConfigError: The folder is not as it was when the comparison was planned, or holds
+                runs of which nobody knows the configuration.
+        """
         self._comparison, folder = comparison, comparison.folder
-        (folder / "runs").mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(options.to_toml(comparison.config))
+        there = read(folder)["sessions"] if (folder / RESULTS).exists() else []
+        if there != comparison.results["sessions"][:-1]:
+            raise ConfigError(f"another command has just written {folder}: give this one again")
         self._store = Store(folder)
         self._records = self._store.records()
+        if self._records and not there:
+            raise ConfigError(
+                f"{folder} holds runs, but no {RESULTS}, which says of what configuration they "
+                "are: give another --output"
+            )
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(options.to_toml(comparison.config))
         self._running: dict[Run, tuple[subprocess.Popen[bytes], int, float]] = {}
         """Of each run its process, its place among the jobs, and when it was started."""
         self.failed: dict[Run, str] = {}
@@ -124,9 +151,12 @@ class Runner:
             for job, *_ in self._running.values():
                 job.terminate()
 
+        protocol, wanted = self._comparison.protocol, list[Run]()
         with stop_requests(end_all) as stop:
+            ended = True
             while True:
-                wanted, _ = self._comparison.protocol.ahead(losses_of(self._records))
+                if ended:  # only then: it takes milliseconds, which the runs would miss
+                    wanted, _ = protocol.ahead(losses_of(self._records))
                 begun = {*self._running, *self.failed}
                 free = self._comparison.jobs - len(self._running)
                 for run in [run for run in wanted if run not in begun][:free]:
@@ -137,9 +167,10 @@ class Runner:
                 if not self._running:
                     return not stop
                 time.sleep(0.1)
-                for run, (job, *_) in list(self._running.items()):
-                    if job.poll() is not None:
-                        self._end(run, stopped=bool(stop))
+                done = [run for run, (job, *_) in self._running.items() if job.poll() is not None]
+                for run in done:
+                    self._end(run, stopped=bool(stop))
+                ended = bool(done)
 
     def _start(self, run: Run) -> None:
         folder, log = self._paths(run)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import launch_jobs
 from conda_dist.launch import compare
 from conda_dist.launch.job import options
+from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.tools import protocol, trials
 from conda_dist.launch.tools.comparison import Findings
 from conda_dist.launch.tools.search import Point, Protocol, Rule, Run, edges, search, steps_to
@@ -52,8 +54,8 @@ def test_a_search_keeps_to_its_budget_and_says_where_it_is_open(budget: int) -> 
     points, best, _ = measured(lambda i, j: -i - j / 10, budget)
     assert len(points) == budget
     assert best == max(points)
-    assert {"above matrices", "above rest"} <= set(edges(points, best))
-    assert ("below matrices" in edges(points, best)) == (budget == 1)
+    assert {"matrices x 2", "rest x 2"} <= set(edges(points, best))
+    assert ("matrices / 2" in edges(points, best)) == (budget == 1)
 
 
 def test_a_search_backs_out_of_rates_at_which_all_diverges() -> None:
@@ -185,6 +187,31 @@ def test_a_run_s_command_says_all_that_it_differs_in(config: Path, tmp_path: Pat
     assert found.results["sessions"][0]["versions"]["torch"]
 
 
+def test_a_list_of_rules_may_hold_blanks_and_lists_of_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = " conda, conda+ betas = 0.8, .9 + lr=1e+0,muon"
+    output = ["--output", str(tmp_path)]
+    given, _ = compare.parse([*output, "--optimizers", rules])
+    assert given.optimizers == ["conda", "conda+betas=0.8,.9+lr=1e+0", "muon"]
+    keys = protocol.keys_of(given.optimizers[1])
+    assert keys["optimizer.conda.betas"] == (0.8, 0.9)
+    assert keys["optimizer.conda.lr"] == 1.0
+    assert compare.main([*output, "--draw", "--seeds", "5"]) == 2
+    assert "--draw runs nothing" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_what_was_planned_for_is_refused(config: Path, tmp_path: Path) -> None:
+    found = planned(config, tmp_path)
+    trials.Store(tmp_path).add(record(Run("conda", 3e-3, 1e-2, 0, 600), 3.5, ended=1.0))
+    with pytest.raises(ConfigError, match=r"holds runs, but no results\.json"):
+        trials.Runner(found)
+    (tmp_path / "results.json").write_text(json.dumps({**found.results, "runs": []}))
+    with pytest.raises(ConfigError, match="another command has just written"):
+        trials.Runner(found)
+    assert {each.name for each in tmp_path.iterdir()} == {"trials.db", "results.json"}
+
+
 def test_runs_at_once_share_cores_and_gpus(config: Path, tmp_path: Path) -> None:
     found = planned(config, tmp_path, "--nproc", "2", "--jobs", "2")
     given = trials.environment_of(found, 1, list("0123"))
@@ -198,7 +225,7 @@ def test_runs_at_once_share_cores_and_gpus(config: Path, tmp_path: Path) -> None
 def record(run: Run, loss: float | None, **others: Any) -> dict[str, Any]:
     rule, matrices, rest, seed, steps = run.rule, run.matrices, run.rest, run.seed, run.steps
     about = {"rule": rule, "matrices": matrices, "rest": rest, "seed": seed, "steps": steps}
-    measures = {"step_s": 0.5, "optimizer_s": 0.1, "state_bytes": 2**21, "session": 0}
+    measures = {"step_s": 0.5, "optimizer_s": 0.1, "state_bytes": 2**21, "session": 0, "data": "x"}
     curve = [] if loss is None else [[300, loss + 1.0], [steps, loss]]
     return {**about, "val_loss": loss, **measures, "curve": curve, **others}
 
@@ -213,21 +240,27 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
 
     plan, losses = play(loss, ONE, TWO, three)
     session = {"command": "python -m x", "begun": "now", "machine": "here", "jobs": 2}
+    settings = {f"optimizer.{r.name}.weight_decay": 0.0 for r in plan.rules}
+    settings |= {f"optimizer.{r.name}.grad_clip": 1.0 for r in plan.rules}
+    settings["optimizer.muon.weight_decay"] = 0.1
     results = {
-        "config": {"training.seed": 5, "training.steps": 600},
+        "config": {"training.seed": 5, "training.steps": 600, **settings},
         "nproc": 1,
         "rules": [{f: getattr(r, f) for f in r.__slots__} for r in plan.rules],
-        "sessions": [{**session, "versions": {"torch": "3.0"}}],
+        "sessions": [{**session, "versions": {"torch": each}} for each in ("2.9", "3.0", "3.1")],
         "runs": [record(run, None if math.isinf(at) else at) for run, at in losses.items()],
     }
+    results["runs"][-1] |= {"session": 1, "data": "other"}  # none is of the last session
+    full = next(run for run in results["runs"] if run["seed"] == 6 and run["steps"] == 600)
+    del full["curve"][0]  # where its loss was not finite
     again = json.loads(json.dumps(results))
     text = Findings(again).table()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     conda, adamw, muon = rows[2:5]
     assert [row[0] for row in (conda, adamw, muon)] == ["| conda", "| adamw", "| muon"]
-    assert conda[5:7] == ["3.5650 ± 0.0071", ""]
-    assert adamw[5:7] == ["4.0650 ± 0.0071", "0.5000 ± 0.0000"]
-    assert conda[4] == "at an edge: no trial below matrices, below rest, above rest"
+    assert conda[5:7] == ["3.5650 ± 0.0071 (2 of 2 seeds)", ""]
+    assert adamw[5:7] == ["4.0650 ± 0.0071 (2 of 2 seeds)", "0.5000 ± 0.0000"]
+    assert conda[4] == "at an edge: no trial of matrices / 2, rest / 2, rest x 2"
     assert conda[7:] == ["500.0", "100.0", "2.00 |"]
     assert muon[5] == "5.0000 (2 of 2 seeds, 1 of them diverged)"
     shares = {row[0].removeprefix("| "): row[1:] for row in rows[7:10]}
@@ -239,6 +272,10 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
     assert shares["adamw"][0] == "not reached"
     assert "python -m x" in text
     assert "torch 3.0" in text
+    assert "weight_decay was not tuned, and differs: conda 0, adamw 0, muon 0.1." in text
+    assert "grad_clip was" not in text
+    assert "Runs had not the same data" in text
+    assert "Runs were made with more than one torch: 2.9; 3.0." in text
     Findings(again).draw(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
@@ -246,7 +283,7 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
 def test_a_store_keeps_every_kind_of_end(tmp_path: Path) -> None:
     found = [
         record(Run("conda", 3e-3, 1e-2, 0, 600), 3.5, ended=1.0),
-        record(Run("adamw", 1e-9, 1e3, 2**40, 1), None, ended=2.0),
+        record(Run("adamw", 1e-40, 1e40, 2**40, 1), None, ended=2.0),
         record(Run("conda", 6e-3, 1e-2, 0, 600), 3.25, ended=3.0),
     ]
     for each in found:
@@ -254,6 +291,20 @@ def test_a_store_keeps_every_kind_of_end(tmp_path: Path) -> None:
     assert trials.Store(tmp_path).records() == found
     losses = trials.losses_of(found)
     assert sorted(losses.values()) == [3.25, 3.5, math.inf]
+
+
+def test_a_store_that_is_damaged_or_locked_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "LOCKED_S", 0.05)
+    trials.Store(tmp_path)
+    with sqlite3.connect(tmp_path / "trials.db", isolation_level=None) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigError, match=r"trials\.db cannot be read: .*database is locked"):
+            trials.Store(tmp_path)
+    (tmp_path / "trials.db").write_bytes(b"nothing" * 99)
+    with pytest.raises(ConfigError, match="not a database"):
+        trials.Store(tmp_path)
 
 
 # All of it
@@ -293,6 +344,7 @@ def test_a_comparison_is_killed_continued_and_extended(
     assert {key[2] for key in runs} > {8}  # the better rule's shorter runs
     assert runs["muon", 0, 8]["val_loss"] is None
     assert runs["conda", 1, 8]["state_bytes"] > 100_000
+    assert len({run["data"] for run in results["runs"]} - {None}) == 1
     assert len(results["sessions"]) == 2
     table, picture = output / "comparison.md", output / "comparison.png"
     assert "| muon | 1e+09 |" in table.read_text()
