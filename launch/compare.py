@@ -82,7 +82,7 @@ def parse(typed: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         ("--output", "folder of the comparison", {"type": Path, "required": True}),
         ("--optimizers", f"{names} (default: all)", listed),
         ("--budget", "trials for each of these (default 8)", count),
-        ("--seeds", "seeds for each, besides the one tuned on (default 3)", count),
+        ("--seeds", "seeds for every rule, besides the one tuned on (default 3)", count),
         ("--nproc", "processes per run (default 1)", count),
         ("--jobs", "runs at once (default 1)", {**count, "default": 1}),
         ("--draw", "run nothing, only write table and picture again", {"action": "store_true"}),

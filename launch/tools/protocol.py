@@ -13,7 +13,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from conda_dist.launch.tools.command_line import check_input, check_output
 from conda_dist.launch.tools.search import Protocol, Rule, Run
 
 RESULTS = "results.json"
-_DEFAULTS = {"budget": 8, "seeds": 3}
+BUDGET, SEEDS = 8, 3
+"""What is taken for `--budget` and `--seeds`, unless the comparison has others."""
 _PACKAGES = ("conda-dist", "torch", "numpy", "transformers", "tokenizers", "deepspeed", "optuna")
 _INCIDENTAL = ("output", "resume", "optimizer.name", "data.cache")
 
@@ -123,12 +124,14 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
     config = _common(given.config or str(folder / CONFIG), overrides, optimizers)
     nproc = given.nproc or there.get("nproc", 1)
     rules = []
+    # Means are compared only over the same seeds: all rules have as many.
+    seeds = given.seeds or max((rule["seeds"] for rule in before.values()), default=SEEDS)
     for name in names:
-        amounts = {key: before.get(name, _DEFAULTS)[key] for key in _DEFAULTS}
-        if name in asked:
-            amounts = {key: getattr(given, key) or amount for key, amount in amounts.items()}
-        rates = options.replaced(config, keys[name]).optimizer.effective_rates
-        rules.append({"name": name, "matrices": rates[0], "rest": rates[1], **amounts})
+        budget = before[name]["budget"] if name in before else BUDGET
+        budget = given.budget or budget if name in asked else budget
+        matrices, rest = options.replaced(config, keys[name]).optimizer.effective_rates
+        rule = Rule(name, matrices, rest, budget, seeds)
+        rules.append(asdict(rule))
     results = {
         "config": options.flatten(tomllib.loads(options.to_toml(config))),
         "nproc": nproc,

@@ -212,6 +212,20 @@ def test_a_folder_that_is_not_what_was_planned_for_is_refused(config: Path, tmp_
     assert {each.name for each in tmp_path.iterdir()} == {"trials.db", "results.json"}
 
 
+def test_seeds_are_all_rules_and_trials_each_one_s(config: Path, tmp_path: Path) -> None:
+    """Means over other seeds could not be compared."""
+    last: tuple[str, ...] = ("--optimizers", "conda", "--seeds", "2", "--budget", "4")
+    for more, expected in (
+        (last, [("conda", 4, 2)]),
+        (("--optimizers", "muon"), [("conda", 4, 2), ("muon", 8, 2)]),
+        (("--optimizers", "muon", "--seeds", "5"), [("conda", 4, 5), ("muon", 8, 5)]),
+        (("--budget", "9"), [("conda", 9, 5), ("muon", 9, 5)]),
+    ):
+        found = planned(config, tmp_path, *more)
+        assert [(r.name, r.budget, r.seeds) for r in found.protocol.rules] == expected
+        (tmp_path / "results.json").write_text(json.dumps(found.results))
+
+
 def test_runs_at_once_share_cores_and_gpus(config: Path, tmp_path: Path) -> None:
     found = planned(config, tmp_path, "--nproc", "2", "--jobs", "2")
     given = trials.environment_of(found, 1, list("0123"))
@@ -357,7 +371,8 @@ def test_a_comparison_is_killed_continued_and_extended(
     assert compare.main(["--output", str(output), "--draw"]) == 0
     assert table.read_text() == text
     assert picture.exists()
-    (output / "runs" / "conda-matrices0.0025-rest0.01-seed2-steps8").touch()
+    for rule in ("conda-matrices0.0025", "adamw-matrices0.01"):
+        (output / "runs" / f"{rule}-rest0.01-seed2-steps8").touch()
     assert compare.main(["--output", str(output), "--optimizers", "conda", "--seeds", "2"]) == 1
     captured = capfd.readouterr()
     assert "begins" not in captured.out
