@@ -99,8 +99,8 @@ class CondaRule(RefreshedRule):
         """See Rule."""
         hyper, right, param = hyper_of(weight.group), weight.right, weight.param
         basis = weight.states["basis"]
-        factor = self._factor(basis)
-        y = self._normalise(weight, factor, hyper)  # (m', n), or (m, n') if m < n
+        factor = basis if self._product_dtype is None else self._factor(basis)
+        y = self._normalise(weight, factor, right, hyper)  # (m', n), or (m, n') if m < n
         alike = param is not None and y.dtype == basis.dtype == factor.dtype == param.dtype
         if param is not None and alike and not isinstance(hyper.lr, Tensor):
             # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
@@ -109,12 +109,12 @@ class CondaRule(RefreshedRule):
         # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n; exchanged in no wider dtype
         return arithmetic.project_back(y, factor, right, factor.dtype)
 
-    def _normalise(self, weight: WeightSlice, factor: Tensor, hyper: Hyper) -> Tensor:
+    def _normalise(self, weight: WeightSlice, factor: Tensor, right: bool, hyper: Hyper) -> Tensor:
         """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""
         first, second = weight.states["exp_avg"], weight.states[self.second_key]
         projected = weight.grad
         if not weight.averaged:
-            basis, right = weight.states["basis"], weight.right
+            basis = weight.states["basis"]
             projected = self._project(weight.grad, basis, factor, right, weight.buffers)
             weight.grad = projected
             if arithmetic.can_fuse(projected, first, second):

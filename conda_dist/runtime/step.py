@@ -222,7 +222,8 @@ class MatrixPath:
                 bases.pop(0)
                 continue
             reused = scratch if weight.in_place else None
-            with self._watched(weight, weight.in_place):
+            watched = self._collection is not None and weight.in_place
+            with self._watched(weight, True) if watched else UNWATCHED:
                 updates.append(weight.advance(bases.pop(0), grads.pop(0), scratch=reused))
         return updates
 

@@ -180,7 +180,7 @@ def test_a_thread_that_leaves_the_flags_multiplies_in_float64() -> None:
     assert outcome == Outcome.DONE
     assert {cuda for cuda, _ in products.seen} == {"tf32"}
     assert set(products.dtypes) == {torch.float64}
-    _, expected = decompose(momentum, True, "orthogonal_iteration")
+    _, expected, _ = decompose(momentum, True, "orthogonal_iteration")
     torch.testing.assert_close(rotation, expected, atol=1e-4, rtol=0)
 
 
