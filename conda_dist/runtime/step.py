@@ -223,7 +223,8 @@ class MatrixPath:
                 continue
             reused = scratch if weight.in_place else None
             # The host has no time for a call more of each weight.
-            with self._watched(weight, weight.in_place) if self._collection else UNWATCHED:
+            watched = self._collection is not None and weight.in_place
+            with self._watched(weight, True) if watched else UNWATCHED:
                 updates.append(weight.advance(bases.pop(0), grads.pop(0), scratch=reused))
         return updates
 

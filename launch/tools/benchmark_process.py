@@ -104,9 +104,8 @@ def builders(
 
         return build
 
-    def rule(kind: type[Optimizer]) -> Callable[[], Step]:
-        group = {"algorithm": kind.__name__.lower()}
-        return lambda: kind([{"params": parameters(sizes), **group}]).step
+    def rule(kind: Callable[..., Optimizer], name: str) -> Callable[[], Step]:
+        return lambda: kind([{"params": parameters(sizes), "algorithm": name}]).step
 
     half = {"matmul_dtype": torch.bfloat16}
     ours = {
@@ -120,7 +119,10 @@ def builders(
         "torch.optim.AdamW": lambda: torch.optim.AdamW(parameters(sizes), fused=True).step,
         "Newton-Schulz products": lambda: newton_schulz_products(sizes),
         "torch.optim.Muon": lambda: torch.optim.Muon(parameters(sizes)).step,
-        **{kind.__name__: rule(kind) for kind in (Muon, NorMuon, NAMO, NAMO_D)},
+        **{
+            kind.__name__: rule(kind, kind.__name__.lower())
+            for kind in (Muon, NorMuon, NAMO, NAMO_D)
+        },
     }
     try:
         from pytorch_optimizer import SOAP

@@ -275,10 +275,11 @@ def test_doctor_where_torch_cannot_be_imported(built: Built, tmp_path: Path) -> 
     assert not ran.stderr
 
 
-def test_doctor_where_nothing_is_installed() -> None:
+def test_doctor_where_nothing_is_installed(tmp_path: Path) -> None:
     """Not even torch: it stops before what imports it."""
+    shutil.copytree(ROOT / "conda_dist", tmp_path / "conda_dist")
     bare = [sys.executable, "-S", "-m", "conda_dist.doctor"]  # -S: without site-packages
-    ran = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(bare, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 1, ran.stderr
     assert "WRONG: conda-dist: it is not installed" in ran.stdout
     assert ran.stdout.endswith(
