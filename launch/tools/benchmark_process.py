@@ -104,8 +104,10 @@ def builders(
 
         return build
 
-    def rule(kind: Callable[..., Optimizer], name: str) -> Callable[[], Step]:
-        return lambda: kind([{"params": parameters(sizes), "algorithm": name}]).step
+    rules: list[Callable[..., Optimizer]] = [Muon, NorMuon, NAMO, NAMO_D]
+
+    def steps(rule: Callable[..., Optimizer], name: str) -> Callable[[], Step]:
+        return lambda: rule([{"params": parameters(sizes), "algorithm": name}]).step
 
     half = {"matmul_dtype": torch.bfloat16}
     ours = {
