@@ -121,10 +121,7 @@ def builders(
         "torch.optim.AdamW": lambda: torch.optim.AdamW(parameters(sizes), fused=True).step,
         "Newton-Schulz products": lambda: newton_schulz_products(sizes),
         "torch.optim.Muon": lambda: torch.optim.Muon(parameters(sizes)).step,
-        **{
-            kind.__name__: rule(kind, kind.__name__.lower())
-            for kind in (Muon, NorMuon, NAMO, NAMO_D)
-        },
+        **{rule.__name__: steps(rule, rule.__name__.lower()) for rule in rules},
     }
     try:
         from pytorch_optimizer import SOAP
