@@ -67,19 +67,12 @@ class CondaRule(RefreshedRule):
         buffers: Buffers | None = None,
         factor: Tensor | None = None,
     ) -> Tensor:
-        """See RefreshedRule; ``factor``: what `_factor` gave, if it was asked already."""
-        factor = self._factor(basis) if factor is None else factor
+        """See RefreshedRule; ``factor``: the basis in the dtype of the product, if it was cast."""
+        if factor is None:
+            factor = basis.to(self._product_dtype or basis.dtype)
         dtype = torch.promote_types(basis.dtype, torch.float32)
         out = None if buffers is None else buffers.take(0, grad, dtype)
         return arithmetic.project(grad, factor, right, dtype, out)
-
-    def _factor(self, basis: Tensor) -> Tensor:
-        """The basis in the dtype of the products. A step casts it once, for both of them.
-
-        It is not kept between steps: that would cost half of the basis's memory again, and
-        ``basis_dtype="bfloat16"`` needs no cast at all.
-        """
-        return basis if self._product_dtype is None else basis.to(self._product_dtype)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
@@ -99,7 +92,9 @@ class CondaRule(RefreshedRule):
         """See Rule."""
         hyper, right, param = hyper_of(weight.group), weight.right, weight.param
         basis = weight.states["basis"]
-        factor = basis if self._product_dtype is None else self._factor(basis)
+        # Cast once for both products. It is not kept between steps: that would cost half of the
+        # basis's memory again, and basis_dtype="bfloat16" needs no cast at all.
+        factor = basis.to(self._product_dtype or basis.dtype)
         y = self._normalise(weight, factor, right, hyper)  # (m', n), or (m, n') if m < n
         alike = param is not None and y.dtype == basis.dtype == factor.dtype == param.dtype
         if param is not None and alike and not isinstance(hyper.lr, Tensor):

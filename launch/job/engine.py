@@ -325,7 +325,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.seconds = 0.0
         """Of the last time; on a GPU, of the last but one."""
-        self._start = self._end = 0.0
+        self._start = 0.0
         both = range(2 if device.type == "cuda" else 0)
         self._events = [torch.Event(device, enable_timing=True) for _ in both]
         self._used = False
