@@ -12,10 +12,20 @@ if TYPE_CHECKING:
     from conda_dist.namo import NAMO, NAMO_D
     from conda_dist.normuon import NorMuon
     from conda_dist.optimizer import Conda
+    from conda_dist.options import from_adamw
     from conda_dist.routing import param_groups
     from conda_dist.runtime.refresh import register_refresh_hook
 
-__all__ = ["NAMO", "NAMO_D", "Conda", "Muon", "NorMuon", "param_groups", "register_refresh_hook"]
+__all__ = [
+    "NAMO",
+    "NAMO_D",
+    "Conda",
+    "Muon",
+    "NorMuon",
+    "from_adamw",
+    "param_groups",
+    "register_refresh_hook",
+]
 
 _MODULES = {
     "Conda": "conda_dist.optimizer",
@@ -23,6 +33,7 @@ _MODULES = {
     "NAMO": "conda_dist.namo",
     "NAMO_D": "conda_dist.namo",
     "NorMuon": "conda_dist.normuon",
+    "from_adamw": "conda_dist.options",
     "param_groups": "conda_dist.routing",
     "register_refresh_hook": "conda_dist.runtime.refresh",
 }

@@ -239,6 +239,24 @@ class Option:
         return dtype_of(chosen) if self.is_dtype and chosen != "tf32" else chosen
 
 
+def from_adamw() -> dict[str, float]:
+    """The ``scale`` and ``adamw_scale`` with which Conda takes a learning rate tuned for AdamW.
+
+    ``Conda(param_groups(model), lr=lr, weight_decay=weight_decay, **from_adamw())`` follows
+    ``AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)``: learning rate, its schedule
+    and the decay ``lr * weight_decay`` stay as they are.
+
+    The values are the paper's (arXiv 2509.24218). It trains LLaMA with AdamW at 1e-3, and with
+    Conda at ``lr=1e-2`` and ``scale=0.25``: projected weights at 2.5 times AdamW's rate, all others
+    at 10 times. They are a start for pretraining. For fine-tuning, start from ``scale=1.0`` and
+    ``adamw_scale=1.0``, where updates have about the size of AdamW's.
+
+    Returns:
+        The two options, by name.
+    """
+    return {"scale": 2.5, "adamw_scale": 10.0}
+
+
 def check_number(name: str, value: Any, *, least: float = 0.0, below: float | None = None) -> None:
     """Checks a number.
 

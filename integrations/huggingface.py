@@ -39,9 +39,8 @@ def conda_for_trainer(
     rank is 2 or more.
 
     **Rates.** ``args.learning_rate`` is the rate of both paths, and the Trainer's scheduler starts
-    from it. An element of Conda's update is about ``lr * scale``, and of AdamW's about its rate.
-    So with ``scale=1.0`` the rate that was tuned for AdamW is a start; with the default
-    ``scale=0.25`` and ``adamw_scale=0.25``, four times that rate is the same start.
+    from it. With ``**from_adamw()`` (see :func:`conda_dist.from_adamw`) it is a rate that was tuned
+    for AdamW in pretraining. For fine-tuning, start from AdamW's rate with ``scale=1.0``.
 
     Args:
         args: the Trainer's arguments, for ``learning_rate`` and ``weight_decay``. The decay is that
@@ -57,7 +56,7 @@ def conda_for_trainer(
     Raises:
         TypeError: an option is not one of Conda's.
         ValueError: ``args.learning_rate`` is the default of its class, which was chosen for AdamW
-            (5e-5 in ``TrainingArguments``), and there is no ``lr`` in ``options``.
+            (5e-5 in ``TrainingArguments``), and there is no ``lr`` and no ``scale`` in ``options``.
     """
     inspect.signature(Conda).bind([], **options)
     _rate(args, options)
@@ -132,17 +131,17 @@ def _rate(args: TrainingArguments, options: Mapping[str, Any]) -> Any:
     """The learning rate.
 
     Raises:
-        ValueError: it is the default of the arguments' class.
+        ValueError: it is the default of the arguments' class, and ``options`` have no ``scale``.
     """
     if "lr" in options:
         return options["lr"]
     default = next(field.default for field in fields(args) if field.name == "learning_rate")
-    if args.learning_rate == default:
+    if args.learning_rate == default and "scale" not in options:
         raise ValueError(
             f"learning_rate: {default} is the default of {type(args).__name__}, which was chosen "
-            "for AdamW. Set another one there; if you mean this one, give conda_for_trainer(args, "
-            f"lr={default}). With scale=1.0, a rate that was tuned for AdamW is a start; with the "
-            "default scale=0.25, four times that rate."
+            "for AdamW, and Conda's scale of 0.25 was not. For a rate of AdamW's, give "
+            "conda_for_trainer(args, scale=1.0), or **conda_dist.from_adamw() when pretraining; "
+            "else set another learning_rate."
         )
     return args.learning_rate
 

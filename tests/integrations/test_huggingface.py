@@ -413,7 +413,7 @@ def test_trainers_groups() -> None:
     without = _made(language_model(), weight_decay=0.0).param_groups
     assert sum(len(group["params"]) for group in without) == 21
     with pytest.raises(
-        ValueError, match=r"learning_rate: 5e-05 is the default of TrainingArg.*lr=5"
+        ValueError, match=r"learning_rate: 5e-05 is the default of TrainingArg.*scale=1\.0"
     ):
         _made(language_model(), learning_rate=5e-5)
 

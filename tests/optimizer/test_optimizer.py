@@ -52,6 +52,18 @@ def test_schedulers(schedule: Callable[[torch.optim.Optimizer], LRScheduler]) ->
     assert not toys.same(constant[:1], scheduled[:1])
 
 
+def test_from_adamw() -> None:
+    """The paper's rates for LLaMA, from AdamW's 1e-3, with AdamW's schedule and decay."""
+    ours, papers = toys.parameters(dtype=torch.float64), toys.parameters(dtype=torch.float64)
+    grads = toys.gradients(ours, 6)
+    adamws = Conda(ours, lr=1e-3, weight_decay=0.1, update_proj_gap=3, **conda_dist.from_adamw())
+    toys.take(adamws, ours, grads)
+    toys.take(Conda(papers, lr=1e-2, weight_decay=0.01, update_proj_gap=3), papers, grads)
+    for our, paper in zip(ours, papers, strict=True):
+        torch.testing.assert_close(our, paper)
+    assert {group["lr"] for group in adamws.param_groups} == {1e-3}
+
+
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "one_element"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_tensor_learning_rate(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
