@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,9 +79,37 @@ def project(
     """
     x = x.to(basis.dtype)
     a, b = (x, basis) if right else (basis.mT, x)
-    if out is None:
-        return (a @ b).to(dtype or torch.promote_types(basis.dtype, torch.float32))
-    return torch.matmul(a, b, out=out) if out.dtype == basis.dtype else out.copy_(a @ b)
+    if out is not None:
+        dtype = out.dtype
+    elif dtype is None:
+        dtype = torch.promote_types(basis.dtype, torch.float32)
+    if dtype == basis.dtype:
+        return torch.matmul(a, b, out=out)
+    if a.ndim <= 3 and widens(a, dtype):
+        multiply = torch.mm if a.ndim == 2 else torch.bmm
+        return multiply(a, b, out_dtype=dtype, out=out)
+    return (a @ b).to(dtype) if out is None else out.copy_(a @ b)
+
+
+def widens(a: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch can write products of a's dtype in ``dtype`` at once: bfloat16 in float32.
+
+    Then the sums, which kernels keep in float32 anyway, are not rounded, and no second kernel has
+    to read and widen them. torch has this on CUDA, but not on CPUs or with its TunableOp.
+    """
+    pair = a.dtype, dtype
+    return pair == (torch.bfloat16, torch.float32) and _can_widen(a.device)
+
+
+@functools.cache
+def _can_widen(device: torch.device) -> bool:
+    """Tries such a product on a device."""
+    ones = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(ones, ones, out_dtype=torch.float32)
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
 
 
 def project_back(y: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -288,20 +317,22 @@ def project_back_and_apply_(
     It saves a tensor of the weight's size and two passes over it.
 
     Args:
-        param: a slice of the weight, updated in place; of the same dtype as y and the basis.
+        param: a slice of the weight, updated in place; of the basis's dtype, or of one to which
+            torch :func:`widens` it.
         y: the update in projected coordinates, of the slice's shape.
-        basis: Q, (..., r, r).
+        basis: Q, (..., r, r), in the dtype of the product, to which y is rounded.
         right: whether Q is multiplied from the right (m >= n).
         step: number of steps taken, this one included.
         hyper: hyperparameters of the step; the learning rate must be a number.
     """
     keep = float(hyper.keep)
     factor = -float(hyper.step_size(step)) * keep
+    y = y.to(basis.dtype)
     a, b = (y, basis.mT) if right else (basis, y)  # (m', n) @ (n, n), or (m, m) @ (m, n')
-    if param.ndim == 2:
-        param.addmm_(a, b, beta=keep, alpha=factor)
-    elif param.ndim == 3:
-        param.baddbmm_(a, b, beta=keep, alpha=factor)
+    if param.ndim <= 3:
+        add: Any = torch.addmm if param.ndim == 2 else torch.baddbmm
+        wide = {} if param.dtype == basis.dtype else {"out_dtype": param.dtype}
+        add(param, a, b, beta=keep, alpha=factor, out=param, **wide)
     else:  # leading dimensions cannot always be flattened without a copy
         apply_(param, project_back(y, basis, right), step, hyper)
 

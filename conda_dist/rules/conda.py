@@ -96,7 +96,10 @@ class CondaRule(RefreshedRule):
         # basis's memory again, and basis_dtype="bfloat16" needs no cast at all.
         factor = basis.to(self._product_dtype or basis.dtype)
         y = self._normalise(weight, factor, right, hyper)  # (m', n), or (m, n') if m < n
-        alike = param is not None and y.dtype == basis.dtype == factor.dtype == param.dtype
+        alike = param is not None and (
+            y.dtype == basis.dtype == factor.dtype == param.dtype
+            or arithmetic.widens(factor, param.dtype)
+        )
         if param is not None and alike and not isinstance(hyper.lr, Tensor):
             # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
             arithmetic.project_back_and_apply_(param, y, factor, right, weight.step, hyper)
