@@ -161,31 +161,36 @@ def check_alike(name: str, parts: Mapping[str, Tensor]) -> None:
 
 
 def average_and_normalise_(
-    projected_grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    projected_grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     hyper: Hyper,
-    out: Tensor | None = None,
-) -> Tensor:
+    outs: list[Tensor],
+) -> list[Tensor]:
     """:func:`average_` and :func:`normalise_` in one kernel, for tensors that :func:`can_fuse`.
+
+    The kernel is shared by several slices, because a call costs the host more than the arithmetic
+    of a small slice.
 
     If the square of an element overflows, its update is 0 on a CPU, as in :func:`normalise_`.
     torch's CUDA kernel gives NaN, because it computes fma(-b2, g^2, g^2).
 
     Args:
-        projected_grad: proj(G), a slice of (..., m, n), as all other tensors.
-        exp_avg: projected first moment, updated in place.
-        exp_avg_sq: second moment, updated in place.
+        projected_grads: for each slice proj(G), of its shape, as all other tensors of it; all on
+            one device and of one dtype.
+        exp_avgs: projected first moments, updated in place.
+        exp_avg_sqs: second moments, updated in place.
         hyper: hyperparameters of the step.
-        out: takes the result, if given; contiguous, with memory of its own.
+        outs: for each slice what takes the result: contiguous, with memory of its own; or [].
 
     Returns:
-        proj(M) / (sqrt(v) + eps).
+        proj(M) / (sqrt(v) + eps) of each slice.
     """
-    result = torch.zeros_like(projected_grad) if out is None else out.zero_()
+    results = outs or list(map(torch.empty_like, projected_grads))
+    torch._foreach_zero_(results)
     # This is AdamW's step from 0 with lr -1, after infinitely many steps (no bias correction).
-    fused_adamw_([result], [projected_grad], [exp_avg], [exp_avg_sq], math.inf, -1.0, hyper)
-    return result
+    fused_adamw_(results, projected_grads, exp_avgs, exp_avg_sqs, math.inf, -1.0, hyper)
+    return results
 
 
 @functools.cache
