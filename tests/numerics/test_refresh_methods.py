@@ -116,19 +116,22 @@ def test_cholesky_of_any_rank(rank: int | None) -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often a number is read from a tensor: there a host waits for its device."""
+    """Counts how often one number is read from a tensor: there a host waits for its device."""
 
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten._local_scalar_dense.default,)
+        self.count += func is torch.ops.aten._local_scalar_dense.default
         return func(*args, **kwargs or {})
 
 
 def test_the_host_reads_a_cholesky_factor_s_errors_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Reads of a refresh: the largest element, what Cholesky says, and whether P is finite."""
+    """Beside it a refresh reads the momentum's largest element, and whether P is finite.
+
+    A list of numbers is copied to the host at once, and not counted here.
+    """
     monkeypatch.setattr(decomposition, "BY_CHOLESKY", {"cpu"})
     momentum = _momentum((30, 20)) + 0.1 * toys.random(30, 20)
     with Reads() as reads:
