@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,9 +79,37 @@ def project(
     """
     x = x.to(basis.dtype)
     a, b = (x, basis) if right else (basis.mT, x)
-    if out is None:
-        return (a @ b).to(dtype or torch.promote_types(basis.dtype, torch.float32))
-    return torch.matmul(a, b, out=out) if out.dtype == basis.dtype else out.copy_(a @ b)
+    if out is not None:
+        dtype = out.dtype
+    elif dtype is None:
+        dtype = torch.promote_types(basis.dtype, torch.float32)
+    if dtype == basis.dtype:
+        return torch.matmul(a, b, out=out)
+    if a.ndim <= 3 and widens(a, dtype):
+        multiply = torch.mm if a.ndim == 2 else torch.bmm
+        return multiply(a, b, out_dtype=dtype, out=out)
+    return (a @ b).to(dtype) if out is None else out.copy_(a @ b)
+
+
+def widens(a: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch can write products of a's dtype in ``dtype`` at once: bfloat16 in float32.
+
+    Then the sums, which kernels keep in float32 anyway, are not rounded, and no second kernel has
+    to read and widen them. torch has this on CUDA, but not on CPUs or with its TunableOp.
+    """
+    pair = a.dtype, dtype
+    return pair == (torch.bfloat16, torch.float32) and _can_widen(a.device)
+
+
+@functools.cache
+def _can_widen(device: torch.device) -> bool:
+    """Tries such a product on a device."""
+    ones = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
+    try:
+        torch.mm(ones, ones, out_dtype=torch.float32)
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
 
 
 def project_back(y: Tensor, basis: Tensor, right: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,31 +161,36 @@ def check_alike(name: str, parts: Mapping[str, Tensor]) -> None:
 
 
 def average_and_normalise_(
-    projected_grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    projected_grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     hyper: Hyper,
-    out: Tensor | None = None,
-) -> Tensor:
+    outs: list[Tensor],
+) -> list[Tensor]:
     """:func:`average_` and :func:`normalise_` in one kernel, for tensors that :func:`can_fuse`.
+
+    The kernel is shared by several slices, because a call costs the host more than the arithmetic
+    of a small slice.
 
     If the square of an element overflows, its update is 0 on a CPU, as in :func:`normalise_`.
     torch's CUDA kernel gives NaN, because it computes fma(-b2, g^2, g^2).
 
     Args:
-        projected_grad: proj(G), a slice of (..., m, n), as all other tensors.
-        exp_avg: projected first moment, updated in place.
-        exp_avg_sq: second moment, updated in place.
+        projected_grads: for each slice proj(G), of its shape, as all other tensors of it; all on
+            one device and of one dtype.
+        exp_avgs: projected first moments, updated in place.
+        exp_avg_sqs: second moments, updated in place.
         hyper: hyperparameters of the step.
-        out: takes the result, if given; contiguous, with memory of its own.
+        outs: for each slice what takes the result: contiguous, with memory of its own; or [].
 
     Returns:
-        proj(M) / (sqrt(v) + eps).
+        proj(M) / (sqrt(v) + eps) of each slice.
     """
-    result = torch.zeros_like(projected_grad) if out is None else out.zero_()
+    results = outs or list(map(torch.empty_like, projected_grads))
+    torch._foreach_zero_(results)
     # This is AdamW's step from 0 with lr -1, after infinitely many steps (no bias correction).
-    fused_adamw_([result], [projected_grad], [exp_avg], [exp_avg_sq], math.inf, -1.0, hyper)
-    return result
+    fused_adamw_(results, projected_grads, exp_avgs, exp_avg_sqs, math.inf, -1.0, hyper)
+    return results
 
 
 @functools.cache
@@ -288,20 +322,22 @@ def project_back_and_apply_(
     It saves a tensor of the weight's size and two passes over it.
 
     Args:
-        param: a slice of the weight, updated in place; of the same dtype as y and the basis.
+        param: a slice of the weight, updated in place; of the basis's dtype, or of one to which
+            torch :func:`widens` it.
         y: the update in projected coordinates, of the slice's shape.
-        basis: Q, (..., r, r).
+        basis: Q, (..., r, r), in the dtype of the product, to which y is rounded.
         right: whether Q is multiplied from the right (m >= n).
         step: number of steps taken, this one included.
         hyper: hyperparameters of the step; the learning rate must be a number.
     """
     keep = float(hyper.keep)
     factor = -float(hyper.step_size(step)) * keep
+    y = y.to(basis.dtype)
     a, b = (y, basis.mT) if right else (basis, y)  # (m', n) @ (n, n), or (m, m) @ (m, n')
-    if param.ndim == 2:
-        param.addmm_(a, b, beta=keep, alpha=factor)
-    elif param.ndim == 3:
-        param.baddbmm_(a, b, beta=keep, alpha=factor)
+    if param.ndim <= 3:
+        add: Any = torch.addmm if param.ndim == 2 else torch.baddbmm
+        wide = {} if param.dtype == basis.dtype else {"out_dtype": param.dtype}
+        add(param, a, b, beta=keep, alpha=factor, out=param, **wide)
     else:  # leading dimensions cannot always be flattened without a copy
         apply_(param, project_back(y, basis, right), step, hyper)
 

@@ -107,7 +107,10 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd", measure: bool =
                 rotation, values = _right_singular_vectors(matrix, driver)
             else:
                 scaled = matrix / largest  # so that squares neither overflow nor underflow
-                gram = exact_product(scaled.mT, scaled)  # (r, max(m, n)) @ (max(m, n), r)
+                if leaves_flags():
+                    scaled = scaled.double()  # once for both factors, or there would be two copies
+                # (r, max(m, n)) @ (max(m, n), r)
+                gram = exact_product(scaled.mT, scaled).to(dtype)
                 rotation = _eigenvectors(gram) if method == "eigh64" else _iterated(gram)
             # Some GPU drivers give NaN instead of an error.
             if math.isfinite(torch.linalg.vector_norm(rotation, math.inf)):
@@ -220,14 +223,19 @@ def cholesky_factor(gram: Tensor) -> Tensor | None:
         shifted.diagonal().add_(gram.diagonal().amax(), alpha=SHIFT)
         first, wrong = torch.linalg.cholesky_ex(shifted)
         second, wrong_too = torch.linalg.cholesky_ex(first.mT @ first)
-        if wrong.any() or wrong_too.any():
-            return None
+        failed = (wrong | wrong_too).to(gram.dtype)
         rotation: Tensor = torch.linalg.solve_triangular(second.mT, first, upper=True, left=False)
         for _ in range(NEWTON_STEPS):  # the iteration of :func:`orthonormal`
             off = rotation.mT @ rotation
             off.diagonal().sub_(1)
             rotation = torch.addmm(rotation, rotation, off, alpha=-0.5)
-            if float(torch.linalg.vector_norm(off, math.inf)) < SQUARED_AWAY:
+            # The host waits for both numbers at once.
+            error, failures = torch.stack(
+                (torch.linalg.vector_norm(off, math.inf), failed)
+            ).tolist()
+            if failures:
+                return None
+            if error < SQUARED_AWAY:
                 return rotation
     return None
 

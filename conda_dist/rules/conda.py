@@ -1,6 +1,7 @@
 """Conda: project the gradient, average, normalise, project back (arXiv 2509.24218)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -11,8 +12,11 @@ from conda_dist.numerics.arithmetic import Hyper
 from conda_dist.numerics.decomposition import Found
 from conda_dist.options import Options
 from conda_dist.rules.hyperparameters import hyper_of
-from conda_dist.rules.rule import Buffers, RefreshedRule, StateSpec, WeightSlice
+from conda_dist.rules.rule import RefreshedRule, StateSpec, WeightSlice
 from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype, second_key
+
+CACHE_BYTES = 2**18
+"""Bytes of projected gradients and results that are computed together on a CPU."""
 
 
 class CondaRule(RefreshedRule):
@@ -64,15 +68,11 @@ class CondaRule(RefreshedRule):
         grad: Tensor,
         basis: Tensor,
         right: bool,
-        buffers: Buffers | None = None,
-        factor: Tensor | None = None,
     ) -> Tensor:
-        """See RefreshedRule; ``factor``: the basis in the dtype of the product, if it was cast."""
-        if factor is None:
-            factor = basis.to(self._product_dtype or basis.dtype)
+        """See RefreshedRule."""
+        factor = basis.to(self._product_dtype or basis.dtype)
         dtype = torch.promote_types(basis.dtype, torch.float32)
-        out = None if buffers is None else buffers.take(0, grad, dtype)
-        return arithmetic.project(grad, factor, right, dtype, out)
+        return arithmetic.project(grad, factor, right, dtype)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
@@ -90,13 +90,72 @@ class CondaRule(RefreshedRule):
 
     def update(self, weight: WeightSlice) -> Tensor | None:
         """See Rule."""
-        hyper, right, param = hyper_of(weight.group), weight.right, weight.param
-        basis = weight.states["basis"]
-        # Cast once for both products. It is not kept between steps: that would cost half of the
-        # basis's memory again, and basis_dtype="bfloat16" needs no cast at all.
-        factor = basis.to(self._product_dtype or basis.dtype)
-        y = self._normalise(weight, factor, right, hyper)  # (m', n), or (m, n') if m < n
-        alike = param is not None and y.dtype == basis.dtype == factor.dtype == param.dtype
+        return self._update([weight])[0]
+
+    def update_many(
+        self, weights: Iterable[WeightSlice]
+    ) -> Iterator[tuple[WeightSlice, Tensor | None]]:
+        """See Rule. Neighbours of one group and shape share the kernel of their moments."""
+        chunk: list[WeightSlice] = []
+        kind, most = None, 0
+        for weight in weights:
+            grad, basis = weight.grad, weight.states["basis"]
+            its_kind = id(weight.group), weight.shape, grad.shape, grad.device, basis.dtype
+            if chunk and (len(chunk) >= most or its_kind != kind):
+                yield from zip(chunk, self._update(chunk), strict=True)
+                chunk = []
+            if its_kind != kind:
+                # The projected gradients and results take a part of a task's memory at most; on a
+                # CPU, what its caches hold.
+                kind, needed = its_kind, 2 * grad.numel() * max(4, basis.itemsize)
+                if self._product_dtype not in (None, basis.dtype):
+                    needed += basis.numel() * self._product_dtype.itemsize
+                room = self.options.task_bytes // 4
+                if grad.device.type == "cpu":
+                    room = min(room, CACHE_BYTES)
+                most = room // max(1, needed)
+            chunk.append(weight)
+        if chunk:
+            yield from zip(chunk, self._update(chunk), strict=True)
+
+    def _update(self, weights: list[WeightSlice]) -> list[Tensor | None]:
+        """The updates of slices of one group and shape."""
+        hyper, count, buffers = hyper_of(weights[0].group), len(weights), weights[0].buffers
+        grad, basis = weights[0].grad, weights[0].states["basis"]
+        dtype = torch.promote_types(basis.dtype, torch.float32)
+        outs: Sequence[Tensor] = ()
+        if buffers is not None:
+            outs = buffers.take(0, grad.expand(2 * count, *grad.shape), dtype).unbind()
+        right, factors, projected, firsts, seconds = weights[0].right, [], [], [], []
+        for weight, out in zip(weights, outs or repeat(None), strict=False):
+            basis = weight.states["basis"]
+            # Cast once for both products. It is not kept between steps: that would cost half of the
+            # basis's memory again, and basis_dtype="bfloat16" needs no cast at all.
+            factors.append(basis.to(self._product_dtype or basis.dtype))
+            if not weight.averaged:
+                weight.grad = arithmetic.project(weight.grad, factors[-1], right, dtype, out)
+            projected.append(weight.grad)
+            firsts.append(weight.states["exp_avg"])
+            seconds.append(weight.states[self.second_key])
+        del grad, basis
+        # Each y is (m', n), or (m, n') if m < n.
+        if weights[0].averaged or not all(map(arithmetic.can_fuse, projected, firsts, seconds)):
+            ys = list(map(self._normalise, weights, firsts, seconds, repeat(hyper)))
+        else:
+            ys = arithmetic.average_and_normalise_(
+                projected, firsts, seconds, hyper, list(outs[count:])
+            )
+        return list(map(self._project_back, weights, ys, factors, repeat(hyper)))
+
+    def _project_back(
+        self, weight: WeightSlice, y: Tensor, factor: Tensor, hyper: Hyper
+    ) -> Tensor | None:
+        """Applies the normalised update of a slice, or returns it for those who store the slice."""
+        right, param, basis = weight.right, weight.param, weight.states["basis"]
+        alike = param is not None and (
+            y.dtype == basis.dtype == factor.dtype == param.dtype
+            or arithmetic.widens(factor, param.dtype)
+        )
         if param is not None and alike and not isinstance(hyper.lr, Tensor):
             # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
             arithmetic.project_back_and_apply_(param, y, factor, right, weight.step, hyper)
@@ -104,24 +163,16 @@ class CondaRule(RefreshedRule):
         # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n; exchanged in no wider dtype
         return arithmetic.project_back(y, factor, right, factor.dtype)
 
-    def _normalise(self, weight: WeightSlice, factor: Tensor, right: bool, hyper: Hyper) -> Tensor:
-        """Updates the moments and returns proj(M) / (sqrt(v) + eps)."""
-        first, second = weight.states["exp_avg"], weight.states[self.second_key]
-        projected = weight.grad
+    def _normalise(
+        self, weight: WeightSlice, first: Tensor, second: Tensor, hyper: Hyper
+    ) -> Tensor:
+        """Updates the moments of a projected slice and returns proj(M) / (sqrt(v) + eps)."""
         if not weight.averaged:
-            basis = weight.states["basis"]
-            projected = self.project(weight.grad, basis, right, weight.buffers, factor)
-            weight.grad = projected
-            if arithmetic.can_fuse(projected, first, second):
-                buffers, out = weight.buffers, None
-                if buffers is not None:
-                    out = buffers.take(1, projected, projected.dtype)
-                return arithmetic.average_and_normalise_(projected, first, second, hyper, out)
             moments = {"exp_avg": first, self.second_key: second}
-            arithmetic.check_alike(weight.name, {"gradient": projected, **moments})
-            self.average(first, projected, weight.group, weight.step)
+            arithmetic.check_alike(weight.name, {"gradient": weight.grad, **moments})
+            self.average(first, weight.grad, weight.group, weight.step)
         rounding = low_precision.rounding_of(second, weight.step, self.options.stochastic_rounding)
-        return arithmetic.normalise_(projected, first, second, hyper, rounding)
+        return arithmetic.normalise_(weight.grad, first, second, hyper, rounding)
 
     def apply(
         self,

@@ -1,7 +1,7 @@
 """The interface between the engine and the arithmetic of a step: :class:`Rule`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -150,6 +150,21 @@ class Rule(ABC):
             rule has updated ``weight.param`` itself.
         """
 
+    def update_many(
+        self, weights: Iterable[WeightSlice]
+    ) -> Iterator[tuple[WeightSlice, Tensor | None]]:
+        """:meth:`update` of several slices, in which a rule may share kernels between them.
+
+        Args:
+            weights: the slices. Neighbours have one shape where that is possible. They are made as
+                they are taken, so a rule decides how many there are at a time.
+
+        Yields:
+            Each slice with its update, in the same order.
+        """
+        for weight in weights:
+            yield weight, self.update(weight)
+
     @abstractmethod
     def apply(
         self,
@@ -203,16 +218,13 @@ class RefreshedRule(Rule):
     refreshes = True
 
     @abstractmethod
-    def project(
-        self, grad: Tensor, basis: Tensor, right: bool, buffers: Buffers | None = None
-    ) -> Tensor:
+    def project(self, grad: Tensor, basis: Tensor, right: bool) -> Tensor:
         """Projects a gradient.
 
         Args:
             grad: the gradient, (..., m', n) or (..., m, n').
             basis: the basis (..., r, r).
             right: whether the basis is multiplied from the right.
-            buffers: memory for the result, or None.
         """
 
     @abstractmethod

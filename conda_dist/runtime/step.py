@@ -4,7 +4,7 @@ While a task is computed, the gradients of the next task are being sent to their
 the updates of the previous one back to their storage layout.
 """
 
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from conda_dist.plan.schedule import (
     plan_async_refresh,
     plan_step,
 )
+from conda_dist.rules.rule import WeightSlice
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.agreement import GradientFlags
 from conda_dist.runtime.background import Background
@@ -71,6 +72,8 @@ class MatrixPath:
         self._async_refreshes: dict[Hashable, list[AsyncRefresh]] = {}
         self._background = Background()
         self._is_async = options.is_async
+        # The shape of what this rank computes of each weight.
+        self._shapes = [w.plan.compute.local_shape(w.mesh.coordinate) for w in self.weights]
         # Weights whose gradients are exchanged: they take part in every step, with or without one.
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
@@ -205,27 +208,42 @@ class MatrixPath:
 
         Args:
             task: the task.
-            grads: the gradient of each weight, in compute layout; removed from the list one by one.
+            grads: the gradient of each weight, in compute layout; removed one by one.
             bases: the whole basis of each weight; removed in the same way.
             scratch: memory that weights reuse.
             missing: indices of weights of which this rank has no gradient. Their states are not
                 changed.
 
         Returns:
-            See :meth:`conda_dist.runtime.weight.Weight.advance`, for each weight.
+            See :meth:`conda_dist.runtime.weight.Weight.finish`, for each weight.
         """
-        updates: list[Tensor | None] = []
-        for i in task.weights:
-            weight = self.weights[i]
-            if i in missing:
-                updates.append(weight.zero_update(grads.pop(0)))
-                bases.pop(0)
-                continue
-            reused = scratch if weight.in_place else None
-            # The host has no time for a call more of each weight.
-            watched = self._collection is not None and weight.in_place
-            with self._watched(weight, True) if watched else UNWATCHED:
-                updates.append(weight.advance(bases.pop(0), grads.pop(0), scratch=reused))
+        weights = list(map(self.weights.__getitem__, task.weights))
+        shapes = list(map(self._shapes.__getitem__, task.weights))
+        updates: list[Tensor | None] = [None] * len(weights)
+        order = []
+        # Those of one shape one after another, so that the rule can compute them together.
+        for k in sorted(range(len(weights)), key=shapes.__getitem__):
+            if weights[k].computes and task.weights[k] not in missing:
+                order.append(k)
+            else:
+                updates[k] = weights[k].zero_update(grads[k], task.weights[k] not in missing)
+
+        def begun(positions: Iterable[int]) -> Iterator[WeightSlice]:
+            for k in positions:
+                reused = scratch if weights[k].in_place else None
+                weight = weights[k].begin(bases[k], grads[k], reused)
+                grads[k] = bases[k] = weights[k].nothing  # so that the rule can free them
+                yield weight
+
+        rule = self.weights[0].rule  # of all weights
+        if self._collection is None:
+            for k, (weight, update) in zip(order, rule.update_many(begun(order)), strict=True):
+                updates[k] = weights[k].finish(weight, update)
+            return updates
+        for k in order:  # one by one, because each change is measured
+            with self._watched(weights[k], weights[k].in_place):
+                ((weight, update),) = rule.update_many(begun([k]))
+                updates[k] = weights[k].finish(weight, update)
         return updates
 
     def _watched(self, weight: Weight, changes: bool) -> AbstractContextManager[None]:
@@ -250,11 +268,12 @@ class MatrixPath:
         updates = []
         with self._products():
             for weight, basis, grad, counted in parts:
-                if not counted:
-                    updates.append(weight.zero_update(grad))
+                if not (counted and weight.computes):
+                    updates.append(weight.zero_update(grad, counted))
                     continue
                 with self._watched(weight, weight.in_place):
-                    updates.append(weight.advance(basis, grad, averaged=True))
+                    of_rule = weight.begin(basis, grad, averaged=True)
+                    updates.append(weight.finish(of_rule, weight.rule.update(of_rule)))
         return updates
 
     def _forward(self, task: Task, grads: Grads) -> Exchange:

@@ -86,10 +86,11 @@ class Weight:
         """From the rule's name of a state to its key in ``optimizer.state[param]``."""
         self.names = {key: name for name, key in self.keys.items()}
         self._cut = [n for n, spec in self.specs.items() if spec.cut and not spec.optional]
+        self._cut_keys = [self.keys[name] for name in self._cut]
         self._copied = [n for n, spec in self.specs.items() if not spec.cut and n != "basis"]
         self.computes = bool(plan.whole_basis.numel(mesh.coordinate))
         """Whether this rank computes any of the weight."""
-        self._none = dtensor.local(param).new_empty(0)
+        self.nothing = dtensor.local(param).new_empty(0)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -255,7 +256,7 @@ class Weight:
     def basis(self) -> Tensor:
         """This rank's elements of the basis, as they are kept; an empty tensor without one."""
         if not self.rule.refreshes:
-            return self._none
+            return self.nothing
         return dtensor.local(self.states[self.param][self.keys["basis"]])
 
     @property
@@ -274,7 +275,7 @@ class Weight:
         if self._reshaped:
             return tuple([self._views_of(name)[0] for name in self._cut])
         state = self.states[self.param]
-        return tuple([dtensor.local(state[self.keys[name]]) for name in self._cut])
+        return tuple(map(dtensor.local, map(state.__getitem__, self._cut_keys)))
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -333,51 +334,49 @@ class Weight:
                 rows = basis.narrow(-2, there, block.shape[-2])
                 kept.narrow(-2, here, block.shape[-2]).copy_(rows)
 
-    def advance(
-        self,
-        basis: Tensor,
-        grad: Tensor,
-        *,
-        averaged: bool = False,
-        scratch: Scratch | None = None,
-    ) -> Tensor | None:
-        """Lets the rule compute the update, and counts the step.
+    def begin(
+        self, basis: Tensor, grad: Tensor, scratch: Scratch | None = None, averaged: bool = False
+    ) -> WeightSlice:
+        """What the rule gets in this step, to be followed by :meth:`finish`.
 
         Args:
             basis: the whole basis (..., r, r) of this rank's matrices, if the rule has one.
             grad: the gradient in compute layout, projected if ``averaged``; may be overwritten.
-            averaged: whether a refresh in this step has updated the first moment already.
             scratch: memory to reuse, or None.
-
-        Returns:
-            The update in compute layout and in the dtype in which it is exchanged; None if the
-            weight is in place, because then the update has been applied to the parameter.
+            averaged: whether a refresh in this step has updated the first moment already.
         """
-        count, in_place = self._own("step"), self.in_place
-        if not self.computes:
-            count.add_(1)
-            return None if in_place else grad.to(self.update_dtype)
         states = dict(zip(self._cut, self._loaded or self.kept_moments, strict=True))
         if self.rule.refreshes:
             states["basis"] = basis
         for name in self._copied:
             states[name] = dtensor.local(self.states[self.param][self.keys[name]])
-        param = dtensor.local(self.param) if in_place else None
+        param = dtensor.local(self.param) if self.in_place else None
         if param is not None and self._reshaped:
             param = self.rows(param)
-        step, rule, group, shape = int(count) + 1, self.rule, self.group, self.shape
-        weight = WeightSlice(self.name, grad, states, group, step, shape, param, scratch, averaged)
-        del grad  # so that the rule can free it
-        update = rule.update(weight)
+        group, step, shape = self.group, int(self._own("step")) + 1, self.shape
+        return WeightSlice(self.name, grad, states, group, step, shape, param, scratch, averaged)
+
+    def finish(self, weight: WeightSlice, update: Tensor | None) -> Tensor | None:
+        """Counts the step, and applies the rule's update if the weight is in place.
+
+        Args:
+            weight: what :meth:`begin` returned.
+            update: what the rule returned for it.
+
+        Returns:
+            The update in compute layout and in the dtype in which it is exchanged; None if the
+            weight is in place, because then the update has been applied to the parameter.
+        """
         self._extra = weight.extra
-        count.add_(1)
+        self._own("step").add_(1)
         if update is None:
             return None
         # Round even if nothing is exchanged, so that all layouts compute the same.
         update = update.to(self.update_dtype)
-        if param is None:
+        if weight.param is None:
             return update
-        rule.apply(param, update, group, step, shape, self.take_extra())
+        extra = self.take_extra()
+        self.rule.apply(weight.param, update, self.group, weight.step, self.shape, extra)
         return None
 
     def take_extra(self) -> Tensor | None:
@@ -385,13 +384,15 @@ class Weight:
         extra, self._extra = self._extra, None
         return extra
 
-    def zero_update(self, projected: Tensor) -> Tensor | None:
-        """The result of :meth:`advance` in a step that does not count: zeros, or None in place."""
+    def zero_update(self, projected: Tensor, counted: bool = False) -> Tensor | None:
+        """The result of a rank that computes none: zeros, or None in place; a step if counted."""
         dtype = self.update_dtype
+        if counted:
+            self._own("step").add_(1)
         return None if self.in_place else projected.new_zeros(projected.shape, dtype=dtype)
 
     def apply(self, update: Tensor, extra: Tensor | None = None) -> None:
-        """Applies an update in storage layout to the parameter, after :meth:`advance`."""
+        """Applies an update in storage layout to the parameter, after :meth:`finish`."""
         if not self.step:
             return
         step, views = self.step, self.views(dtensor.local(self.param))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 import toys
+from conda_dist import Conda
 from conda_dist.numerics import arithmetic, decomposition
 from conda_dist.numerics.arithmetic import Hyper
 from conda_dist.numerics.decomposition import Outcome
@@ -430,15 +431,36 @@ def test_one_pass_is_the_same_step(
         grad.view(-1)[5:6] = math.inf
         first, second, kept = exp_avg.clone(), exp_avg_sq.clone(), grad.clone()
         assert arithmetic.can_fuse(grad, exp_avg, exp_avg_sq)
-        given = torch.full_like(grad, math.nan) if out else None
-        result = arithmetic.average_and_normalise_(grad, exp_avg, exp_avg_sq, hyper, given)
-        assert given is None or result is given
+        given = [torch.full_like(grad, math.nan)] if out else []
+        tensors = [grad], [exp_avg], [exp_avg_sq]
+        (result,) = arithmetic.average_and_normalise_(*tensors, hyper, given)
+        assert not given or result is given[0]
         assert torch.equal(grad, kept)
         arithmetic.average_(first, grad, betas[0])
         expected = arithmetic.normalise_(grad, first, second, hyper)
         for ours, theirs in ((exp_avg, first), (exp_avg_sq, second), (result, expected)):
             rtol = 1e-5 if dtype == torch.float32 else 1e-12
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-4 * rtol, equal_nan=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"matmul_dtype": torch.bfloat16}], ids=str)
+def test_weights_that_are_computed_together_step_as_they_do_alone(options: dict[str, Any]) -> None:
+    """Bit for bit, among weights of other shapes, dtypes and groups, and one without a gradient."""
+    shapes = [(9, 4), (4, 9), (9, 4), (4, 4), (9, 4), (2, 9, 4), (9, 4), (4, 9)]
+    params = [*toys.parameters(*shapes), *toys.parameters((9, 4), (9, 4), dtype=DOUBLE)]
+    twins, grads = toys.copies(params), toys.gradients(params, 4)
+    for row in grads:
+        row[2] = None  # type: ignore[call-overload]
+
+    def groups(some: list[Any]) -> list[dict[str, Any]]:
+        halves = (some[:4], {}), (some[4:], {"betas": (0.8, 0.9)})
+        return [{"params": p, "algorithm": "conda", **own} for p, own in halves if p]
+
+    toys.take(Conda(groups(params), **toys.OPTIONS, **options), params, grads)
+    for i, (param, twin) in enumerate(zip(params, twins, strict=True)):
+        alone = groups([twin]) if i < 4 else groups([*params[:4], twin])[1:]
+        toys.take(Conda(alone, **toys.OPTIONS, **options), [twin], [[row[i]] for row in grads])
+        assert torch.equal(param, twin)
 
 
 def test_what_is_not_fused() -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import toys
 from conda_dist import Conda
+from conda_dist.numerics import arithmetic
 from conda_dist.numerics.decomposition import Outcome, decompose
 from conda_dist.numerics.precision import exact_product, leaving_flags, matmul_precision
 
@@ -168,6 +169,78 @@ def test_a_step_is_the_same_under_all_flags(options: dict[str, Any]) -> None:
     if rounds:
         left = toys.random(64, 48) @ toys.random(48, 64)
         assert not torch.equal(left, exact_product(toys.random(64, 48), toys.random(48, 64)))
+
+
+class Widening(TorchDispatchMode):
+    """A CPU with the products that torch has on CUDA: of bfloat16 matrices, written in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadname not in ("dtype", "dtype_out"):
+            return func(*args, **kwargs or {})
+        name, scales = func.overloadpacket.__name__, dict(kwargs or {})
+        self.seen.append(name)
+        *tensors, dtype = args
+        assert dtype == torch.float32
+        assert {t.dtype for t in tensors[-2:]} == {torch.bfloat16}
+        out = scales.pop("out", None)
+        wide = getattr(torch, name)(*(t.float() for t in tensors), **scales)
+        assert out is None or (out.dtype == dtype and out.shape == wide.shape)
+        return wide if out is None else out.copy_(wide)
+
+
+@pytest.fixture
+def widening() -> Iterator[Widening]:
+    arithmetic._can_widen.cache_clear()
+    with Widening() as mode:
+        yield mode
+    arithmetic._can_widen.cache_clear()
+
+
+def test_cpus_do_not_widen() -> None:
+    assert not arithmetic.widens(torch.ones(1, dtype=torch.bfloat16), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (3, 9, 4), (2, 3, 4, 9)], ids=str)
+@pytest.mark.parametrize("has_out", [False, True])
+def test_a_widened_product_is_not_rounded(
+    shape: tuple[int, ...], has_out: bool, widening: Widening
+) -> None:
+    """Batches of batches are multiplied as before."""
+    right, half = shape[-2] >= shape[-1], torch.bfloat16
+    x, basis = toys.random(*shape, dtype=half), toys.random(*shape[:-2], 4, 4, seed=1, dtype=half)
+    out = torch.empty(shape) if has_out else None
+    found = arithmetic.project(x, basis, right, out=out)
+    assert found.dtype == torch.float32
+    assert (found is out) == has_out
+    exact = x.float() @ basis.float() if right else basis.float().mT @ x.float()
+    widened = len(shape) < 4
+    assert torch.equal(found, exact if widened else exact.bfloat16().float())
+    assert widening.seen[1:] == {2: ["mm"], 3: ["bmm"], 4: []}[len(shape)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_with_widened_products(dtype: torch.dtype, widening: Widening) -> None:
+    """Near those of float32 products; a float32 weight takes its update in the product."""
+
+    def trained(**options: Any) -> list[Tensor]:
+        params = toys.parameters((24, 16), (12, 20), (2, 6, 5), dtype=dtype)
+        group = {"params": params, "algorithm": "conda"}
+        optimizer = Conda([group], **toys.OPTIONS, **options)
+        toys.take(optimizer, params, toys.gradients(params, 5))
+        return params
+
+    expected = trained()
+    assert not widening.seen
+    found = trained(matmul_dtype=torch.bfloat16)
+    updates = {"addmm", "baddbmm"} if dtype == torch.float32 else set()
+    assert set(widening.seen) == {"mm", "bmm"} | updates
+    for ours, exact in zip(found, expected, strict=True):
+        assert not torch.equal(ours, exact)
+        torch.testing.assert_close(ours, exact, atol=0.02, rtol=0.01)
 
 
 def test_a_thread_that_leaves_the_flags_multiplies_in_float64() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import golden
 import ranks
@@ -112,6 +113,31 @@ def test_cholesky_of_any_rank(rank: int | None) -> None:
     found = decomposition.cholesky_factor(momentum.mT @ momentum)
     assert found is not None
     torch.testing.assert_close(found.mT @ found, torch.eye(150), atol=2e-6, rtol=0)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often one number is read from a tensor: there a host waits for its device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_the_host_reads_a_cholesky_factor_s_errors_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside it a refresh reads the momentum's largest element, and whether P is finite.
+
+    A list of numbers is copied to the host at once, and not counted here.
+    """
+    monkeypatch.setattr(decomposition, "BY_CHOLESKY", {"cpu"})
+    momentum = _momentum((30, 20)) + 0.1 * toys.random(30, 20)
+    with Reads() as reads:
+        outcome, *_ = decompose(momentum, True, "orthogonal_iteration")
+    assert outcome == Outcome.DONE
+    assert reads.count == 2
 
 
 def test_what_cholesky_cannot_factorise_is_householders(monkeypatch: pytest.MonkeyPatch) -> None:
