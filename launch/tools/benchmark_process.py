@@ -219,7 +219,7 @@ def time_once(call: Step, device: torch.device) -> Times:
         call()
         taken = time.perf_counter() - began
         return Times(taken, taken)
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first, last = (torch.Event(device, enable_timing=True) for _ in range(2))
     # Not the whole device: a refresh in the background has a stream of its own.
     torch.cuda.current_stream(device).synchronize()
     began = time.perf_counter()
