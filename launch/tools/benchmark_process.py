@@ -109,7 +109,9 @@ def newton_schulz_products(sizes: Sequence[tuple[int, int]]) -> Step:
 
 def _random_bases(params: Sequence[Tensor]) -> list[Tensor]:
     """An orthogonal matrix for each, which costs as much in a step as one from a decomposition."""
-    return [torch.linalg.qr(torch.randn(min(p.shape), min(p.shape))).Q for p in params]
+    ranks = [min(param.shape) for param in params]
+    found = {r: torch.linalg.qr(torch.randn(r, r)).Q for r in set(ranks)}
+    return [found[r].clone() for r in ranks]
 
 
 def conda_step(

@@ -250,10 +250,10 @@ def _spawn(section: Section, out: Path, world: int, backend: str, limit_s: float
 
 def one_rank(section: Section, out: Path) -> None:
     """FSDP2 on one rank over NCCL: ways to refresh, a checkpoint, CPU offload, the job."""
-    _spawn(section, out, 1, "gloo" if TOY else "nccl", 75)
+    _spawn(section, out, 1, "gloo" if TOY else "nccl", 85)
 
 
 def many_ranks(section: Section, out: Path) -> None:
     """FSDP2 on ranks that share the GPU, over gloo."""
     for world in (2,) if TOY else (2, 3):
-        _spawn(section, out, world, "gloo", 38)
+        _spawn(section, out, world, "gloo", 52)

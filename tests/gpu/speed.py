@@ -29,11 +29,10 @@ SHAPES = (
 """Width and MLP of a layer."""
 
 
-def _contenders(name: str, sizes: list[tuple[int, int]]) -> dict[str, Contender]:
+def _contenders(sizes: list[tuple[int, int]]) -> dict[str, Contender]:
     """The benchmark's, and Conda in fewer bits."""
     made = contenders(sizes, NEVER, "svd", DEVICE.type)
-    if name not in ("60M", "toy"):  # its first step decomposes
-        made.pop("pytorch_optimizer.SOAP", None)
+    made.pop("pytorch_optimizer.SOAP", None)  # its first step decomposes
     half: dict[str, Any] = {"matmul_dtype": HALF, "basis_dtype": HALF}
     made["conda_dist, bfloat16 bases"] = Contender(lambda: conda_step(sizes, **half))
     made["conda_dist, bfloat16 parameters"] = Contender(
@@ -50,7 +49,7 @@ def steps(section: Section, out: Path) -> None:
         sizes = shapes(width, mlp, layers)
         times: dict[str, tuple[float, float]] = {}
         section.details[name] = times
-        for what, contender in _contenders(name, sizes).items():
+        for what, contender in _contenders(sizes).items():
             try:
                 found = compare({what: contender}, 3 if TOY else 12, 1, DEVICE.type)[what]
             except Exception as error:
