@@ -3,16 +3,18 @@
     python -m conda_dist.launch.benchmark [--width 512] [--mlp 1376] [--layers 4] [--rounds 40]
     python -m conda_dist.launch.benchmark --gap 5 [--refresh-method orthogonal_iteration]
     python -m conda_dist.launch.benchmark --only conda_dist "conda_dist, diagnostics"
-    python -m conda_dist.launch.benchmark --picture FILE ...
-    python -m conda_dist.launch.benchmark --device cuda ...
+    python -m conda_dist.launch.benchmark --picture FILE --json FILE ...
+    python -m conda_dist.launch.benchmark --device cuda --model configs/llama_7b.toml --layers 2
 
-One process, one thread or one GPU. All run in turns, so that whatever slows the machine down slows
-all; medians and quartiles of the rounds are printed, and the medians of their ratios to the first.
-Steps are those between refreshes, or with `--gap` the mean of so many, one of which refreshes the
-bases (SOAP's and the other Conda's, too). "two products" is Conda's floor: the projection and the
-way back alone; "Newton-Schulz products" is that of Muon, NorMuon, NAMO and NAMO-D. "diagnostics"
-collects them in every step. After that come the bytes of state, and the time that a refresh adds to
-the steps around it.
+One process, one thread or one GPU. `--model` takes width and MLP of a config. Medians and quartiles
+of the rounds are printed, and the medians of their ratios to the first. On a CPU all run in turns,
+so that whatever slows the machine down slows all. On a GPU they run one after another; times are
+the device's, beside the host's for a weight and the memory that a step takes at its peak.
+
+Steps are those between refreshes, with random bases; or with `--gap` the mean of so many, one of
+which refreshes the bases (SOAP's and the other Conda's, too), beside the time that it adds. "two
+products" is Conda's floor: the projection and the way back alone; "Newton-Schulz products" is that
+of Muon, NorMuon, NAMO and NAMO-D. "diagnostics" collects them in every step.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import get_args
 
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import ConfigError
-from conda_dist.launch.tools.command_line import Parser, check_picture, positive
+from conda_dist.launch.tools.command_line import PICTURES, Parser, check_file, positive, refuse
 
 REFRESH_METHODS = get_args(options.SCHEMA["optimizer.conda.refresh_method"].type)
 
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("benchmark", __doc__)
     for option, default in (("width", 512), ("mlp", 1376), ("layers", 4), ("rounds", 40)):
         parser.add_argument(f"--{option}", type=positive, default=default)
+    parser.add_argument("--model", type=Path, help="a TOML file of the pretraining job")
     parser.add_argument("--gap", type=positive, help="steps between refreshes (default: none)")
     parser.add_argument("--refresh-method", choices=REFRESH_METHODS, default=REFRESH_METHODS[1])
     parser.add_argument("--only", metavar="NAME", nargs="+", default=[], help="of the table's")
@@ -40,20 +43,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--picture", metavar="FILE", type=Path, help="draw the times, in the file's format"
     )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all numbers there")
     given = parser.parse_args(arguments)
     try:
-        if given.picture:
-            check_picture("--picture", given.picture)
+        for option, path, formats in (
+            ("--picture", given.picture, PICTURES),
+            ("--json", given.json, ("json",)),
+        ):
+            if path:
+                check_file(option, path, formats)
+        if given.model:
+            model = options.load(given.model).model
+            given.width, given.mlp = model.hidden_size, model.intermediate_size
+        # It imports torch, which takes seconds.
+        import torch
+
+        from conda_dist.launch.tools import benchmark_process
+
+        if given.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch finds no GPU here")
+        benchmark_process.run(given)
     except ConfigError as error:
-        parser.error(str(error))
-    # It imports torch, which takes seconds.
-    import torch
-
-    from conda_dist.launch.tools import benchmark_process
-
-    if given.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here")
-    benchmark_process.run(given)
+        return refuse(error)
     return 0
 
 

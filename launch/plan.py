@@ -18,7 +18,7 @@ from pathlib import Path
 
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import ConfigError
-from conda_dist.launch.tools.command_line import Parser, check_picture, positive, refuse
+from conda_dist.launch.tools.command_line import Parser, check_file, positive, refuse
 from conda_dist.launch.tools.hardware import AXES, HARDWARE, Mesh
 
 MOST_RANKS = 2**16
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.scaling:
             if given.model is not None or given.mesh or given.tp is not None:
                 raise ConfigError("--scaling draws its own models and meshes: leave the others out")
-            check_picture("--scaling", given.scaling)
+            check_file("--scaling", given.scaling)
             options.load(None, keys)
         elif given.model is None or not given.mesh:
             raise ConfigError("name a --model and a --mesh, such as dp_shard=64 (or --scaling)")

@@ -7,7 +7,12 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 version=$(sed -n 's/^dependencies = \["torch>=\([0-9.]*\)".*/\1/p' "$root/pyproject.toml")
-source "$root/launch/setup_env.sh" train,deepspeed,test "$version" || exit 69 # see .ci/run
+if ! source "$root/launch/setup_env.sh" train,deepspeed,test "$version"; then
+    # An index without that torch is no fault of the code; see .ci/run. All else is.
+    there=$("$root/.venv-$version/bin/python" -m pip index versions torch) || exit 1
+    grep -Eq "[:,] *${version//./\\.}[.+,]" <<<"$there," || exit 69
+    exit 1
+fi
 cd "$root"
 
 unset PYTHONDONTWRITEBYTECODE

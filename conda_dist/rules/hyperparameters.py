@@ -20,10 +20,11 @@ def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
     """
     beta1, beta2 = group["betas"]
     lr = group["lr"]
-    # Reading a CPU tensor costs nothing. On a device, foreach kernels need a 0-d tensor.
+    # Reading a CPU tensor costs nothing. On a device, foreach kernels need a 0-d tensor, and the
+    # fused one of CUDA a float32.
     on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
     return Hyper(
-        lr.reshape(()) if on_device else float(lr),
+        lr.reshape(()).float() if on_device else float(lr),
         float(beta1),
         float(beta2),
         float(group.get("adamw_eps", group["eps"])),

@@ -6,6 +6,7 @@ import argparse
 import glob
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -88,17 +89,21 @@ def check_input(config: Config) -> None:
         raise ConfigError(f"tokenizer.path {file!r} names no file")
 
 
-def check_picture(option: str, path: Path) -> None:
-    """Refuses a picture that could not be written, before minutes of work on it.
+PICTURES = ("png", "pdf", "svg")
+"""Formats in which the commands draw."""
+
+
+def check_file(option: str, path: Path, formats: Sequence[str] = PICTURES) -> None:
+    """Refuses a file that could not be written, before minutes of work on it.
 
     Args:
         option: By which it was asked for.
         path: The file.
+        formats: Endings that its name may have.
 
     Raises:
-        ConfigError: The folder is not there, or the format unknown.
+        ConfigError: The folder is not there, or the format is another one.
     """
-    formats = ("png", "pdf", "svg")
     if path.suffix.removeprefix(".") not in formats:
         raise ConfigError(f"{option} {path}: name a file that ends in .{', .'.join(formats)}")
     if not path.parent.is_dir():

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,11 +13,14 @@ from typing import Any
 
 import torch
 
+from conda_dist.launch.tools.benchmark_process import Times, time_once
+
 TOY = not torch.cuda.is_available()
 """Without a GPU everything runs at toy sizes on the CPU: a rehearsal, whose numbers say nothing."""
 DEVICE = torch.device("cpu" if TOY else "cuda:0")
 BUDGET_S = float(os.environ.get("BUDGET_S", 240 if TOY else 470))
-BEGAN = time.monotonic()
+BEGAN = float(os.environ.setdefault("CHECK_BEGAN", str(time.monotonic())))
+"""When the check began, also in its processes."""
 
 
 def left_s() -> float:
@@ -60,11 +64,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Check:
-    """A section: its name, what it does and the seconds without which it is left out."""
+    """A section: its name, what it does, and the seconds that it may and must have."""
 
     name: str
     run: Callable[[Section, Path], None]
+    most_s: float
+    """After so many seconds on a GPU it is killed."""
     least_s: float = 5.0
+    """If fewer are left, it is left out."""
 
 
 def wait() -> None:
@@ -86,7 +93,14 @@ def flags(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_waits() -> Iterator[None]:
-    """Raises where the host waits for the device."""
+    """Raises where the host waits for the device.
+
+    torch's setting is for all threads, so this first waits for a refresh in the background, which
+    waits for its own stream.
+    """
+    for thread in threading.enumerate():
+        if thread.name == "conda_dist refresh":
+            thread.join()
     if TOY:
         yield
         return
@@ -114,37 +128,16 @@ def listed_waits() -> Iterator[list[str]]:
             places += [f"{Path(each.filename).name}:{each.lineno}" for each in waits]
 
 
-@dataclass(frozen=True)
-class Times:
-    """Medians, in milliseconds."""
-
-    device: float
-    host: float
-    """Until the call returns."""
-
-
 def timed(
     function: Callable[[], Any], rounds: int = 15, warm: int = 3, cap_s: float = 5.0
 ) -> Times:
-    """Times a function by events on the device, and on the host."""
+    """Times a function on the device and on the host; medians, in milliseconds."""
     for _ in range(1 if TOY else warm):
         function()
-    wait()
-    device, host, start = [], [], time.monotonic()
+    taken, start = [], time.monotonic()
     for _ in range(3 if TOY else rounds):
-        began = time.perf_counter()
-        if TOY:
-            function()
-            device.append(1e3 * (time.perf_counter() - began))
-            host.append(device[-1])
-        else:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            function()
-            host.append(1e3 * (time.perf_counter() - began))
-            last.record()
-            torch.cuda.synchronize()
-            device.append(first.elapsed_time(last))
+        taken.append(time_once(function, DEVICE))
         if time.monotonic() - start > cap_s:
             break
-    return Times(statistics.median(device), statistics.median(host))
+    device, host = zip(*((t.device, t.host) for t in taken), strict=True)
+    return Times(1e3 * statistics.median(device), 1e3 * statistics.median(host))

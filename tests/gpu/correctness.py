@@ -2,6 +2,7 @@
 
 import platform
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from common import DEVICE, TOY, Section, flags, timed, wait, without_waits
 from torch import nn
 
 import golden as cases
-from conda_dist import Conda
+from conda_dist import NAMO, NAMO_D, Conda, Muon, NorMuon
 
 
 def card(section: Section, out: Path) -> None:
@@ -66,6 +67,18 @@ def golden(section: Section, out: Path) -> None:
         else:
             section.most(f"worst error, {what}", errors[worst], most)
 
+    case = cases.Case.load("bfloat16")
+    param = nn.Parameter(case.tensors["param"].to(DEVICE, copy=True))
+    case.replay(
+        param,
+        Conda([case.group(param)], state_dtype=HALF),
+        lambda tensor: tensor.to(DEVICE, copy=True),
+        lambda tensor: tensor.detach().cpu().clone(),
+    )
+    theirs, start = case.tensors["params"][-1].float(), case.tensors["param"].float()
+    error = float((param.detach().cpu().float() - theirs).norm() / (theirs - start).norm())
+    section.most("error at the end, bfloat16 parameters and states", error, 0.06)
+
 
 def drift(section: Section, out: Path) -> None:
     """How far bases are from orthonormal after many refreshes, whatever the flags allow."""
@@ -86,24 +99,32 @@ def drift(section: Section, out: Path) -> None:
             section.most(f"{method}, flags {precision}: |Q^T Q - I|", norm, 5e-5)
 
 
-STEADY: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "float32": (torch.float32, {}),
-    "tf32": (torch.float32, {"matmul_dtype": "tf32"}),
-    "bfloat16 products": (torch.float32, {"matmul_dtype": "bfloat16"}),
-    "bfloat16 parameters": (torch.bfloat16, {}),
-    "8-bit second moments": (torch.float32, {"second_moment_dtype": "uint8"}),
-    "refresh pending": (torch.float32, {"update_proj_gap": 3, "refresh_delay": 3}),
-    "lr on the device": (torch.float32, {"lr": torch.tensor(1e-3, device=DEVICE)}),
+HALF = torch.bfloat16
+STEADY: dict[str, tuple[torch.dtype, Callable[..., torch.optim.Optimizer], dict[str, Any]]] = {
+    "float32": (torch.float32, Conda, {}),
+    "tf32": (torch.float32, Conda, {"matmul_dtype": "tf32"}),
+    "bfloat16 products": (torch.float32, Conda, {"matmul_dtype": HALF}),
+    "bfloat16 parameters": (HALF, Conda, {}),
+    "stochastic rounding": (HALF, Conda, {"state_dtype": HALF, "stochastic_rounding": True}),
+    "8-bit second moments": (torch.float32, Conda, {"second_moment_dtype": torch.uint8}),
+    "refresh pending": (torch.float32, Conda, {"update_proj_gap": 3, "refresh_delay": 3}),
+    "lr on the CPU": (torch.float32, Conda, {"lr": torch.tensor(1e-3, dtype=torch.float64)}),
+    "lr on the device": (torch.float32, Conda, {"lr": torch.tensor(1e-3, dtype=torch.float64)}),
+    "diagnostics": (torch.float32, Conda, {"diagnostics_every": 1}),
+    **{rule.__name__: (torch.float32, rule, {}) for rule in (Muon, NorMuon, NAMO, NAMO_D)},
 }
+"""Dtype of the parameters, optimizer and options."""
 
 
 def waits(section: Section, out: Path) -> None:
     """A steady step must not wait for the device: torch raises where it does."""
-    for what, (dtype, options) in STEADY.items():
+    for what, (dtype, rule, options) in STEADY.items():
         model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64)).to(DEVICE, dtype)
         named = [(f"layers.{name}", param) for name, param in model.named_parameters()]
-        optimizer = Conda(named, **options)
         try:
+            if what == "lr on the device":
+                options["lr"] = options["lr"].to(DEVICE)
+            optimizer = rule(named, **options)
             for step in range(6):
                 for param in model.parameters():
                     param.grad = torch.randn_like(param)

@@ -7,7 +7,9 @@ import multiprocessing as mp
 import os
 import queue
 import socket
+import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conda_dist import Conda, param_groups
@@ -36,8 +39,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 STEPS = 8
 TOLERANCE = 1e-6  # in float64 layouts differ by rounding alone; rotations are in float64, too
-Answer = dict[str, tuple[str, bool]]
-"""By what was tried, what came of it, and whether it is right."""
+PATIENCE = timedelta(seconds=30)
+"""A collective that takes longer raises, and what comes after it is tried."""
 
 
 def _llama(seed: int = 0) -> nn.Module:
@@ -79,8 +82,9 @@ def _train(model: Any, optimizer: Conda, steps: range, rank: int = 0, world: int
 def _whole(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, param in model.named_parameters():
-        whole = param.full_tensor() if hasattr(param, "full_tensor") else param
-        found[name] = whole.detach().cpu()
+        whole = param.detach().to(DEVICE)  # of an offloaded parameter the mesh is not the CPU's
+        whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+        found[name] = whole.cpu()
     return found
 
 
@@ -92,9 +96,11 @@ def _apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     )
 
 
-def _way(mesh: DeviceMesh, options: dict[str, Any], rank: int, world: int) -> tuple[str, bool]:
+def _way(
+    mesh: DeviceMesh, options: dict[str, Any], rank: int, world: int, **placed: Any
+) -> tuple[str, bool]:
     """How far shards are from one process."""
-    model = _fsdp(mesh)
+    model = _fsdp(mesh, **placed)
     _train(model, Conda(param_groups(model), **SETTINGS, **options), range(STEPS), rank, world)
     single = _llama().to(DEVICE)
     _train(single, Conda(param_groups(single), **SETTINGS, **options), range(STEPS))
@@ -130,6 +136,14 @@ def _offloaded(mesh: DeviceMesh) -> tuple[str, bool]:
     states = [v for state in optimizer.state.values() for v in state.values()]
     places = {str(v.to_local().device if hasattr(v, "to_local") else v.device) for v in states}
     return f"state on {', '.join(sorted(places))}", places == {"cpu"}
+
+
+def _staged(options: dict[str, Any], rank: int, world: int) -> tuple[str, bool]:
+    """CPU offload on groups that carry CUDA tensors only, as NCCL's: exchanges go through a GPU."""
+    override = {0: f"{DEVICE.type}:gloo"}
+    mesh = init_device_mesh(DEVICE.type, (world,), backend_override=override)
+    policy = CPUOffloadPolicy(pin_memory=not TOY)
+    return _way(mesh, options, rank, world, offload_policy=policy)
 
 
 def _job(out: Path) -> tuple[str, bool]:
@@ -168,14 +182,19 @@ def _uneven(rank: int, world: int) -> tuple[str, bool]:
 
 
 def _rank(rank: int, world: int, backend: str, port: int, out: Path, answers: Any) -> None:
-    found: Answer = {}
+    """Puts (what, what came of it, whether it is right) for each, at once; at last None."""
+
+    def answer(what: str, said: str, right: bool) -> None:
+        if rank == 0 or not right:  # what is wrong on another rank, too
+            answers.put((what if rank == 0 else f"{what}, rank {rank}", said, right))
+
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK="0")
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     try:
         if not TOY:
             torch.cuda.set_device(0)
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
         mesh = init_device_mesh(DEVICE.type, (world,))
         tried: dict[str, Any] = {
             what: (_way, mesh, options, rank, world) for what, options in WAYS.items()
@@ -186,18 +205,21 @@ def _rank(rank: int, world: int, backend: str, port: int, out: Path, answers: An
         if world == 1:
             tried["CPU offload"] = _offloaded, mesh
             tried["a step of the job"] = _job, out
+        else:
+            tried["CPU offload, staged"] = _staged, {}, rank, world
+            tried["CPU offload, staged, groups"] = _staged, WAYS["compute groups"], rank, world
         tried["uneven and empty splits"] = _uneven, rank, world
         for what, (function, *args) in tried.items():
             try:
-                found[what] = function(*args)
+                answer(what, *function(*args))
             except Exception:
-                found[what] = traceback.format_exc()[-900:], False
+                answer(what, traceback.format_exc()[-900:], False)
             dist.barrier()
         dist.destroy_process_group()
     except Exception:
-        found["the ranks"] = traceback.format_exc()[-900:], False
+        answer("the ranks", traceback.format_exc()[-900:], False)
     if rank == 0:
-        answers.put(found)
+        answers.put(None)
 
 
 def _spawn(section: Section, out: Path, world: int, backend: str, limit_s: float) -> None:
@@ -213,24 +235,25 @@ def _spawn(section: Section, out: Path, world: int, backend: str, limit_s: float
     ]
     for process in processes:
         process.start()
+    end = time.monotonic() + min(limit_s, left_s())
     try:
-        found: Answer = answers.get(timeout=min(limit_s, left_s()))
+        while (answer := answers.get(timeout=max(0.1, end - time.monotonic()))) is not None:
+            what, said, right = answer
+            section.add(f"{world} {backend}: {what}", said, "", right)
     except queue.Empty:
-        found = {"the ranks": (f"no answer in {limit_s:.0f} s", False)}
+        section.add(f"{world} {backend}: the ranks", f"no answer in {limit_s:.0f} s", "", False)
     for process in processes:
         process.join(5)
         if process.is_alive():
             process.kill()
-    for what, (said, right) in found.items():
-        section.add(f"{world} {backend}: {what}", said, "", right)
 
 
 def one_rank(section: Section, out: Path) -> None:
     """FSDP2 on one rank over NCCL: ways to refresh, a checkpoint, CPU offload, the job."""
-    _spawn(section, out, 1, "gloo" if TOY else "nccl", 90)
+    _spawn(section, out, 1, "gloo" if TOY else "nccl", 85)
 
 
 def many_ranks(section: Section, out: Path) -> None:
     """FSDP2 on ranks that share the GPU, over gloo."""
     for world in (2,) if TOY else (2, 3):
-        _spawn(section, out, world, "gloo", 90)
+        _spawn(section, out, world, "gloo", 52)

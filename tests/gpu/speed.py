@@ -1,20 +1,24 @@
 """Sections that measure: a steady step of LLaMA layers, and the ways to a new basis."""
 
-from collections.abc import Callable
+import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, TOY, Section, flags, timed
-from torch import Tensor
+from common import DEVICE, TOY, Section, timed
+from torch import Tensor, nn
 
-from conda_dist import Conda, Muon
+from conda_dist import Conda
 from conda_dist.launch.tools.benchmark_process import (
+    HALF,
     NEVER,
+    Contender,
+    Found,
     Step,
-    parameters,
+    compare,
+    conda_step,
+    contenders,
     shapes,
-    two_products,
 )
 from conda_dist.numerics import decomposition
 from conda_dist.numerics.precision import matmul_precision
@@ -23,107 +27,65 @@ SHAPES = (
     {"toy": (64, 176)} if TOY else {"60M": (512, 1376), "1B": (2048, 5461), "7B": (4096, 11008)}
 )
 """Width and MLP of a layer."""
-HALF = torch.bfloat16
 
 
-def _conda(sizes: list[tuple[int, int]], dtype: torch.dtype, **options: Any) -> Step:
-    """Steps with random bases, which cost as much as those of an SVD that takes minutes."""
-    params = parameters(sizes, dtype)
-    group = {"params": params, "algorithm": "conda"}
-    optimizer = Conda([group], update_proj_gap=NEVER, **options)
-    optimizer.init_state()
-    for param in params:
-        state, r = optimizer.state[param], min(param.shape)
-        state["basis"].copy_(torch.linalg.qr(torch.randn(r, r, device=DEVICE)).Q)
-        state["basis_step"].fill_(0)
-        state["step"].fill_(1)
-    optimizer._setup = None  # its meshes have started
-    return optimizer.step
-
-
-def _other(sizes: list[tuple[int, int]]) -> Step:
-    from pytorch_optimizer import Conda as Other
-
-    return Other([{"params": parameters(sizes), "update_proj_gap": NEVER, "scale": 0.25}]).step
-
-
-def _contenders(
-    name: str, sizes: list[tuple[int, int]]
-) -> dict[str, tuple[str, Callable[[], Step]]]:
-    full = torch.float32
-    half: dict[str, Any] = {"matmul_dtype": HALF}
-    found: dict[str, tuple[str, Callable[[], Step]]] = {
-        "two products, float32": ("highest", lambda: two_products(sizes, full)),
-        "two products, TF32": ("high", lambda: two_products(sizes, full)),
-        "two products, bfloat16": ("highest", lambda: two_products(sizes, HALF)),
-        "Conda, float32": ("highest", lambda: _conda(sizes, full)),
-        "Conda, tf32": ("highest", lambda: _conda(sizes, full, matmul_dtype="tf32")),
-        "Conda, bfloat16 products": ("highest", lambda: _conda(sizes, full, **half)),
-        "Conda, bfloat16 products and bases": (
-            "highest",
-            lambda: _conda(sizes, full, **half, basis_dtype=HALF),
-        ),
-        "Conda, bfloat16 parameters": ("highest", lambda: _conda(sizes, HALF, **half)),
-        "AdamW, fused": (
-            "highest",
-            lambda: torch.optim.AdamW(parameters(sizes), fused=True).step,
-        ),
-        "torch.optim.Muon": ("highest", lambda: torch.optim.Muon(parameters(sizes)).step),
-        "conda_dist.Muon": (
-            "highest",
-            lambda: Muon([{"params": parameters(sizes), "algorithm": "muon"}]).step,
-        ),
-    }
-    if name in ("toy", "60M"):  # its first step takes an SVD of each
-        found["pytorch_optimizer.Conda"] = "highest", lambda: _other(sizes)
-    return found
+def _contenders(sizes: list[tuple[int, int]]) -> dict[str, Contender]:
+    """The benchmark's, and Conda in fewer bits."""
+    made = contenders(sizes, NEVER, "svd", DEVICE.type)
+    made.pop("pytorch_optimizer.SOAP", None)  # its first step decomposes
+    half: dict[str, Any] = {"matmul_dtype": HALF, "basis_dtype": HALF}
+    made["conda_dist, bfloat16 bases"] = Contender(lambda: conda_step(sizes, **half))
+    made["conda_dist, bfloat16 parameters"] = Contender(
+        lambda: conda_step(sizes, dtype=HALF, matmul_dtype=HALF)
+    )
+    return made
 
 
 def steps(section: Section, out: Path) -> None:
     """A steady step, by layer: on the device, on the host, and the memory it takes."""
     copied = 1e9 * float(section.details.get("copy GB/s") or 1.0)
-    for name, (width, mlp) in SHAPES.items():
+    for name, (width, mlp) in reversed(SHAPES.items()):  # what is demanded comes first
         layers = 2 if name in ("7B", "toy") else 8 if name == "60M" else 4
         sizes = shapes(width, mlp, layers)
-        times: dict[str, Any] = {}
-        for what, (precision, make) in _contenders(name, sizes).items():
+        times: dict[str, tuple[float, float]] = {}
+        section.details[name] = times
+        for what, contender in _contenders(sizes).items():
             try:
-                with flags(precision):
-                    with torch.device(DEVICE):
-                        step = make()
-                    if not TOY:
-                        torch.cuda.reset_peak_memory_stats()
-                        before = torch.cuda.memory_allocated()
-                    times[what] = taken = timed(step, cap_s=3.0)
-                    peak = 0 if TOY else torch.cuda.max_memory_allocated() - before
-                said = f"{taken.device / layers:.3f} ms, host {taken.host / layers:.3f} ms"
-                section.add(f"{name}: {what}, a layer", f"{said}, {peak / 2**20:.0f} MiB")
-                del step
+                found = compare({what: contender}, 3 if TOY else 12, 1, DEVICE.type)[what]
             except Exception as error:
-                section.add(
-                    f"{name}: {what}", f"{type(error).__name__}: {str(error)[:160]}", "", False
-                )
-            if not TOY:
-                torch.cuda.empty_cache()
-        section.details[name] = {what: [t.device, t.host] for what, t in times.items()}
-        half, products = times["Conda, bfloat16 products"], times["two products, bfloat16"]
+                said = f"{type(error).__name__}: {str(error)[:160]}"
+                section.add(f"{name}: {what}", said, "", False)
+                continue
+            times[what] = device, host = _medians(found)
+            section.add(
+                f"{name}: {what}, a layer",
+                f"{device / layers:.3f} ms, host {host / layers:.3f} ms, "
+                f"{(found.temporary or 0) / 2**20:.0f} MiB",
+            )
+        needed = "conda_dist, bfloat16", "two products, bfloat16"
+        if not times.keys() >= set(needed):
+            continue
+        (device, host), (floor, _) = (times[what] for what in needed)
         passed = 1e3 * 24 * sum(m * n for m, n in sizes) / copied
-        floor, demanded = products.device + passed, name == "7B"
-        section.add(f"{name}: to the products alone", f"{half.device / products.device:.2f}")
-        ratio = half.device / floor
-        section.add(
-            f"{name}: to the products and one pass of 24 bytes an element",
-            f"{ratio:.2f}",
-            "<= 1.15" if demanded else "",
-            ratio <= 1.15 if demanded else None,
-        )
-        ahead = half.host <= half.device
-        section.add(
-            f"{name}: host to device time",
-            f"{half.host / half.device:.2f}",
-            "<= 1" if demanded else "",
-            ahead if demanded else None,
-        )
+        section.add(f"{name}: to the products alone", f"{device / floor:.2f}")
+        for what, ratio, most in (
+            (
+                "to the products and one pass of 24 bytes an element",
+                device / (floor + passed),
+                1.15,
+            ),
+            ("host to device time", host / device, 1.0),
+        ):
+            if name == "7B":
+                section.most(f"{name}: {what}", ratio, most)
+            else:
+                section.add(f"{name}: {what}", f"{ratio:.2f}")
+
+
+def _medians(found: Found) -> tuple[float, float]:
+    """Milliseconds of the device and of the host."""
+    device, host = zip(*((t.device, t.host) for t in found.rounds), strict=True)
+    return 1e3 * statistics.median(device), 1e3 * statistics.median(host)
 
 
 def _momentum(r: int) -> Tensor:
@@ -181,3 +143,28 @@ def refreshes(section: Section, out: Path) -> None:
         wide_rotation = rotation.double()
         off = wide_rotation.mT @ wide_rotation - torch.eye(r, dtype=torch.float64, device=DEVICE)
         section.most(f"r = {r}: Cholesky, |P^T P - I|", float(off.abs().max()), 1e-5)
+    _beside_products(section)
+
+
+def _beside_products(section: Section) -> None:
+    """Whether a decomposition in the background delays the products of training."""
+    r, n = (48, 64) if TOY else (2048, 8192)
+    param = nn.Parameter(torch.randn(r, r, device=DEVICE))
+    factor = torch.randn(n, n, device=DEVICE, dtype=HALF)
+    group = {"params": [param], "algorithm": "conda"}
+    optimizer = Conda([group], update_proj_gap=20, refresh_delay=15)
+
+    def products() -> None:
+        for _ in range(10):
+            factor @ factor
+
+    alone, beside, stepping = timed(products, 5).device, [], []
+    for _ in range(6 if TOY else 45):
+        param.grad = torch.randn_like(param)
+        beside.append(timed(products, 1, 0).device)
+        stepping.append(timed(optimizer.step, 1, 0).device)
+    del stepping[0], beside[0]  # the first step takes the basis itself
+    said = f"{alone:.2f} ms alone; beside it {statistics.median(beside):.2f}, at most"
+    section.add(f"ten products beside r = {r}", f"{said} {max(beside):.2f} ms")
+    said = f"{statistics.median(stepping):.2f} ms, at most {max(stepping):.2f} ms"
+    section.add(f"optimizer steps, r = {r} in the background", said)

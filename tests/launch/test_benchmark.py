@@ -1,19 +1,28 @@
 """The benchmark measures what it says: real steps, in turns, of optimizers that have begun."""
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from conda_dist.launch import benchmark
 from conda_dist.launch.tools import benchmark_process
+from conda_dist.launch.tools.benchmark_process import NEVER, Step
+
+SIZES = benchmark_process.shapes(16, 24, 1)
+
+
+def _begin(gap: int = NEVER, *names: str, method: str = "svd") -> dict[str, Step]:
+    made = benchmark_process.contenders(SIZES, gap, method, "cpu")
+    return benchmark_process.begin({name: made[name] for name in names or made}, "cpu")
 
 
 def test_every_contender_steps_in_every_round() -> None:
-    sizes = benchmark_process.shapes(16, 24, 1)
-    assert sizes == [(16, 16)] * 4 + [(24, 16)] * 2 + [(16, 24)]
-    steps = benchmark_process.contenders(sizes)
+    assert SIZES == [(16, 16)] * 4 + [(24, 16)] * 2 + [(16, 24)]
+    steps = _begin()
     assert next(iter(steps)) == "pytorch_optimizer.Conda"
     params = [
         group["params"]
@@ -23,50 +32,72 @@ def test_every_contender_steps_in_every_round() -> None:
     ]
     before = [[param.detach().clone() for param in some] for some in params]
     taken = benchmark_process.measure(steps, 3)
-    assert {name: len(seconds) for name, seconds in taken.items()} == dict.fromkeys(steps, 3)
+    assert {name: len(times) for name, times in taken.items()} == dict.fromkeys(steps, 3)
     assert len(params) == 11
     for some, were in zip(params, before, strict=True):
         assert not any(map(torch.equal, some, were))
 
 
-def test_prints_its_table_and_draws_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    picture = tmp_path / "times.svg"
-    small = ["--width", "16", "--mlp", "24", "--layers", "1", "--rounds", "2"]
-    benchmark.main([*small, "--picture", str(picture)])
+def test_prints_its_table_draws_it_and_writes_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With the shapes of a config, and a refresh in every third step."""
+    config, picture, file = (tmp_path / name for name in ("c.toml", "times.svg", "times.json"))
+    config.write_text(
+        "[model]\nhidden_size = 16\nintermediate_size = 24\nnum_attention_heads = 2\n"
+    )
+    small = ["--model", str(config), "--layers", "1", "--rounds", "2", "--gap", "3"]
+    assert not benchmark.main([*small, "--picture", str(picture), "--json", str(file)])
     said = capsys.readouterr().out
     assert "7 matrices, width 16, MLP 24" in said
-    for name in ("torch.optim.AdamW", "torch.optim.Muon", "conda_dist, async"):
-        assert name in said
     assert "<svg" in picture.read_text()
+    steps = json.loads(file.read_text())["steps"]
+    for name in ("torch.optim.AdamW", "torch.optim.Muon", "two products, bfloat16"):
+        assert f"{steps[name]['median_ms']:.2f}" in said
+        assert name in said
+    for name, row in steps.items():
+        assert (row["refresh_ms"] is not None) is ("onda" in name or "SOAP" in name), name
 
 
-@pytest.mark.thorough
 def test_the_bytes_of_state_are_those_of_the_tensors() -> None:
-    """A moment each of a 64 x 64 matrix for Muon, two for AdamW, and a basis for Conda."""
-    sizes = [(64, 64)] * 3
-    steps = benchmark_process.contenders(sizes)
-    found = benchmark_process.facts(steps, sizes, "svd")
-    matrices = {name: fact.state / (3 * 64 * 64 * 4) for name, fact in found.items()}
-    assert matrices["torch.optim.Muon"] == 1
-    counters = 0.01  # of steps
-    assert 2 <= matrices["torch.optim.AdamW"] < 2 + counters
-    assert 3 <= matrices["conda_dist"] < 3 + counters
-    assert found["two products"].state == 0
-    for name, fact in found.items():
-        assert (fact.stall_s is not None) is ("onda" in name or "SOAP" in name), name
+    """A moment each of a matrix for Muon, two for AdamW; and the bases for Conda."""
+    held = {name: benchmark_process.state_bytes(step) for name, step in _begin().items()}
+    moment = 4 * sum(m * n for m, n in SIZES)
+    bases, counts = 4 * len(SIZES) * 16 * 16, 4 * len(SIZES)
+    assert held["torch.optim.Muon"] == moment
+    assert held["torch.optim.AdamW"] == 2 * moment + counts
+    assert held["conda_dist"] == 2 * moment + bases + 2 * counts
+    assert held["pytorch_optimizer.Conda"] == 2 * moment + bases
+    assert held["two products"] == 0
 
 
-def test_a_stall_is_what_refreshes_add(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_bases_are_stepped_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without refreshes nothing is decomposed, neither by this Conda nor by the other one."""
+
+    def forbidden(*_: Tensor, **__: object) -> None:
+        raise AssertionError("a decomposition")
+
+    monkeypatch.setattr(torch.linalg, "svd", forbidden)
+    steps = _begin(NEVER, "conda_dist", "pytorch_optimizer.Conda")
+    for state in steps["conda_dist"].__self__.state.values():  # type: ignore[attr-defined]
+        basis, identity = state["basis"], torch.eye(16)
+        torch.testing.assert_close(basis.T @ basis, identity, atol=1e-5, rtol=0)
+        assert (basis - identity).norm() > 1
+
+
+def test_a_refresh_is_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a step that takes 2 ms, and 30 ms more in one of eight."""
     calls, now = 0, 0.0
 
     def step() -> None:
         nonlocal calls, now
         calls += 1
-        now += 0.032 if calls % benchmark_process.STALL_GAP == 0 else 0.002
+        now += 0.032 if calls % 8 == 0 else 0.002
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    assert benchmark_process.stall(step) == pytest.approx(0.03)
+    (times,) = benchmark_process.measure({"it": step}, 1, 8)["it"]
+    assert times.refresh == pytest.approx(0.03)
+    assert times.device == times.host == pytest.approx(0.046 / 8)
 
 
 @pytest.mark.parametrize(
@@ -80,18 +111,25 @@ def test_a_stall_is_what_refreshes_add(monkeypatch: pytest.MonkeyPatch) -> None:
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
         (["--picture", "times.doc"], "--picture times.doc: name a file that ends in .png"),
+        (["--json", "times.txt"], "--json times.txt: name a file that ends in .json"),
+        (["--model", "absent.toml"], "absent.toml"),
+        (["--only", "Adam"], "--only 'Adam': there are"),
     ],
 )
 def test_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
-    with pytest.raises(SystemExit):
-        benchmark.main(arguments)
-    assert words in capsys.readouterr().err
+    """Each is refused in one line, with exit code 2."""
+    try:
+        code: object = benchmark.main(arguments)
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr().err
+    assert words in said
+    assert (code, said.count("\n")) == (2, 1)
 
 
 def test_refreshes_are_in_the_mean() -> None:
-    sizes = benchmark_process.shapes(16, 24, 1)
-    steps = benchmark_process.contenders(sizes, 3, "orthogonal_iteration")
-    benchmark_process.measure({"conda_dist": steps["conda_dist"]}, 2, 3)
+    steps = _begin(3, "conda_dist", method="orthogonal_iteration")
+    benchmark_process.measure(steps, 2, 3)
     optimizer = steps["conda_dist"].__self__  # type: ignore[attr-defined]
     taken = {int(state["basis_step"]) for state in optimizer.state.values()}
     assert taken == {6}  # of 8 steps, two of them at the start

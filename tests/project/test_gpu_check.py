@@ -38,21 +38,74 @@ def test_the_whole_check_runs_at_toy_sizes(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["check.json", "check.md"]
 
 
+def _run(code: str) -> "subprocess.CompletedProcess[str]":
+    """Runs code in a process that can import the check."""
+    folders = [TESTS / "helpers", TESTS / "gpu"]
+    environment = {**os.environ, "PYTHONPATH": ":".join(map(str, folders))}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("tolerance", ["1e-9", "1e-4"])
 def test_what_is_out_of_bounds_is_said(tmp_path: Path, tolerance: str) -> None:
     """Held against a bound that float32 cannot meet, the check must fail."""
-    code = (
+    ran = _run(
         "import sys, pathlib, golden\n"
         f"golden.TOLERANCE = {tolerance}\n"
         "import check\n"
         f"sys.exit(check.main(pathlib.Path({str(tmp_path)!r}), ['golden']))"
     )
-    folders = [TESTS / "helpers", TESTS / "gpu"]
-    environment = {**os.environ, "PYTHONPATH": ":".join(map(str, folders))}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     wrong = "**wrong**" in (tmp_path / "check.md").read_text()
     assert (ran.returncode, wrong) == ((1, True) if tolerance == "1e-9" else (0, False)), ran.stderr
+
+
+BROKEN = """
+import os, pathlib, subprocess, sys, time
+import check
+from common import Check
+
+def hangs(section, out):
+    child = subprocess.Popen(["sleep", "300"])
+    section.add("child", child.pid)
+    time.sleep(300)
+
+def dies(section, out):
+    section.add("before", "found")
+    os._exit(3)
+
+def raises(section, out):
+    section.add("before", "found")
+    raise ValueError("no")
+
+def works(section, out):
+    section.most("after", 1.0, 2.0)
+
+check.CHECKS = (
+    Check("hangs", hangs, 0.5), Check("dies", dies, 30), Check("raises", raises, 30),
+    Check("works", works, 30), Check("is late", works, 30, 1e9),
+)
+sys.exit(check.main(pathlib.Path(OUT), []))
+"""
+
+
+def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path: Path) -> None:
+    """What each has said before is kept, and nothing that it has started stays behind."""
+    ran = _run(f"OUT = {str(tmp_path)!r}{BROKEN}")
+    assert ran.returncode == 1, ran.stderr
+    found = json.loads((tmp_path / "check.json").read_text())["sections"]
+    rows = {section["name"]: [row["what"] for row in section["rows"]] for section in found}
+    assert rows == {
+        "hangs": ["child", "killed"],
+        "dies": ["before", "died"],
+        "raises": ["before", "raised"],
+        "works": ["after"],
+        "is late": ["left out"],
+    }
+    assert found[1]["rows"][1]["found"] == "exit code 3"
+    assert "ValueError: no" in found[2]["rows"][1]["found"]
+    status = Path(f"/proc/{found[0]['rows'][0]['found']}/status")
+    assert not status.exists() or "(zombie)" in status.read_text()
 
 
 def test_an_unknown_section(tmp_path: Path) -> None:

@@ -314,3 +314,36 @@ def test_doctor_and_a_package_that_is_not_there() -> None:
     assert (found.found, found.wrong) == ("not installed", "")
     found = doctor.package("no-such-thing", "no-such-thing>=2")
     assert found.wrong == "it is not installed: pip install 'no-such-thing>=2'"
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="it links to a virtual environment")
+def test_the_oldest_torch_may_only_be_left_out_if_the_index_lacks_it(tmp_path: Path) -> None:
+    """Exit code 69 says so; an installation that fails for another reason is an error."""
+    oldest = Requirement(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"][0]
+    )
+    (specifier,) = oldest.specifier
+    checkout, index = tmp_path / "checkout", tmp_path / "index"
+    index.mkdir()
+    for name in ("pyproject.toml", "launch/setup_env.sh", "tests/oldest.sh"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    # The environment of these tests by another name, without its stamps; nothing is installed.
+    env = checkout / f".venv-{specifier.version}"
+    (env / "bin").mkdir(parents=True)
+    (env / "bin" / "python").symlink_to(sys.executable)
+    (env / "lib").symlink_to(Path(sys.prefix) / "lib")
+    shutil.copy(Path(sys.prefix) / "pyvenv.cfg", env)
+    environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": os.devnull}
+    environment["PIP_DRY_RUN"] = "1"
+    environment = {**os.environ, **environment}
+    found = []
+    for version in ("1.0.0", f"{specifier.version}.1"):
+        with zipfile.ZipFile(index / f"torch-{version}-py3-none-any.whl", "w") as wheel:
+            metadata_of = f"torch-{version}.dist-info/METADATA"
+            wheel.writestr(metadata_of, f"Name: torch\nVersion: {version}\n")
+        ran = _run(["bash", "tests/oldest.sh"], checkout, environment)
+        found.append(ran.returncode)
+        assert "torch" in ran.stderr or "setuptools" in ran.stderr, ran.stderr
+    assert found == [69, 1]
