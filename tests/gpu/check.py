@@ -1,5 +1,6 @@
 """The check on one GPU; see tests/gpu.sh, which runs it: python check.py OUT [section,...]"""
 
+import importlib
 import json
 import shutil
 import sys
@@ -9,23 +10,19 @@ import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
-import correctness
-import shards
-import speed
 import torch
-import training
 from common import BUDGET_S, TOY, Check, Section, left_s
 
 CHECKS = (
-    Check("card", correctness.card),
-    Check("golden", correctness.golden, 15),
-    Check("waits", correctness.waits),
-    Check("drift", correctness.drift),
-    Check("one rank", shards.one_rank, 20),
-    Check("many ranks", shards.many_ranks, 30),
-    Check("steps", speed.steps, 20),
-    Check("refreshes", speed.refreshes, 20),
-    Check("train", training.train, 10 if TOY else 90),
+    Check("card", "correctness.card"),
+    Check("golden", "correctness.golden", 15),
+    Check("waits", "correctness.waits"),
+    Check("drift", "correctness.drift"),
+    Check("one rank", "shards.one_rank", 20),
+    Check("many ranks", "shards.many_ranks", 30),
+    Check("steps", "speed.steps", 20),
+    Check("refreshes", "speed.refreshes", 20),
+    Check("train", "training.train", 10 if TOY else 90),
 )
 
 
@@ -52,8 +49,9 @@ def _run(check: Check, found: list[Section], out: Path) -> Section:
     if left_s() < check.least_s:
         section.add("left out", f"{left_s():.0f} s were left", "", False)
         return section
+    module, _, function = check.run.partition(".")
     try:
-        check.run(section, out)
+        getattr(importlib.import_module(module), function)(section, out)
     except Exception:
         section.add("raised", traceback.format_exc()[-1500:], "", False)
     section.seconds = time.monotonic() - began
@@ -71,7 +69,8 @@ def main(out: Path, wanted: list[str]) -> int:
         return 2
     if TOY:
         torch.set_num_threads(1)
-    making = training.prepare(out) if any(check.name == "train" for check in checks) else None
+    trains = any(check.name == "train" for check in checks)
+    making = importlib.import_module("training").prepare(out) if trains else None
     found: list[Section] = []
     for check in checks:
         if check.name == "train" and making is not None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from processes import forked
+
 TESTS = Path(__file__).parents[1]
 SCRIPT = TESTS / "gpu.sh"
 SECTIONS = (
@@ -41,18 +43,18 @@ def test_the_whole_check_runs_at_toy_sizes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tolerance", ["1e-9", "1e-4"])
 def test_what_is_out_of_bounds_is_said(tmp_path: Path, tolerance: str) -> None:
     """Held against a bound that float32 cannot meet, the check must fail."""
-    code = (
+    script = tmp_path / "narrow.py"
+    script.write_text(
         "import sys, pathlib, golden\n"
         f"golden.TOLERANCE = {tolerance}\n"
         "import check\n"
         f"sys.exit(check.main(pathlib.Path({str(tmp_path)!r}), ['golden']))"
     )
-    folders = [TESTS / "helpers", TESTS / "gpu"]
-    environment = {**os.environ, "PYTHONPATH": ":".join(map(str, folders))}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    environment = {"PYTHONPATH": str(TESTS / "gpu"), "CUDA_VISIBLE_DEVICES": ""}
+    with forked(script, **environment) as ran:
+        said, _ = ran.communicate(120)
     wrong = "**wrong**" in (tmp_path / "check.md").read_text()
-    assert (ran.returncode, wrong) == ((1, True) if tolerance == "1e-9" else (0, False)), ran.stderr
+    assert (ran.returncode, wrong) == ((1, True) if tolerance == "1e-9" else (0, False)), said
 
 
 def test_an_unknown_section(tmp_path: Path) -> None:
