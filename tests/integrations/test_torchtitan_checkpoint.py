@@ -28,13 +28,16 @@ from titan_jobs import (
 SAVED = 4
 """The step of the checkpoint: between two refreshes, so that bases and moments both matter."""
 
+SYNC = "disabled"
+"""torchtitan's mode of asynchronous checkpoints, for those that are not."""
+
 DENSE, MOE, BFLOAT16 = 5e-5, 1e-3, 3e-3
 """Relative tolerances of losses, as in test_torchtitan.py; without the optimizer's state the dense
 model's are 8e-4 away."""
 
 
 @functools.cache
-def saved(layout: Layout, config: str, mode: str = "disabled") -> tuple[Path, list[float]]:
+def saved(layout: Layout, config: str, mode: str) -> tuple[Path, list[float]]:
     """A run that saved a checkpoint on its way, and its losses."""
     output = titan_jobs.folder() / f"saved-{layout}-{config}-{mode}"
     runs = titan_jobs.run(
@@ -69,7 +72,7 @@ def resume(layout: Layout, config: str, output: Path, *options: str) -> list[flo
 
 @pytest.mark.parametrize(
     ("before", "mode", "after"),
-    [(FSDP, "disabled", PP), (PP, "disabled", FSDP_TP), (FSDP, "async", HSDP)],
+    [(FSDP, SYNC, PP), (PP, SYNC, FSDP_TP), (FSDP, "async", HSDP)],
     ids=str,
 )
 @pytest.mark.thorough
@@ -81,7 +84,7 @@ def test_resumed_on_another_layout(before: Layout, mode: str, after: Layout) -> 
 
 
 def test_resumed_on_the_same_layout_bit_for_bit() -> None:
-    output, uninterrupted = saved(FSDP, "llama3")
+    output, uninterrupted = saved(FSDP, "llama3", SYNC)
     assert resume(FSDP, "llama3", output) == uninterrupted[SAVED:]
 
 
@@ -89,7 +92,7 @@ def test_resumed_on_the_same_layout_bit_for_bit() -> None:
 def test_saved_asynchronously() -> None:
     """The same tensors, bit for bit."""
     output, uninterrupted = saved(FSDP, "llama3", "async")
-    other, expected = saved(FSDP, "llama3")
+    other, expected = saved(FSDP, "llama3", SYNC)
     assert uninterrupted == expected
     ours, theirs = read(output, SAVED, ""), read(other, SAVED, "")
     assert ours.keys() == theirs.keys()
@@ -100,14 +103,14 @@ def test_saved_asynchronously() -> None:
 
 @pytest.mark.thorough
 def test_experts_saved_by_expert_parallel_ranks() -> None:
-    output, uninterrupted = saved(EP, "qwen3_moe")
+    output, uninterrupted = saved(EP, "qwen3_moe", SYNC)
     assert distance(uninterrupted, trajectory(ONE, "qwen3_moe")) < MOE
     assert distance(resume(ONE, "qwen3_moe", output), uninterrupted[SAVED:]) < MOE
 
 
 def test_the_optimizer_state_matters() -> None:
     """Else losses that go on as before would say nothing about it."""
-    output, uninterrupted = saved(FSDP, "llama3")
+    output, uninterrupted = saved(FSDP, "llama3", SYNC)
     without = "--checkpoint.exclude_from_loading=dataloader,optimizer"
     assert distance(resume(ONE, "llama3", output, without), uninterrupted[SAVED:]) > 10 * DENSE
 
