@@ -128,13 +128,13 @@ SPOIL = st.tuples(st.integers(0, 10**6), st.sampled_from(["gone", "added", *SPOI
 
 
 @given(st.lists(SPOIL, min_size=4, max_size=4))
-@examples(40)
+@examples(20)
 def test_any_state_dict(spoils: list[Spoil]) -> None:
     assert not [wrong for _, wrong in _loads(PLAIN, spoils) if wrong]
 
 
 @given(st.lists(SPOIL, min_size=20, max_size=20))
-@examples(3, share=0.02)
+@examples(1, share=0.02)
 def test_any_state_dict_on_ranks(spoils: list[Spoil]) -> None:
     answers = ranks.run(2, _loads, FSDP2, spoils, timeout=90)
     assert not [wrong for answer in answers for _, wrong in answer if wrong]
@@ -243,7 +243,7 @@ def _damages(config: Path, run: Path, seeds: list[int]) -> list[tuple[str, str]]
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=25, max_size=25, unique=True))
-@examples(2, share=0.02)
+@examples(1, share=0.02)
 def test_any_damage_to_a_checkpoint(config: Path, finished: Path, seeds: list[int]) -> None:
     """Seen by its hashes."""
     ours, theirs = ranks.run(2, _damages, config, finished, seeds, timeout=90)

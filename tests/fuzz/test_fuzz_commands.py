@@ -84,7 +84,7 @@ def _refused(said: str, words: Sequence[str]) -> None:
 
 
 @given(KEYS, VALUES)
-@examples(300)
+@examples(150)
 def test_any_value_of_any_key_in_a_file(
     tmp_path_factory: pytest.TempPathFactory, name: str, value: Any
 ) -> None:

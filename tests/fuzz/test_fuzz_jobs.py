@@ -86,7 +86,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(_settings())
-@examples(40)
+@examples(20)
 def test_any_settings_within_their_bounds(
     config: Path, tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
 ) -> None:

@@ -138,13 +138,13 @@ def _come(case: Case, sizes: tuple[int, ...], group: bool, others: dict[int, Cas
 
 
 @given(_cases(sound()))
-@examples(40, share=0.1)
+@examples(20, share=0.1)
 def test_what_is_sound_follows_one_process(drawn: Drawn) -> None:
     assert not judge(drawn[0], _come(*drawn))
 
 
 @given(_cases(spoilt()))
-@examples(30, share=0.1)
+@examples(15, share=0.1)
 def test_what_is_not_is_refused_by_all(drawn: Drawn) -> None:
     assert not judge(drawn[0], _come(*drawn))
 
@@ -225,6 +225,6 @@ def judge_difference(drawn: Drawn) -> str:
 
 
 @given(_differing())
-@examples(30, share=0.1)
+@examples(15, share=0.1)
 def test_ranks_that_differ_all_say_so(drawn: Drawn) -> None:
     assert not judge_difference(drawn)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from preloaded import context
+import preloaded
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -56,7 +56,7 @@ class Forked:
     """
 
     def __init__(self, command: tuple[str, ...], environment: dict[str, str], file: Path) -> None:
-        self._process = context.Process(target=_run, args=(command, environment, file))
+        self._process = preloaded.process(_run, command, environment, file)
         self._file = file
         self._process.start()
         assert self._process.pid is not None

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from preloaded import context
+from preloaded import context, process
 
 TIMEOUT = 120.0
 """Seconds a call may take."""
@@ -41,10 +41,10 @@ class _Pool:
     ) -> list[Any]:
         while len(self._workers) < world:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
+            worker = process(_work, theirs, daemon=True)
+            worker.start()
             theirs.close()
-            self._workers.append((process, ours))
+            self._workers.append((worker, ours))
         folder = tempfile.mkdtemp(prefix="ranks-")
         pipes = [pipe for _, pipe in self._workers[:world]]
         try:
@@ -81,10 +81,10 @@ class _Pool:
         return [answers[rank] for rank in range(len(pipes))]
 
     def close(self) -> None:
-        for process, pipe in self._workers:
+        for worker, pipe in self._workers:
             pipe.close()
-            process.kill()
-            process.join()
+            worker.kill()
+            worker.join()
         self._workers.clear()
 
 

@@ -142,9 +142,14 @@ def refusals(
 
 
 @functools.cache
+def conda_runs(layout: Layout, config: str, *options: str) -> list[titan_cpu.Run]:
+    """What each rank logged of a Conda run."""
+    return run(layout, config, *CONDA, *options)
+
+
 def trajectory(layout: Layout, config: str, *options: str) -> list[float]:
     """The losses of a Conda run."""
-    return losses(run(layout, config, *CONDA, *options))
+    return losses(conda_runs(layout, config, *options))
 
 
 def losses(runs: Sequence[titan_cpu.Run]) -> list[float]:

@@ -18,8 +18,8 @@ import ranks
 import titan_cpu
 import titan_data
 import titan_jobs
+from hugging import fsdp_on_cpus, settle
 from processes import free_port
-from test_huggingface import fsdp_on_cpus, settle
 
 EXAMPLES = Path(__file__).parents[2] / "integrations" / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))

@@ -14,7 +14,7 @@ import titan_data
 import titan_jobs
 from titan_jobs import CONDA, EP, EP_TP, FSDP, FSDP_TP, HSDP, ONE, OVERRIDE, PP, Layout
 
-DENSE, MOE = 5e-5, 1e-3
+DENSE, MOE, BFLOAT16 = 5e-5, 1e-3, 3e-3
 """Relative tolerances of losses; measured 1e-6 and 2e-5.
 
 A router takes the largest logits, so that a rounding can send a token to another expert. Cutting
@@ -28,24 +28,36 @@ def check(layout: Layout, config: str, tolerance: float, *options: str) -> None:
     assert titan_jobs.distance(found, expected) < tolerance
 
 
-@pytest.mark.parametrize(
-    ("layout", "backend"),
-    [
-        (FSDP, "full_dtensor"),
-        (PP, "spmd_types"),
-        (HSDP, "partial_dtensor"),
-        (FSDP_TP, "spmd_types"),
-        (FSDP_TP, "full_dtensor"),
-    ],
-    ids=str,
-)
+DIAGNOSED = f"--optimizer.diagnostics_every={titan_jobs.STEPS}"
+DENSE_LAYOUTS = [
+    (FSDP, "full_dtensor"),
+    (PP, "spmd_types"),
+    (HSDP, "partial_dtensor"),
+    (FSDP_TP, "full_dtensor"),  # and with spmd_types, the default, in the test of splits
+]
+
+
+def options_of(backend: str) -> tuple[str, str]:
+    return f"--parallelism.spmd_backend={backend}", DIAGNOSED
+
+
+@pytest.mark.parametrize(("layout", "backend"), DENSE_LAYOUTS, ids=str)
 def test_dense_layouts_follow_one_process(layout: Layout, backend: str) -> None:
-    check(layout, "llama3", DENSE, f"--parallelism.spmd_backend={backend}")
+    check(layout, "llama3", DENSE, *options_of(backend))
 
 
-@pytest.mark.parametrize("backend", ["spmd_types", "partial_dtensor"])
-def test_expert_parallel_follows_one_process(backend: str) -> None:
-    check(EP, "qwen3_moe", MOE, f"--parallelism.spmd_backend={backend}")
+def test_what_is_logged_once_for_each_stage() -> None:
+    """In the same runs."""
+    for (layout, backend), expected in zip(DENSE_LAYOUTS[:2], ([1, 0], [2, 2]), strict=True):
+        runs = titan_jobs.conda_runs(layout, "llama3", *options_of(backend))
+        last = f"Conda's diagnostics, step {titan_jobs.STEPS}:"
+        for text in ("Conda: what each parameter gets", last):
+            assert [titan_jobs.messages([run]).count(text) for run in runs] == expected
+
+
+def test_expert_parallel_follows_one_process() -> None:
+    """With the default backend, spmd_types, in test_torchtitan_checkpoint.py."""
+    check(EP, "qwen3_moe", MOE, "--parallelism.spmd_backend=partial_dtensor")
 
 
 @pytest.mark.parametrize(
@@ -56,17 +68,12 @@ def test_moe_layouts_follow_one_process(layout: Layout, config: str) -> None:
     check(layout, config, MOE)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--optimizer.basis_budget=0", "--training.enable_cpu_offload"),
-        ("--training.global_batch_size=4", "--training.local_batch_size=1"),
-    ],
-    ids=["sharded basis, CPU offload", "gradient accumulation"],
-)
 @pytest.mark.thorough
-def test_options_that_change_no_result(options: tuple[str, ...]) -> None:
-    check(FSDP, "llama3", DENSE, *options)
+def test_options_that_change_no_result() -> None:
+    """Sharded bases, CPU offload and the gradients of two batches."""
+    sizes = ("--training.global_batch_size=4", "--training.local_batch_size=1")
+    budget = "--optimizer.basis_budget=0"
+    check(FSDP, "llama3", DENSE, budget, "--training.enable_cpu_offload", *sizes)
 
 
 @pytest.mark.parametrize("layout", [PP, FSDP_TP], ids=str)
@@ -99,16 +106,11 @@ def test_the_losses_depend_on_what_the_tests_compare() -> None:
     assert titan_jobs.distance(changed, moe) > 10 * MOE
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--training.dtype=bfloat16",),
-        ("--training.mixed_precision_param=bfloat16", "--optimizer.matmul_dtype=bfloat16"),
-    ],
-)
 @pytest.mark.thorough
-def test_bfloat16_trains_alike(options: tuple[str, ...]) -> None:
-    check(FSDP, "llama3", 3e-3, *options)
+def test_bfloat16_trains_alike() -> None:
+    """Products alone; weights in bfloat16 in test_torchtitan_checkpoint.py."""
+    options = ("--training.mixed_precision_param=bfloat16", "--optimizer.matmul_dtype=bfloat16")
+    check(FSDP, "llama3", BFLOAT16, *options)
 
 
 def test_registry_and_override_are_the_launcher() -> None:
@@ -120,19 +122,24 @@ def test_registry_and_override_are_the_launcher() -> None:
         assert "layers.*.feed_forward.w2.weight" in titan_jobs.messages(runs)
 
 
+@pytest.fixture(scope="module")
+def stock() -> titan_cpu.Run:
+    """A run of torchtitan's own optimizer."""
+    (run,) = titan_jobs.run(ONE, "llama3", route="torchtitan")
+    return run
+
+
 @pytest.mark.thorough
-def test_without_its_name_torchtitan_is_untouched() -> None:
-    stock = titan_jobs.run(FSDP, "llama3", route="torchtitan")
-    launched = titan_jobs.run(FSDP, "llama3")
-    named = titan_jobs.run(FSDP, "llama3", "--optimizer.name=stock")
+def test_without_its_name_torchtitan_is_untouched(stock: titan_cpu.Run) -> None:
+    launched = titan_jobs.run(ONE, "llama3")
+    named = titan_jobs.run(ONE, "llama3", "--optimizer.name=stock")
     for runs in (launched, named):
-        assert [run.steps for run in runs] == [run.steps for run in stock]
+        assert [run.steps for run in runs] == [stock.steps]
         assert "Optimizer AdamW" in titan_jobs.messages(runs)
     assert "Conda" not in titan_jobs.messages(launched)
 
 
-def test_learning_rates_follow_the_schedule() -> None:
-    (stock,) = titan_jobs.run(ONE, "llama3")
+def test_learning_rates_follow_the_schedule(stock: titan_cpu.Run) -> None:
     (conda,) = titan_jobs.run(ONE, "llama3", *CONDA, "--optimizer.adamw_scale=0.2")
     assert len({tuple(step.lrs) for step in stock.steps}) > 5
     for ours, theirs in zip(conda.steps, stock.steps, strict=True):
@@ -140,17 +147,9 @@ def test_learning_rates_follow_the_schedule() -> None:
         assert ours.lrs == pytest.approx([5e-3 * factor] * len(ours.lrs))
 
 
-@pytest.mark.parametrize(("layout", "expected"), [(PP, [2, 2]), (FSDP, [1, 0])], ids=str)
-def test_what_is_logged_once_for_each_stage(layout: Layout, expected: list[int]) -> None:
-    options = ("--training.steps=1", "--optimizer.diagnostics_every=1")
-    runs = titan_jobs.run(layout, "llama3", *CONDA, *options)
-    for text in ("Conda: what each parameter gets", "Conda's diagnostics, step 1:"):
-        assert [titan_jobs.messages([run]).count(text) for run in runs] == expected
-
-
 @pytest.mark.thorough
 def test_torchrun_trains_the_stock_debug_model(tmp_path: Path) -> None:
-    """A user's command, on torchtitan's own config and data set, in processes of its own."""
+    """A user's command, on torchtitan's own config and data set, in a process of its own."""
     arguments = [
         *("--module", "llama3", "--config", "llama3_debugmodel", "--optimizer.name", "conda"),
         *("--optimizer.lr", "5e-3", "--optimizer.betas", "0.9", "0.99"),
@@ -161,10 +160,10 @@ def test_torchrun_trains_the_stock_debug_model(tmp_path: Path) -> None:
     record = tmp_path / "steps.json"
     script = Path(titan_cpu.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", str(script), "--record", str(record), *arguments]
+    command += ["--nproc-per-node=1", str(script), "--record", str(record), *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     cwd = titan_jobs.folder()
     subprocess.run(command, cwd=cwd, env=env, timeout=200, check=True, capture_output=True)
-    expected = ranks.run(2, titan_cpu.job, "launcher", cwd, arguments)[-1]
+    (expected,) = ranks.run(1, titan_cpu.job, "launcher", cwd, arguments)
     assert json.loads(record.read_text()) == [step._asdict() for step in expected.steps]
     assert len(expected.steps) == 3

@@ -59,24 +59,32 @@ def test_wrong_values_of_the_override(options: str, said: str) -> None:
 GROUP = "--optimizer.param-groups.0"
 
 
+REGISTRY = ["--module=conda_dist.integrations.torchtitan", "--config=titan_configs.llama3", *CONDA]
+
+
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("given", "route", "option", "said"),
     [
-        (f"{GROUP}.optimizer-kwargs.lr=3e-4", "Give --optimizer.lr"),
-        (f"{GROUP}.optimizer-kwargs.weight-decay=0.2", "Give --optimizer.weight_decay"),
-        (f"{GROUP}.pattern=.*norm", "Leave it out"),
-        (f"{GROUP}.optimizer-name=Adam", "Leave it out"),
+        (CONDA, "launcher", f"{GROUP}.optimizer-kwargs.lr=3e-4", "Give --optimizer.lr"),
+        (
+            REGISTRY,
+            "torchtitan",
+            f"{GROUP}.optimizer-kwargs.weight-decay=0.2",
+            "Give --optimizer.weight_decay",
+        ),
+        (OVERRIDE, "", f"{GROUP}.pattern=.*norm", "Leave it out"),
+        (CONDA, "launcher", f"{GROUP}.optimizer-name=Adam", "Leave it out"),
     ],
 )
-def test_options_of_torchtitans_own_optimizers_are_not_ignored(option: str, said: str) -> None:
+def test_options_of_torchtitans_own_optimizers_are_not_ignored(
+    given: tuple[str, ...], route: str, option: str, said: str
+) -> None:
     """By all three ways to Conda."""
-    registry = ["--module=conda_dist.integrations.torchtitan", "--config=titan_configs.llama3"]
-    for given, route in ((CONDA, "launcher"), ((*registry, *CONDA), "torchtitan"), (OVERRIDE, "")):
-        for refusal in titan_jobs.refusals(ONE, "llama3", *given, option, route=route):
-            key = option.partition("=")[0]
-            assert f"{key} (" in refusal
-            assert "Conda would ignore it" in refusal
-            assert said in refusal
+    for refusal in titan_jobs.refusals(ONE, "llama3", *given, option, route=route):
+        key = option.partition("=")[0]
+        assert f"{key} (" in refusal
+        assert "Conda would ignore it" in refusal
+        assert said in refusal
 
 
 def test_conda_among_torchtitans_param_groups() -> None:

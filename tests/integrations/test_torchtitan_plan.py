@@ -15,14 +15,17 @@ from torchtitan.config import ConfigManager
 
 from conda_dist.integrations.torchtitan.train import rewrite
 from conda_dist.report import print_table
-from preloaded import context
+from preloaded import context, process
 
 COMMANDS = Path(__file__).parents[2] / "configs" / "torchtitan"
 
 SHARDED = ["--optimizer.basis_budget", "0"]
 JOBS: dict[str, list[str]] = {
     "8B": ["--module", "llama3", "--config", "llama3_8b", *SHARDED],
-    "70B": ["--module", "llama3", "--config", "llama3_70b"],  # FSDP 2 x TP 8
+    "8B with TP": [
+        *("--module", "llama3", "--config", "llama3_8b"),
+        *("--parallelism.tensor_parallel_degree", "8"),
+    ],
     "671B": [
         *("--module", "deepseek_v3", "--config", "deepseek_v3_671b"),
         *("--parallelism.expert_parallel_degree", "16"),
@@ -44,9 +47,9 @@ def _plan(jobs: list[tuple[str, int]], answers: Connection) -> None:
 
 @pytest.fixture(scope="module")
 def plans() -> dict[str, Any]:
-    jobs = [("8B", 0), ("70B", 0), ("70B", 15), ("671B", 0)]
+    jobs = [("8B", 0), *(("8B with TP", rank) for rank in (0, 15)), ("671B", 0)]
     ours, theirs = context.Pipe()
-    planner = context.Process(target=_plan, args=(jobs, theirs))
+    planner = process(_plan, jobs, theirs)
     planner.start()
     theirs.close()
     with ours:
@@ -60,7 +63,8 @@ def _is_matrix(row: dict[str, Any]) -> bool:
 
 
 def test_owners_are_the_same_on_all_ranks_and_share_the_work(plans: dict[str, Any]) -> None:
-    owners = [{row["name"]: row["owners"] for row in plans[f"70B {rank}"][0]} for rank in (0, 15)]
+    tables = [plans[f"8B with TP {rank}"][0] for rank in (0, 15)]
+    owners = [{row["name"]: row["owners"] for row in table} for table in tables]
     assert owners[0] == owners[1]
     for name in JOBS:
         _, work = plans[f"{name} 0"]

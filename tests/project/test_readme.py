@@ -1,14 +1,9 @@
 """What the README says to type works."""
 
-import contextlib
-import io
 import re
-import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import models
 import ranks
+from processes import forked
 
 ROOT = Path(__file__).parents[2]
 README = "".join((ROOT / folder / "README.md").read_text() for folder in (".", "integrations"))
@@ -82,31 +78,12 @@ def test_commands_name_what_is_there() -> None:
                 assert (ROOT / word).exists(), command
 
 
-def _run_module(module: str, arguments: list[str]) -> tuple[Any, str]:
-    """What `python -m` does, in a process that has imported torch already."""
-    before, said = sys.argv, io.StringIO()
-    sys.argv = [module, *arguments]
-    try:
-        with contextlib.redirect_stdout(said):
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as ended:
-        return ended.code, said.getvalue()
-    finally:
-        sys.argv = before
-    return 0, said.getvalue()
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_run(module: str) -> None:
     arguments = ["--help"]
     if module.endswith("torchtitan.train"):
         arguments = ["--module", "llama3", "--config", "llama3_8b", "--help"]
-    # One ends its process, and of torchtitan's what is imported stays for the tests after.
-    if module == "conda_dist.launch.pretrain" or "torchtitan" in module:
-        command = [sys.executable, "-m", module, *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        code, said = ended.returncode, ended.stdout
-    else:
-        ((code, said),) = ranks.run(1, _run_module, module, arguments)
-    assert not code, said
+    with forked("-m", module, *arguments) as process:
+        said, _ = process.communicate(120)
+    assert process.returncode == 0, said
     assert "usage" in said.lower()
