@@ -9,6 +9,7 @@ first two signals, the third if `--signals-to-handle` has it, kills what has not
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -63,4 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # What torch and transformers make when they are imported stays. To look for garbage among it
+    # again and again takes half a second; run.py has Python do so once the engine is built.
+    gc.disable()
     launcher.end(main())

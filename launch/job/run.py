@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -116,6 +117,9 @@ def _train(
         start = Start.at(newest, config, checkpoints)
     data = open_data(config, world)
     engine = build_engine(config, data.vocab_size, world)
+    if not gc.isenabled():  # see pretrain.py
+        gc.freeze()
+        gc.enable()
     process_group.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
     watchdog = Watchdog(world, config.training.stall_timeout_s, EXIT_FAILED)
     trainer = Trainer(config, world, engine, data, checkpoints, watchdog)

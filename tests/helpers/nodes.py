@@ -4,6 +4,7 @@ Needs root and iproute2. A relay stands for the delay that not every kernel can 
 """
 
 import contextlib
+import ctypes
 import itertools
 import os
 import select
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 _NAMES = itertools.count()
+_CLONE_NEWNET, _CLONE_NEWUTS = 0x4000_0000, 0x400_0000  # of Linux's linux/sched.h
 
 
 def ip(*words: Any) -> None:
@@ -47,6 +49,15 @@ class Node:
         """A command line that runs on this host, under its name."""
         renamed = ["unshare", "--uts", "sh", "-c", f'hostname {self.name}; exec "$@"', "sh"]
         return ["ip", "netns", "exec", self.name, *renamed, *map(str, words)]
+
+    def enter(self) -> None:
+        """Has this process run on this host from now on, under its name."""
+        system = ctypes.CDLL(None, use_errno=True)
+        with open(f"/run/netns/{self.name}") as space:
+            failed = system.setns(space.fileno(), _CLONE_NEWNET) or system.unshare(_CLONE_NEWUTS)
+        if failed:
+            raise OSError(ctypes.get_errno(), f"entering {self.name}")
+        socket.sethostname(self.name)
 
     @property
     def environment(self) -> dict[str, str]:

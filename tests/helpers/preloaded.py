@@ -19,6 +19,8 @@ context.set_forkserver_preload(
         "torch.distributed.checkpoint.state_dict",
         "torch.distributed.tensor.parallel",
         "transformers.models.llama.modeling_llama",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
         "conda_dist.launch.job.run",
         "frameworks",
     ]

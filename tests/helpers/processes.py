@@ -1,6 +1,7 @@
 """Jobs in processes of their own, for tests that signal or kill them."""
 
 import contextlib
+import gc
 import itertools
 import os
 import runpy
@@ -10,13 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 import preloaded
+from nodes import Node
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -47,16 +50,28 @@ def started(*command: Any, **environment: str) -> Iterator[subprocess.Popen[str]
 
 
 class Forked:
-    """What Popen is, as far as tests use it, for a process that has imported torch and the job.
+    """What Popen is, as far as tests use it, forked from a process that has imported the job.
+
+    If the command is a Python's, it imports nothing again; nor do the Pythons that it starts, as
+    torchrun and `deepspeed` start ranks. Each takes five seconds of a core less. What a test says
+    of starting and of importing needs `started`.
 
     Args:
-        command: What `python` would be given: "-m", a module and arguments, or a script and its.
+        command: A command line.
         environment: All of its variables.
         file: What it prints is added to this file.
+        host: Where it runs, if not on this one.
     """
 
-    def __init__(self, command: tuple[str, ...], environment: dict[str, str], file: Path) -> None:
-        self._process = preloaded.process(_run, command, environment, file)
+    def __init__(
+        self,
+        command: Sequence[Any],
+        environment: dict[str, str],
+        file: Path,
+        host: Node | None = None,
+    ) -> None:
+        words = list(map(str, command))
+        self._process = preloaded.process(_begin, words, environment, file, host)
         self._file = file
         self._process.start()
         assert self._process.pid is not None
@@ -94,33 +109,53 @@ class Forked:
 
 
 @contextlib.contextmanager
+def running(
+    command: Sequence[Any], said: Path, host: Node | None = None, **environment: str
+) -> Iterator[Forked]:
+    """A command whose output goes to a file; it and all below it are gone at the end."""
+    process = Forked(command, {**ENVIRONMENT, **environment}, said, host)
+    try:
+        yield process
+    finally:
+        for pid in below(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
 def forked(*command: Any, **environment: str) -> Iterator[Forked]:
-    """The same as `started`, forked from a process that has imported torch and the job.
-
-    A process of the job takes five seconds of a core less. What a test says of starting and of
-    importing needs `started`.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        words = tuple(map(str, command))
-        process = Forked(words, {**ENVIRONMENT, **environment}, Path(folder) / "said")
-        try:
-            yield process
-        finally:
-            for child in children(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-            process.kill()
-            process.wait()
+    """The same as `started`, without importing torch and the job again; see Forked."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running((sys.executable, *command), Path(folder) / "said", **environment) as process,
+    ):
+        yield process
 
 
-def _run(command: tuple[str, ...], environment: dict[str, str], file: Path) -> None:
-    """Does what `python COMMAND...` does, in a process that has just been forked."""
+def _begin(
+    command: Sequence[str], environment: dict[str, str], file: Path, host: Node | None
+) -> None:
+    """Does what the command does, in a process that has just been forked."""
     os.setsid()
     with file.open("ab", buffering=0) as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
+    if host is not None:
+        host.enter()
+    if command[0] != sys.executable:
+        os.execvpe(command[0], command, environment)
+    subprocess.Popen.__init__ = _start  # type: ignore[method-assign]
+    _run(command[1:], environment)
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> None:
+    """Does what `python COMMAND...` does."""
     os.environ.clear()
     os.environ.update(environment)
+    # Where `rank_of` looks: /proc has the environment that a process was started with.
+    Path("/proc/self/comm").write_text(f"rank {environment.get('RANK')}")
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     torch.set_num_threads(1)
     if command[0] == "-m":
@@ -129,6 +164,53 @@ def _run(command: tuple[str, ...], environment: dict[str, str], file: Path) -> N
     else:
         sys.argv = list(command)
         runpy.run_path(command[0], run_name="__main__")
+
+
+_popen = subprocess.Popen.__init__
+
+
+def _start(
+    self: "subprocess.Popen[Any]",
+    args: Any,
+    *others: Any,
+    env: Any = None,
+    preexec_fn: Callable[[], object] | None = None,
+    **options: Any,
+) -> None:
+    """Popen's constructor: of a Python it forks this one, which does not go on to exec."""
+    alone = isinstance(args, str | bytes | os.PathLike)
+    words = [] if alone else [str(word) for word in args]
+    if words[:1] == [sys.executable] and "-c" not in words[1:3]:
+        sys.stdout.flush()
+        command = [word for word in words[1:3] if word != "-u"] + words[3:]
+        environment, given = {**(os.environ if env is None else env)}, preexec_fn
+
+        def preexec_fn() -> NoReturn:
+            if given is not None:
+                given()
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # among them what Popen waits for
+            _become(command, environment)
+
+    _popen(self, args, *others, env=env, preexec_fn=preexec_fn, **options)
+
+
+def _become(command: Sequence[str], environment: dict[str, str]) -> NoReturn:
+    """Is `python COMMAND...` to its end, in a process of which nothing else is to be left."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.enable()  # Popen had it wait
+    code: Any = 0
+    try:
+        _run(command, environment)
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code if isinstance(code, int) else code is not None)
 
 
 def rank_environments(world: int) -> list[dict[str, str]]:
@@ -158,10 +240,15 @@ def children(parent: int) -> list[int]:
     return [int(pid) for pid in listed.stdout.split()]
 
 
-def rank_of(torchrun: subprocess.Popen[str], rank: int) -> int:
+def below(parent: int) -> list[int]:
+    """All processes that a process has started, and those that they have."""
+    return [pid for child in children(parent) for pid in (child, *below(child))]
+
+
+def rank_of(torchrun: Forked, rank: int) -> int:
     """The process that is a rank of torchrun's."""
     for pid in children(torchrun.pid):
-        if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+        if Path(f"/proc/{pid}/comm").read_text() == f"rank {rank}\n":
             return pid
     raise AssertionError(f"no rank {rank}")
 

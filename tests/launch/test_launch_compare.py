@@ -17,7 +17,7 @@ from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.tools import protocol, trials
 from conda_dist.launch.tools.comparison import Findings
 from conda_dist.launch.tools.search import Point, Protocol, Rule, Run, edges, search, steps_to
-from processes import DEADLINE, children, has_ended, started, wait_for_step
+from processes import DEADLINE, children, forked, has_ended, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -324,16 +324,24 @@ def test_a_store_that_is_damaged_or_locked_is_refused(
 # All of it
 
 
+def compared(code: int, *arguments: Any) -> str:
+    """What a comparison prints, which ends with that code."""
+    with forked("-m", "conda_dist.launch.compare", *arguments) as process:
+        said, _ = process.communicate(timeout=DEADLINE)
+        assert process.returncode == code, said
+    return said
+
+
 @pytest.mark.thorough
 def test_a_comparison_is_killed_continued_and_extended(
-    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run that was begun goes on from its checkpoint, and one that is finished stays."""
     output, more = tmp_path / "out", ["--seeds", "1", "--budget", "1"]
     typed = [str(config), "--output", str(output), "--optimizers", "conda", *more]
     typed += ["--checkpoint.interval", "1", "--training.val_interval", "2"]
     first = output / "runs" / "conda-matrices0.0025-rest0.01-seed0-steps8"
-    with started("-m", "conda_dist.launch.compare", *typed) as process:
+    with forked("-m", "conda_dist.launch.compare", *typed) as process:
         wait_for_step(first, 3, process)
         (job,) = children(process.pid)
         process.kill()
@@ -347,8 +355,7 @@ def test_a_comparison_is_killed_continued_and_extended(
     # The same again, with a rule that diverges in its second step, and one that is better.
     extended = ["--output", str(output), "--optimizers", "muon,adamw", *more]
     extended += ["--optimizer.muon.lr=1e9", "--jobs", "2"]
-    assert compare.main(extended) == 0
-    assert "continues: conda" in capfd.readouterr().out
+    assert "continues: conda" in compared(0, *extended)
     assert launch_jobs.metrics(first)[: len(reached) - 1] == reached[:-1]
     results = json.loads((output / "results.json").read_text())
     runs = {(r["rule"], r["seed"], r["steps"]): r for r in results["runs"]}
@@ -373,9 +380,8 @@ def test_a_comparison_is_killed_continued_and_extended(
     assert picture.exists()
     for rule in ("conda-matrices0.0025", "adamw-matrices0.01"):
         (output / "runs" / f"{rule}-rest0.01-seed2-steps8").touch()
-    assert compare.main(["--output", str(output), "--optimizers", "conda", "--seeds", "2"]) == 1
-    captured = capfd.readouterr()
-    assert "begins" not in captured.out
-    assert "failed: conda-matrices0.0025-rest0.01-seed2-steps8: " in captured.err
+    said = compared(1, "--output", output, "--optimizers", "conda", "--seeds", "2")
+    assert "begins" not in said
+    assert "failed: conda-matrices0.0025-rest0.01-seed2-steps8: " in said
     assert compare.main(["--output", str(output), "--training.steps", "9"]) == 2
-    assert "another training.steps" in capfd.readouterr().err
+    assert "another training.steps" in capsys.readouterr().err

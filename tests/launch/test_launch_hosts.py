@@ -16,10 +16,13 @@ from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
 from launch_jobs import curve, metrics, succeed
 from launchers import JOB, MPIS, deepspeed_over, openmpi
 from nodes import Node, agent, nodes
-from processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
+from processes import DEADLINE, endless, running, wait_for_step
 
 STRUCK, STEPS, INTERVAL = 6, 12, 4
 """The step at which mpirun is killed, the last one, and steps between checkpoints."""
+BRIEF = 4
+"""Steps of a job that ends by itself."""
+ZERO = ("--engine", "deepspeed", "--deepspeed.stage", 3, "--checkpoint.interval", 0)
 
 
 @pytest.fixture(scope="module")
@@ -36,29 +39,17 @@ def whole(config: Path, ranks: int, steps: int = STEPS) -> list[tuple[Any, ...]]
 
 
 @pytest.fixture(scope="module")
-def hosts() -> Iterator[list[Node]]:
+def two() -> Iterator[list[Node]]:
     with nodes(2) as made:
         yield made
 
 
-@contextlib.contextmanager
-def running(
-    host: Node, said: Path, *command: Any, **environment: str
-) -> Iterator[subprocess.Popen[str]]:
-    """A command on a host, in a session of its own; its output goes to a file."""
-    process = subprocess.Popen(
-        host.command(*command),
-        stdout=said.open("w"),
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**ENVIRONMENT, **host.environment, **environment},
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
+@pytest.fixture
+def hosts(two: list[Node]) -> Iterator[list[Node]]:
+    """Two hosts on which nothing runs, nor afterwards."""
+    yield two
+    for host in two:
         subprocess.run(["kill", "-9", *host.processes()], capture_output=True, check=False)
-        process.wait(DEADLINE)
 
 
 @pytest.mark.parametrize("name", MPIS)
@@ -70,7 +61,8 @@ def test_mpirun_starts_ranks_on_two_hosts_and_dies(
     mpi, output, said = MPIS[name](), tmp_path / "run", tmp_path / "said"
     job = (*JOB, *endless(config, output), "--checkpoint.interval", INTERVAL)
     command = mpi.over(hosts, 1, agent(hosts, tmp_path), *job)
-    with running(hosts[0], said, *command, **mpi.environment) as mpirun:
+    there = {**hosts[0].environment, **mpi.environment}
+    with running(hosts[0].command(*command), said, **there) as mpirun:
         wait_for_step(output, STRUCK, mpirun)
         begun = time.monotonic()
         os.kill(mpirun.pid, signal.SIGKILL)
@@ -95,13 +87,18 @@ def test_mpirun_starts_ranks_on_two_hosts_and_dies(
 def test_deepspeed_starts_the_ranks_of_a_hostfile(
     how: str, config: Path, hosts: list[Node], tmp_path: Path
 ) -> None:
-    job = (*endless(config, tmp_path / "run"), "--training.steps", STEPS)
+    """With DeepSpeed's engine, which looks for its ranks itself."""
+    job = (*endless(config, tmp_path / "run"), "--training.steps", BRIEF, *ZERO)
     mpi = openmpi()
-    variables = {**mpi.environment, "PATH": f"{mpi.mpirun.parent}{os.pathsep}{os.environ['PATH']}"}
+    variables = {
+        **hosts[0].environment,
+        **mpi.environment,
+        "PATH": f"{mpi.mpirun.parent}{os.pathsep}{os.environ['PATH']}",
+    }
     commands = deepspeed_over(how, hosts, agent(hosts, tmp_path), tmp_path, *job)
     with contextlib.ExitStack() as stack:
         started = [
-            stack.enter_context(running(host, tmp_path / host.name, *command, **variables))
+            stack.enter_context(running(command, tmp_path / host.name, host, **variables))
             for host, command in zip(hosts, commands, strict=False)
         ]
         codes = [process.wait(DEADLINE) for process in started]
@@ -109,4 +106,6 @@ def test_deepspeed_starts_the_ranks_of_a_hostfile(
     assert codes == [0] * len(commands), told
     for host in hosts:
         assert f"1 on {host.name}" in told
-    assert curve(tmp_path / "run") == whole(config, len(hosts))
+    losses = [loss for _, loss, *_ in whole(config, len(hosts), BRIEF)]
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == pytest.approx(losses, abs=1e-5)
+    assert len(losses) == BRIEF

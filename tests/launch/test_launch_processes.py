@@ -26,7 +26,6 @@ from processes import (
     endless,
     forked,
     rank_environments,
-    started,
     wait_for_step,
 )
 
@@ -56,7 +55,7 @@ def test_one_process_stops_on_a_signal(config: Path, tmp_path: Path, number: int
 def test_a_comparison_passes_the_stop_on(config: Path, tmp_path: Path) -> None:
     job = ("-m", "conda_dist.launch.compare", *endless(config, tmp_path))
     run = tmp_path / "runs" / "adamw-matrices0.01-rest0.01-seed0-steps100000"
-    with started(*job, "--optimizers", "adamw,muon", "--jobs", 1) as comparison:
+    with forked(*job, "--optimizers", "adamw,muon", "--jobs", 1) as comparison:
         wait_for_step(run, 3, comparison)
         comparison.send_signal(signal.SIGTERM)
         said, _ = comparison.communicate(timeout=DEADLINE)

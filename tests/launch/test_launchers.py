@@ -1,4 +1,7 @@
-"""The job under DeepSpeed's launcher and mpirun, and without what these need."""
+"""The job without what DeepSpeed's launcher and mpirun need.
+
+They start it in test_launch_hosts.py, on two hosts, and in test_launch_faults.py.
+"""
 
 import os
 import socket
@@ -13,32 +16,12 @@ from torch.distributed.run import get_args_parser
 import launch_jobs
 from conda_dist.launch.cluster import mpi
 from conda_dist.launch.cluster.launcher import shutdown_timeout
-from launch_jobs import metrics
-from launchers import JOB, MODULE, deepspeed, mpich, openmpi
-
-BRIEF = ("--training.steps", 3, "--checkpoint.interval", 0)
-ZERO = ("--engine", "deepspeed", "--deepspeed.stage", 3)
+from launchers import JOB, MODULE, mpich
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch_jobs.write_config(tmp_path_factory.mktemp("launchers"))
-
-
-@pytest.fixture(scope="module")
-def losses(config: Path) -> list[float]:
-    """Those of the job on FSDP2, on two processes that are kept."""
-    output = config.parent / "fsdp2"
-    launch_jobs.succeed(2, config, "--output", output, *BRIEF)
-    return [line["loss"] for line in metrics(output)]
-
-
-def launcher(name: str) -> tuple[tuple[Any, ...], dict[str, str]]:
-    """A command that starts the job on two ranks, and its environment."""
-    if name == "deepspeed":
-        return deepspeed(), {}
-    chosen = openmpi()
-    return chosen.command(2, *JOB), chosen.environment
 
 
 def start(*command: Any, cwd: Any = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,22 +32,6 @@ def start(*command: Any, cwd: Any = None, **environment: str) -> subprocess.Comp
     return subprocess.run(
         words, capture_output=True, text=True, env=mine, timeout=200, check=False, cwd=cwd
     )
-
-
-@pytest.mark.parametrize("name", ["openmpi", "deepspeed"])
-@pytest.mark.thorough
-def test_launchers_start_the_same_job(
-    name: str, config: Path, losses: list[float], tmp_path: Path
-) -> None:
-    """On DeepSpeed's engine, which looks for its ranks itself.
-
-    torchrun starts it in test_launch_compare.py; MPICH starts the job in test_launch_hosts.py.
-    """
-    command, variables = launcher(name)
-    ended = start(*command, config, "--output", tmp_path, *BRIEF, *ZERO, **variables)
-    assert ended.returncode == 0, (ended.stdout, ended.stderr)
-    assert [line["loss"] for line in metrics(tmp_path)] == pytest.approx(losses, abs=1e-5)
-    assert len(losses) == 3
 
 
 def test_an_mpi_that_is_not_the_launcher_s(config: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
 
 ROOT = Path(__file__).parents[2]
 SRUN = """#!/usr/bin/env bash
-# Two nodes of one machine: the command twice; SIGTERM goes to all, as srun passes it on.
+# Nodes of one machine: the command for each; SIGTERM goes to all, as srun passes it on.
 while [[ $1 == --* ]]; do shift; done
-for node in 1 2; do "$@" & all+=($!); done
+for node in $(seq "$SLURM_JOB_NUM_NODES"); do "$@" & all+=($!); done
 trap 'kill -TERM "${all[@]}"' TERM
 code=0
 for each in "${all[@]}"; do
@@ -96,16 +96,24 @@ def test_a_job_is_requeued_until_it_is_complete(tmp_path: Path, slurm: dict[str,
     (saved,) = complete_checkpoints(output / "checkpoints")
     assert step_of(saved) == metrics(output)[-1]["step"] >= 5
 
-    steps = ["--training.steps", str(step_of(saved) + 4)]
-    again = {**slurm, "SLURM_RESTART_COUNT": "1"}
+    # Once more, with a rank that says how it was started; the job itself goes on on kept processes.
+    says = tmp_path / "says.py"
+    says.write_text("import sys; print(*sys.argv[1:])")
+    again = {**slurm, "SLURM_RESTART_COUNT": "1", "SLURM_JOB_NUM_NODES": "1"}
     second = subprocess.run(
-        [*script, *job, *steps], env=again, capture_output=True, text=True, timeout=DEADLINE
+        ["bash", str(_starting(str(says), tmp_path)), *job],
+        env=again,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
     )
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "start 2" in second.stdout
+    assert "start 2: 1 nodes x 1 ranks" in second.stdout
+    assert " ".join([*job, "--resume"]) in second.stdout
     assert "is complete" in second.stdout
     assert (tmp_path / "log").read_text().count("requeue") == 1
-    whole = tmp_path / "whole"
+    whole, steps = tmp_path / "whole", ("--training.steps", step_of(saved) + 4)
+    succeed(2, *job, *steps, "--resume")
     succeed(2, *endless(config, whole), "--checkpoint.interval", 0, *steps)
     assert curve(output) == curve(whole)
 
@@ -115,6 +123,7 @@ def test_a_job_that_fails_is_not_requeued(tmp_path: Path, slurm: dict[str, str])
     """Nor one whose ranks have died of a signal that nobody sent to torchrun."""
     dies = tmp_path / "dies.py"
     dies.write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    slurm["SLURM_JOB_NUM_NODES"] = "1"
     for what in (PRETRAIN, str(dies)):
         script = _starting(what, tmp_path)
         ended = subprocess.run(

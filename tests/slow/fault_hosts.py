@@ -8,22 +8,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
 from faults import Outcome, Scene, farthest
 from launch_jobs import curve, metrics, succeed
 from nodes import Node, Relay, nodes
-from processes import DEADLINE, ENVIRONMENT, endless, wait_for_step
+from processes import DEADLINE, ENVIRONMENT, Forked, endless, wait_for_step
 
-Process: TypeAlias = subprocess.Popen[str]
 PORT = 29_517
 TIMEOUT_S = 25
 OUT_S = 10
 INTERVAL = 5
 
 
-def agent(host: Node, hosts: list[Node], endpoint: str, options: Any, said: Path) -> Process:
+def agent(host: Node, hosts: list[Node], endpoint: str, options: Any, said: Path) -> Forked:
     """A torchrun on a host, one of those that meet at the first; it prints there."""
     run = ("-m", "torch.distributed.run", "--monitor-interval=0.1")
     first = host is hosts[0]
@@ -34,18 +33,13 @@ def agent(host: Node, hosts: list[Node], endpoint: str, options: Any, said: Path
         f"--local-addr={host.address}",
     )
     said.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        host.command(sys.executable, *run, *where, *options),
-        stdout=(said / host.name).open("a"),
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**ENVIRONMENT, **host.environment, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        start_new_session=True,
-    )
+    variables = {**host.environment, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    command = (sys.executable, *run, *where, *options)
+    return Forked(command, {**ENVIRONMENT, **variables}, said / host.name, host)
 
 
 @contextlib.contextmanager
-def job(hosts: list[Node], endpoint: str, said: Path, *arguments: Any) -> Iterator[list[Process]]:
+def job(hosts: list[Node], endpoint: str, said: Path, *arguments: Any) -> Iterator[list[Forked]]:
     """The job under one torchrun on each host; all are gone at the end."""
     running = [agent(host, hosts, endpoint, arguments, said) for host in hosts]
     try:

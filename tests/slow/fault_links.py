@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,43 +13,30 @@ import launchers
 from faults import STEPS, STRUCK, Outcome, Scene, farthest, recover
 from launch_jobs import metrics
 from nodes import Relay
-from processes import DEADLINE, children, forked, has_ended, rank_environments, wait_for_step
+from processes import (
+    DEADLINE,
+    Forked,
+    below,
+    forked,
+    has_ended,
+    rank_environments,
+    running,
+    wait_for_step,
+)
 
 WATCH_S = 2.0
 """Limit of a phase of a step, while the store is cut off."""
 
 
-def _below(pid: int) -> list[int]:
-    """All processes that a process has started, and those that they have."""
-    return [below for child in children(pid) for below in (child, *_below(child))]
-
-
 @contextlib.contextmanager
 def _under(
     scene: Scene, name: str, command: tuple[Any, ...], variables: dict[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[Forked]:
     """A job under that launcher that has reached the step; what is printed goes to NAME.txt."""
-    words = [*map(str, command), *map(str, scene.job(name))]
-    with (scene.folder / f"{name}.txt").open("w") as said:
-        launcher = subprocess.Popen(
-            words,
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **variables},
-            start_new_session=True,
-        )
-        try:
-            deadline, file = time.monotonic() + DEADLINE, scene.folder / name / "metrics.jsonl"
-            while not file.exists() or f'"step": {STRUCK},' not in file.read_text():
-                assert launcher.poll() is None, (scene.folder / f"{name}.txt").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            yield launcher
-        finally:
-            for pid in (launcher.pid, *_below(launcher.pid)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            launcher.wait(DEADLINE)
+    said, variables = scene.folder / f"{name}.txt", {"DS_ACCELERATOR": "cpu", **variables}
+    with running((*command, *scene.job(name)), said, **variables) as launcher:
+        wait_for_step(scene.folder / name, STRUCK, launcher)
+        yield launcher
 
 
 def launcher_killed(scene: Scene, name: str) -> Outcome:
@@ -63,7 +49,7 @@ def launcher_killed(scene: Scene, name: str) -> Outcome:
         command = launchers.deepspeed()
     run = f"{name}-killed"
     with _under(scene, run, command, variables) as launcher:
-        pids, begun = _below(launcher.pid), time.perf_counter()
+        pids, begun = below(launcher.pid), time.perf_counter()
         try:
             launcher.kill()
             while not all(map(has_ended, pids)):

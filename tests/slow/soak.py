@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class Report:
 @contextlib.contextmanager
 def started(world: int, arguments: Sequence[object], log: Path) -> Iterator[list[Forked]]:
     """A job of so many processes, all of which are gone at the end."""
-    command = ("-m", "conda_dist.launch.pretrain", *map(str, arguments))
+    command = (sys.executable, "-m", "conda_dist.launch.pretrain", *arguments)
     processes: list[Forked] = []
     try:
         for told in rank_environments(world):
