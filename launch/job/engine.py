@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -206,7 +206,7 @@ class Fsdp2Engine(Engine):
         """
         training = config.training
         if not config.optimizer.chosen.knows_shards:
-            training = replace(training, hsdp_replicas=world.size)
+            training = training.model_copy(update={"hsdp_replicas": world.size})
         self.model = build_model(config.model, training, vocab_size, world)
         super().__init__(config, world, self.model, self.model)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pkgutil
 from typing import Any
 
@@ -88,8 +87,7 @@ def describe(optimizers: list[Optimizer]) -> str:
 
 def arguments(settings: Settings) -> dict[str, Any]:
     """The arguments of the class that steps the matrices, but for its groups; dtypes by name."""
-    names = [field.name for field in dataclasses.fields(settings) if field.name != "grad_clip"]
-    return {name: getattr(settings, name) for name in names}
+    return settings.model_dump(exclude={"grad_clip"})
 
 
 def rest_arguments(config: OptimizerConfig) -> dict[str, Any]:
