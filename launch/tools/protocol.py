@@ -28,7 +28,7 @@ from conda_dist.launch.tools.search import Protocol, Rule, Run
 RESULTS = "results.json"
 BUDGET, SEEDS = 8, 3
 """What is taken for `--budget` and `--seeds`, unless the comparison has others."""
-_PACKAGES = ("conda-dist", "torch", "numpy", "transformers", "tokenizers", "deepspeed", "optuna")
+_PACKAGES = ("conda-dist", "torch", "numpy", "transformers", "tokenizers", "deepspeed")
 _INCIDENTAL = ("output", "resume", "optimizer.name", "data.cache")
 
 
@@ -137,7 +137,7 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
         "nproc": nproc,
         "rules": rules,
         "sessions": [*there["sessions"], _session(given.jobs, typed)],
-        "runs": there["runs"],
+        "runs": [*there["runs"]],
     }
     if before:
         compared = {keys[name]["optimizer.name"] for name in before}
