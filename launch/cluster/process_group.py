@@ -8,7 +8,6 @@ process forms a group of one, so that everything after this file has a single pa
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,14 +177,6 @@ def require_agreement(world: World, facts: Mapping[str, Any]) -> None:
             differing.append(f"{name}: {values}")
     if differing:
         raise JobError("the ranks of this job differ in " + "\n  ".join(["", *differing]))
-
-
-def hosts(world: World) -> dict[str, int]:
-    """Number of ranks on each host, by host name."""
-    counts: dict[str, int] = {}
-    for host in gather(world, socket.gethostname()):
-        counts[host] = counts.get(host, 0) + 1
-    return counts
 
 
 def from_main(world: World, doing: str, function: Callable[[], T]) -> T:

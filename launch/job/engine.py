@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,20 +17,22 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from conda_dist.launch.cluster.process_group import World
+from conda_dist.launch.cluster.process_group import JobError, World
 from conda_dist.launch.data.batches import Tokens
 from conda_dist.launch.job import optimizers, schedule
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.finite import Origin
 from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
-from conda_dist.launch.job.tensors import load_tensors, save_tensors
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.runtime.diagnostics import scalars
 from conda_dist.runtime.dtensor import local
@@ -272,12 +275,16 @@ class Fsdp2Engine(Engine):
     def save(self, folder: Path) -> None:
         """See Engine. Hyperparameters are not saved: they are the config's."""
         model, optimizer = get_state_dict(self.model, self.optimizers)
-        save_tensors(folder, {"model": model, "optimizer": optimizer["state"]}, self._world)
+        state = {"model": model, "optimizer": optimizer["state"]}
+        with _one_error(f"saving to {folder}"):
+            save(state, checkpoint_id=folder, process_group=self._world.control)
 
     def load(self, folder: Path, step: int) -> None:
         """See Engine."""
         model, optimizer = get_state_dict(self.model, self.optimizers)
-        load_tensors(folder, {"model": model, "optimizer": optimizer["state"]}, self._world)
+        state = {"model": model, "optimizer": optimizer["state"]}
+        with _one_error(f"loading {folder}"):
+            load(state, checkpoint_id=folder, process_group=self._world.control)
         set_state_dict(
             self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer
         )
@@ -285,6 +292,16 @@ class Fsdp2Engine(Engine):
             if "step" in group:  # SOAP counts there
                 group["step"] = step
         self._step = step
+
+
+@contextmanager
+def _one_error(doing: str) -> Iterator[None]:
+    """Turns torch's error, which every rank gets, into a JobError with the causes on all ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
+        raise JobError(f"{doing} failed: {'; '.join(sorted(causes))}") from error
 
 
 def loss_sum(model: nn.Module, rows: Tokens, device: torch.device) -> Tensor:

@@ -247,6 +247,11 @@ def to_values(config: Config) -> Values:
     return flatten(config.model_dump())
 
 
+def to_json(config: Config) -> Values:
+    """The same as JSON has it, with lists for tuples."""
+    return flatten(config.model_dump(mode="json"))
+
+
 def to_toml(config: Config) -> str:
     """The config as a TOML file that `load` reads back to an equal config.
 

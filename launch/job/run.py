@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import socket
 import sys
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +123,8 @@ def _train(
     trainer = Trainer(config, world, engine, data, checkpoints, watchdog)
     notes = [*start.notes, *trainer.resume(start.path, start.facts)] if start else []
     prepare_output(config, world)
-    hosts = ", ".join(f"{count} on {host}" for host, count in process_group.hosts(world).items())
+    ranks = Counter(process_group.gather(world, socket.gethostname()))
+    hosts = ", ".join(f"{count} on {host}" for host, count in ranks.items())
     with stop_requests() as stop:
         reporter = Reporter(config, world, trainer.step)
         reporter.facts(

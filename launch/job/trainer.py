@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -222,7 +221,7 @@ class Trainer:
             **self.summary(),
             "bad_steps": self._bad.state_dict(),
             "fingerprint": self._data.fingerprint,
-            "config": options.to_values(self._config),
+            "config": options.to_json(self._config),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
         }
         path = self._checkpoints.save(self.step, facts, self._engine.save)
@@ -240,8 +239,8 @@ def require_same(path: Path, facts: dict[str, Any], config: Config) -> list[str]
         ConfigError: It is of another model, optimizer or order of the data.
     """
     # A key that the checkpoint does not know came later; it did then what it does by default.
-    saved = _jsonable(options.to_values(Config())) | facts["config"]
-    current = _jsonable(options.to_values(config))
+    saved = options.to_json(Config()) | facts["config"]
+    current = options.to_json(config)
     changed = {
         name: f"{name} ({value} there, {current.get(name, 'unknown')} here)"
         for name, value in saved.items()
@@ -251,8 +250,3 @@ def require_same(path: Path, facts: dict[str, Any], config: Config) -> list[str]
     if vital:
         raise ConfigError(f"{path} was made with another {', '.join(vital)}")
     return [f"changed since the checkpoint: {text}" for text in changed.values()]
-
-
-def _jsonable(values: dict[str, Any]) -> Any:
-    """The values as they come back from a JSON file (tuples become lists)."""
-    return json.loads(json.dumps(values))

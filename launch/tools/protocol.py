@@ -10,7 +10,6 @@ import platform
 import re
 import shlex
 import time
-import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -133,7 +132,7 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
         rule = Rule(name, matrices, rest, budget, seeds)
         rules.append(asdict(rule))
     results = {
-        "config": options.flatten(tomllib.loads(options.to_toml(config))),
+        "config": options.to_json(config),
         "nproc": nproc,
         "rules": rules,
         "sessions": [*there["sessions"], _session(given.jobs, typed)],
