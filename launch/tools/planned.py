@@ -57,13 +57,8 @@ class Planned:
 
     def seconds(self, found: Forecast, hardware: Hardware) -> Seconds:
         """Time that a forecast takes, with this job's products."""
-        return forecast.seconds(
-            found,
-            self.mesh,
-            hardware,
-            parameters=self.parameters,
-            tokens=self._tokens,
-        )
+        size = {"parameters": self.parameters, "tokens": self._tokens}
+        return forecast.seconds(found, self.mesh, hardware, **size)
 
     def per_step(self, found: Forecast, hardware: Hardware) -> float:
         """Mean seconds of a step, its share of a refresh included."""
@@ -84,16 +79,12 @@ class Planned:
         console.print(self._weights())
         console.print(self._totals(hardware, name))
         time, gap = self.seconds(self.conda, hardware), self._settings.update_proj_gap
-        every = f"every {gap} steps"
-        stalls = {
-            "sync": time.stall(0),
-            "async": time.stall(self._delay),
-        }
-        for refresh, stall in stalls.items():
+        later = f"async, bases taken {self._delay} steps later"
+        for refresh, delay in (("sync", 0), (later, self._delay)):
+            stall = time.stall(delay)
             share = stall / gap / (time.training + time.step)
-            after = f", bases taken {self._delay} steps later" * (refresh == "async")
             console.print(
-                f"a refresh {every}, {refresh}{after}: {_time(stall)} nothing goes on, "
+                f"a refresh every {gap} steps, {refresh}: {_time(stall)} nothing goes on, "
                 f"{share:.2%} of the training time"
             )
         console.print(
