@@ -12,7 +12,7 @@ import hashlib
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,25 +125,17 @@ class FileSource:
                 yield text_of(record, self._field, f"{file}, line {number}")
 
     def _read_parquet(self, file: Path) -> Iterator[str]:
-        import pyarrow
+        from pyarrow import ArrowException, parquet
 
         try:
-            yield from self._read_table(file)
-        except pyarrow.ArrowException as error:  # not all derive from what is caught above
+            table = parquet.ParquetFile(file)
+            if self._field not in (names := table.schema_arrow.names):
+                text_of(dict.fromkeys(names), self._field, str(file))
+            for batch in table.iter_batches(columns=[self._field]):
+                for record in batch.to_pylist():
+                    yield text_of(record, self._field, str(file))
+        except ArrowException as error:  # not all derive from what `documents` catches
             raise ValueError(str(error)) from error
-
-    def _read_table(self, file: Path) -> Iterator[str]:
-        import pyarrow.parquet as parquet
-
-        table = parquet.ParquetFile(file)
-        if self._field not in table.schema_arrow.names:
-            raise ConfigError(
-                f"{file} has no column {self._field!r}; it has "
-                f"{', '.join(table.schema_arrow.names)}: set data.text_field"
-            )
-        for batch in table.iter_batches(columns=[self._field]):
-            for text in batch.column(0).to_pylist():
-                yield text_of({self._field: text}, self._field, str(file))
 
 
 class HubSource:
@@ -175,12 +167,9 @@ class HubSource:
 
     def _first(self, split: str, size: float) -> Iterator[str]:
         """The texts of a split until `size` characters are reached."""
-        for record in self._open(split):
-            if text := text_of(record, self._config.text_field, self._config.hf):
-                yield text
-                size -= len(text)
-                if size <= 0:
-                    return
+        field, name = self._config.text_field, self._config.hf
+        texts = (text_of(record, field, name) for record in self._open(split))
+        return until(size, filter(None, texts))
 
     def _open(self, split: str) -> Any:
         import datasets
@@ -197,6 +186,15 @@ class HubSource:
         except (OSError, ValueError) as error:
             name = f"{config.hf} ({config.hf_config})" if config.hf_config else config.hf
             raise ConfigError(f"data.hf: cannot open {name}, split {split}: {error}") from error
+
+
+def until(size: float, texts: Iterable[str]) -> Iterator[str]:
+    """Texts until `size` characters are reached."""
+    for text in texts:
+        yield text
+        size -= len(text)
+        if size <= 0:
+            return
 
 
 def _paragraphs(text: str) -> Iterator[str]:

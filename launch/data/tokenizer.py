@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from conda_dist.launch.data.sources import until
 from conda_dist.launch.job.config import ConfigError, TokenizerConfig
 
 _BATCH = 256
@@ -32,7 +33,9 @@ def train(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(documents, config.sample_mb * 1e6), trainer)
+    size = int(config.sample_mb * 1e6)
+    cut = (document[:size] for document in documents)
+    tokenizer.train_from_iterator(until(size, cut), trainer)
     return tokenizer
 
 
@@ -73,12 +76,3 @@ def encode(
     while batch := list(islice(waiting, _BATCH)):
         for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
             yield np.array([*encoding.ids, end_of_text], dtype=np.uint32)
-
-
-def _sample(documents: Iterable[str], size: float) -> Iterator[str]:
-    """Documents until `size` characters are reached, the last one cut."""
-    for document in documents:
-        yield document[: int(size)]
-        size -= len(document)
-        if size <= 0:
-            return

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -26,6 +25,7 @@ from conda_dist.launch.data.preparation import open_data
 from conda_dist.launch.job import options
 from conda_dist.launch.job.checkpoint import Checkpoints
 from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.deepspeed_file import read_file
 from conda_dist.launch.job.engine import Engine, Fsdp2Engine
 from conda_dist.launch.job.files import (
     CHECKPOINTS,
@@ -65,18 +65,14 @@ def run(config: Config, world: World) -> bool:
             or something failed on one of them.
     """
     versions = used_versions(config)
-    process_group.require_agreement(world, options.to_values(config) | versions)
-    if not versions.get("deepspeed", "not used"):
-        raise ConfigError(
-            "engine deepspeed: DeepSpeed is not installed; pip install deepspeed, "
-            "or give --engine fsdp2"
-        )
-    name, package = config.optimizer.name, config.optimizer.chosen.package
-    if package and not versions[package]:
-        raise ConfigError(
-            f"optimizer.name {name}: {package} is not installed; pip install {package}, or give "
-            "another --optimizer.name"
-        )
+    file = {"deepspeed.config": read_file(config.deepspeed)}
+    process_group.require_agreement(world, options.to_values(config) | versions | file)
+    for package, version in versions.items():
+        if not version:
+            raise ConfigError(
+                f"{package} is not installed, which engine {config.engine} with optimizer.name "
+                f"{config.optimizer.name} needs: pip install {package}, or choose another"
+            )
     row_range(config.training.global_batch_size, world.rank, world.size)
     require_replicas(config.training, world.size)
     checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
@@ -182,14 +178,10 @@ def build_engine(config: Config, vocab_size: int, world: World) -> Engine:
 
 def used_versions(config: Config) -> dict[str, str]:
     """Versions of what the job runs on, in which its ranks must agree; "" if not installed."""
-    packages = ["conda-dist", "transformers", "tokenizers"]
-    if config.engine == "deepspeed":
-        packages.append("deepspeed")
-    if config.optimizer.chosen.package:
-        packages.append(config.optimizer.chosen.package)
+    packages = ["conda-dist", "transformers", "tokenizers", config.optimizer.chosen.package]
+    packages.append("deepspeed" if config.engine == "deepspeed" else "")
     found = {"Python": platform.python_version(), "torch": torch.__version__}
-    found["numpy"] = np.__version__
-    for package in packages:
+    for package in filter(None, ("numpy", *packages)):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from conda_dist.launch.cluster import launcher
 from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.deepspeed_file import read_file
 from conda_dist.launch.job.files import EXIT_CONFIG
 
 
@@ -74,15 +75,12 @@ def check_output(output: str | Path) -> None:
 
 
 def check_input(config: Config) -> None:
-    """Refuses names of files that are not there.
-
-    Raises:
-        ConfigError: The key, and what was not found.
-    """
+    """Raises ConfigError for names of files that are not there, or cannot be used."""
     for path in config.data.path:
         found = Path(path).expanduser()
         if not found.exists() and not glob.glob(str(found), recursive=True):
             raise ConfigError(f"data.path {path!r} names no file")
+    read_file(config.deepspeed)
     file = config.tokenizer.path
     if file and not Path(file).expanduser().is_file():
         raise ConfigError(f"tokenizer.path {file!r} names no file")

@@ -306,7 +306,7 @@ def test_a_checkpoint_of_another_engine_or_stage_is_refused(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "there is no such file"),
+        (None, "it cannot be read: No such file"),
         ("{", "it is not valid JSON"),
         ("[1]", "an object is wanted"),
         ('{"zero_optimization": 3}', "zero_optimization = 3: an object is wanted"),
