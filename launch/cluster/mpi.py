@@ -18,12 +18,9 @@ from typing import Any
 from torch._C._distributed_c10d import Store, TCPStore
 
 from conda_dist.launch.cluster.launcher import mpi_rank_and_size
+from conda_dist.launch.cluster.process_group import JobError
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-class MpiError(RuntimeError):
-    """The processes cannot find each other through MPI; the message says why and what to do."""
 
 
 def rendezvous(timeout: timedelta) -> Store:
@@ -36,7 +33,7 @@ def rendezvous(timeout: timedelta) -> Store:
         The store to form the process group with.
 
     Raises:
-        MpiError: mpi4py is not installed or belongs to another MPI than the launcher; on every
+        JobError: mpi4py is not installed or belongs to another MPI than the launcher; on every
             rank, rank 0 could not open a port; or this rank does not reach it there.
     """
     rank, size = mpi_rank_and_size()
@@ -46,7 +43,7 @@ def rendezvous(timeout: timedelta) -> Store:
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise MpiError(
+        raise JobError(
             f"an MPI launcher has started {size} processes, and mpi4py, which tells them who is "
             f"who, cannot be imported: {str(error).splitlines()[0]}. Do pip install "
             "mpi4py; if the launcher's MPI is not found, set MPI4PY_LIBMPI to its "
@@ -58,7 +55,7 @@ def rendezvous(timeout: timedelta) -> Store:
     try:
         world = MPI.COMM_WORLD
         if world.Get_size() != size:
-            raise MpiError(
+            raise JobError(
                 f"the launcher has started {size} processes, of which mpi4py sees "
                 f"{world.Get_size()}: it belongs to another MPI, {_library(MPI)}. Use that one's "
                 "mpirun, or set MPI4PY_LIBMPI to the libmpi.so of this mpirun's"
@@ -72,7 +69,7 @@ def rendezvous(timeout: timedelta) -> Store:
         if ours:
             MPI.Finalize()
     if problem:
-        raise MpiError(problem)
+        raise JobError(problem)
     values = (rank, size, local_rank, address, port)
     os.environ.update({name: str(v) for name, v in zip(_RENDEZVOUS, values, strict=True)})
     if store is not None:
@@ -80,7 +77,7 @@ def rendezvous(timeout: timedelta) -> Store:
     try:
         return TCPStore(address, port, size, is_master=False, timeout=timeout)
     except RuntimeError as error:
-        raise MpiError(
+        raise JobError(
             f"{socket.gethostname()} cannot reach rank 0 at {address}, port {port}: {error}. "
             "Set GLOO_SOCKET_IFNAME on all hosts to the interface that joins them, or MASTER_ADDR "
             "to rank 0's address"

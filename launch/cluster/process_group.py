@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
-from conda_dist.launch.cluster import mpi, rendezvous
+from conda_dist.launch.cluster import rendezvous
 from conda_dist.launch.cluster.launcher import mpi_rank_and_size
 
 T = TypeVar("T")
@@ -64,8 +64,8 @@ def join(timeout_s: float) -> World:
             by an MPI launcher cannot find each other.
     """
     timeout = timedelta(seconds=timeout_s)
-    # Not every launcher sets the variables that are looked at from here on.
-    store = None if dist.is_initialized() or "RANK" in os.environ else _find_others(timeout)
+    joined = dist.is_initialized()
+    where = {} if joined else _meeting(timeout)
     device, backend = torch.device("cpu"), "gloo"
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
     if torch.cuda.is_available():
@@ -76,18 +76,10 @@ def join(timeout_s: float) -> World:
             )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    if dist.is_initialized():
+    if joined:
         local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        ours, rank, size = rendezvous.meet(timeout)
-        dist.init_process_group(backend, store=ours, rank=rank, world_size=size, timeout=timeout)
-    elif store is None:
-        dist.init_process_group(backend, timeout=timeout)
     else:
-        rank, size = mpi_rank_and_size()
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=max(size, 1), timeout=timeout
-        )
+        dist.init_process_group(backend, timeout=timeout, **where)
     control, patient = (
         cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
         for limit in (timeout, _PATIENCE)
@@ -95,14 +87,22 @@ def join(timeout_s: float) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control, patient)
 
 
-def _find_others(timeout: timedelta) -> Store:
-    """A store shared by the processes of an MPI launcher, or one of this process's own."""
-    if mpi_rank_and_size()[1] < 2:
-        return HashStore()
-    try:
-        return mpi.rendezvous(timeout)
-    except mpi.MpiError as error:
-        raise JobError(str(error)) from error
+def _meeting(timeout: timedelta) -> dict[str, Any]:
+    """Store, rank and world size; {} where torch.distributed finds them in the environment."""
+    store: Store
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        store, rank, size = rendezvous.meet(timeout)
+    elif "RANK" in os.environ:
+        return {}
+    else:
+        rank, size = mpi_rank_and_size()
+        if size > 1:
+            from conda_dist.launch.cluster import mpi
+
+            store = mpi.rendezvous(timeout)
+        else:
+            store, rank, size = HashStore(), 0, 1
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def leave() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def _step_copies(optimizer: Optimizer) -> None:
     optimizer.register_step_post_hook(after_step)
 
 
-def describe(optimizers: list[Optimizer]) -> str:
+def describe(optimizers: Sequence[Optimizer]) -> str:
     """What each optimizer got, in a few words."""
     parts = []
     for optimizer in optimizers:

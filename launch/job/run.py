@@ -9,7 +9,6 @@ import socket
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,25 +77,19 @@ def run(config: Config, world: World) -> bool:
     checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
     # One that is named is looked at before the lock, which makes the output folder.
     named = config.resume not in ("", "auto")
-    start = Start.at(Path(config.resume), config, checkpoints) if named else None
+    start = _start_at(Path(config.resume), config, checkpoints) if named else None
     with locked(Path(config.output), world):
         return _train(config, world, versions, checkpoints, start)
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """A checkpoint to start from, as far as it can be judged without the data and the engine."""
+Start = tuple[Path, dict[str, Any], list[str]]
+"""A checkpoint, its facts, and notes on settings that have changed since."""
 
-    path: Path
-    facts: dict[str, Any]
-    notes: list[str]
-    """Settings that have changed since."""
 
-    @classmethod
-    def at(cls, path: Path, config: Config, checkpoints: Checkpoints) -> Start:
-        """Raises ConfigError or CheckpointError, on every rank, if it cannot be used."""
-        facts = checkpoints.read_facts(path)
-        return cls(path, facts, require_same(path, facts, config))
+def _start_at(path: Path, config: Config, checkpoints: Checkpoints) -> Start:
+    """Raises ConfigError or CheckpointError, on every rank, if the checkpoint cannot be used."""
+    facts = checkpoints.read_facts(path)
+    return path, facts, require_same(path, facts, config)
 
 
 def _train(
@@ -111,13 +104,15 @@ def _train(
     Nothing is written there before all that may be refused has been looked at.
     """
     if start is None and (newest := find_checkpoint(config, checkpoints)) is not None:
-        start = Start.at(newest, config, checkpoints)
+        start = _start_at(newest, config, checkpoints)
     data = open_data(config, world)
     engine = build_engine(config, data.vocab_size, world)
     process_group.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
     watchdog = Watchdog(world, config.training.stall_timeout_s, EXIT_FAILED)
     trainer = Trainer(config, world, engine, data, checkpoints, watchdog)
-    notes = [*start.notes, *trainer.resume(start.path, start.facts)] if start else []
+    path, facts, notes = start or (None, {}, [])
+    if path is not None:
+        notes = [*notes, *trainer.resume(path, facts)]
     prepare_output(config, world)
     ranks = Counter(process_group.gather(world, socket.gethostname()))
     hosts = ", ".join(f"{count} on {host}" for host, count in ranks.items())
@@ -130,7 +125,7 @@ def _train(
                 **engine.describe(),
                 "data": data.description,
                 "output": config.output,
-                "start": f"step {trainer.step}, from {start.path if start else 'scratch'}",
+                "start": f"step {trainer.step}, from {path or 'scratch'}",
             }
         )
         if world.is_main:
@@ -160,12 +155,7 @@ def _train(
 
 
 def build_engine(config: Config, vocab_size: int, world: World) -> Engine:
-    """The engine the config names, in its state at step 0.
-
-    Raises:
-        ConfigError: The configuration does not fit this job.
-        JobError: On every rank: something it needs cannot be read.
-    """
+    """The engine the config names, in its state at step 0; raises ConfigError if it cannot be."""
     if config.engine == "fsdp2":
         return Fsdp2Engine(config, vocab_size, world)
     # DeepSpeed looks for these when it is imported and when its engine is made.
@@ -190,11 +180,7 @@ def used_versions(config: Config) -> dict[str, str]:
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
-    """The newest checkpoint in the output, or None to start from scratch.
-
-    Raises:
-        ConfigError: The output holds a run and `resume` does not say what to do with it.
-    """
+    """The newest checkpoint in the output, or None to start from scratch."""
     newest = checkpoints.newest()
     if newest is not None and not config.resume:
         raise ConfigError(
@@ -205,11 +191,7 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
 
 
 def prepare_output(config: Config, world: World) -> None:
-    """Writes the resolved config, and makes sure that every rank sees the same folder.
-
-    Raises:
-        JobError: On every rank: the folder cannot be written, or is not shared between hosts.
-    """
+    """Writes the resolved config, and makes sure that every rank sees the same folder."""
     resolved = Path(config.output) / CONFIG
 
     def write() -> None:
