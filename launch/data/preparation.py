@@ -53,11 +53,7 @@ def open_data(config: Config, world: World) -> Data:
 
 
 def _prepare(config: Config) -> tuple[Path, dict[str, Any]]:
-    """Trains the tokenizer and encodes all documents, unless the cache has them.
-
-    Returns:
-        The cache entry and its facts.
-    """
+    """The cache entry with the tokenizer and all documents' tokens, made if absent; its facts."""
     source, root = sources.open_source(config.data), cache.cache_root(config.data.cache)
     tokenizer = bpe.read(_prepare_tokenizer(config, root, source))
 

@@ -14,7 +14,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from conda_dist.launch.job.config import ConfigError, DataConfig
 
@@ -26,21 +26,6 @@ _READABLE = (*sorted(_PLAIN), ".jsonl", ".jsonl.gz", ".parquet")
 
 Document = tuple[str, bool]
 """A text, not empty, and whether it is held out."""
-
-
-class Source(Protocol):
-    """What text a job trains on."""
-
-    def signature(self) -> list[Any]:
-        """What decides the documents, as JSON-able facts."""
-
-    def documents(self) -> Iterator[Document]:
-        """The documents; raises ConfigError where they cannot be read."""
-
-
-def open_source(config: DataConfig) -> Source:
-    """The source that the config names."""
-    return HubSource(config) if config.hf else FileSource(config)
 
 
 def in_validation(document: str, fraction: float) -> bool:
@@ -81,19 +66,15 @@ class FileSource:
         return [self._field, self._separator, self._fraction, listing]
 
     def documents(self) -> Iterator[Document]:
-        """The documents, in the order of the sorted files.
-
-        Raises:
-            ConfigError: A file is damaged, cannot be read, or holds something else than texts.
-        """
+        """The documents, in the order of the sorted files; raises ConfigError if one is damaged."""
         for file in self._files:
             try:
                 for text in filter(None, self._read(file)):
                     yield text, in_validation(text, self._fraction)
-            except ConfigError:
-                raise
             # Of the system, gzip, zlib, UTF-8 and JSON; pyarrow's derive from some of them.
             except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
+                if isinstance(error, ConfigError):
+                    raise
                 raise ConfigError(
                     f"data.path: {file} cannot be read ({error}): mend it, or leave it out"
                 ) from error
@@ -152,11 +133,7 @@ class HubSource:
         return [*which, c.hf_mb, c.val_fraction, c.text_field]
 
     def documents(self) -> Iterator[Document]:
-        """`hf_mb` of the training split, then the share of the validation split, if it has one.
-
-        Raises:
-            ConfigError: The set cannot be opened, or a record has no text.
-        """
+        """`hf_mb` of the training split, then the share of the validation split, if it has one."""
         config, size = self._config, self._config.hf_mb * 1e6
         for text in self._first(config.hf_split, size):
             held_out = not config.hf_val_split and in_validation(text, config.val_fraction)
@@ -186,6 +163,14 @@ class HubSource:
         except (OSError, ValueError) as error:
             name = f"{config.hf} ({config.hf_config})" if config.hf_config else config.hf
             raise ConfigError(f"data.hf: cannot open {name}, split {split}: {error}") from error
+
+
+Source = FileSource | HubSource
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that the config names."""
+    return HubSource(config) if config.hf else FileSource(config)
 
 
 def until(size: float, texts: Iterable[str]) -> Iterator[str]:

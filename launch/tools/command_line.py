@@ -41,15 +41,8 @@ def refuse(error: object) -> int:
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more, for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: It is another, or none.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
+    """A whole number of 1 or more, for argparse."""
+    number = int(text) if text.isdecimal() and len(text) < 11 else 0
     if not 0 < number < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return number
@@ -87,18 +80,9 @@ def check_input(config: Config) -> None:
 
 
 def check_picture(option: str, path: Path) -> None:
-    """Refuses a picture that could not be written, before minutes of work on it.
-
-    Args:
-        option: By which it was asked for.
-        path: The file.
-
-    Raises:
-        ConfigError: The folder is not there, or the format unknown.
-    """
-    formats = ("png", "pdf", "svg")
-    if path.suffix.removeprefix(".") not in formats:
-        raise ConfigError(f"{option} {path}: name a file that ends in .{', .'.join(formats)}")
+    """Refuses a picture that `option` asks for and that could not be written, before the work."""
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ConfigError(f"{option} {path}: name a file that ends in .png, .pdf or .svg")
     if not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: there is no folder {path.parent}")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -61,11 +61,7 @@ class Comparison:
 
 
 def keys_of(rule: str) -> dict[str, Any]:
-    """The keys that a rule sets: NAME, or NAME+KEY=VALUE, with options of its own.
-
-    Raises:
-        ConfigError: There is no such optimizer, key or value.
-    """
+    """The keys that a rule sets: NAME, or NAME+KEY=VALUE, with options of its own."""
     name, *own = re.split(r"\+(?!\d)", rule)  # one that a digit follows is an exponent's
     if name not in SECTIONS:
         raise ConfigError(f"unknown {name!r}: name some of {', '.join(SECTIONS)}")
@@ -81,11 +77,7 @@ def protocol_of(results: dict[str, Any]) -> Protocol:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The results of the comparison in that folder.
-
-    Raises:
-        ConfigError: There are none, or they cannot be read.
-    """
+    """The results of the comparison in that folder."""
     file = folder / RESULTS
     try:
         results: dict[str, Any] = json.loads(file.read_text())
@@ -175,10 +167,7 @@ def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config
 def _require_same(
     folder: Path, there: dict[str, Any], here: dict[str, Any], compared: set[str]
 ) -> None:
-    """Refuses to add runs of another configuration.
-
-    Keys of optimizers that are not among those compared may differ.
-    """
+    """Refuses to add runs of another configuration, but for optimizers not compared so far."""
     then, now = ({**each["config"], "nproc": each["nproc"]} for each in (there, here))
     free = tuple(f"optimizer.{name}." for name in SECTIONS if name not in compared)
     differing = [
