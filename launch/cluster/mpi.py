@@ -24,13 +24,9 @@ _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def rendezvous(timeout: timedelta) -> Store:
-    """Lets the processes find each other.
+    """Lets the processes find each other; returns the store to form the process group with.
 
-    Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun does, for
-    libraries that look for them.
-
-    Returns:
-        The store to form the process group with.
+    Sets the variables that torchrun sets, for libraries that look for them.
 
     Raises:
         JobError: mpi4py is not installed or belongs to another MPI than the launcher; on every

@@ -55,9 +55,7 @@ def join(timeout_s: float) -> World:
     """Forms the process group and picks the device: CUDA with NCCL where there is one, else CPU.
 
     A group that a launcher has formed already is taken as it is.
-
-    Args:
-        timeout_s: Seconds after which a collective that has not finished raises.
+    After `timeout_s` a collective that has not finished raises.
 
     Raises:
         JobError: There are more processes on this host than CUDA devices, or processes started
@@ -105,12 +103,6 @@ def _meeting(timeout: timedelta) -> dict[str, Any]:
     return {"store": store, "rank": rank, "world_size": size}
 
 
-def leave() -> None:
-    """Ends the process group, if there is one; for when every rank does so."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def gather(world: World, item: Any, *, patient: bool = False) -> list[Any]:
     """Every rank's `item`, in rank order, on every rank."""
     items: list[Any] = [None] * world.size
@@ -137,8 +129,7 @@ def together(world: World, doing: str, *, patient: bool = False) -> Iterator[Non
         patient: Whether it may take some ranks longer than the job's timeout.
 
     Raises:
-        JobError: On every rank, if the block raised on any; the message names those ranks.
-            The rank that failed keeps its own exception as the cause.
+        JobError: On every rank; it names those on which the block raised.
     """
     error: Exception | None = None
     try:
@@ -155,15 +146,7 @@ def together(world: World, doing: str, *, patient: bool = False) -> Iterator[Non
 
 
 def require_agreement(world: World, facts: Mapping[str, Any]) -> None:
-    """Raises on every rank, naming what differs, unless all ranks hold the same facts.
-
-    Args:
-        world: The job.
-        facts: Anything comparable by name: configuration values, versions, fingerprints.
-
-    Raises:
-        JobError: Some fact differs between ranks.
-    """
+    """Raises JobError on every rank, naming what differs, unless all hold the same facts."""
     everyone = gather(world, dict(facts))
     differing = []
     for name in sorted({name for held in everyone for name in held}):
@@ -180,11 +163,7 @@ def require_agreement(world: World, facts: Mapping[str, Any]) -> None:
 
 
 def from_main(world: World, doing: str, function: Callable[[], T]) -> T:
-    """Runs `function` on rank 0 and returns its result on every rank.
-
-    Raises:
-        JobError: On every rank, if it failed.
-    """
+    """Runs `function` on rank 0 and returns its result, or raises JobError, on every rank."""
     result: list[Any] = [None]
     with together(world, doing):
         if world.is_main:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from conda_dist.launch.data.sources import until
 from conda_dist.launch.job.config import ConfigError, TokenizerConfig
-
-_BATCH = 256
-"""Documents encoded per call, enough to keep the tokenizer's threads busy."""
 
 
 def train(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -66,13 +62,3 @@ def token_dtype(tokenizer: Tokenizer) -> npt.DTypeLike:
 def fingerprint(tokenizer: Tokenizer) -> str:
     """Hash of everything that decides how text becomes tokens."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:20]
-
-
-def encode(
-    tokenizer: Tokenizer, documents: Iterable[str], end_of_text: int
-) -> Iterator[npt.NDArray[np.uint32]]:
-    """The token ids of each document in turn, `end_of_text` appended."""
-    waiting = iter(documents)
-    while batch := list(islice(waiting, _BATCH)):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array([*encoding.ids, end_of_text], dtype=np.uint32)

@@ -36,11 +36,7 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(self, config: Config, vocab_size: int, world: World) -> None:
-        """Builds everything in its state at step 0.
-
-        Raises:
-            ConfigError: DeepSpeed, or Conda under it, does not take the settings.
-        """
+        """Builds everything at step 0; raises ConfigError for settings that DeepSpeed refuses."""
         settings = build_settings(config, world)
         deepspeed.utils.logger.setLevel("WARNING")
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -13,7 +13,7 @@ from conda_dist.launch.cluster.process_group import World
 from conda_dist.launch.job.config import Config
 from conda_dist.launch.job.deepspeed_file import read_file
 from conda_dist.launch.job.model import compute_dtype, empty_model
-from conda_dist.launch.job.optimizers import arguments, rest_arguments
+from conda_dist.launch.job.optimizers import rest_arguments
 
 
 def build_settings(config: Config, world: World) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def build_settings(config: Config, world: World) -> dict[str, Any]:
 
 
 def _optimizer(config: Config) -> dict[str, Any]:
-    params = arguments(config.optimizer.chosen)
+    params = config.optimizer.chosen.arguments
     if config.optimizer.name == "conda":
         return {"type": "Conda", "params": params}
     del params["adamw_scale"]  # the rest has a group with a rate of its own

@@ -201,11 +201,7 @@ class Fsdp2Engine(Engine):
     """A model sharded with FSDP2 and the torch optimizers that train it."""
 
     def __init__(self, config: Config, vocab_size: int, world: World) -> None:
-        """Builds everything in its state at step 0.
-
-        Raises:
-            ConfigError: The optimizer does not take the settings.
-        """
+        """Builds everything at step 0; raises ConfigError for settings of the optimizer."""
         training = config.training
         if not config.optimizer.chosen.knows_shards:
             training = training.model_copy(update={"hsdp_replicas": world.size})

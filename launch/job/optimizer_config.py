@@ -65,6 +65,11 @@ class Settings(Section):
     grad_clip: Norm = 0.0
     """largest gradient norm; 0: no clipping"""
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the class, but for its groups; dtypes by name."""
+        return self.model_dump(exclude={"grad_clip"})
+
 
 def _field(option: Option) -> Any:
     """An option of Conda as a field; the job refuses a rate of zero and very large numbers."""
@@ -215,12 +220,7 @@ class OptimizerConfig(_Sections):  # type: ignore[misc]
         return settings.lr * factor, settings.lr * settings.adamw_scale
 
     def keys_for_rates(self, matrices: float, rest: float) -> dict[str, float]:
-        """The keys, with their values, that give the chosen optimizer these effective rates.
-
-        Args:
-            matrices: The peak rate of the matrices.
-            rest: The peak rate of embeddings, head, norms and biases.
-        """
+        """The keys, with values, that give the chosen optimizer these effective peak rates."""
         lr = matrices / self.effective_rates[0] * self.chosen.lr
         section = f"optimizer.{self.name}"
         return {f"{section}.lr": lr, f"{section}.adamw_scale": rest / lr}

@@ -11,24 +11,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from conda_dist import param_groups
-from conda_dist.launch.job.optimizer_config import OptimizerConfig, Settings
+from conda_dist.launch.job.optimizer_config import OptimizerConfig
 from conda_dist.matrix_optimizer import MatrixOptimizer
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
-    """The optimizer of that name.
+    """Optimizers that together hold every trainable parameter of a sharded model once.
 
-    Args:
-        model: The sharded model.
-        config: The optimizer's name and settings.
-
-    Returns:
-        Optimizers that together hold every trainable parameter once; the first one's learning
-        rate is the one to report.
+    The first one's learning rate is the one to report.
     """
     settings = config.chosen
     kind = pkgutil.resolve_name(settings.built_by)
-    given = arguments(settings)
+    given = settings.arguments
     if issubclass(kind, MatrixOptimizer):
         eps = "eps" if config.name == "conda" else "adamw_eps"
         own = {"betas": config.adamw_betas, eps: config.adamw_eps}
@@ -84,11 +78,6 @@ def describe(optimizers: Sequence[Optimizer]) -> str:
         elements = sum(parameter.numel() for parameter in held)
         parts.append(f"{type(optimizer).__name__}, {len(held)} tensors of {elements:,} parameters")
     return "; ".join(parts)
-
-
-def arguments(settings: Settings) -> dict[str, Any]:
-    """The arguments of the class that steps the matrices, but for its groups; dtypes by name."""
-    return settings.model_dump(exclude={"grad_clip"})
 
 
 def rest_arguments(config: OptimizerConfig) -> dict[str, Any]:

@@ -24,11 +24,7 @@ class Reporter:
     """Console, metrics.jsonl, TensorBoard and pictures on rank 0; silent on every other rank."""
 
     def __init__(self, config: Config, world: World, step: int) -> None:
-        """Opens the files to continue after `step` steps.
-
-        Raises:
-            JobError: On every rank: they cannot be written.
-        """
+        """Opens the files to continue after `step` steps; raises JobError if it cannot."""
         self._config, self._world, self._output = config, world, Path(config.output)
         self._writer: MetricsWriter | None = None
         self._display: Display | None = None
@@ -82,9 +78,7 @@ class Reporter:
     def decomposed(self, step: int, name: str) -> None:
         """Counts a new basis, and prints how far a refresh that takes long has come on this rank.
 
-        Args:
-            step: the step that is being taken.
-            name: the parameter whose momentum has been decomposed.
+        `name` is the parameter whose momentum has been decomposed.
         """
         now = time.monotonic()
         if step != self._refreshing:

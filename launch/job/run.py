@@ -51,17 +51,15 @@ def start(config: Config) -> int:
         code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
     # Both kinds of error are raised on every rank, so all of them come here. After any other
     # exception a rank must not wait for the rest: it ends, and its launcher ends the job.
-    process_group.leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return code
 
 
 def run(config: Config, world: World) -> bool:
     """Trains to the end; returns False if the job was asked to stop before.
 
-    Raises:
-        ConfigError: The configuration does not fit this job.
-        JobError: On every rank: ranks differ, a checkpoint cannot be used, too many steps are bad,
-            or something failed on one of them.
+    Raises ConfigError or JobError, on every rank.
     """
     versions = used_versions(config)
     file = {"deepspeed.config": read_file(config.deepspeed)}

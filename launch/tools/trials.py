@@ -92,13 +92,9 @@ class Runner:
 
     def run(self) -> bool:
         """Returns False if it was asked to stop: the runs have saved and ended then."""
-
-        def end_all(number: int) -> None:
-            for job, *_ in self._running.values():
-                job.terminate()
-
         protocol, wanted = self._comparison.protocol, list[Run]()
-        with stop_requests(end_all) as stop:
+        told = False
+        with stop_requests() as stop:
             ended = True
             while True:
                 if ended:  # only then: it takes milliseconds, which the runs would miss
@@ -108,8 +104,10 @@ class Runner:
                 for run in [run for run in wanted if run not in begun][:free]:
                     if not stop:
                         self._start(run)
-                        if stop:  # it came before the run was known
-                            end_all(stop.signal or 0)
+                if stop and not told:
+                    told = True
+                    for job, *_ in self._running.values():
+                        job.terminate()
                 if not self._running:
                     return not stop
                 time.sleep(0.1)
