@@ -64,8 +64,8 @@ def run(config: Config, world: World) -> bool:
     versions = used_versions(config)
     file = {"deepspeed.config": read_file(config.deepspeed)}
     process_group.require_agreement(world, options.to_values(config) | versions | file)
-    for package, version in versions.items():
-        if not version:
+    for package in _optional(config):
+        if not versions[package]:
             raise ConfigError(
                 f"{package} is not installed, which engine {config.engine} with optimizer.name "
                 f"{config.optimizer.name} needs: pip install {package}, or choose another"
@@ -164,12 +164,16 @@ def build_engine(config: Config, vocab_size: int, world: World) -> Engine:
     return DeepSpeedEngine(config, vocab_size, world)
 
 
+def _optional(config: Config) -> list[str]:
+    """Packages that only this engine or optimizer needs."""
+    engine = "deepspeed" if config.engine == "deepspeed" else ""
+    return [package for package in (engine, config.optimizer.chosen.package) if package]
+
+
 def used_versions(config: Config) -> dict[str, str]:
     """Versions of what the job runs on, in which its ranks must agree; "" if not installed."""
-    packages = ["conda-dist", "transformers", "tokenizers", config.optimizer.chosen.package]
-    packages.append("deepspeed" if config.engine == "deepspeed" else "")
     found = {"Python": platform.python_version(), "torch": torch.__version__}
-    for package in filter(None, ("numpy", *packages)):
+    for package in ("numpy", "conda-dist", "transformers", "tokenizers", *_optional(config)):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
