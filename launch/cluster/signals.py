@@ -92,9 +92,7 @@ def _end_with(launcher: int) -> None:
     alive = os.pidfd_open(launcher)
 
     def wait() -> None:
-        poll = select.poll()
-        poll.register(alive, select.POLLIN)
-        poll.poll()
+        select.select([alive], [], [])
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -145,20 +145,19 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
 
 def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config:
     """What all runs have in common: the config, with the section of each optimizer."""
-    own: dict[str, list[str]] = {name: [] for name in sorted(optimizers)}
-    general: list[str] = []
+    own: dict[str, Any] = {}
+    general = [f"--optimizer.name={min(optimizers)}"]
     for key, text in options.split_arguments(overrides):
         head, _, name = key.rpartition(".")
         if key in ("output", "resume", "optimizer.name"):
             raise ConfigError(f"--{key} differs from run to run: compare sets it itself")
         if head == "optimizer" and key not in options.SCHEMA:
             raise ConfigError(f"--{key}: of which optimizer? Give --optimizer.NAME.{name}")
-        own.get(head.removeprefix("optimizer."), general).append(f"--{key}={text}")
-    first = [f"--optimizer.name={min(optimizers)}"]
-    values = options.to_values(options.load(path, [*first, *general]))
-    for name, words in own.items():
-        found = options.to_values(options.load(path, [f"--optimizer.name={name}", *words]))
-        values |= {k: v for k, v in found.items() if k.startswith(f"optimizer.{name}.")}
+        if head.removeprefix("optimizer.") in optimizers:
+            own |= options.parse_arguments([f"--{key}={text}"])
+        else:
+            general.append(f"--{key}={text}")
+    values = options.to_values(options.load(path, general)) | own
     if values["schedule.min_lr"] is not None:
         raise ConfigError("schedule.min_lr is one rate for all: give schedule.min_lr_ratio instead")
     return options.build(values)
