@@ -95,15 +95,15 @@ def _open(
     # Hosts that have several addresses may be told which one to use.
     address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if alone else _own_address())
     given = os.environ.get("MASTER_PORT", "0")
-    if not given.isdecimal():  # the others wait to be told
-        return None, (address, 0, f"MASTER_PORT is {given!r}, and no port: unset it, or give one")
-    wanted = int(given)
     options: dict[str, Any] = {"is_master": True, "timeout": timeout, "wait_for_workers": False}
     try:
-        store = TCPStore(address, wanted, size, **options)
+        store = TCPStore(address, int(given), size, **options)
     except (RuntimeError, ValueError, OverflowError, TypeError) as error:
-        reason = f"rank 0 cannot open port {wanted or 'of any number'} at {address}: {error}"
-        return None, (address, wanted, f"{reason}. Set MASTER_ADDR and MASTER_PORT to what it can")
+        problem = (  # the others wait to be told
+            f"rank 0 cannot open port {given} at {address}: {error}. Set MASTER_ADDR and "
+            "MASTER_PORT to what it can"
+        )
+        return None, (address, 0, problem)
     return store, (address, store.port, "")
 
 

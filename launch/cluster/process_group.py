@@ -40,10 +40,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup
-    """A gloo group for small CPU messages: flags, errors, fingerprints."""
-    patient: dist.ProcessGroup
-    """The same for waits that may be long: preparing a corpus can take hours."""
+    control: dist.ProcessGroup  # of gloo, for small CPU messages: flags, errors, fingerprints
+    patient: dist.ProcessGroup  # for waits that may be long: preparing a corpus can take hours
 
     @property
     def is_main(self) -> bool:

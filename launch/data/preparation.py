@@ -33,11 +33,9 @@ class Data:
     """What the loop trains and validates on."""
 
     batches: TokenBatches
-    validation: Tokens
-    """The fixed validation set, (val_sequences or fewer, sequence_length + 1)."""
+    validation: Tokens  # fixed: (val_sequences or fewer, sequence_length + 1)
     vocab_size: int
-    fingerprint: str
-    """Hash of the text and the tokenizer: equal on all ranks, and in a run and its resume."""
+    fingerprint: str  # hash of text and tokenizer: equal on all ranks, in a run and its resume
     description: str
 
 

@@ -42,16 +42,12 @@ from conda_dist.runtime.dtensor import local
 class StepResult:
     """What one optimizer step did."""
 
-    loss: float
-    """Mean over the global batch."""
-    grad_norm: float
-    """Norm of the global gradient before clipping."""
-    lr: float
-    """Learning rate of this step (the first group's)."""
-    optimizer_s: float
-    """Seconds this rank spent clipping and updating; see Stopwatch."""
+    loss: float  # mean over the global batch
+    grad_norm: float  # norm of the global gradient before clipping
+    lr: float  # learning rate of this step (the first group's)
+    optimizer_s: float  # seconds this rank spent clipping and updating; see Stopwatch
+    # None if the weights were updated, else where a number that is not finite came from.
     skipped: str | None = None
-    """None if the weights were updated, else where a number that is not finite came from."""
 
 
 Take = Callable[[float, float], bool]

@@ -17,30 +17,22 @@ from conda_dist.launch.job.files import METRICS
 class Record:
     """One line of metrics.jsonl; times and rates are means over the steps since the line before."""
 
-    step: int
-    """Steps taken so far."""
-    loss: float
-    """Training loss of this step, mean per token over the global batch."""
+    step: int  # steps taken so far
+    loss: float  # training loss of this step, mean per token over the global batch
     lr: float
+    # Norm of the global gradient before clipping. It and the loss are null in the file if they are
+    # not finite.
     grad_norm: float
-    """Norm of the global gradient before clipping; null in the file if not finite, as the loss."""
-    val_loss: float | None
-    """Validation loss after this step, where it was measured."""
-    skipped: int
-    """Steps so far that were not taken, being bad."""
-    tokens: int
-    """Tokens trained on so far."""
-    tokens_per_s: float
-    """Tokens of all ranks per second of training."""
-    step_s: float
-    """Seconds per step."""
-    optimizer_s: float
-    """Seconds per step in the optimizer, part of step_s."""
-    train_s: float
-    """Seconds of training so far, without validation, saving and stops."""
+    val_loss: float | None  # validation loss after this step, where it was measured
+    skipped: int  # steps so far that were not taken, being bad
+    tokens: int  # tokens trained on so far
+    tokens_per_s: float  # tokens of all ranks per second of training
+    step_s: float  # seconds per step
+    optimizer_s: float  # seconds per step in the optimizer, part of step_s
+    train_s: float  # seconds of training so far, without validation, saving and stops
+    # The optimizer's diagnostics by path, as "conda/staleness", where this step collected some; in
+    # the files beside the other numbers.
     signals: Mapping[str, float] = field(default_factory=dict)
-    """The optimizer's diagnostics by path, as "conda/staleness", where this step collected some;
-    in the files beside the other numbers."""
 
 
 class Meter:

@@ -152,7 +152,11 @@ def _initialise(model: PreTrainedModel, root: nn.Module, seed: str) -> None:
     same ones on every rank and for every device.
     """
     library = cast(Any, model)
-    pending = [module for module in root.modules() if _has_meta(module)]
+    pending = [
+        module
+        for module in root.modules()
+        if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
+    ]
     for module in pending:
         module.to_empty(device="cpu", recurse=False)
     if root is model:
@@ -162,10 +166,6 @@ def _initialise(model: PreTrainedModel, root: nn.Module, seed: str) -> None:
         # Children first: GPT-2's attention and MLP rescale a projection their child has drawn.
         for module in reversed(pending):
             library._init_weights(module)
-
-
-def _has_meta(module: nn.Module) -> bool:
-    return any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
 
 
 def require_replicas(training: TrainingConfig, ranks: int) -> None:

@@ -47,16 +47,12 @@ class Settings(Section):
     A subclass has the arguments of its class, by the names that they have there.
     """
 
-    built_by: ClassVar[str]
-    """The class that steps the matrices, as MODULE:NAME."""
-    factor: ClassVar[str] = ""
-    """The key that multiplies `lr` in the matrices' rate, if one does."""
+    built_by: ClassVar[str]  # the class that steps the matrices, as MODULE:NAME
+    factor: ClassVar[str] = ""  # the key that multiplies `lr` in the matrices' rate, if one does
+    # Whether the class steps sharded matrices (DTensors); else each rank has the whole model.
     knows_shards: ClassVar[bool] = True
-    """Whether the class steps sharded matrices (DTensors); else each rank has the whole model."""
-    under_zero: ClassVar[bool] = False
-    """Whether engine deepspeed takes it."""
-    package: ClassVar[str] = ""
-    """The optional package that has the class, if one does."""
+    under_zero: ClassVar[bool] = False  # whether engine deepspeed takes it
+    package: ClassVar[str] = ""  # the optional package that has the class, if one does
 
     lr: _Rate = 1e-3
     adamw_scale: Positive = 1.0

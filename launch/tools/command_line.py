@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from conda_dist.launch.cluster import launcher
+from conda_dist.launch.data.sources import open_source
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.deepspeed_file import read_file
 from conda_dist.launch.job.files import EXIT_CONFIG
@@ -69,10 +69,8 @@ def check_output(output: str | Path) -> None:
 
 def check_input(config: Config) -> None:
     """Raises ConfigError for names of files that are not there, or cannot be used."""
-    for path in config.data.path:
-        found = Path(path).expanduser()
-        if not found.exists() and not glob.glob(str(found), recursive=True):
-            raise ConfigError(f"data.path {path!r} names no file")
+    if config.data.path:
+        open_source(config.data)
     read_file(config.deepspeed)
     file = config.tokenizer.path
     if file and not Path(file).expanduser().is_file():

@@ -36,14 +36,12 @@ class Comparison:
     """The runs of a comparison, and how to start them."""
 
     folder: Path
-    config: Config
-    """What all runs have in common."""
+    config: Config  # what all runs have in common
     protocol: Protocol
-    jobs: int
-    """Runs at once."""
+    jobs: int  # runs at once
+    # What `results.json` holds: the common `config`, `nproc` processes of each run, `rules`,
+    # `sessions` (commands typed, with versions and machine) and a record of each of the `runs`.
     results: dict[str, Any]
-    """What `results.json` holds: the common `config`, `nproc` processes of each run, `rules`,
-    `sessions` (commands typed, with versions and machine) and a record of each of the `runs`."""
 
     def command(self, run: Run) -> list[str]:
         """Starts that run, or continues it."""
