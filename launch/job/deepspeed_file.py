@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conda_dist.launch.job.config import ConfigError, DeepSpeedConfig
+from conda_dist.launch.job.config import Config, ConfigError
 
 _OWNED = {
     "train_batch_size": "training.global_batch_size",
@@ -27,23 +27,25 @@ _OWNED = {
 """Keys of the JSON that the job sets itself, with the job's keys that say what."""
 
 
-def read_file(config: DeepSpeedConfig) -> dict[str, Any]:
-    """What the file `deepspeed.config` says; {} without one.
+def read_file(config: Config) -> dict[str, Any]:
+    """What the file `deepspeed.config` says; {} without one, or with another engine.
 
     Raises:
         ConfigError: It cannot be read, is no JSON object, or has keys that are the job's.
     """
+    file, problem = config.deepspeed.config, ""
+    if config.engine != "deepspeed" or not file:
+        return {}
     given: Any = {}
-    problem = ""
     try:
-        given = json.loads(Path(config.config).read_text()) if config.config else {}
-        problem = _refusal(given, config.stage)
+        given = json.loads(Path(file).read_text())
+        problem = _refusal(given, config.deepspeed.stage)
     except OSError as error:
         problem = f"it cannot be read: {error.strerror}"
     except (ValueError, RecursionError) as error:
         problem = f"it is not valid JSON: {error}"
     if problem:
-        raise ConfigError(f"deepspeed.config {config.config}: {problem}")
+        raise ConfigError(f"deepspeed.config {file}: {problem}")
     return dict(given)
 
 

@@ -37,7 +37,7 @@ def build_settings(config: Config, world: World) -> dict[str, Any]:
         settings["communication_data_type"] = "fp32"
         if stage >= 2:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merged(settings, read_file(config.deepspeed))
+    return _merged(settings, read_file(config))
 
 
 def _optimizer(config: Config) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def run(config: Config, world: World) -> bool:
     Raises ConfigError or JobError, on every rank.
     """
     versions = used_versions(config)
-    file = {"deepspeed.config": read_file(config.deepspeed)}
+    file = {"deepspeed.config": read_file(config)}
     process_group.require_agreement(world, options.to_values(config) | versions | file)
     for package in _optional(config):
         if not versions[package]:

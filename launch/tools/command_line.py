@@ -71,7 +71,7 @@ def check_input(config: Config) -> None:
     """Raises ConfigError for names of files that are not there, or cannot be used."""
     if config.data.path:
         open_source(config.data)
-    read_file(config.deepspeed)
+    read_file(config)
     file = config.tokenizer.path
     if file and not Path(file).expanduser().is_file():
         raise ConfigError(f"tokenizer.path {file!r} names no file")
