@@ -11,12 +11,10 @@ from filelock import FileLock, Timeout
 from conda_dist.launch.cluster.process_group import JobError, World, from_main
 from conda_dist.launch.job.config import ConfigError
 
+# A process that was killed keeps its lock until the system has taken its memory back, and jobs are
+# resumed at once.
 PATIENCE_S = 5.0
-"""Seconds to wait for a lock: a process that was killed keeps its own until the system has taken
-its memory back, and jobs are resumed at once."""
-
 LOCK = "lock"
-"""The file; it stays, unless its folder is removed with it."""
 
 
 @contextmanager

@@ -18,25 +18,18 @@ from typing import Any
 from torch._C._distributed_c10d import Store, TCPStore
 
 from conda_dist.launch.cluster.launcher import mpi_rank_and_size
+from conda_dist.launch.cluster.process_group import JobError
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-class MpiError(RuntimeError):
-    """The processes cannot find each other through MPI; the message says why and what to do."""
-
-
 def rendezvous(timeout: timedelta) -> Store:
-    """Lets the processes find each other.
+    """Lets the processes find each other; returns the store to form the process group with.
 
-    Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun does, for
-    libraries that look for them.
-
-    Returns:
-        The store to form the process group with.
+    Sets the variables that torchrun sets, for libraries that look for them.
 
     Raises:
-        MpiError: mpi4py is not installed or belongs to another MPI than the launcher; on every
+        JobError: mpi4py is not installed or belongs to another MPI than the launcher; on every
             rank, rank 0 could not open a port; or this rank does not reach it there.
     """
     rank, size = mpi_rank_and_size()
@@ -46,7 +39,7 @@ def rendezvous(timeout: timedelta) -> Store:
         mpi4py.rc.initialize = mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise MpiError(
+        raise JobError(
             f"an MPI launcher has started {size} processes, and mpi4py, which tells them who is "
             f"who, cannot be imported: {str(error).splitlines()[0]}. Do pip install "
             "mpi4py; if the launcher's MPI is not found, set MPI4PY_LIBMPI to its "
@@ -58,7 +51,7 @@ def rendezvous(timeout: timedelta) -> Store:
     try:
         world = MPI.COMM_WORLD
         if world.Get_size() != size:
-            raise MpiError(
+            raise JobError(
                 f"the launcher has started {size} processes, of which mpi4py sees "
                 f"{world.Get_size()}: it belongs to another MPI, {_library(MPI)}. Use that one's "
                 "mpirun, or set MPI4PY_LIBMPI to the libmpi.so of this mpirun's"
@@ -72,7 +65,7 @@ def rendezvous(timeout: timedelta) -> Store:
         if ours:
             MPI.Finalize()
     if problem:
-        raise MpiError(problem)
+        raise JobError(problem)
     values = (rank, size, local_rank, address, port)
     os.environ.update({name: str(v) for name, v in zip(_RENDEZVOUS, values, strict=True)})
     if store is not None:
@@ -80,7 +73,7 @@ def rendezvous(timeout: timedelta) -> Store:
     try:
         return TCPStore(address, port, size, is_master=False, timeout=timeout)
     except RuntimeError as error:
-        raise MpiError(
+        raise JobError(
             f"{socket.gethostname()} cannot reach rank 0 at {address}, port {port}: {error}. "
             "Set GLOO_SOCKET_IFNAME on all hosts to the interface that joins them, or MASTER_ADDR "
             "to rank 0's address"
@@ -102,15 +95,15 @@ def _open(
     # Hosts that have several addresses may be told which one to use.
     address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if alone else _own_address())
     given = os.environ.get("MASTER_PORT", "0")
-    if not given.isdecimal():  # the others wait to be told
-        return None, (address, 0, f"MASTER_PORT is {given!r}, and no port: unset it, or give one")
-    wanted = int(given)
     options: dict[str, Any] = {"is_master": True, "timeout": timeout, "wait_for_workers": False}
     try:
-        store = TCPStore(address, wanted, size, **options)
+        store = TCPStore(address, int(given), size, **options)
     except (RuntimeError, ValueError, OverflowError, TypeError) as error:
-        reason = f"rank 0 cannot open port {wanted or 'of any number'} at {address}: {error}"
-        return None, (address, wanted, f"{reason}. Set MASTER_ADDR and MASTER_PORT to what it can")
+        problem = (  # the others wait to be told
+            f"rank 0 cannot open port {given} at {address}: {error}. Set MASTER_ADDR and "
+            "MASTER_PORT to what it can"
+        )
+        return None, (address, 0, problem)
     return store, (address, store.port, "")
 
 

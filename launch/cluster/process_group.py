@@ -8,7 +8,6 @@ process forms a group of one, so that everything after this file has a single pa
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
-from conda_dist.launch.cluster import mpi, rendezvous
+from conda_dist.launch.cluster import rendezvous
 from conda_dist.launch.cluster.launcher import mpi_rank_and_size
 
 T = TypeVar("T")
@@ -41,10 +40,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup
-    """A gloo group for small CPU messages: flags, errors, fingerprints."""
-    patient: dist.ProcessGroup
-    """The same for waits that may be long: preparing a corpus can take hours."""
+    control: dist.ProcessGroup  # of gloo, for small CPU messages: flags, errors, fingerprints
+    patient: dist.ProcessGroup  # for waits that may be long: preparing a corpus can take hours
 
     @property
     def is_main(self) -> bool:
@@ -56,17 +53,15 @@ def join(timeout_s: float) -> World:
     """Forms the process group and picks the device: CUDA with NCCL where there is one, else CPU.
 
     A group that a launcher has formed already is taken as it is.
-
-    Args:
-        timeout_s: Seconds after which a collective that has not finished raises.
+    After `timeout_s` a collective that has not finished raises.
 
     Raises:
         JobError: There are more processes on this host than CUDA devices, or processes started
             by an MPI launcher cannot find each other.
     """
     timeout = timedelta(seconds=timeout_s)
-    # Not every launcher sets the variables that are looked at from here on.
-    store = None if dist.is_initialized() or "RANK" in os.environ else _find_others(timeout)
+    joined = dist.is_initialized()
+    where = {} if joined else _meeting(timeout)
     device, backend = torch.device("cpu"), "gloo"
     local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
     if torch.cuda.is_available():
@@ -77,18 +72,10 @@ def join(timeout_s: float) -> World:
             )
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    if dist.is_initialized():
+    if joined:
         local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        ours, rank, size = rendezvous.meet(timeout)
-        dist.init_process_group(backend, store=ours, rank=rank, world_size=size, timeout=timeout)
-    elif store is None:
-        dist.init_process_group(backend, timeout=timeout)
     else:
-        rank, size = mpi_rank_and_size()
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=max(size, 1), timeout=timeout
-        )
+        dist.init_process_group(backend, timeout=timeout, **where)
     control, patient = (
         cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=limit))
         for limit in (timeout, _PATIENCE)
@@ -96,20 +83,22 @@ def join(timeout_s: float) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device, control, patient)
 
 
-def _find_others(timeout: timedelta) -> Store:
-    """A store shared by the processes of an MPI launcher, or one of this process's own."""
-    if mpi_rank_and_size()[1] < 2:
-        return HashStore()
-    try:
-        return mpi.rendezvous(timeout)
-    except mpi.MpiError as error:
-        raise JobError(str(error)) from error
+def _meeting(timeout: timedelta) -> dict[str, Any]:
+    """Store, rank and world size; {} where torch.distributed finds them in the environment."""
+    store: Store
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        store, rank, size = rendezvous.meet(timeout)
+    elif "RANK" in os.environ:
+        return {}
+    else:
+        rank, size = mpi_rank_and_size()
+        if size > 1:
+            from conda_dist.launch.cluster import mpi
 
-
-def leave() -> None:
-    """Ends the process group, if there is one; for when every rank does so."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            store = mpi.rendezvous(timeout)
+        else:
+            store, rank, size = HashStore(), 0, 1
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def gather(world: World, item: Any, *, patient: bool = False) -> list[Any]:
@@ -138,8 +127,7 @@ def together(world: World, doing: str, *, patient: bool = False) -> Iterator[Non
         patient: Whether it may take some ranks longer than the job's timeout.
 
     Raises:
-        JobError: On every rank, if the block raised on any; the message names those ranks.
-            The rank that failed keeps its own exception as the cause.
+        JobError: On every rank; it names those on which the block raised.
     """
     error: Exception | None = None
     try:
@@ -156,15 +144,7 @@ def together(world: World, doing: str, *, patient: bool = False) -> Iterator[Non
 
 
 def require_agreement(world: World, facts: Mapping[str, Any]) -> None:
-    """Raises on every rank, naming what differs, unless all ranks hold the same facts.
-
-    Args:
-        world: The job.
-        facts: Anything comparable by name: configuration values, versions, fingerprints.
-
-    Raises:
-        JobError: Some fact differs between ranks.
-    """
+    """Raises JobError on every rank, naming what differs, unless all hold the same facts."""
     everyone = gather(world, dict(facts))
     differing = []
     for name in sorted({name for held in everyone for name in held}):
@@ -180,20 +160,8 @@ def require_agreement(world: World, facts: Mapping[str, Any]) -> None:
         raise JobError("the ranks of this job differ in " + "\n  ".join(["", *differing]))
 
 
-def hosts(world: World) -> dict[str, int]:
-    """Number of ranks on each host, by host name."""
-    counts: dict[str, int] = {}
-    for host in gather(world, socket.gethostname()):
-        counts[host] = counts.get(host, 0) + 1
-    return counts
-
-
 def from_main(world: World, doing: str, function: Callable[[], T]) -> T:
-    """Runs `function` on rank 0 and returns its result on every rank.
-
-    Raises:
-        JobError: On every rank, if it failed.
-    """
+    """Runs `function` on rank 0 and returns its result, or raises JobError, on every rank."""
     result: list[Any] = [None]
     with together(world, doing):
         if world.is_main:

@@ -20,11 +20,7 @@ _POLL_S = 0.02
 
 
 def meet(timeout: timedelta) -> tuple[Store, int, int]:
-    """The store of this start of the job, this process's rank, and the number of ranks.
-
-    Raises:
-        dist.DistError: Some rank did not come in time.
-    """
+    """The store of this start of the job, this process's rank, and the number of ranks."""
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     return PrefixStore(f"conda_dist/start/{agree(store, rank, size, timeout)}", store), rank, size
 
@@ -33,10 +29,7 @@ def agree(store: Store, rank: int, size: int, timeout: timedelta) -> str:
     """A name that is new, the same on all ranks.
 
     Each rank says one that nobody else can know, and rank 0 answers under that: nothing that is
-    left from before can be taken for an answer.
-
-    Raises:
-        dist.DistStoreError: Some rank did not come in time.
+    left from before can be taken for an answer. Raises DistStoreError if a rank is late.
     """
     own = uuid.uuid4().hex
     if rank != 0:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -27,31 +27,28 @@ _SAME_PRESS_S = 1.0
 
 
 class StopRequest:
-    """Whether, and by which signal, the job was asked to stop."""
+    """Whether the job was asked to stop."""
 
-    def __init__(self, forward: Callable[[int], object] | None = None) -> None:
-        """No request yet; each signal will be handed to `forward`, if given."""
-        self.signal: signal.Signals | None = None
-        self._forward, self._since = forward, 0.0
+    def __init__(self) -> None:
+        """No request yet."""
+        self._since: float | None = None
 
     def __bool__(self) -> bool:
         """Whether this process has been asked to stop."""
-        return self.signal is not None
+        return self._since is not None
 
-    def receive(self, number: int, frame: FrameType | None = None) -> None:
+    def receive(self, number: int, frame: FrameType | None) -> None:
         """The signal handler: a first signal asks, a second Ctrl-C aborts at once."""
-        if self._forward is not None:
-            self._forward(number)
-        if self.signal is None:
-            self.signal, self._since = signal.Signals(number), time.monotonic()
+        if self._since is None:
+            self._since = time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._since > _SAME_PRESS_S:
             raise KeyboardInterrupt
 
 
 @contextmanager
-def stop_requests(forward: Callable[[int], object] | None = None) -> Iterator[StopRequest]:
+def stop_requests() -> Iterator[StopRequest]:
     """Catches the stop signals while the block runs; see StopRequest."""
-    request = StopRequest(forward)
+    request = StopRequest()
     before = {number: signal.signal(number, request.receive) for number in STOP_SIGNALS}
     try:
         yield request
@@ -95,9 +92,7 @@ def _end_with(launcher: int) -> None:
     alive = os.pidfd_open(launcher)
 
     def wait() -> None:
-        poll = select.poll()
-        poll.register(alive, select.POLLIN)
-        poll.poll()
+        select.select([alive], [], [])
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -56,18 +56,14 @@ class TokenBatches:
             ConfigError: There are too few tokens for a single window.
         """
         self._tokens, self._length, self._batch, self._seed = tokens, length, batch, seed
-        self._windows = (len(tokens) - 1) // length
-        if self._windows < 1:
+        self.windows = (len(tokens) - 1) // length
+        """Sequences in one epoch."""
+        if self.windows < 1:
             raise ConfigError(
                 f"the training text has {len(tokens)} tokens, fewer than one sequence of "
                 f"training.sequence_length {length}: shorten it or give more text"
             )
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
-
-    @property
-    def windows(self) -> int:
-        """Sequences in one epoch."""
-        return self._windows
 
     def rows(self, step: int, first: int, last: int) -> Tokens:
         """Rows first..last of step's global batch, (last - first, sequence_length + 1)."""
@@ -75,10 +71,10 @@ class TokenBatches:
         return windows_at(self._tokens, map(self._window, positions), self._length)
 
     def _window(self, position: int) -> int:
-        epoch, index = divmod(position, self._windows)
+        epoch, index = divmod(position, self.windows)
         if self._order is None or self._order[0] != epoch:
             generator = np.random.default_rng([self._seed, epoch])
-            self._order = epoch, generator.permutation(self._windows)
+            self._order = epoch, generator.permutation(self.windows)
         return int(self._order[1][index])
 
 

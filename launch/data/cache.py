@@ -1,22 +1,21 @@
-"""A folder of derived files, each entry made once and safe against concurrent jobs.
+"""A folder of derived files, each entry made once, by one job at a time.
 
-An entry is a directory built elsewhere and renamed into place, so a reader sees all of it or
-nothing, whatever is killed when.
+An entry is a directory whose marker is written last, so a reader sees all of it or nothing,
+whatever is killed when.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_MARKER = "entry.json"
+from filelock import FileLock
+
+_MARKER, _LOCK = "entry.json", "lock"
 
 
 def cache_root(configured: str) -> Path:
@@ -48,33 +47,27 @@ def build_entry(entry: Path, build: Callable[[Path], dict[str, Any]]) -> dict[st
 
     Args:
         entry: The directory the entry will be.
-        build: Fills an empty directory and returns JSON-able facts about it.
+        build: Writes files into a directory and returns JSON-able facts about them.
     """
-    facts = read_entry(entry)
-    if facts is not None:
+    if (facts := read_entry(entry)) is not None:
         return facts
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=entry.parent))
-    try:
-        facts = build(building)
-        sizes = {file.name: file.stat().st_size for file in building.iterdir()}
-        (building / _MARKER).write_text(json.dumps({"facts": facts, "sizes": sizes}))
-        _move_into_place(building, entry)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    entry.mkdir(parents=True, exist_ok=True)
+    with FileLock(entry / _LOCK):
+        if (facts := read_entry(entry)) is not None:  # another job has built it meanwhile
+            return facts
+        (entry / _MARKER).unlink(missing_ok=True)  # of an entry that is damaged
+        try:
+            facts = build(entry)
+        except BaseException:
+            for file in _content(entry):  # the disk may be full
+                file.unlink()
+            raise
+        sizes = {file.name: file.stat().st_size for file in _content(entry)}
+        written = entry / f"{_MARKER}.tmp"
+        written.write_text(json.dumps({"facts": facts, "sizes": sizes}))
+        written.rename(entry / _MARKER)
     return facts
 
 
-def _move_into_place(building: Path, entry: Path) -> None:
-    """Renames; another job that finished the same entry first has made it just as well."""
-    try:
-        building.rename(entry)
-    except OSError:
-        if read_entry(entry) is not None:
-            return
-        # What is there is damaged. Moving it aside is atomic; deleting it in place is not.
-        aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=entry.parent))
-        with contextlib.suppress(FileNotFoundError):
-            entry.rename(aside / entry.name)
-        building.rename(entry)
-        shutil.rmtree(aside, ignore_errors=True)
+def _content(entry: Path) -> list[Path]:
+    return [file for file in entry.iterdir() if file.name != _LOCK]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from conda_dist.launch.job.config import Config, ConfigError
 _FORMAT = 2
 """Part of every cache key: raise it when the cached files change their meaning."""
 
+_BATCH = 256
+"""Documents encoded per call, enough to keep the tokenizer's threads busy."""
+
 _TOKENIZER, _TRAIN, _VAL = "tokenizer.json", "train.bin", "val.bin"
 
 
@@ -30,20 +33,16 @@ class Data:
     """What the loop trains and validates on."""
 
     batches: TokenBatches
-    validation: Tokens
-    """The fixed validation set, (val_sequences or fewer, sequence_length + 1)."""
+    validation: Tokens  # fixed: (val_sequences or fewer, sequence_length + 1)
     vocab_size: int
-    fingerprint: str
-    """Hash of the text and the tokenizer: equal on all ranks, and in a run and its resume."""
+    fingerprint: str  # hash of text and tokenizer: equal on all ranks, in a run and its resume
     description: str
 
 
 def open_data(config: Config, world: World) -> Data:
     """Prepares what is not cached yet (one process per host does) and opens it on every rank.
 
-    Raises:
-        JobError: On every rank, when it failed on any: text that cannot be read, or too little of
-            it for one sequence.
+    Raises JobError on every rank: text cannot be read, or is too little for one sequence.
     """
     with together(world, "preparing the data", patient=True):
         if world.local_rank == 0:
@@ -53,11 +52,7 @@ def open_data(config: Config, world: World) -> Data:
 
 
 def _prepare(config: Config) -> tuple[Path, dict[str, Any]]:
-    """Trains the tokenizer and encodes all documents, unless the cache has them.
-
-    Returns:
-        The cache entry and its facts.
-    """
+    """The cache entry with the tokenizer and all documents' tokens, made if absent; its facts."""
     source, root = sources.open_source(config.data), cache.cache_root(config.data.cache)
     tokenizer = bpe.read(_prepare_tokenizer(config, root, source))
 
@@ -76,21 +71,18 @@ def _encode(
     """Writes the tokens of both splits to flat files, a bounded number of documents at a time."""
     end_of_text, dtype = bpe.end_of_text_id(tokenizer, config.tokenizer), bpe.token_dtype(tokenizer)
     content, counts, total = hashlib.sha256(), {_TRAIN: 0, _VAL: 0}, 0
-    held_out: deque[bool] = deque()
-
-    def noted() -> Iterator[str]:
-        for text, held in documents:
-            held_out.append(held)
-            yield text
-
+    waiting = iter(documents)
     with (folder / _TRAIN).open("wb") as train, (folder / _VAL).open("wb") as val:
-        for ids in bpe.encode(tokenizer, noted(), end_of_text):
-            name, file = (_VAL, val) if held_out.popleft() else (_TRAIN, train)
-            encoded = ids.astype(dtype).tobytes()
-            content.update(encoded)
-            file.write(encoded)
-            counts[name] += len(ids)
-            total += 1
+        while batch := list(islice(waiting, _BATCH)):
+            texts = [text for text, _ in batch]
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for (_, held_out), encoding in zip(batch, encodings, strict=True):
+                name, file = (_VAL, val) if held_out else (_TRAIN, train)
+                encoded = np.array([*encoding.ids, end_of_text], dtype).tobytes()
+                content.update(encoded)
+                file.write(encoded)
+                counts[name] += len(encoding.ids) + 1
+            total += len(batch)
     tokenizer.save(str(folder / _TOKENIZER))
     return {
         "documents": total,

@@ -12,9 +12,9 @@ import hashlib
 import json
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from conda_dist.launch.job.config import ConfigError, DataConfig
 
@@ -26,21 +26,6 @@ _READABLE = (*sorted(_PLAIN), ".jsonl", ".jsonl.gz", ".parquet")
 
 Document = tuple[str, bool]
 """A text, not empty, and whether it is held out."""
-
-
-class Source(Protocol):
-    """What text a job trains on."""
-
-    def signature(self) -> list[Any]:
-        """What decides the documents, as JSON-able facts."""
-
-    def documents(self) -> Iterator[Document]:
-        """The documents; raises ConfigError where they cannot be read."""
-
-
-def open_source(config: DataConfig) -> Source:
-    """The source that the config names."""
-    return HubSource(config) if config.hf else FileSource(config)
 
 
 def in_validation(document: str, fraction: float) -> bool:
@@ -81,19 +66,15 @@ class FileSource:
         return [self._field, self._separator, self._fraction, listing]
 
     def documents(self) -> Iterator[Document]:
-        """The documents, in the order of the sorted files.
-
-        Raises:
-            ConfigError: A file is damaged, cannot be read, or holds something else than texts.
-        """
+        """The documents, in the order of the sorted files; raises ConfigError if one is damaged."""
         for file in self._files:
             try:
                 for text in filter(None, self._read(file)):
                     yield text, in_validation(text, self._fraction)
-            except ConfigError:
-                raise
             # Of the system, gzip, zlib, UTF-8 and JSON; pyarrow's derive from some of them.
             except (OSError, EOFError, zlib.error, ValueError, RuntimeError) as error:
+                if isinstance(error, ConfigError):
+                    raise
                 raise ConfigError(
                     f"data.path: {file} cannot be read ({error}): mend it, or leave it out"
                 ) from error
@@ -125,25 +106,17 @@ class FileSource:
                 yield text_of(record, self._field, f"{file}, line {number}")
 
     def _read_parquet(self, file: Path) -> Iterator[str]:
-        import pyarrow
+        from pyarrow import ArrowException, parquet
 
         try:
-            yield from self._read_table(file)
-        except pyarrow.ArrowException as error:  # not all derive from what is caught above
+            table = parquet.ParquetFile(file)
+            if self._field not in (names := table.schema_arrow.names):
+                text_of(dict.fromkeys(names), self._field, str(file))
+            for batch in table.iter_batches(columns=[self._field]):
+                for record in batch.to_pylist():
+                    yield text_of(record, self._field, str(file))
+        except ArrowException as error:  # not all derive from what `documents` catches
             raise ValueError(str(error)) from error
-
-    def _read_table(self, file: Path) -> Iterator[str]:
-        import pyarrow.parquet as parquet
-
-        table = parquet.ParquetFile(file)
-        if self._field not in table.schema_arrow.names:
-            raise ConfigError(
-                f"{file} has no column {self._field!r}; it has "
-                f"{', '.join(table.schema_arrow.names)}: set data.text_field"
-            )
-        for batch in table.iter_batches(columns=[self._field]):
-            for text in batch.column(0).to_pylist():
-                yield text_of({self._field: text}, self._field, str(file))
 
 
 class HubSource:
@@ -160,11 +133,7 @@ class HubSource:
         return [*which, c.hf_mb, c.val_fraction, c.text_field]
 
     def documents(self) -> Iterator[Document]:
-        """`hf_mb` of the training split, then the share of the validation split, if it has one.
-
-        Raises:
-            ConfigError: The set cannot be opened, or a record has no text.
-        """
+        """`hf_mb` of the training split, then the share of the validation split, if it has one."""
         config, size = self._config, self._config.hf_mb * 1e6
         for text in self._first(config.hf_split, size):
             held_out = not config.hf_val_split and in_validation(text, config.val_fraction)
@@ -175,12 +144,9 @@ class HubSource:
 
     def _first(self, split: str, size: float) -> Iterator[str]:
         """The texts of a split until `size` characters are reached."""
-        for record in self._open(split):
-            if text := text_of(record, self._config.text_field, self._config.hf):
-                yield text
-                size -= len(text)
-                if size <= 0:
-                    return
+        field, name = self._config.text_field, self._config.hf
+        texts = (text_of(record, field, name) for record in self._open(split))
+        return until(size, filter(None, texts))
 
     def _open(self, split: str) -> Any:
         import datasets
@@ -197,6 +163,23 @@ class HubSource:
         except (OSError, ValueError) as error:
             name = f"{config.hf} ({config.hf_config})" if config.hf_config else config.hf
             raise ConfigError(f"data.hf: cannot open {name}, split {split}: {error}") from error
+
+
+Source = FileSource | HubSource
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that the config names."""
+    return HubSource(config) if config.hf else FileSource(config)
+
+
+def until(size: float, texts: Iterable[str]) -> Iterator[str]:
+    """Texts until `size` characters are reached."""
+    for text in texts:
+        yield text
+        size -= len(text)
+        if size <= 0:
+            return
 
 
 def _paragraphs(text: str) -> Iterator[str]:

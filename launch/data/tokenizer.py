@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from conda_dist.launch.data.sources import until
 from conda_dist.launch.job.config import ConfigError, TokenizerConfig
-
-_BATCH = 256
-"""Documents encoded per call, enough to keep the tokenizer's threads busy."""
 
 
 def train(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
@@ -32,7 +29,9 @@ def train(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(documents, config.sample_mb * 1e6), trainer)
+    size = int(config.sample_mb * 1e6)
+    cut = (document[:size] for document in documents)
+    tokenizer.train_from_iterator(until(size, cut), trainer)
     return tokenizer
 
 
@@ -63,22 +62,3 @@ def token_dtype(tokenizer: Tokenizer) -> npt.DTypeLike:
 def fingerprint(tokenizer: Tokenizer) -> str:
     """Hash of everything that decides how text becomes tokens."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:20]
-
-
-def encode(
-    tokenizer: Tokenizer, documents: Iterable[str], end_of_text: int
-) -> Iterator[npt.NDArray[np.uint32]]:
-    """The token ids of each document in turn, `end_of_text` appended."""
-    waiting = iter(documents)
-    while batch := list(islice(waiting, _BATCH)):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array([*encoding.ids, end_of_text], dtype=np.uint32)
-
-
-def _sample(documents: Iterable[str], size: float) -> Iterator[str]:
-    """Documents until `size` characters are reached, the last one cut."""
-    for document in documents:
-        yield document[: int(size)]
-        size -= len(document)
-        if size <= 0:
-            return

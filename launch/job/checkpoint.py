@@ -39,23 +39,17 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """The complete checkpoint of the highest step, the same one on every rank."""
-
-        def find() -> Path | None:
-            complete = complete_checkpoints(self._folder)
-            return complete[-1] if complete else None
-
-        return from_main(self._world, "looking for checkpoints", find)
+        doing = "looking for checkpoints"
+        found = from_main(self._world, doing, lambda: complete_checkpoints(self._folder))
+        return found[-1] if found else None
 
     def save(self, step: int, facts: dict[str, Any], write: Callable[[Path], None]) -> Path:
-        """Saves the checkpoint of `step`; every rank calls it.
+        """Saves the checkpoint of `step` and returns its folder; every rank calls it.
 
         Args:
             step: Steps taken.
             facts: JSON-able state, equal on every rank.
             write: Writes the rest into the folder it is given; called on every rank.
-
-        Returns:
-            The checkpoint's folder.
 
         Raises:
             JobError: On every rank, if writing failed on any; older checkpoints are intact.
@@ -81,17 +75,14 @@ class Checkpoints:
 
         from_main(self._world, "making the checkpoint's folder", begin)
         write(writing)
-        files = self._fingerprints(writing)
+        files = self._hashes(writing)
         from_main(self._world, "completing the checkpoint", finish)
         return final
 
     def abandon_after(self, step: int) -> list[Path]:
-        """Sets checkpoints of later steps aside: a run that goes on from `step` leaves them.
+        """Sets checkpoints of later steps aside; returns the folders' new names.
 
         Otherwise they would be the newest ones, to resume from and to keep.
-
-        Returns:
-            The folders' new names.
         """
 
         def rename() -> list[Path]:
@@ -113,11 +104,8 @@ class Checkpoints:
             CheckpointError: On every rank; it names the file at fault.
             ConfigError: On every rank: it is no checkpoint, or one of another version.
         """
-
-        def read() -> tuple[dict[str, Any], dict[str, Any], str]:
-            return _read_record(path / _FACTS)
-
-        facts, files, problem = from_main(self._world, "reading the checkpoint's facts", read)
+        doing = "reading the checkpoint's facts"
+        facts, files, problem = from_main(self._world, doing, lambda: _read_record(path / _FACTS))
         shared = sorted(files)[self._world.rank :: self._world.size]
         differences = (_difference(path / name, files[name]) for name in shared)
         found = gather(self._world, problem or next(filter(None, differences), ""))
@@ -130,29 +118,27 @@ class Checkpoints:
             )
         return facts
 
-    def _fingerprints(self, folder: Path) -> dict[str, Any]:
-        """Size and hash of each file below a folder, the work shared out among the ranks."""
-        shared: dict[str, Any] = {}
+    def _hashes(self, folder: Path) -> dict[str, str]:
+        """Hash of each file below a folder, the work shared out among the ranks."""
+        shared: dict[str, str] = {}
         names = from_main(self._world, "listing the checkpoint", lambda: _files(folder))
         with together(self._world, "reading the checkpoint back"):
             for name in names[self._world.rank :: self._world.size]:
-                shared[name] = _fingerprint(folder / name)
+                shared[name] = _hash(folder / name)
         return {name: own for part in gather(self._world, shared) for name, own in part.items()}
 
     def unusable(self, path: Path, problem: str) -> CheckpointError | ConfigError:
-        """The error for a checkpoint with that problem, naming the one to use instead.
-
-        It is a ConfigError if the path does not lead to a checkpoint at all.
-        """
-        there = complete_checkpoints(self._folder)
+        """The error for a checkpoint with that problem, naming the one to use instead."""
+        said = f"the checkpoint {path} cannot be used: {problem}"
         if _NAME.fullmatch(path.name) is None:
-            advice = "Checkpoints are folders such as RUN/checkpoints/step-00000300"
-        elif older := [other for other in there if step_of(other) < step_of(path)]:
+            said += ". Checkpoints are folders such as RUN/checkpoints/step-00000300"
+            return ConfigError(said)
+        there = complete_checkpoints(self._folder)
+        if older := [other for other in there if step_of(other) < step_of(path)]:
             advice = f"The one before it: continue from there with --resume {older[-1]}"
         else:
             advice = "There is no older one here: start again with another --output"
-        kind = CheckpointError if _NAME.fullmatch(path.name) else ConfigError
-        return kind(f"the checkpoint {path} cannot be used: {problem}. {advice}")
+        return CheckpointError(f"{said}. {advice}")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -190,20 +176,16 @@ def _read_record(file: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
     return {}, {}, f"{file} is damaged"
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
+def _hash(file: Path) -> str:
     # torch does not look at the check sums in its own format: a flipped bit would pass unseen.
     with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _difference(file: Path, written: dict[str, Any]) -> str:
+def _difference(file: Path, written: str) -> str:
     """How a file differs from what was written; "" if it does not."""
     try:
-        size = file.stat().st_size
-        if size != written["bytes"]:
-            return f"{file} has {size} bytes, {written['bytes']} were written"
-        return "" if _fingerprint(file) == written else f"{file} is damaged"
+        return "" if _hash(file) == written else f"{file} is damaged"
     except FileNotFoundError:
         return f"{file} is missing"
     except OSError as error:

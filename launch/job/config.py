@@ -1,292 +1,262 @@
-"""What a training job can be told: one frozen dataclass per section.
+"""What a training job can be told: one section for each part of it.
 
-Every key carries its own help line and bounds, so that the command line, the TOML reader, the
-help text and the validation (all in `options.py`) are derived from the declarations below and
-cannot drift apart.
+The command line, the TOML reader, the help text and the validation (all in `options.py`) are
+derived from these declarations and cannot drift apart.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from conda_dist.launch.job.key import LARGE, MOST, Key
+from annotated_types import Interval
+
 from conda_dist.launch.job.optimizer_config import OptimizerConfig
+from conda_dist.launch.job.section import (
+    Count,
+    Decay,
+    Factor,
+    HeldOut,
+    Maybe,
+    NotNegative,
+    Positive,
+    Section,
+    Share,
+    Size,
+    SmallPositive,
+)
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message says which key and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
+class ModelConfig(Section):
     """Shape of the network, in the names Hugging Face's model configs use."""
 
-    architecture: Annotated[
-        Literal["llama", "gpt2"], Key("LlamaForCausalLM or GPT2LMHeadModel")
-    ] = "llama"
-    hidden_size: Annotated[int, Key("width of the residual stream", ge=1, le=MOST)] = 192
-    intermediate_size: Annotated[int, Key("width inside the MLP", ge=1, le=MOST)] = 512
-    num_hidden_layers: Annotated[int, Key("number of blocks", ge=1, le=MOST)] = 4
-    num_attention_heads: Annotated[int, Key("attention heads per block", ge=1, le=MOST)] = 6
-    num_key_value_heads: Annotated[
-        int | None,
-        Key("llama: key/value heads (default: as many as attention heads)", ge=1, le=MOST),
-    ] = None
-    rope_theta: Annotated[float, Key("llama: base of the rotary embedding", ge=1, le=1e30)] = (
-        10000.0
-    )
-    rms_norm_eps: Annotated[float, Key("llama: epsilon of the RMS norms", gt=0, le=1)] = 1e-6
-    dropout: Annotated[
-        float, Key("gpt2: dropout of embeddings, attention and residuals", ge=0, lt=1)
-    ] = 0.0
-    initializer_range: Annotated[
-        float, Key("standard deviation of the initial weights", gt=0, le=1)
-    ] = 0.02
-    tie_word_embeddings: Annotated[bool, Key("output head shares the embedding's weight")] = False
+    architecture: Literal["llama", "gpt2"] = "llama"
+    """LlamaForCausalLM or GPT2LMHeadModel"""
+    hidden_size: Size = 192
+    """width of the residual stream"""
+    intermediate_size: Size = 512
+    """width inside the MLP"""
+    num_hidden_layers: Size = 4
+    """number of blocks"""
+    num_attention_heads: Size = 6
+    """attention heads per block"""
+    num_key_value_heads: Maybe[Size] = None
+    """llama: key/value heads (default: as many as attention heads)"""
+    rope_theta: Factor = 10000.0
+    """llama: base of the rotary embedding"""
+    rms_norm_eps: SmallPositive = 1e-6
+    """llama: epsilon of the RMS norms"""
+    dropout: Decay = 0.0
+    """gpt2: dropout of embeddings, attention and residuals"""
+    initializer_range: SmallPositive = 0.02
+    """standard deviation of the initial weights"""
+    tie_word_embeddings: bool = False
+    """output head shares the embedding's weight"""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """Byte-level BPE: trained once on the data and cached, or read from a file."""
 
-    path: Annotated[str, Key("a tokenizers JSON file to use instead of training one")] = ""
-    vocab_size: Annotated[
-        int, Key("vocabulary to train, special token included", ge=257, le=10_000_000)
-    ] = 4096
-    sample_mb: Annotated[
-        float, Key("MB of text to train it on, from the start of the data", gt=0, le=LARGE)
-    ] = 32.0
-    end_of_text: Annotated[str, Key("token put after each document")] = "<|endoftext|>"
+    path: str = ""
+    """a tokenizers JSON file to use instead of training one"""
+    vocab_size: Annotated[int, Interval(ge=257, le=10_000_000)] = 4096
+    """vocabulary to train, special token included"""
+    sample_mb: Positive = 32.0
+    """MB of text to train it on, from the start of the data"""
+    end_of_text: str = "<|endoftext|>"
+    """token put after each document"""
 
 
-@dataclass(frozen=True, slots=True)
-class DataConfig:
+class DataConfig(Section):
     """Where the text comes from. Neither `path` nor `hf`: Python's own standard library."""
 
-    path: Annotated[
-        tuple[str, ...], Key("files, folders or globs: .txt .py .md .jsonl[.gz] .parquet")
-    ] = ()
-    hf: Annotated[str, Key("a Hugging Face data set (name or folder)")] = ""
-    hf_config: Annotated[str, Key("its configuration, e.g. en")] = ""
-    hf_revision: Annotated[str, Key("its revision, such as refs/convert/parquet")] = ""
-    hf_split: Annotated[str, Key("its split to train on")] = "train"
-    hf_val_split: Annotated[
-        str, Key("its validation split, val_fraction of hf_mb (default: of hf_split)")
-    ] = ""
-    hf_mb: Annotated[float, Key("MB of its text to take, from the start", gt=0, le=LARGE)] = 1000.0
-    text_field: Annotated[str, Key("field or column of the text in JSONL, parquet and hf")] = "text"
-    text_separator: Annotated[
-        str, Key(r"cuts plain-text files into documents, such as '\n\n' (default: one a file)")
-    ] = ""
-    val_fraction: Annotated[
-        float, Key("share of the documents held out for validation", gt=0, lt=1)
-    ] = 0.05
-    cache: Annotated[
-        str, Key("folder for tokens and tokenizers (default: ~/.cache/conda_dist)")
-    ] = ""
+    path: tuple[str, ...] = ()
+    """files, folders or globs: .txt .py .md .jsonl[.gz] .parquet"""
+    hf: str = ""
+    """a Hugging Face data set (name or folder)"""
+    hf_config: str = ""
+    """its configuration, e.g. en"""
+    hf_revision: str = ""
+    """its revision, such as refs/convert/parquet"""
+    hf_split: str = "train"
+    """its split to train on"""
+    hf_val_split: str = ""
+    """its validation split, val_fraction of hf_mb (default: of hf_split)"""
+    hf_mb: Positive = 1000.0
+    """MB of its text to take, from the start"""
+    text_field: str = "text"
+    """field or column of the text in JSONL, parquet and hf"""
+    text_separator: str = ""
+    r"""cuts plain-text files into documents, such as '\n\n' (default: one a file)"""
+    val_fraction: HeldOut = 0.05
+    """share of the documents held out for validation"""
+    cache: str = ""
+    """folder for tokens and tokenizers (default: ~/.cache/conda_dist)"""
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduleConfig:
+class ScheduleConfig(Section):
     """Learning rate over time, as a factor of each optimizer's peak rate."""
 
-    name: Annotated[
-        Literal["cosine", "linear", "constant"], Key("shape after the warmup; linear falls to zero")
-    ] = "cosine"
-    warmup_ratio: Annotated[
-        float, Key("linear warmup from zero, as a share of all steps", ge=0, le=1)
-    ] = 0.1
-    warmup_steps: Annotated[int | None, Key("the same in steps, instead of the share", ge=0)] = None
-    min_lr_ratio: Annotated[float, Key("cosine: final rate as a share of the peak", ge=0, le=1)] = (
-        0.1
-    )
-    min_lr: Annotated[
-        float | None, Key("cosine: final rate itself, instead of the share", ge=0)
-    ] = None
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """shape after the warmup; linear falls to zero"""
+    warmup_ratio: Share = 0.1
+    """linear warmup from zero, as a share of all steps"""
+    warmup_steps: Maybe[Count] = None
+    """the same in steps, instead of the share"""
+    min_lr_ratio: Share = 0.1
+    """cosine: final rate as a share of the peak"""
+    min_lr: Maybe[NotNegative] = None
+    """cosine: final rate itself, instead of the share"""
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingConfig:
+class TrainingConfig(Section):
     """The loop: how much, how often, in which precision."""
 
-    steps: Annotated[int, Key("optimizer steps", ge=1, le=MOST)] = 600
-    seed: Annotated[int, Key("of the initial weights, the data order and dropout", ge=0)] = 0
-    sequence_length: Annotated[int, Key("tokens per sequence", ge=2, le=MOST)] = 256
-    global_batch_size: Annotated[int, Key("sequences per step over all ranks", ge=1, le=MOST)] = 8
-    micro_batch_size: Annotated[
-        int, Key("most sequences per rank and forward pass", ge=1, le=MOST)
-    ] = 4
-    compute_dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"],
-        Key("type of forward and backward; auto: bfloat16 where it is fast"),
-    ] = "auto"
-    hsdp_replicas: Annotated[
-        int, Key("copies of the sharded model (HSDP); 1: plain FSDP", ge=1, le=MOST)
-    ] = 1
-    lean_accumulation: Annotated[
-        bool, Key("keep weights and gradients sharded between micro-batches: more communication")
-    ] = False
-    activation_checkpointing: Annotated[bool, Key("recompute each block in the backward pass")] = (
-        False
-    )
-    compile: Annotated[bool, Key("torch.compile each block")] = False
-    skip_limit: Annotated[
-        int,
-        Key("bad steps in a row that are skipped before the job ends; 0: none", ge=0, le=MOST),
-    ] = 3
-    skip_factor: Annotated[
-        float,
-        Key(
-            "a step is bad also if loss or norm is so many spreads above the median of good steps; "
-            "0: only if it is not finite",
-            ge=0,
-            le=LARGE,
-        ),
-    ] = 0.0
-    skip_window: Annotated[
-        int, Key("good steps whose median and spread skip_factor takes", ge=1, le=1_000_000)
-    ] = 100
-    val_interval: Annotated[int, Key("steps between validations", ge=1, le=MOST)] = 50
-    val_sequences: Annotated[int, Key("sequences in the fixed validation set", ge=1, le=MOST)] = 64
-    timeout_s: Annotated[
-        float, Key("seconds after which a stuck collective ends the job", ge=1, le=1e7)
-    ] = 1800.0
-    stall_timeout_s: Annotated[
-        float,
-        Key("seconds one phase of a step may take on a rank, or a save; 0: any", ge=0, le=1e7),
-    ] = 900.0
+    steps: Size = 600
+    """optimizer steps"""
+    seed: Count = 0
+    """of the initial weights, the data order and dropout"""
+    sequence_length: Annotated[Size, Interval(ge=2)] = 256
+    """tokens per sequence"""
+    global_batch_size: Size = 8
+    """sequences per step over all ranks"""
+    micro_batch_size: Size = 4
+    """most sequences per rank and forward pass"""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """type of forward and backward; auto: bfloat16 where it is fast"""
+    hsdp_replicas: Size = 1
+    """copies of the sharded model (HSDP); 1: plain FSDP"""
+    lean_accumulation: bool = False
+    """keep weights and gradients sharded between micro-batches: more communication"""
+    activation_checkpointing: bool = False
+    """recompute each block in the backward pass"""
+    compile: bool = False
+    """torch.compile each block"""
+    skip_limit: Count = 3
+    """bad steps in a row that are skipped before the job ends; 0: none"""
+    skip_factor: NotNegative = 0.0
+    """a step is bad also if loss or norm is so many spreads above the median of good steps; 0: only
+    if it is not finite"""
+    skip_window: Annotated[int, Interval(ge=1, le=1_000_000)] = 100
+    """good steps whose median and spread skip_factor takes"""
+    val_interval: Size = 50
+    """steps between validations"""
+    val_sequences: Size = 64
+    """sequences in the fixed validation set"""
+    timeout_s: Annotated[float, Interval(ge=1, le=1e7)] = 1800.0
+    """seconds after which a stuck collective ends the job"""
+    stall_timeout_s: Annotated[float, Interval(ge=0, le=1e7)] = 900.0
+    """seconds one phase of a step may take on a rank, or a save; 0: any"""
 
 
-@dataclass(frozen=True, slots=True)
-class DeepSpeedConfig:
+class DeepSpeedConfig(Section):
     """What engine deepspeed does differently; the rest of the job is the same."""
 
-    stage: Annotated[
-        int, Key("ZeRO: 0 shards nothing, 1 states, 2 gradients, 3 weights as well", ge=0, le=3)
-    ] = 2
-    config: Annotated[
-        str, Key("a DeepSpeed JSON of further settings, such as zero_optimization's")
-    ] = ""
+    stage: Annotated[int, Interval(ge=0, le=3)] = 2
+    """ZeRO: 0 shards nothing, 1 states, 2 gradients, 3 weights as well"""
+    config: str = ""
+    """a DeepSpeed JSON of further settings, such as zero_optimization's"""
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointConfig:
+class CheckpointConfig(Section):
     """When the whole state is saved, and how much of it is kept."""
 
-    interval: Annotated[int, Key("steps between checkpoints; 0: only at the end", ge=0)] = 200
-    keep: Annotated[int, Key("newest checkpoints kept", ge=1)] = 2
+    interval: Count = 200
+    """steps between checkpoints; 0: only at the end"""
+    keep: Size = 2
+    """newest checkpoints kept"""
 
 
-@dataclass(frozen=True, slots=True)
-class MetricsConfig:
+class MetricsConfig(Section):
     """What is written while training."""
 
-    interval: Annotated[int, Key("steps between lines of metrics.jsonl", ge=1)] = 1
-    console_interval: Annotated[
-        int, Key("steps between printed lines where no bar can be drawn", ge=1)
-    ] = 20
-    tensorboard: Annotated[bool, Key("write TensorBoard scalars")] = True
+    interval: Size = 1
+    """steps between lines of metrics.jsonl"""
+    console_interval: Size = 20
+    """steps between printed lines where no bar can be drawn"""
+    tensorboard: bool = True
+    """write TensorBoard scalars"""
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(Section):
     """A whole job."""
 
-    output: Annotated[str, Key("folder of everything the run writes (shared by all hosts)")] = (
-        "runs/pretrain"
-    )
-    resume: Annotated[
-        str, Key("auto: the newest checkpoint in output, if any; or a checkpoint's path")
-    ] = ""
-    engine: Annotated[
-        Literal["fsdp2", "deepspeed"], Key("what shards the model and takes the steps")
-    ] = "fsdp2"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-
-    def __post_init__(self) -> None:
-        """Refuses combinations that no single key's bounds can catch."""
-        for wrong, message in _conflicts(self):
-            if wrong:
-                raise ConfigError(message)
+    output: str = "runs/pretrain"
+    """folder of everything the run writes (shared by all hosts)"""
+    resume: str = ""
+    """auto: the newest checkpoint in output, if any; or a checkpoint's path"""
+    engine: Literal["fsdp2", "deepspeed"] = "fsdp2"
+    """what shards the model and takes the steps"""
+    model: ModelConfig = ModelConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
 
-def _conflicts(config: Config) -> list[tuple[bool, str]]:
-    """Pairs of (is it wrong, what to say), for rules that span several keys."""
-    model, data, schedule = config.model, config.data, config.schedule
+def conflicts(config: Config) -> Iterator[str]:
+    """What no single key's bounds can catch: keys that do not go together."""
+    model, schedule, training = config.model, config.schedule, config.training
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
-    peak = config.optimizer.chosen.lr
-    return [
-        (not config.output.strip(), "output is empty: name the folder that the run writes into"),
-        (
-            bool(data.path) and bool(data.hf),
-            "data.path and data.hf are both set: the text comes from one of them",
-        ),
-        (
-            model.hidden_size % heads != 0,
+    settings = config.optimizer.chosen
+    if not config.output.strip():
+        yield "output is empty: name the folder that the run writes into"
+    if config.data.path and config.data.hf:
+        yield "data.path and data.hf are both set: the text comes from one of them"
+    if model.hidden_size % heads:
+        yield (
             f"model.hidden_size {model.hidden_size} is not a multiple of "
-            f"model.num_attention_heads {heads}",
-        ),
-        (
-            kv_heads is not None and heads % kv_heads != 0,
-            f"model.num_attention_heads {heads} is not a multiple of "
-            f"model.num_key_value_heads {kv_heads}",
-        ),
-        (
-            model.architecture == "llama" and model.dropout != 0,
-            f"model.dropout {model.dropout} has no effect with model.architecture llama: set it "
-            "to 0",
-        ),
-        (
-            model.architecture == "gpt2" and kv_heads is not None,
-            "model.num_key_value_heads has no effect with model.architecture gpt2: remove it",
-        ),
-        (
-            model.architecture == "llama" and model.hidden_size // heads % 2 != 0,
-            f"model.hidden_size {model.hidden_size} over model.num_attention_heads {heads} is an "
-            "odd head size, which rotary embeddings cannot take: change one of them",
-        ),
-        (
-            0 < config.training.stall_timeout_s < 1,
-            f"training.stall_timeout_s {config.training.stall_timeout_s}: no phase of a step is "
-            "that quick; give 0 (any time) or at least 1",
-        ),
-        (
-            (schedule.warmup_steps or 0) > config.training.steps,
+            f"model.num_attention_heads {heads}"
+        )
+    if model.architecture == "llama":
+        if kv_heads is not None and heads % kv_heads:
+            yield (
+                f"model.num_attention_heads {heads} is not a multiple of "
+                f"model.num_key_value_heads {kv_heads}"
+            )
+        if model.dropout:
+            yield "model.dropout has no effect with model.architecture llama: set it to 0"
+        if model.hidden_size // heads % 2:
+            yield (
+                f"model.hidden_size {model.hidden_size} over model.num_attention_heads {heads} is "
+                "an odd head size, which rotary embeddings cannot take: change one of them"
+            )
+    elif kv_heads is not None:
+        yield "model.num_key_value_heads has no effect with model.architecture gpt2: remove it"
+    if 0 < training.stall_timeout_s < 1:
+        yield (
+            f"training.stall_timeout_s {training.stall_timeout_s}: no phase of a step is that "
+            "quick; give 0 (any time) or at least 1"
+        )
+    if (schedule.warmup_steps or 0) > training.steps:
+        yield (
             f"schedule.warmup_steps {schedule.warmup_steps} is more than training.steps "
-            f"{config.training.steps}, so the peak rate would never be reached: lower it",
-        ),
-        (
-            schedule.min_lr is not None and schedule.min_lr > peak,
-            f"schedule.min_lr {schedule.min_lr} is above the peak rate {peak}",
-        ),
-        (
-            not config.optimizer.chosen.knows_shards and config.training.hsdp_replicas != 1,
+            f"{training.steps}, so the peak rate would never be reached: lower it"
+        )
+    if (schedule.min_lr or 0) > settings.lr:
+        yield f"schedule.min_lr {schedule.min_lr} is above the peak rate {settings.lr}"
+    if not settings.knows_shards and training.hsdp_replicas != 1:
+        yield (
             f"training.hsdp_replicas has no effect with optimizer.name {config.optimizer.name}, "
-            "whose model is replicated: set it to 1",
-        ),
-        *(_deepspeed_conflicts(config) if config.engine == "deepspeed" else []),
-    ]
-
-
-def _deepspeed_conflicts(config: Config) -> list[tuple[bool, str]]:
-    """What FSDP2 does and the other engine does not."""
-    training, name = config.training, config.optimizer.name
-    found = {
-        f"optimizer.name {name}": (name not in ("conda", "adamw"), "conda or adamw"),
-        "training.hsdp_replicas": (training.hsdp_replicas != 1, "1"),
-        "training.lean_accumulation": (training.lean_accumulation, "false"),
-        "training.compile": (training.compile, "false"),
-    }
-    return [
-        (wrong, f"{key} is not supported by engine deepspeed: set it to {value}, or engine fsdp2")
-        for key, (wrong, value) in found.items()
-    ]
+            "whose model is replicated: set it to 1"
+        )
+    if config.engine == "deepspeed":
+        for key, wrong, value in (
+            (f"optimizer.name {config.optimizer.name}", not settings.under_zero, "conda or adamw"),
+            ("training.hsdp_replicas", training.hsdp_replicas != 1, "1"),
+            ("training.lean_accumulation", training.lean_accumulation, "false"),
+            ("training.compile", training.compile, "false"),
+        ):
+            if wrong:
+                yield (
+                    f"{key} is not supported by engine deepspeed: set it to {value}, or engine "
+                    "fsdp2"
+                )

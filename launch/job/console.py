@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from types import TracebackType
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from conda_dist.launch.job.metrics import Record
 
@@ -30,35 +30,17 @@ class Display:
     def __init__(self, steps: int, done: int, interval: int) -> None:
         """Starts at `done` of `steps`; `interval` is the number of steps between plain lines."""
         self._console = _Console(highlight=False)
-        self._steps, self._interval = steps, interval
-        self._val_loss: float | None = None
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=12),
-                TextColumn("{task.fields[status]}  ETA"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("", total=steps, completed=done, status="")
-
-    def __enter__(self) -> Display:
-        """Shows the bar."""
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leaves the bar's last state on the screen."""
-        if self._bar is not None:
-            self._bar.stop()
+        self._steps, self._interval, self._val = steps, interval, ""
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.fields[status]}  ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        """To be entered while training."""
+        self._task = self.bar.add_task("", total=steps, completed=done, status="")
 
     def note(self, message: str) -> None:
         """Prints a line (above the bar, if there is one)."""
@@ -69,29 +51,15 @@ class Display:
 
     def update(self, record: Record) -> None:
         """Shows a record: in the bar, or as a line if one is due."""
-        if record.val_loss is not None:
-            self._val_loss = record.val_loss
-        status = _status(record, self._val_loss)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=record.step, status=status)
-        elif (
-            record.step % self._interval == 0
-            or record.val_loss is not None
-            or record.step in (1, self._steps)
-        ):
-            left = _clock((self._steps - record.step) * record.step_s)
-            self.note(f"step {record.step}/{self._steps}  {status}  ETA {left}")
-
-
-def _status(record: Record, val_loss: float | None) -> str:
-    val = f"  val {val_loss:.3f}" if val_loss is not None else ""
-    return (
-        f"loss {record.loss:.3f}{val}  {record.tokens_per_s:,.0f} tok/s  "
-        f"opt {record.optimizer_s / record.step_s:.0%}"
-    )
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
+        step, validated = record.step, record.val_loss is not None
+        if validated:
+            self._val = f"  val {record.val_loss:.3f}"
+        status = (
+            f"loss {record.loss:.3f}{self._val}  {record.tokens_per_s:,.0f} tok/s  "
+            f"opt {record.optimizer_s / record.step_s:.0%}"
+        )
+        self.bar.update(self._task, completed=step, status=status)
+        due = step % self._interval == 0 or validated or step in (1, self._steps)
+        if due and not self._console.is_terminal:
+            left = timedelta(seconds=round((self._steps - step) * record.step_s))
+            self.note(f"step {step}/{self._steps}  {status}  ETA {left}")

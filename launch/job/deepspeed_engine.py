@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,7 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(self, config: Config, vocab_size: int, world: World) -> None:
-        """Builds everything in its state at step 0.
-
-        Raises:
-            ConfigError: DeepSpeed, or Conda under it, does not take the settings.
-        """
+        """Builds everything at step 0; raises ConfigError for settings that DeepSpeed refuses."""
         settings = build_settings(config, world)
         deepspeed.utils.logger.setLevel("WARNING")
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -57,26 +52,16 @@ class DeepSpeedEngine(Engine):
             file = config.deepspeed.config
             source = f"the settings in {file}, or the job's" if file else "the job's settings"
             raise ConfigError(f"DeepSpeed does not take {source}: {error}") from error
-        super().__init__(config, world, self._engine.module, self._engine)
-        self._files = _Files()
-        self._engine.checkpoint_engine = self._files
-        self._peaks = [float(group["lr"]) for group in self._groups]
-        self._gate = _Gate(self._engine)
+        engine, own = self._engine, [self._engine.basic_optimizer]
+        super().__init__(config, world, engine.module, engine, own, [engine.optimizer])
+        self._files = engine.checkpoint_engine = _Files()
+        self._gate = _Gate(engine)
         self._report = False
-
-    @property
-    def _optimizers(self) -> Sequence[Optimizer]:
-        return [self._engine.basic_optimizer]
 
     def _held(self, optimizer: Optimizer) -> int:
         if isinstance(optimizer, Conda):  # under ZeRO its bases are not in its state
             return sum(row["state_bytes"] for row in optimizer.report())
         return super()._held(optimizer)
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
-        return groups
 
     def describe(self) -> dict[str, str]:
         """See Engine."""
@@ -101,7 +86,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, take: Take) -> StepResult:
         """See Engine."""
-        lr = self._set_rates(self._peaks)
+        lr = self._set_rates()
         with self._stopwatch:
             skipped = self._step_through(take)
         if skipped is None and self._report:

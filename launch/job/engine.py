@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from conda_dist.launch.cluster.process_group import World
+from conda_dist.launch.cluster.process_group import JobError, World
 from conda_dist.launch.data.batches import Tokens
 from conda_dist.launch.job import optimizers, schedule
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.finite import Origin
 from conda_dist.launch.job.model import build_model, compute_dtype, parameter_count
-from conda_dist.launch.job.tensors import load_tensors, save_tensors
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.runtime.diagnostics import scalars
 from conda_dist.runtime.dtensor import local
@@ -39,16 +42,12 @@ from conda_dist.runtime.dtensor import local
 class StepResult:
     """What one optimizer step did."""
 
-    loss: float
-    """Mean over the global batch."""
-    grad_norm: float
-    """Norm of the global gradient before clipping."""
-    lr: float
-    """Learning rate of this step (the first group's)."""
-    optimizer_s: float
-    """Seconds this rank spent clipping and updating; see Stopwatch."""
+    loss: float  # mean over the global batch
+    grad_norm: float  # norm of the global gradient before clipping
+    lr: float  # learning rate of this step (the first group's)
+    optimizer_s: float  # seconds this rank spent clipping and updating; see Stopwatch
+    # None if the weights were updated, else where a number that is not finite came from.
     skipped: str | None = None
-    """None if the weights were updated, else where a number that is not finite came from."""
 
 
 Take = Callable[[float, float], bool]
@@ -58,7 +57,15 @@ Take = Callable[[float, float], bool]
 class Engine(ABC):
     """What the loop asks of an engine; every method is called on every rank."""
 
-    def __init__(self, config: Config, world: World, network: Any, runs: Any) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        network: Any,
+        runs: Any,
+        optimizers: Sequence[Optimizer],
+        grouped: Sequence[Any],
+    ) -> None:
         """Holds what the methods below need.
 
         Args:
@@ -66,17 +73,23 @@ class Engine(ABC):
             world: The job.
             network: The model from transformers.
             runs: What is called for a forward pass: the model, or what is around it.
+            optimizers: All of them; diagnostics are the first one's, if it has some.
+            grouped: Them, or what is around them: what has the parameter groups.
         """
         self._config, self._world = config, world
         self._network, self._runs = network, runs
+        self._optimizers, self._grouped = optimizers, grouped
+        self._peaks = [float(group["lr"]) for group in self._groups]
         self._origin = Origin(network.get_input_embeddings(), world.device)
-        self._loss = torch.zeros((), device=world.device)
-        """Of the global batch, when the device is through with it."""
+        self._loss = torch.zeros((), device=world.device)  # of the global batch
         self._stopwatch = Stopwatch(world.device)
-        self._step = 0
-        """Steps taken."""
-        self._collected = 0
-        """The step of the diagnostics that were last read."""
+        self._step = 0  # steps taken
+        self._collected = 0  # the step of the diagnostics that were last read
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        # A load makes new ones.
+        return [group for each in self._grouped for group in each.param_groups]
 
     def describe(self) -> dict[str, str]:
         """Names and values that say what runs."""
@@ -133,26 +146,16 @@ class Engine(ABC):
         before, self._collected = self._collected, getattr(optimizer, "diagnostics_step", 0)
         return scalars(optimizer.diagnostics(summed=True)) if self._collected != before else {}
 
-    @property
-    @abstractmethod
-    def _optimizers(self) -> Sequence[Optimizer]:
-        """All optimizers; diagnostics are the first one's, if it has some."""
-
-    @property
-    @abstractmethod
-    def _groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of all optimizers."""
-
-    def _set_rates(self, peaks: Sequence[float]) -> float:
+    def _set_rates(self) -> float:
         """Sets each group's learning rate for the step that comes; returns the first group's.
 
         A resumed run follows its own config, not the rates stored in the checkpoint.
         """
         steps, peak = self._config.training.steps, self._config.optimizer.chosen.lr
         factor = schedule.factor(self._config.schedule, peak, steps, self._step)
-        for group, rate in zip(self._groups, peaks, strict=True):
+        for group, rate in zip(self._groups, self._peaks, strict=True):
             group["lr"] = rate * factor
-        return peaks[0] * factor
+        return self._peaks[0] * factor
 
     def _where(self) -> str:
         """Where a number that is not finite came from, in words; before gradients are cleared."""
@@ -182,58 +185,40 @@ class Engine(ABC):
     def save(self, folder: Path) -> None:
         """Writes weights and optimizer state into an existing folder.
 
-        Raises:
-            JobError: On every rank, if it failed on any.
+        Raises JobError on every rank, if it failed on any.
         """
 
     @abstractmethod
     def load(self, folder: Path, step: int) -> None:
-        """Takes over what `save` wrote after `step` steps, on whatever number of ranks.
-
-        Raises:
-            JobError: On every rank, if it failed on any.
-        """
+        """Takes over what `save` wrote after `step` steps; raises like it."""
 
 
 class Fsdp2Engine(Engine):
     """A model sharded with FSDP2 and the torch optimizers that train it."""
 
     def __init__(self, config: Config, vocab_size: int, world: World) -> None:
-        """Builds everything in its state at step 0.
-
-        Raises:
-            ConfigError: The optimizer does not take the settings.
-        """
+        """Builds everything at step 0; raises ConfigError for settings of the optimizer."""
         training = config.training
         if not config.optimizer.chosen.knows_shards:
-            training = replace(training, hsdp_replicas=world.size)
+            training = training.model_copy(update={"hsdp_replicas": world.size})
         self.model = build_model(config.model, training, vocab_size, world)
-        super().__init__(config, world, self.model, self.model)
         try:
-            self.optimizers = optimizers.build_optimizers(self.model, config.optimizer)
+            made = optimizers.build_optimizers(self.model, config.optimizer)
         except ValueError as error:
             raise ConfigError(f"optimizer.{config.optimizer.name}: {error}") from error
-        self._peaks = [float(group["lr"]) for group in self._groups]
-
-    @property
-    def _optimizers(self) -> Sequence[Optimizer]:
-        return self.optimizers
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        super().__init__(config, world, self.model, self.model, made, made)
 
     def describe(self) -> dict[str, str]:
         """See Engine."""
-        found = {**super().describe(), "optimizer": optimizers.describe(self.optimizers)}
+        found = {**super().describe(), "optimizer": optimizers.describe(self._optimizers)}
         if not self._config.optimizer.chosen.knows_shards:
-            name = type(self.optimizers[0]).__name__
+            name = type(self._optimizers[0]).__name__
             found["layout"] = f"each rank has the whole model, because {name} knows no shards"
         return found
 
     def print_report(self) -> None:
         """See Engine."""
-        for optimizer in self.optimizers:
+        for optimizer in self._optimizers:
             if isinstance(optimizer, MatrixOptimizer):
                 optimizer.report()
 
@@ -256,14 +241,14 @@ class Fsdp2Engine(Engine):
         # The one time in a step that the host waits for the device.
         loss, grad_norm = torch.stack([self._loss, norm.to(self._loss)]).tolist()
         skipped = None if take(loss, grad_norm) else self._where()
-        lr = self._set_rates(self._peaks)
+        lr = self._set_rates()
         with self._stopwatch:
             if settings.grad_clip and skipped is None:
                 torch.nn.utils.clip_grads_with_norm_(
                     self.model.parameters(), settings.grad_clip, norm
                 )
             self._step += 1
-            for optimizer in self.optimizers:
+            for optimizer in self._optimizers:
                 if skipped is None:
                     optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -271,20 +256,34 @@ class Fsdp2Engine(Engine):
 
     def save(self, folder: Path) -> None:
         """See Engine. Hyperparameters are not saved: they are the config's."""
-        model, optimizer = get_state_dict(self.model, self.optimizers)
-        save_tensors(folder, {"model": model, "optimizer": optimizer["state"]}, self._world)
+        model, optimizer = get_state_dict(self.model, self._optimizers)
+        state = {"model": model, "optimizer": optimizer["state"]}
+        with _one_error(f"saving to {folder}"):
+            save(state, checkpoint_id=folder, process_group=self._world.control)
 
     def load(self, folder: Path, step: int) -> None:
         """See Engine."""
-        model, optimizer = get_state_dict(self.model, self.optimizers)
-        load_tensors(folder, {"model": model, "optimizer": optimizer["state"]}, self._world)
+        model, optimizer = get_state_dict(self.model, self._optimizers)
+        state = {"model": model, "optimizer": optimizer["state"]}
+        with _one_error(f"loading {folder}"):
+            load(state, checkpoint_id=folder, process_group=self._world.control)
         set_state_dict(
-            self.model, self.optimizers, model_state_dict=model, optim_state_dict=optimizer
+            self.model, self._optimizers, model_state_dict=model, optim_state_dict=optimizer
         )
         for group in self._groups:
             if "step" in group:  # SOAP counts there
                 group["step"] = step
         self._step = step
+
+
+@contextmanager
+def _one_error(doing: str) -> Iterator[None]:
+    """Turns torch's error, which every rank gets, into a JobError with the causes on all ranks."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = {f"{type(cause).__name__}: {cause}" for cause, _ in error.failures.values()}
+        raise JobError(f"{doing} failed: {'; '.join(sorted(causes))}") from error
 
 
 def loss_sum(model: nn.Module, rows: Tokens, device: torch.device) -> Tensor:
@@ -317,9 +316,6 @@ class Stopwatch:
 
     On a GPU these are the device's, and the host does not wait for them: they are read when the
     context is entered the next time, by when the host has waited for the loss of that step.
-
-    Args:
-        device: Where the work is done.
     """
 
     def __init__(self, device: torch.device) -> None:

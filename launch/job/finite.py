@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from conda_dist.launch.cluster.process_group import World, gather
 from conda_dist.runtime.dtensor import local
 
+_NAMED = 3
+"""Weights that a message names; of the others it gives the number."""
+
 
 class Origin:
     """Which ranks a number that is not finite came from, which sums over ranks do not tell.
@@ -55,22 +58,14 @@ class Origin:
                 listed = ", ".join(map(str, ranks))
                 return f"the {what} of rank {listed} is not finite"
         sound = "each rank's own loss and activations' gradients are finite"
-        bad = {name for names in gather(world, _not_finite(model)) for name in names}
+        own = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None and not local(parameter.grad).isfinite().all()
+        ]
+        bad = {name for names in gather(world, own) for name in names}
         names = [name for name, _ in model.named_parameters() if name in bad]
         if not names:
             return sound
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         return f"{sound}, not the gradient of {', '.join(names[:_NAMED])}{more}"
-
-
-_NAMED = 3
-"""Weights that a message names; of the others it gives the number."""
-
-
-def _not_finite(model: nn.Module) -> list[str]:
-    """Names of the weights of which this rank has a gradient that is not finite."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not local(parameter.grad).isfinite().all()
-    ]

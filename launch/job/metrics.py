@@ -17,30 +17,22 @@ from conda_dist.launch.job.files import METRICS
 class Record:
     """One line of metrics.jsonl; times and rates are means over the steps since the line before."""
 
-    step: int
-    """Steps taken so far."""
-    loss: float
-    """Training loss of this step, mean per token over the global batch."""
+    step: int  # steps taken so far
+    loss: float  # training loss of this step, mean per token over the global batch
     lr: float
+    # Norm of the global gradient before clipping. It and the loss are null in the file if they are
+    # not finite.
     grad_norm: float
-    """Norm of the global gradient before clipping; null in the file if not finite, as the loss."""
-    val_loss: float | None
-    """Validation loss after this step, where it was measured."""
-    skipped: int
-    """Steps so far that were not taken, being bad."""
-    tokens: int
-    """Tokens trained on so far."""
-    tokens_per_s: float
-    """Tokens of all ranks per second of training."""
-    step_s: float
-    """Seconds per step."""
-    optimizer_s: float
-    """Seconds per step in the optimizer, part of step_s."""
-    train_s: float
-    """Seconds of training so far, without validation, saving and stops."""
+    val_loss: float | None  # validation loss after this step, where it was measured
+    skipped: int  # steps so far that were not taken, being bad
+    tokens: int  # tokens trained on so far
+    tokens_per_s: float  # tokens of all ranks per second of training
+    step_s: float  # seconds per step
+    optimizer_s: float  # seconds per step in the optimizer, part of step_s
+    train_s: float  # seconds of training so far, without validation, saving and stops
+    # The optimizer's diagnostics by path, as "conda/staleness", where this step collected some; in
+    # the files beside the other numbers.
     signals: Mapping[str, float] = field(default_factory=dict)
-    """The optimizer's diagnostics by path, as "conda/staleness", where this step collected some;
-    in the files beside the other numbers."""
 
 
 class Meter:
@@ -59,31 +51,16 @@ class Meter:
         self._optimizer_s += optimizer_s
         self.train_s += seconds
 
-    def record(
-        self,
-        step: int,
-        *,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        val_loss: float | None,
-        skipped: int,
-        signals: Mapping[str, float] | None = None,
-    ) -> Record:
-        """The record after `step`, of everything added since the last one."""
+    def record(self, step: int, **measured: Any) -> Record:
+        """The record after `step`: what was `measured`, and means since the last record."""
         record = Record(
             step=step,
-            loss=loss,
-            lr=lr,
-            grad_norm=grad_norm,
-            val_loss=val_loss,
-            skipped=skipped,
             tokens=step * self._tokens_per_step,
             tokens_per_s=self._steps * self._tokens_per_step / self._seconds,
             step_s=self._seconds / self._steps,
             optimizer_s=self._optimizer_s / self._steps,
             train_s=self.train_s,
-            signals=signals or {},
+            **measured,
         )
         self._clear()
         return record

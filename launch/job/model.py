@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from conda_dist.launch.cluster.process_group import World
@@ -27,15 +27,11 @@ if TYPE_CHECKING:
 def build_model(
     config: ModelConfig, training: TrainingConfig, vocab_size: int, world: World
 ) -> PreTrainedModel:
-    """A randomly initialised causal language model, sharded with FSDP2 over all ranks.
-
-    Args:
-        config: The network's shape.
-        training: Precision, replicas, sequence length, checkpointing and compilation.
-        vocab_size: Rows of the embedding.
-        world: The job; its device holds the shards.
-    """
-    mesh = _mesh(training, world)
+    """A randomly initialised causal language model, sharded with FSDP2 over all ranks."""
+    replicas = training.hsdp_replicas
+    ranks = {"dp_replicate": replicas} if replicas > 1 else {}
+    ranks["dp_shard"] = world.size // replicas
+    mesh = init_device_mesh(world.device.type, (*ranks.values(),), mesh_dim_names=(*ranks,))
     dtype = compute_dtype(training, world.device)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
@@ -45,7 +41,12 @@ def build_model(
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
     model = initialised_model(config, training, vocab_size, shard)
-    _sum_gradients(model)
+    # The loss is divided by the number of tokens of the global batch, so sums of the ranks'
+    # gradients are what is wanted, also where ranks hold different numbers of rows.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     return model
 
 
@@ -57,12 +58,7 @@ def initialised_model(
 ) -> PreTrainedModel:
     """The model with its initial weights, on the CPU but for what `shard` has done to them.
 
-    Args:
-        config: The network's shape.
-        training: Seed, sequence length and checkpointing.
-        vocab_size: Rows of the embedding.
-        shard: Called with each block and at last with the whole model, as soon as its values are
-            there.
+    It is called with each block and at last with the whole model, as soon as its values are there.
     """
     model = empty_model(config, training, vocab_size)
     model.train()
@@ -115,16 +111,12 @@ def _architecture(config: ModelConfig, length: int, vocab_size: int) -> PreTrain
         "attn_implementation": _CAUSAL,
     }
     if config.architecture == "llama":
+        # The config's names are the library's.
+        blocks = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+        own = config.model_dump(include={*blocks, "num_key_value_heads", "rms_norm_eps"})
+        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
         llama = transformers.LlamaConfig(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            max_position_embeddings=length,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            rms_norm_eps=config.rms_norm_eps,
-            **common,
+            max_position_embeddings=length, rope_parameters=rope, **own, **common
         )
         return transformers.LlamaForCausalLM(llama)
     gpt2 = transformers.GPT2Config(
@@ -160,7 +152,11 @@ def _initialise(model: PreTrainedModel, root: nn.Module, seed: str) -> None:
     same ones on every rank and for every device.
     """
     library = cast(Any, model)
-    pending = [module for module in root.modules() if _has_meta(module)]
+    pending = [
+        module
+        for module in root.modules()
+        if any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
+    ]
     for module in pending:
         module.to_empty(device="cpu", recurse=False)
     if root is model:
@@ -172,18 +168,6 @@ def _initialise(model: PreTrainedModel, root: nn.Module, seed: str) -> None:
             library._init_weights(module)
 
 
-def _has_meta(module: nn.Module) -> bool:
-    return any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
-
-
-def _mesh(training: TrainingConfig, world: World) -> DeviceMesh:
-    replicas = training.hsdp_replicas
-    if replicas == 1:
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp_shard",))
-    shape, names = (replicas, world.size // replicas), ("dp_replicate", "dp_shard")
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-
-
 def require_replicas(training: TrainingConfig, ranks: int) -> None:
     """Raises ConfigError unless `training.hsdp_replicas` divides the number of ranks."""
     if ranks % training.hsdp_replicas != 0:
@@ -191,15 +175,3 @@ def require_replicas(training: TrainingConfig, ranks: int) -> None:
             f"training.hsdp_replicas {training.hsdp_replicas} does not divide the {ranks} ranks of "
             "this job"
         )
-
-
-def _sum_gradients(model: nn.Module) -> None:
-    """Makes FSDP add the ranks' gradients up instead of averaging them.
-
-    The loss is divided by the number of tokens of the global batch, so sums are what is wanted,
-    also where ranks hold different numbers of rows.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,24 +11,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from conda_dist import param_groups
-from conda_dist.launch.job.optimizer_config import OptimizerConfig, Settings
+from conda_dist.launch.job.optimizer_config import OptimizerConfig
 from conda_dist.matrix_optimizer import MatrixOptimizer
 
 
 def build_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
-    """The optimizer of that name.
+    """Optimizers that together hold every trainable parameter of a sharded model once.
 
-    Args:
-        model: The sharded model.
-        config: The optimizer's name and settings.
-
-    Returns:
-        Optimizers that together hold every trainable parameter once; the first one's learning
-        rate is the one to report.
+    The first one's learning rate is the one to report.
     """
     settings = config.chosen
     kind = pkgutil.resolve_name(settings.built_by)
-    given = arguments(settings)
+    given = settings.arguments
     if issubclass(kind, MatrixOptimizer):
         eps = "eps" if config.name == "conda" else "adamw_eps"
         own = {"betas": config.adamw_betas, eps: config.adamw_eps}
@@ -76,7 +70,7 @@ def _step_copies(optimizer: Optimizer) -> None:
     optimizer.register_step_post_hook(after_step)
 
 
-def describe(optimizers: list[Optimizer]) -> str:
+def describe(optimizers: Sequence[Optimizer]) -> str:
     """What each optimizer got, in a few words."""
     parts = []
     for optimizer in optimizers:
@@ -84,12 +78,6 @@ def describe(optimizers: list[Optimizer]) -> str:
         elements = sum(parameter.numel() for parameter in held)
         parts.append(f"{type(optimizer).__name__}, {len(held)} tensors of {elements:,} parameters")
     return "; ".join(parts)
-
-
-def arguments(settings: Settings) -> dict[str, Any]:
-    """The arguments of the class that steps the matrices, but for its groups; dtypes by name."""
-    names = [field.name for field in dataclasses.fields(settings) if field.name != "grad_clip"]
-    return {name: getattr(settings, name) for name in names}
 
 
 def rest_arguments(config: OptimizerConfig) -> dict[str, Any]:

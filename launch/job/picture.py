@@ -17,10 +17,8 @@ def draw_loss(folder: Path, title: str) -> Path:
     nan = float("nan")  # a gap in the curve: of a step that was skipped
     lines = read_metrics(folder / METRICS)
     figure, (axis,) = new_figure(1)
-    steps, losses = (
-        [line["step"] for line in lines],
-        [nan if line["loss"] is None else line["loss"] for line in lines],
-    )
+    steps = [line["step"] for line in lines]
+    losses = [nan if line["loss"] is None else line["loss"] for line in lines]
     axis.plot(steps, losses, color="#a9c1d9", linewidth=0.7, label="training")
     width = max(5, len(losses) // 40)
     if len(losses) > 2 * width:
@@ -49,11 +47,7 @@ _PANELS = (
 
 
 def draw_signals(folder: Path, title: str) -> Path | None:
-    """Draws the diagnostics in a run's metrics.jsonl into its signals.png.
-
-    Returns:
-        The picture; None if the run has collected no diagnostics.
-    """
+    """Draws the diagnostics of a run's metrics.jsonl, if there are some, into its signals.png."""
     lines = read_metrics(folder / METRICS)
     paths = dict.fromkeys(name.partition("/")[0] for line in lines for name in line if "/" in name)
     if not paths:

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +20,16 @@ QUIET_S = 10.0
 """Seconds between two lines about a refresh."""
 
 
-@dataclass(slots=True)
-class _Refresh:
-    """The bases that a step has computed on this rank."""
-
-    step: int
-    said_at: float
-    count: int = 0
-
-
 class Reporter:
     """Console, metrics.jsonl, TensorBoard and pictures on rank 0; silent on every other rank."""
 
     def __init__(self, config: Config, world: World, step: int) -> None:
-        """Opens the files to continue after `step` steps.
-
-        Raises:
-            JobError: On every rank: they cannot be written.
-        """
+        """Opens the files to continue after `step` steps; raises JobError if it cannot."""
         self._config, self._world, self._output = config, world, Path(config.output)
         self._writer: MetricsWriter | None = None
         self._display: Display | None = None
         self._error: OSError | None = None
-        self._refresh = _Refresh(step, 0.0)
+        self._refreshing, self._bases, self._said_at = step, 0, 0.0
         with together(world, f"opening the metrics in {config.output}"):
             if world.is_main:
                 for said in (SUMMARY, DIVERGED):  # of an end that is none any more
@@ -58,11 +44,7 @@ class Reporter:
         return self._error is not None
 
     def require_written(self) -> None:
-        """Raises if a record could not be written; to be called on every rank.
-
-        Raises:
-            JobError: On every rank.
-        """
+        """Raises JobError if a record could not be written; to be called on every rank."""
         with together(self._world, f"writing the metrics in {self._output}"):
             if self._error is not None:
                 raise self._error
@@ -74,7 +56,7 @@ class Reporter:
             yield
             return
         try:
-            with self._display:
+            with self._display.bar:
                 yield
         finally:
             try:
@@ -96,17 +78,15 @@ class Reporter:
     def decomposed(self, step: int, name: str) -> None:
         """Counts a new basis, and prints how far a refresh that takes long has come on this rank.
 
-        Args:
-            step: the step that is being taken.
-            name: the parameter whose momentum has been decomposed.
+        `name` is the parameter whose momentum has been decomposed.
         """
         now = time.monotonic()
-        if step != self._refresh.step:
-            self._refresh = _Refresh(step, now)
-        self._refresh.count += 1
-        if now - self._refresh.said_at > QUIET_S:
-            self._refresh.said_at = now
-            self.note(f"step {step}: rank 0 has {self._refresh.count} new bases, up to {name}")
+        if step != self._refreshing:
+            self._refreshing, self._bases, self._said_at = step, 0, now
+        self._bases += 1
+        if now - self._said_at > QUIET_S:
+            self._said_at = now
+            self.note(f"step {step}: rank 0 has {self._bases} new bases, up to {name}")
 
     def record(self, record: Record) -> None:
         """Writes and shows a record.
@@ -128,11 +108,7 @@ class Reporter:
                 (self._output / DIVERGED).write_text(json.dumps({"error": str(error)}) + "\n")
 
     def complete(self, summary: Mapping[str, Any]) -> None:
-        """Draws the curves and marks the run as complete.
-
-        Raises:
-            JobError: On every rank: they cannot be written.
-        """
+        """Draws the curves and marks the run as complete; raises JobError if it cannot."""
         doing = f"writing the curves and {SUMMARY} in {self._output}"
         with together(self._world, doing, patient=True):
             if self._display is not None:

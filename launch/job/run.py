@@ -6,13 +6,13 @@ import gc
 import importlib.metadata
 import os
 import platform
+import socket
 import sys
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -25,6 +25,7 @@ from conda_dist.launch.data.preparation import open_data
 from conda_dist.launch.job import options
 from conda_dist.launch.job.checkpoint import Checkpoints
 from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.deepspeed_file import read_file
 from conda_dist.launch.job.engine import Engine, Fsdp2Engine
 from conda_dist.launch.job.files import (
     CHECKPOINTS,
@@ -51,55 +52,43 @@ def start(config: Config) -> int:
         code = EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED
     # Both kinds of error are raised on every rank, so all of them come here. After any other
     # exception a rank must not wait for the rest: it ends, and its launcher ends the job.
-    process_group.leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return code
 
 
 def run(config: Config, world: World) -> bool:
     """Trains to the end; returns False if the job was asked to stop before.
 
-    Raises:
-        ConfigError: The configuration does not fit this job.
-        JobError: On every rank: ranks differ, a checkpoint cannot be used, too many steps are bad,
-            or something failed on one of them.
+    Raises ConfigError or JobError, on every rank.
     """
     versions = used_versions(config)
-    process_group.require_agreement(world, options.to_values(config) | versions)
-    if not versions.get("deepspeed", "not used"):
-        raise ConfigError(
-            "engine deepspeed: DeepSpeed is not installed; pip install deepspeed, "
-            "or give --engine fsdp2"
-        )
-    name, package = config.optimizer.name, config.optimizer.chosen.package
-    if package and not versions[package]:
-        raise ConfigError(
-            f"optimizer.name {name}: {package} is not installed; pip install {package}, or give "
-            "another --optimizer.name"
-        )
+    file = {"deepspeed.config": read_file(config)}
+    process_group.require_agreement(world, options.to_values(config) | versions | file)
+    for package in _optional(config):
+        if not versions[package]:
+            raise ConfigError(
+                f"{package} is not installed, which engine {config.engine} with optimizer.name "
+                f"{config.optimizer.name} needs: pip install {package}, or choose another"
+            )
     row_range(config.training.global_batch_size, world.rank, world.size)
     require_replicas(config.training, world.size)
     checkpoints = Checkpoints(Path(config.output) / CHECKPOINTS, config.checkpoint.keep, world)
     # One that is named is looked at before the lock, which makes the output folder.
     named = config.resume not in ("", "auto")
-    start = Start.at(Path(config.resume), config, checkpoints) if named else None
+    start = _start_at(Path(config.resume), config, checkpoints) if named else None
     with locked(Path(config.output), world):
         return _train(config, world, versions, checkpoints, start)
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """A checkpoint to start from, as far as it can be judged without the data and the engine."""
+Start = tuple[Path, dict[str, Any], list[str]]
+"""A checkpoint, its facts, and notes on settings that have changed since."""
 
-    path: Path
-    facts: dict[str, Any]
-    notes: list[str]
-    """Settings that have changed since."""
 
-    @classmethod
-    def at(cls, path: Path, config: Config, checkpoints: Checkpoints) -> Start:
-        """Raises ConfigError or CheckpointError, on every rank, if it cannot be used."""
-        facts = checkpoints.read_facts(path)
-        return cls(path, facts, require_same(path, facts, config))
+def _start_at(path: Path, config: Config, checkpoints: Checkpoints) -> Start:
+    """Raises ConfigError or CheckpointError, on every rank, if the checkpoint cannot be used."""
+    facts = checkpoints.read_facts(path)
+    return path, facts, require_same(path, facts, config)
 
 
 def _train(
@@ -114,7 +103,7 @@ def _train(
     Nothing is written there before all that may be refused has been looked at.
     """
     if start is None and (newest := find_checkpoint(config, checkpoints)) is not None:
-        start = Start.at(newest, config, checkpoints)
+        start = _start_at(newest, config, checkpoints)
     data = open_data(config, world)
     engine = build_engine(config, data.vocab_size, world)
     if not gc.isenabled():  # see pretrain.py
@@ -123,9 +112,12 @@ def _train(
     process_group.require_agreement(world, {"data": data.fingerprint, **engine.describe()})
     watchdog = Watchdog(world, config.training.stall_timeout_s, EXIT_FAILED)
     trainer = Trainer(config, world, engine, data, checkpoints, watchdog)
-    notes = [*start.notes, *trainer.resume(start.path, start.facts)] if start else []
+    path, facts, notes = start or (None, {}, [])
+    if path is not None:
+        notes = [*notes, *trainer.resume(path, facts)]
     prepare_output(config, world)
-    hosts = ", ".join(f"{count} on {host}" for host, count in process_group.hosts(world).items())
+    ranks = Counter(process_group.gather(world, socket.gethostname()))
+    hosts = ", ".join(f"{count} on {host}" for host, count in ranks.items())
     with stop_requests() as stop:
         reporter = Reporter(config, world, trainer.step)
         reporter.facts(
@@ -135,7 +127,7 @@ def _train(
                 **engine.describe(),
                 "data": data.description,
                 "output": config.output,
-                "start": f"step {trainer.step}, from {start.path if start else 'scratch'}",
+                "start": f"step {trainer.step}, from {path or 'scratch'}",
             }
         )
         if world.is_main:
@@ -165,12 +157,7 @@ def _train(
 
 
 def build_engine(config: Config, vocab_size: int, world: World) -> Engine:
-    """The engine the config names, in its state at step 0.
-
-    Raises:
-        ConfigError: The configuration does not fit this job.
-        JobError: On every rank: something it needs cannot be read.
-    """
+    """The engine the config names, in its state at step 0; raises ConfigError if it cannot be."""
     if config.engine == "fsdp2":
         return Fsdp2Engine(config, vocab_size, world)
     # DeepSpeed looks for these when it is imported and when its engine is made.
@@ -181,16 +168,16 @@ def build_engine(config: Config, vocab_size: int, world: World) -> Engine:
     return DeepSpeedEngine(config, vocab_size, world)
 
 
+def _optional(config: Config) -> list[str]:
+    """Packages that only this engine or optimizer needs."""
+    engine = "deepspeed" if config.engine == "deepspeed" else ""
+    return [package for package in (engine, config.optimizer.chosen.package) if package]
+
+
 def used_versions(config: Config) -> dict[str, str]:
     """Versions of what the job runs on, in which its ranks must agree; "" if not installed."""
-    packages = ["conda-dist", "transformers", "tokenizers"]
-    if config.engine == "deepspeed":
-        packages.append("deepspeed")
-    if config.optimizer.chosen.package:
-        packages.append(config.optimizer.chosen.package)
     found = {"Python": platform.python_version(), "torch": torch.__version__}
-    found["numpy"] = np.__version__
-    for package in packages:
+    for package in ("numpy", "conda-dist", "transformers", "tokenizers", *_optional(config)):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -199,11 +186,7 @@ def used_versions(config: Config) -> dict[str, str]:
 
 
 def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
-    """The newest checkpoint in the output, or None to start from scratch.
-
-    Raises:
-        ConfigError: The output holds a run and `resume` does not say what to do with it.
-    """
+    """The newest checkpoint in the output, or None to start from scratch."""
     newest = checkpoints.newest()
     if newest is not None and not config.resume:
         raise ConfigError(
@@ -214,11 +197,7 @@ def find_checkpoint(config: Config, checkpoints: Checkpoints) -> Path | None:
 
 
 def prepare_output(config: Config, world: World) -> None:
-    """Writes the resolved config, and makes sure that every rank sees the same folder.
-
-    Raises:
-        JobError: On every rank: the folder cannot be written, or is not shared between hosts.
-    """
+    """Writes the resolved config, and makes sure that every rank sees the same folder."""
     resolved = Path(config.output) / CONFIG
 
     def write() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -61,22 +60,16 @@ class Trainer:
         training = config.training
         self._tokens = training.global_batch_size * training.sequence_length
         self._meter = Meter(self._tokens, train_s=0.0)
-        skip = training.skip_limit, training.skip_factor, training.skip_window
-        self._bad = BadSteps(*skip)
+        self._bad = BadSteps(training.skip_limit, training.skip_factor, training.skip_window)
         self._val_loss: float | None = None
         self._saved_at = 0
         self.step = 0
         """Steps taken."""
 
     def resume(self, path: Path, facts: dict[str, Any]) -> list[str]:
-        """Takes over a checkpoint whose facts `require_same` has accepted.
+        """Takes over a checkpoint whose facts `require_same` has accepted; returns notes on it.
 
-        Returns:
-            Notes for the log: checkpoints of later steps, which the run leaves.
-
-        Raises:
-            ConfigError: On every rank: it is of other data.
-            CheckpointError: On every rank: it is damaged.
+        Raises ConfigError on every rank if it is of other data, CheckpointError if it is damaged.
         """
         if facts["fingerprint"] != self._data.fingerprint:
             raise ConfigError(
@@ -95,13 +88,10 @@ class Trainer:
     def train(self, reporter: Reporter, stop: StopRequest) -> bool:
         """Trains to the last step; returns False if asked to stop before.
 
-        Raises:
-            BadStepsError: On every rank: see there.
-            JobError: On every rank: a checkpoint, or the metrics, could not be saved, or data not
-                be read.
+        Raises JobError on every rank: too many steps were bad, a checkpoint or the metrics could
+        not be saved, or data not be read.
         """
         training, saving = self._config.training, self._config.checkpoint.interval
-        reporting = self._config.metrics.interval
         while self.step < training.steps:
             started = time.perf_counter()
             asked, lost = bool(stop), reporter.failed
@@ -128,18 +118,12 @@ class Trainer:
                 val_loss = self._val_loss = self._validate()
             self._watchdog.mark(self.step, "writing metrics")
             signals = self._engine.signals()
-            if self.step % reporting == 0 or val_loss is not None or signals:
-                reporter.record(
-                    self._meter.record(
-                        self.step,
-                        loss=result.loss,
-                        lr=result.lr,
-                        grad_norm=result.grad_norm,
-                        val_loss=val_loss,
-                        signals=signals,
-                        skipped=self._bad.total,
-                    )
-                )
+            due = self.step % self._config.metrics.interval == 0
+            if due or val_loss is not None or signals:
+                found: dict[str, Any] = {"loss": result.loss, "lr": result.lr}
+                found |= {"grad_norm": result.grad_norm, "skipped": self._bad.total}
+                found |= {"val_loss": val_loss, "signals": signals}
+                reporter.record(self._meter.record(self.step, **found))
             if saving and self.step % saving == 0:
                 self._save(reporter)
         self._save(reporter)
@@ -183,26 +167,17 @@ class Trainer:
         if wrong:
             finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
             where = "" if finite else f" ({result.skipped})"
-            what = f"step {self.step + 1}: {wrong}{where}; {self._bad.describe()}"
-            self._skip(f"{what} (training.skip_limit)", reporter)
+            bad = f"{self._bad.describe()} (training.skip_limit)"
+            what = f"step {self.step + 1}: {wrong}{where}; {bad}"
+            if self._bad.too_many:
+                newest = self._checkpoints.newest() or "none yet"
+                raise BadStepsError(
+                    f"{what}. Nothing was updated; the newest checkpoint: {newest}. A lower "
+                    "optimizer.lr or an optimizer.grad_clip may help"
+                )
+            reporter.note(f"skipped {what}")
         self.step += 1
         return result
-
-    def _skip(self, what: str, reporter: Reporter) -> None:
-        """Says that a step was skipped.
-
-        Raises:
-            BadStepsError: It was one too many.
-        """
-        if not self._bad.too_many:
-            reporter.note(f"skipped {what}")
-            return
-        newest = self._checkpoints.newest()
-        kept = f"the newest checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        raise BadStepsError(
-            f"{what}. Nothing was updated; {kept}. A lower optimizer.lr or an optimizer.grad_clip "
-            "may help"
-        )
 
     def _validate(self) -> float:
         """Mean loss per token over the validation set, spread over the ranks."""
@@ -222,7 +197,7 @@ class Trainer:
             **self.summary(),
             "bad_steps": self._bad.state_dict(),
             "fingerprint": self._data.fingerprint,
-            "config": options.to_values(self._config),
+            "config": options.to_json(self._config),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
         }
         path = self._checkpoints.save(self.step, facts, self._engine.save)
@@ -231,17 +206,14 @@ class Trainer:
 
 
 def require_same(path: Path, facts: dict[str, Any], config: Config) -> list[str]:
-    """Makes sure that a checkpoint is of this configuration.
-
-    Returns:
-        Notes for the log: settings that have changed since, which the run follows from here on.
+    """Notes on settings that have changed since a checkpoint, which the run follows from here on.
 
     Raises:
         ConfigError: It is of another model, optimizer or order of the data.
     """
     # A key that the checkpoint does not know came later; it did then what it does by default.
-    saved = _jsonable(options.to_values(Config())) | facts["config"]
-    current = _jsonable(options.to_values(config))
+    saved = options.to_json(Config()) | facts["config"]
+    current = options.to_json(config)
     changed = {
         name: f"{name} ({value} there, {current.get(name, 'unknown')} here)"
         for name, value in saved.items()
@@ -251,8 +223,3 @@ def require_same(path: Path, facts: dict[str, Any], config: Config) -> list[str]
     if vital:
         raise ConfigError(f"{path} was made with another {', '.join(vital)}")
     return [f"changed since the checkpoint: {text}" for text in changed.values()]
-
-
-def _jsonable(values: dict[str, Any]) -> Any:
-    """The values as they come back from a JSON file (tuples become lists)."""
-    return json.loads(json.dumps(values))

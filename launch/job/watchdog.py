@@ -33,10 +33,8 @@ from conda_dist.launch.cluster.process_group import World, gather
 
 _STDERR = 2
 _VERDICT = "verdict"
-_CONFIRMING = 3
-"""Intervals in which a rank must say something more to count as alive."""
-_NAMED = 8
-"""Most ranks that a message lists."""
+_CONFIRMING = 3  # intervals in which a rank must say something more to count as alive
+_NAMED = 8  # most ranks that a message lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +44,12 @@ class Report:
     rank: int
     host: str
     pid: int
-    birth: str
-    """Tells the process from a later one of the same pid, in this host's or container's count."""
-    count: int = 0
-    """Phases begun: equal on ranks that are equally far."""
+    birth: str  # tells the process from a later one of this pid, in its host's or container's count
+    count: int = 0  # phases begun: equal on ranks that are equally far
     step: int = 0
     phase: str = ""
-    idle_s: float = 0.0
-    """Seconds since that phase began."""
-    beat: int = 0
-    """Reports made so far."""
+    idle_s: float = 0.0  # seconds since that phase began
+    beat: int = 0  # reports made so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +149,9 @@ class Watchdog:
 
     def _say(self) -> None:
         place = self._place
-        self._own = replace(
-            self._own,
-            count=place.count,
-            step=place.step,
-            phase=place.phase,
-            idle_s=round(self._idle(), 3),
-            beat=self._own.beat + 1,
-        )
+        own, idle, beat = self._own, round(self._idle(), 3), self._own.beat + 1
+        fixed = own.rank, own.host, own.pid, own.birth
+        self._own = Report(*fixed, place.count, place.step, place.phase, idle, beat)
         self._store.set(str(self._own.rank), json.dumps(asdict(self._own)))
 
     def _accuse(self) -> None:
@@ -207,16 +196,11 @@ class Watchdog:
 def find_stalled(
     before: Sequence[Report], after: Sequence[Report], limit_s: float
 ) -> tuple[list[Report], list[Report]]:
-    """The ranks that the others wait for.
-
-    Args:
-        before: Every rank's last report.
-        after: The same some time later, in which a live rank has said something more.
-        limit_s: Seconds after which a phase counts as stalled.
+    """The ranks that the others wait for, by every rank's reports at two times.
 
     Returns:
         Ranks that say nothing any more; if there are none, those that are behind the rest (all,
-        where they are equally far), unless one of them has not stood still for long.
+        where they are equally far), unless one of them has not stood still for `limit_s`.
     """
     silent = [new for old, new in zip(before, after, strict=True) if old.beat == new.beat]
     last = min(report.count for report in after)
@@ -232,17 +216,16 @@ def describe(silent: Sequence[Report], stuck: Sequence[Report], ranks: int, limi
     named = [f"rank {r.rank} on {r.host} (pid {r.pid})" for r in found[:_NAMED]]
     if len(found) > _NAMED:
         named.append(f"{len(found) - _NAMED} more")
-    who, doing = ", ".join(named), f"step {first.step}, {first.phase}"
+    said = f"no progress for {limit_s:g} s (training.stall_timeout_s): {', '.join(named)}"
+    doing = f"step {first.step}, {first.phase}"
     if silent:
         return (
-            f"no progress for {limit_s:g} s (training.stall_timeout_s): {who} last said to be in "
-            f"{doing}, and says nothing any more: stopped, or its host is gone"
+            f"{said} last said to be in {doing}, and says nothing any more: stopped, or its host "
+            "is gone"
         )
     what = "is stuck" if len(found) == 1 else "are stuck"
     rest = "the others wait for it" if len(found) < ranks else "no rank is behind the others"
-    return (
-        f"no progress for {limit_s:g} s (training.stall_timeout_s): {who} {what} in {doing}; {rest}"
-    )
+    return f"{said} {what} in {doing}; {rest}"
 
 
 def _birth(pid: str) -> str:

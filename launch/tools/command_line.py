@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from conda_dist.launch.cluster import launcher
+from conda_dist.launch.data.sources import open_source
 from conda_dist.launch.job.config import Config, ConfigError
+from conda_dist.launch.job.deepspeed_file import read_file
 from conda_dist.launch.job.files import EXIT_CONFIG
 
 
@@ -41,15 +42,8 @@ def refuse(error: object) -> int:
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more, for argparse.
-
-    Raises:
-        argparse.ArgumentTypeError: It is another, or none.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
+    """A whole number of 1 or more, for argparse."""
+    number = int(text) if text.isdecimal() and len(text) < 11 else 0
     if not 0 < number < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return number
@@ -75,15 +69,10 @@ def check_output(output: str | Path) -> None:
 
 
 def check_input(config: Config) -> None:
-    """Refuses names of files that are not there.
-
-    Raises:
-        ConfigError: The key, and what was not found.
-    """
-    for path in config.data.path:
-        found = Path(path).expanduser()
-        if not found.exists() and not glob.glob(str(found), recursive=True):
-            raise ConfigError(f"data.path {path!r} names no file")
+    """Raises ConfigError for names of files that are not there, or cannot be used."""
+    if config.data.path:
+        open_source(config.data)
+    read_file(config)
     file = config.tokenizer.path
     if file and not Path(file).expanduser().is_file():
         raise ConfigError(f"tokenizer.path {file!r} names no file")
@@ -94,16 +83,7 @@ PICTURES = ("png", "pdf", "svg")
 
 
 def check_file(option: str, path: Path, formats: Sequence[str] = PICTURES) -> None:
-    """Refuses a file that could not be written, before minutes of work on it.
-
-    Args:
-        option: By which it was asked for.
-        path: The file.
-        formats: Endings that its name may have.
-
-    Raises:
-        ConfigError: The folder is not there, or the format is another one.
-    """
+    """Refuses a file that `option` asks for and that could not be written, before the work."""
     if path.suffix.removeprefix(".") not in formats:
         raise ConfigError(f"{option} {path}: name a file that ends in .{', .'.join(formats)}")
     if not path.parent.is_dir():

@@ -7,7 +7,7 @@ stated rates of the hardware, with nothing overlapped: upper bounds of the time,
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -16,7 +16,6 @@ from torch import nn
 
 from conda_dist import param_groups
 from conda_dist.launch.job.optimizer_config import CondaConfig
-from conda_dist.launch.job.optimizers import arguments
 from conda_dist.launch.tools.hardware import (
     EXCHANGE_LAUNCHES,
     HOST_EXCHANGE,
@@ -29,7 +28,7 @@ from conda_dist.launch.tools.hardware import (
 from conda_dist.layout.layout import Coordinate, Layout, Split, Topology
 from conda_dist.options import Options
 from conda_dist.plan.compute_groups import Request, assign_owners, choose
-from conda_dist.plan.costs import Costs, Sent, Sizes, collectives, costs, refresh_flops, svd_flops
+from conda_dist.plan.costs import Costs, Sizes, collectives, costs, refresh_flops, svd_flops
 from conda_dist.plan.schedule import fill_tasks
 from conda_dist.plan.weight_plan import WeightPlan, plan_weight
 from conda_dist.report import sizes_of
@@ -44,67 +43,46 @@ PASSES = 11
 """Times an element of 4 bytes is read or written in a step, beside the two products."""
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of parameters by name."""
+
+
 @dataclass(slots=True)
 class Kind:
-    """Weights that are alike: those of one name in all layers.
+    """Weights that are alike: those of one name in all layers."""
 
-    Attributes:
-        name: Their name, with * for the layer.
-        plan: The plan of one of them.
-        count: How many there are.
-        state: Bytes of state that all of them cost the rank that was asked.
-        step: Bytes it sends for them in a step without a refresh.
-        refresh: Bytes it sends more for a refresh.
-        flops: Operations of its matrix products in a step.
-    """
-
-    name: str
-    plan: WeightPlan
+    name: str  # with * for the layer
+    plan: WeightPlan  # of one of them
     count: int = 0
-    state: int = 0
-    step: int = 0
-    refresh: int = 0
-    flops: float = 0.0
+    state: int = 0  # bytes of state that all of them cost the rank that was asked
+    step: int = 0  # bytes it sends for them in a step without a refresh
+    refresh: int = 0  # bytes it sends more for a refresh
+    flops: float = 0.0  # operations of its matrix products in a step
 
 
 @dataclass(slots=True)
 class Forecast:
-    """What an optimizer costs the busiest rank.
+    """What an optimizer costs the busiest rank."""
 
-    Attributes:
-        state: Bytes of optimizer state.
-        step: Bytes it sends in a step without a refresh, by mesh dimension.
-        refresh: Bytes it sends more for a refresh.
-        flops: Operations of its matrix products in a step.
-        waited: Operations for whose results it waits beyond its own: of a task's busiest group.
-        decompose: Operations of the decompositions in a refresh that training waits for, one after
-            another: the busiest owner's of each task.
-        busiest: Those of the owner that has most of them, which nothing holds up in the background.
-        rotate: Operations of taking what it has to new bases.
-        elements: Elements it updates in a step.
-        collectives: Collectives of a step.
-        updates: Matrices of which it computes an update in a step.
-        copies: Times that it packs or unpacks a gradient or an update in a step.
-        bf16: Whether its products are in bfloat16.
-        svd: Whether its decompositions run at the SVD's rate, else at that of float32 products.
-        kinds: Its projected weights.
-    """
-
-    state: int = 0
-    step: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    refresh: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    flops: float = 0.0
-    waited: float = 0.0
+    state: int = 0  # bytes of optimizer state
+    # Bytes it sends in a step without a refresh, and more for a refresh, by mesh dimension.
+    step: Counter[int] = field(default_factory=Counter)
+    refresh: Counter[int] = field(default_factory=Counter)
+    flops: float = 0.0  # operations of its matrix products in a step
+    waited: float = 0.0  # and those of a task's busiest group beyond its own, which it waits for
+    # Operations of the decompositions in a refresh that training waits for, one after another: the
+    # busiest owner's of each task. Beside them those of the owner that has most of them, which
+    # nothing holds up in the background.
     decompose: float = 0.0
     busiest: float = 0.0
-    rotate: float = 0.0
-    elements: int = 0
-    collectives: int = 0
-    updates: int = 0
-    copies: int = 0
-    bf16: bool = False
-    svd: bool = True
-    kinds: list[Kind] = field(default_factory=list)
+    rotate: float = 0.0  # operations of taking what it has to new bases
+    elements: int = 0  # that it updates in a step
+    collectives: int = 0  # of a step
+    updates: int = 0  # matrices of which it computes an update in a step
+    copies: int = 0  # times that it packs or unpacks a gradient or an update in a step
+    bf16: bool = False  # whether its products are in bfloat16
+    svd: bool = True  # whether decompositions run at the SVD's rate, else that of float32 products
+    kinds: list[Kind] = field(default_factory=list)  # its projected weights
 
 
 def layout(name: str, shape: tuple[int, ...], mesh: Mesh) -> Layout:
@@ -117,7 +95,7 @@ def layout(name: str, shape: tuple[int, ...], mesh: Mesh) -> Layout:
     return Layout(shape, mesh.sizes, (None, shard, tp))
 
 
-def named_shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def named_shapes(model: nn.Module) -> tuple[Shapes, Shapes]:
     """Shapes of a model's parameters by name: on the conda path, and on AdamW's."""
     paths: dict[str, dict[str, tuple[int, ...]]] = {"conda": {}, "adamw": {}}
     for group in param_groups(model):
@@ -127,8 +105,8 @@ def named_shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str
 
 
 def forecast_conda(
-    projected: Mapping[str, tuple[int, ...]],
-    others: Mapping[str, tuple[int, ...]],
+    projected: Shapes,
+    others: Shapes,
     mesh: Mesh,
     settings: CondaConfig,
     at: Coordinate | None = None,
@@ -148,13 +126,10 @@ def forecast_conda(
 
 def conda_options(settings: CondaConfig) -> Options:
     """The options of a Conda with these settings."""
-    given = arguments(settings)
-    return Options(**{option.name: given[option.name] for option in fields(Options)})
+    return Options(**{option.name: getattr(settings, option.name) for option in fields(Options)})
 
 
-def _plans(
-    rule: Rule, options: Options, projected: Mapping[str, tuple[int, ...]], mesh: Mesh
-) -> list[WeightPlan]:
+def _plans(rule: Rule, options: Options, projected: Shapes, mesh: Mesh) -> list[WeightPlan]:
     topology = Topology(mesh.sizes, tuple(range(mesh.ranks)))
     basis = rule.states(1, 1, torch.float32).get("basis")
     size = 0 if basis is None else basis.dtype.itemsize
@@ -188,8 +163,8 @@ def _products(rule: Rule, plan: WeightPlan, numel: int) -> float:
 def _sum_up(
     rule: Rule,
     options: Options,
-    projected: Mapping[str, tuple[int, ...]],
-    others: Mapping[str, tuple[int, ...]],
+    projected: Shapes,
+    others: Shapes,
     mesh: Mesh,
     at: Coordinate | None,
 ) -> Forecast:
@@ -221,8 +196,8 @@ def _sum_up(
             known[key] = costs(plan, busiest, _sizes(rule, plan), options.is_async)
         cost = known[key]
         found.state += cost.state
-        _add(found.step, cost.step)
-        _add(found.refresh, cost.refresh)
+        found.step.update(cost.step)
+        found.refresh.update(cost.refresh)
         r, flops = min(plan.storage.shape), _products(rule, plan, numel)
         found.flops += flops
         found.rotate += (2 * 2.0 * numel * r + 2.0 * r**3) * (computes and rule.refreshes)
@@ -279,17 +254,8 @@ def _count(kinds: list[Kind], plan: WeightPlan, cost: Costs, flops: float) -> No
     kind.flops += flops
 
 
-def _add(to: dict[int, int], sent: Sent) -> None:
-    for mesh_dim, count in sent.items():
-        to[mesh_dim] += count
-
-
 def _add_adamw(
-    found: Forecast,
-    shapes: Mapping[str, tuple[int, ...]],
-    mesh: Mesh,
-    at: Coordinate = (0, 0, 0),
-    moments: int = 8,
+    found: Forecast, shapes: Shapes, mesh: Mesh, at: Coordinate = (0, 0, 0), moments: int = 8
 ) -> None:
     for name, shape in shapes.items():
         numel = layout(name, shape, mesh).numel(at)
@@ -297,9 +263,7 @@ def _add_adamw(
         found.elements += numel
 
 
-def forecast_adamw(
-    projected: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], mesh: Mesh
-) -> Forecast:
+def forecast_adamw(projected: Shapes, others: Shapes, mesh: Mesh) -> Forecast:
     """AdamW on shards: nothing is sent beyond what FSDP2 sends in any case."""
     found = Forecast()
     _add_adamw(found, {**projected, **others}, mesh)
@@ -307,10 +271,7 @@ def forecast_adamw(
 
 
 def forecast_muon(
-    projected: Mapping[str, tuple[int, ...]],
-    others: Mapping[str, tuple[int, ...]],
-    mesh: Mesh,
-    at: Coordinate | None = None,
+    projected: Shapes, others: Shapes, mesh: Mesh, at: Coordinate | None = None
 ) -> Forecast:
     """:class:`conda_dist.Muon` on shards, five steps of Newton-Schulz; see :func:`forecast_conda`.
 
@@ -320,9 +281,7 @@ def forecast_muon(
     return _sum_up(MuonRule(), Options(), projected, others, mesh, at)
 
 
-def forecast_replicated(
-    projected: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]], mesh: Mesh
-) -> Forecast:
+def forecast_replicated(projected: Shapes, others: Shapes, mesh: Mesh) -> Forecast:
     """Conda as released: every rank has all states and takes every step (DDP)."""
     found = Forecast()
     for shape in projected.values():
@@ -344,23 +303,14 @@ def launches(found: Forecast) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Time of the busiest rank.
+    """Time of the busiest rank."""
 
-    Attributes:
-        step: Of a step without a refresh: the device's, or the host's if that is longer.
-        host: Of the host in such a step.
-        decompose: Of the decompositions in a refresh, where training waits for them.
-        busiest: Of those of the busiest owner.
-        exchange: Of what a refresh moves and rotates, beside them.
-        training: Of forward and backward passes of a step.
-    """
-
-    step: float
-    host: float
-    decompose: float
-    busiest: float
-    exchange: float
-    training: float
+    step: float  # without a refresh: the device's, or the host's if that is longer
+    host: float  # of the host in such a step
+    decompose: float  # of the decompositions in a refresh, where training waits for them
+    busiest: float  # of those of the busiest owner
+    exchange: float  # of what a refresh moves and rotates, beside them
+    training: float  # of forward and backward passes of a step
 
     def stall(self, delay: int) -> float:
         """Seconds a refresh holds training up; ``delay`` steps go on meanwhile, 0 if none do."""
@@ -369,12 +319,7 @@ class Seconds:
 
 
 def seconds(
-    found: Forecast,
-    mesh: Mesh,
-    hardware: Hardware,
-    *,
-    parameters: int,
-    tokens: int,
+    found: Forecast, mesh: Mesh, hardware: Hardware, *, parameters: int, tokens: int
 ) -> Seconds:
     """Time that a forecast takes.
 

@@ -57,13 +57,8 @@ class Planned:
 
     def seconds(self, found: Forecast, hardware: Hardware) -> Seconds:
         """Time that a forecast takes, with this job's products."""
-        return forecast.seconds(
-            found,
-            self.mesh,
-            hardware,
-            parameters=self.parameters,
-            tokens=self._tokens,
-        )
+        size = {"parameters": self.parameters, "tokens": self._tokens}
+        return forecast.seconds(found, self.mesh, hardware, **size)
 
     def per_step(self, found: Forecast, hardware: Hardware) -> float:
         """Mean seconds of a step, its share of a refresh included."""
@@ -84,16 +79,12 @@ class Planned:
         console.print(self._weights())
         console.print(self._totals(hardware, name))
         time, gap = self.seconds(self.conda, hardware), self._settings.update_proj_gap
-        every = f"every {gap} steps"
-        stalls = {
-            "sync": time.stall(0),
-            "async": time.stall(self._delay),
-        }
-        for refresh, stall in stalls.items():
+        later = f"async, bases taken {self._delay} steps later"
+        for refresh, delay in (("sync", 0), (later, self._delay)):
+            stall = time.stall(delay)
             share = stall / gap / (time.training + time.step)
-            after = f", bases taken {self._delay} steps later" * (refresh == "async")
             console.print(
-                f"a refresh {every}, {refresh}{after}: {_time(stall)} nothing goes on, "
+                f"a refresh every {gap} steps, {refresh}: {_time(stall)} nothing goes on, "
                 f"{share:.2%} of the training time"
             )
         console.print(
@@ -108,44 +99,38 @@ class Planned:
         )
 
     def _weights(self) -> Table:
-        rate = self._settings
-        table = Table(
-            title=f"Conda on {self.mesh.ranks} ranks "
-            f"({', '.join(f'{a} {n}' for a, n in zip(AXES, self.mesh.sizes, strict=True))}), "
-            f"{self.parameters / 1e9:.1f} B parameters, {rate.refresh_method}"
+        axes = ", ".join(f"{a} {n}" for a, n in zip(AXES, self.mesh.sizes, strict=True))
+        table = _table(
+            f"Conda on {self.mesh.ranks} ranks ({axes}), {self.parameters / 1e9:.1f} B parameters, "
+            f"{self._settings.refresh_method}",
+            ("weight", "shape", "stored -> computed", "basis"),
+            ("state MiB", "sent a step MiB", "more a refresh MiB", "GFLOP a step"),
         )
-        for heading in ("weight", "shape", "stored -> computed", "basis"):
-            table.add_column(heading, overflow="fold")
-        for heading in ("state MiB", "sent a step MiB", "more a refresh MiB", "GFLOP a step"):
-            table.add_column(heading, justify="right")
         for kind in self.conda.kinds:
             plan = kind.plan
             moved = "" if plan.compute == plan.storage else f" -> {plan.compute}"
-            table.add_row(
-                f"{kind.count} x {kind.name}",
-                "x".join(map(str, plan.storage.shape)),
-                f"{plan.storage}{moved}",
-                str(plan.basis),
-                f"{kind.state / 2**20:.1f}",
-                f"{kind.step / 2**20:.1f}",
-                f"{kind.refresh / 2**20:.1f}",
-                f"{kind.flops / 1e9:.1f}",
-            )
+            shape = "x".join(map(str, plan.storage.shape))
+            sizes = (f"{size / 2**20:.1f}" for size in (kind.state, kind.step, kind.refresh))
+            what = f"{kind.count} x {kind.name}", shape, f"{plan.storage}{moved}", str(plan.basis)
+            table.add_row(*what, *sizes, f"{kind.flops / 1e9:.1f}")
         return table
 
     def _totals(self, hardware: Hardware, name: str) -> Table:
-        table = Table(title=f"the busiest rank, seconds on {name}, {self._tokens} tokens a rank")
-        table.add_column("optimizer")
-        for heading in (
-            "state GiB", "sent a step GiB", "more a refresh GiB", "TFLOP a step",
-            "step", "of the training step", "mean with refreshes",
-        ):  # fmt: skip
-            table.add_column(heading, justify="right")
+        table = _table(
+            f"the busiest rank, seconds on {name}, {self._tokens} tokens a rank",
+            ("optimizer",),
+            (
+                *("state GiB", "sent a step GiB", "more a refresh GiB", "TFLOP a step"),
+                *("step", "of the training step", "mean with refreshes"),
+            ),
+        )
         for title, found in {"Conda, sharded": self.conda, **self.rivals()}.items():
-            time = self.seconds(found, hardware)
+            time, too_much = self.seconds(found, hardware), found.state > hardware.capacity
+            if too_much:
+                table.caption = "! more than the device's memory"
             table.add_row(
                 title,
-                f"{found.state / GIB:.2f}" + "!" * (found.state > hardware.capacity),
+                f"{found.state / GIB:.2f}" + "!" * too_much,
                 f"{sum(found.step.values()) / GIB:.3f}",
                 f"{sum(found.refresh.values()) / GIB:.3f}",
                 f"{found.flops / 1e12:.2f}",
@@ -153,9 +138,16 @@ class Planned:
                 f"{time.step / (time.training + time.step):.1%}",
                 _time(self.per_step(found, hardware)),
             )
-        if any(found.state > hardware.capacity for found in (self.conda, *self.rivals().values())):
-            table.caption = "! more than the device's memory"
         return table
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title)
+    for heading in texts:
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _time(seconds: float) -> str:
@@ -163,11 +155,7 @@ def _time(seconds: float) -> str:
 
 
 def draw_scaling(path: Path, hardware: Hardware, tokens: int, keys: Sequence[str]) -> None:
-    """Draws seconds and state against the number of ranks, FSDP2 alone, for three sizes of LLaMA.
-
-    Raises:
-        ConfigError: A key is none of the job's.
-    """
+    """Draws seconds and state against the number of ranks, FSDP2 alone, for SCALES."""
     figure, axes = new_figure(2 * len(SCALES))
     for i, name in enumerate(SCALES):
         config = options.load(str(CONFIGS / f"{name}.toml"), keys)

@@ -10,7 +10,6 @@ import platform
 import re
 import shlex
 import time
-import tomllib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from conda_dist.launch.tools.search import Protocol, Rule, Run
 RESULTS = "results.json"
 BUDGET, SEEDS = 8, 3
 """What is taken for `--budget` and `--seeds`, unless the comparison has others."""
-_PACKAGES = ("conda-dist", "torch", "numpy", "transformers", "tokenizers", "deepspeed", "optuna")
+_PACKAGES = ("conda-dist", "torch", "numpy", "transformers", "tokenizers", "deepspeed")
 _INCIDENTAL = ("output", "resume", "optimizer.name", "data.cache")
 
 
@@ -37,14 +36,12 @@ class Comparison:
     """The runs of a comparison, and how to start them."""
 
     folder: Path
-    config: Config
-    """What all runs have in common."""
+    config: Config  # what all runs have in common
     protocol: Protocol
-    jobs: int
-    """Runs at once."""
+    jobs: int  # runs at once
+    # What `results.json` holds: the common `config`, `nproc` processes of each run, `rules`,
+    # `sessions` (commands typed, with versions and machine) and a record of each of the `runs`.
     results: dict[str, Any]
-    """What `results.json` holds: the common `config`, `nproc` processes of each run, `rules`,
-    `sessions` (commands typed, with versions and machine) and a record of each of the `runs`."""
 
     def command(self, run: Run) -> list[str]:
         """Starts that run, or continues it."""
@@ -62,11 +59,7 @@ class Comparison:
 
 
 def keys_of(rule: str) -> dict[str, Any]:
-    """The keys that a rule sets: NAME, or NAME+KEY=VALUE, with options of its own.
-
-    Raises:
-        ConfigError: There is no such optimizer, key or value.
-    """
+    """The keys that a rule sets: NAME, or NAME+KEY=VALUE, with options of its own."""
     name, *own = re.split(r"\+(?!\d)", rule)  # one that a digit follows is an exponent's
     if name not in SECTIONS:
         raise ConfigError(f"unknown {name!r}: name some of {', '.join(SECTIONS)}")
@@ -82,11 +75,7 @@ def protocol_of(results: dict[str, Any]) -> Protocol:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The results of the comparison in that folder.
-
-    Raises:
-        ConfigError: There are none, or they cannot be read.
-    """
+    """The results of the comparison in that folder."""
     file = folder / RESULTS
     try:
         results: dict[str, Any] = json.loads(file.read_text())
@@ -133,11 +122,11 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
         rule = Rule(name, matrices, rest, budget, seeds)
         rules.append(asdict(rule))
     results = {
-        "config": options.flatten(tomllib.loads(options.to_toml(config))),
+        "config": options.to_json(config),
         "nproc": nproc,
         "rules": rules,
         "sessions": [*there["sessions"], _session(given.jobs, typed)],
-        "runs": there["runs"],
+        "runs": [*there["runs"]],
     }
     if before:
         compared = {keys[name]["optimizer.name"] for name in before}
@@ -154,20 +143,19 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
 
 def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config:
     """What all runs have in common: the config, with the section of each optimizer."""
-    own: dict[str, list[str]] = {name: [] for name in sorted(optimizers)}
-    general: list[str] = []
+    own: dict[str, Any] = {}
+    general = [f"--optimizer.name={min(optimizers)}"]
     for key, text in options.split_arguments(overrides):
         head, _, name = key.rpartition(".")
         if key in ("output", "resume", "optimizer.name"):
             raise ConfigError(f"--{key} differs from run to run: compare sets it itself")
         if head == "optimizer" and key not in options.SCHEMA:
             raise ConfigError(f"--{key}: of which optimizer? Give --optimizer.NAME.{name}")
-        own.get(head.removeprefix("optimizer."), general).append(f"--{key}={text}")
-    first = [f"--optimizer.name={min(optimizers)}"]
-    values = options.to_values(options.load(path, [*first, *general]))
-    for name, words in own.items():
-        found = options.to_values(options.load(path, [f"--optimizer.name={name}", *words]))
-        values |= {k: v for k, v in found.items() if k.startswith(f"optimizer.{name}.")}
+        if head.removeprefix("optimizer.") in optimizers:
+            own |= options.parse_arguments([f"--{key}={text}"])
+        else:
+            general.append(f"--{key}={text}")
+    values = options.to_values(options.load(path, general)) | own
     if values["schedule.min_lr"] is not None:
         raise ConfigError("schedule.min_lr is one rate for all: give schedule.min_lr_ratio instead")
     return options.build(values)
@@ -176,10 +164,7 @@ def _common(path: str, overrides: Sequence[str], optimizers: set[str]) -> Config
 def _require_same(
     folder: Path, there: dict[str, Any], here: dict[str, Any], compared: set[str]
 ) -> None:
-    """Refuses to add runs of another configuration.
-
-    Keys of optimizers that are not among those compared may differ.
-    """
+    """Refuses to add runs of another configuration, but for optimizers not compared so far."""
     then, now = ({**each["config"], "nproc": each["nproc"]} for each in (there, here))
     free = tuple(f"optimizer.{name}." for name in SECTIONS if name not in compared)
     differing = [

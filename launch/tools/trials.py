@@ -1,8 +1,7 @@
 """The runs of a comparison: started, stopped, resumed, and kept when they are finished.
 
-A comparison's folder holds `config.toml`, what all runs have in common; `trials.db`, in which
-optuna keeps each finished run as a trial of its rule's study; `runs`, with each run's folder and
-log; and `results.json`, with everything that tables are made of.
+A comparison's folder holds `config.toml`, what all runs have in common; `runs`, with each run's
+folder and log; and `results.json`, with each finished run's record, of which tables are made.
 """
 
 from __future__ import annotations
@@ -28,52 +27,6 @@ from conda_dist.launch.job.files import CHECKPOINTS, CONFIG, DIVERGED, METRICS, 
 from conda_dist.launch.job.metrics import read_metrics
 from conda_dist.launch.tools.protocol import RESULTS, Comparison, devices, read
 from conda_dist.launch.tools.search import Run
-
-LOCKED_S = 60.0
-"""Seconds to wait for a program that looks into `trials.db`, as optuna's dashboard does."""
-
-
-class Store:
-    """The finished runs in `trials.db`, one optuna study for each rule."""
-
-    def __init__(self, folder: Path) -> None:
-        """Opens it, or makes it.
-
-        Raises:
-            ConfigError: It cannot be read, or another process does not let go of it.
-        """
-        import optuna
-        from sqlalchemy.exc import SQLAlchemyError
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna, path = optuna, (folder / "trials.db").absolute()
-        patience = {"connect_args": {"timeout": LOCKED_S}}
-        try:
-            self._storage = optuna.storages.RDBStorage(f"sqlite:///{path}", patience)
-        except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-            raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Keeps a finished run."""
-        rate = self._optuna.distributions.FloatDistribution(5e-324, sys.float_info.max, log=True)
-        count = self._optuna.distributions.IntDistribution(0, 2**62)
-        kinds = {"matrices": rate, "rest": rate, "seed": count, "steps": count}
-        trial = self._optuna.create_trial(
-            value=loss_of(record),
-            params={key: record[key] for key in kinds},
-            distributions=kinds,
-            user_attrs={"record": record},
-        )
-        self._optuna.create_study(
-            study_name=record["rule"], storage=self._storage, load_if_exists=True
-        ).add_trial(trial)
-
-    def records(self) -> list[dict[str, Any]]:
-        """Of all finished runs, in the order in which they ended."""
-        studies = self._storage.get_all_studies()
-        trials = [t for s in studies for t in self._storage.get_all_trials(s._study_id)]
-        records = [trial.user_attrs["record"] for trial in trials]
-        return sorted(records, key=lambda record: record["ended"])
 
 
 def run_of(record: dict[str, Any]) -> Run:
@@ -119,23 +72,16 @@ class Runner:
     """Runs what a comparison wants, several at once, until nothing is left or it is stopped."""
 
     def __init__(self, comparison: Comparison) -> None:
-        """Writes what the runs have in common, and takes over those that are finished.
+        """Writes what the runs have in common.
 
         Raises:
-            ConfigError: The folder is not as it was when the comparison was planned, or holds
-                runs of which nobody knows the configuration.
+            ConfigError: The folder is not as it was when the comparison was planned.
         """
         self._comparison, folder = comparison, comparison.folder
         there = read(folder)["sessions"] if (folder / RESULTS).exists() else []
         if there != comparison.results["sessions"][:-1]:
             raise ConfigError(f"another command has just written {folder}: give this one again")
-        self._store = Store(folder)
-        self._records = self._store.records()
-        if self._records and not there:
-            raise ConfigError(
-                f"{folder} holds runs, but no {RESULTS}, which says of what configuration they "
-                "are: give another --output"
-            )
+        self._records = comparison.results["runs"]
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(options.to_toml(comparison.config))
         self._running: dict[Run, tuple[subprocess.Popen[bytes], int, float]] = {}
@@ -146,13 +92,9 @@ class Runner:
 
     def run(self) -> bool:
         """Returns False if it was asked to stop: the runs have saved and ended then."""
-
-        def end_all(number: int) -> None:
-            for job, *_ in self._running.values():
-                job.terminate()
-
         protocol, wanted = self._comparison.protocol, list[Run]()
-        with stop_requests(end_all) as stop:
+        told = False
+        with stop_requests() as stop:
             ended = True
             while True:
                 if ended:  # only then: it takes milliseconds, which the runs would miss
@@ -162,8 +104,10 @@ class Runner:
                 for run in [run for run in wanted if run not in begun][:free]:
                     if not stop:
                         self._start(run)
-                        if stop:  # it came before the run was known
-                            end_all(stop.signal or 0)
+                if stop and not told:
+                    told = True
+                    for job, *_ in self._running.values():
+                        job.terminate()
                 if not self._running:
                     return not stop
                 time.sleep(0.1)
@@ -208,7 +152,6 @@ class Runner:
             "session": len(results["sessions"]) - 1,
             "command": shlex.join(self._comparison.command(run)),
         }
-        self._store.add(record)
         self._records.append(record)
         self._write()
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # nothing resumes it any more
@@ -229,7 +172,7 @@ class Runner:
         """Writes results.json, whole or not at all."""
         file = self._comparison.folder / RESULTS
         fresh = file.with_suffix(".tmp")
-        fresh.write_text(json.dumps({**self._comparison.results, "runs": self._records}, indent=1))
+        fresh.write_text(json.dumps(self._comparison.results, indent=1))
         os.replace(fresh, file)
 
 

@@ -1,8 +1,10 @@
 """Jobs of any settings within their bounds: they train, or end with an error and no traceback."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 from hypothesis import given
@@ -39,31 +41,41 @@ NOT_DRAWN = (
 """Files and folders, what other tests have, what compiles for minutes, and what ends a rank."""
 
 
+def _plain(kind: Any) -> tuple[Any, dict[str, Any]]:
+    """A type without its bounds, and these by name."""
+    if get_origin(kind) is not Annotated:
+        return kind, {}
+    marks = [mark for mark in kind.__metadata__ if type(mark).__module__ == "annotated_types"]
+    each = [asdict(mark) for mark in marks]
+    return get_args(kind)[0], {n: v for mark in each for n, v in mark.items() if v is not None}
+
+
 def _values(key: options.Declared) -> st.SearchStrategy[Any]:
     """Values that the declaration allows, its bounds among them."""
     if key.name in SMALL:
         return SMALL[key.name]
-    kind = key.type
-    names = next((k for k in (kind, *get_args(kind)) if get_origin(k) is Literal), None)
-    if names is not None and names is not kind:
-        return st.sampled_from((*get_args(names), "none"))
+    kind, bounds = _plain(key.type)
+    if get_origin(kind) in (Union, UnionType):
+        kind, bounds = _plain(get_args(kind)[0])
+        if get_origin(kind) is Literal:
+            return st.sampled_from((*get_args(kind), "none"))
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     if kind is bool:
         return st.booleans()
     if get_origin(kind) is tuple:
         return st.lists(st.just(0.0) | st.floats(0, 1, exclude_max=True), min_size=2, max_size=2)
-    bounds = key.key
-    if kind is int or int in get_args(kind):
-        least, most = bounds.ge or 0, bounds.le or bounds.lt or 2**63
+    least = bounds.get("ge", bounds.get("gt", 0))
+    if kind is int:
+        most = bounds.get("le", 2**63)
         some = [*range(int(least), 6), 10**6, int(most) - 1, int(most)]
         return st.sampled_from([number for number in some if least <= number < 2**63])
-    least, most = bounds.ge or bounds.gt or 0.0, bounds.le or bounds.lt or 1e300
+    most = bounds.get("le", bounds.get("lt", 1e300))
     return (
         st.sampled_from([least, most])
         | st.floats(least, most)
         | st.floats(max(least, 1e-40), min(most, 10.0))
-    ).filter(lambda value: bounds.gt is None or value > bounds.gt)
+    ).filter(lambda value: "gt" not in bounds or value > bounds["gt"])
 
 
 DRAWN = {name: key for name, key in options.SCHEMA.items() if not name.startswith(NOT_DRAWN)}

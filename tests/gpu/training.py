@@ -67,7 +67,7 @@ PREPARE = """
 import sys
 from conda_dist.launch.data import preparation
 from conda_dist.launch.job import options
-preparation._prepare_files(options.load(sys.argv[1], sys.argv[2:]))
+preparation._prepare(options.load(sys.argv[1], sys.argv[2:]))
 """
 
 

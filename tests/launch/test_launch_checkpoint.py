@@ -48,7 +48,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("name", "damage", "words"),
     [
         ("__1_0.distcp", delete, "__1_0.distcp is missing"),
-        ("__0_0.distcp", truncate, "__0_0.distcp has"),
+        ("__0_0.distcp", truncate, "__0_0.distcp is damaged"),
         ("__0_0.distcp", flip, "__0_0.distcp is damaged"),
         ("__1_0.distcp", flip, "__1_0.distcp is damaged"),
         (".metadata", delete, ".metadata is missing"),

@@ -1,7 +1,6 @@
 """Configuration: what is accepted, what is refused, and in which words."""
 
 import contextlib
-import dataclasses
 import subprocess
 import sys
 from datetime import timedelta
@@ -65,28 +64,31 @@ def test_values_on_the_command_line(argument: str, text: str, value: object) -> 
         (["--trainnig.steps", "5"], ["Did you mean 'training.steps'"]),
         (["--optimizer.lrr", "5"], ["Did you mean 'optimizer.lr'"]),
         (["--schedule.warmup_steps", "9", "--training.steps", "5"], ["peak rate", "lower it"]),
-        (["--training.steps", "many"], ["training.steps many", "a whole number"]),
-        (["--training.steps", "1.5"], ["a whole number"]),
-        (["--training.steps", "0"], ["training.steps = 0: must be >= 1"]),
+        (["--training.steps", "many"], ["training.steps = 'many'", "a valid integer"]),
+        (["--training.steps", "1.5"], ["a valid integer"]),
+        (["--training.steps", "0"], ["training.steps = '0': must be greater than or equal to 1"]),
         (["--training.steps"], ["--training.steps needs a value"]),
-        (["--training.compile", "yes"], ["true or false"]),
-        (["--schedule.min_lr", "nan"], ["schedule.min_lr = nan", "a number"]),
+        (["--training.compile", "maybe"], ["a valid boolean"]),
+        (["--schedule.min_lr", "nan"], ["schedule.min_lr = 'nan'"]),
         (["--optimizer.name", "sgd"], ["'conda', 'adamw', 'muon'"]),
         (
             ["--optimizer.name=namo_d", "--optimizer.clamp=1.5"],
-            ["namo_d.clamp = 1.5: must be <= 1"],
+            ["namo_d.clamp = '1.5': must be less than or equal to 1"],
         ),
         (
             ["--optimizer.name", "soap", "--training.hsdp_replicas", "2"],
             ["optimizer.name soap, whose model is replicated: set it to 1"],
         ),
-        (["--optimizer.conda.betas", "0.9"], ["a list of 2"]),
-        (["--optimizer.conda.betas", "0.9,1.0"], ["must be < 1"]),
+        (["--optimizer.conda.betas", "0.9"], ["optimizer.conda.betas.1", "Field required"]),
+        (["--optimizer.conda.betas", "0.9,1.0"], ["must be less than 1"]),
         (["training.steps", "5"], ["found 'training.steps'"]),
         (["--data.path", "x", "--data.hf", "y"], ["data.path and data.hf"]),
-        (["--data.path", " , "], ["--data.path", "a list (str) is wanted"]),
+        (["--data.path", " , "], ["--data.path", "a list is wanted"]),
         (["--output="], ["output is empty"]),
-        (["--tokenizer.vocab_size", "2147483647"], ["tokenizer.vocab_size", "<= 10000000"]),
+        (
+            ["--tokenizer.vocab_size", "2147483647"],
+            ["tokenizer.vocab_size", "less than or equal to 10000000"],
+        ),
         (["--model.hidden_size", "100"], ["100 is not a multiple of", "num_attention_heads 6"]),
         (
             ["--model.hidden_size", "18"],
@@ -95,7 +97,7 @@ def test_values_on_the_command_line(argument: str, text: str, value: object) -> 
         (["--training.stall_timeout_s", "1e-9"], ["give 0 (any time) or at least 1"]),
         (
             ["--training.timeout_s", "1e14"],
-            ["training.timeout_s = 100000000000000.0: must be <= 10000000"],
+            ["training.timeout_s = '1e14': must be less than or equal to 10000000"],
         ),
         (["--model.dropout", "0.1"], ["no effect with model.architecture llama"]),
         (["--schedule.min_lr", "1.0"], ["above the peak rate 0.01"]),
@@ -120,11 +122,14 @@ def test_refusals_on_the_command_line(arguments: list[str], words: list[str]) ->
                 "'optimizer.conda.bucket_bytes'. Did you mean 'optimizer.conda.buffer_bytes'",
             ],
         ),
-        ("[training]\nsteps = true", ["training.steps = True", "a whole number"]),
-        ("[training]\nsteps = '5'", ["a whole number"]),
-        ("[training]\ncompile = 1", ["true or false"]),
+        ("[training]\nsteps = true", ["training.steps = True", "a valid integer"]),
+        ("[training]\nsteps = '5'", ["a valid integer"]),
+        ("[training]\ncompile = 1", ["a valid boolean"]),
         ("[optimizer.adamw]\nscale = 1.0", ["unknown key 'optimizer.adamw.scale'", "betas"]),
-        ("[optimizer]\nname = 'adamw'\nscale = 1.0", ["adamw has no such key"]),
+        (
+            "[optimizer]\nname = 'adamw'\nscale = 1.0",
+            ["unknown key 'optimizer.scale'. Did you mean 'optimizer.adamw_scale'"],
+        ),
         ("[optimizer]\nlr = 1.0\n[optimizer.conda]\nlr = 2.0", ["the same key"]),
         ("training = 5", ["unknown key 'training'"]),
         ("[training\n", ["not valid TOML"]),
@@ -171,7 +176,7 @@ def test_two_effective_rates_are_the_axes_of_a_sweep(name: str) -> None:
 def test_a_key_of_another_optimizer_is_not_silently_ignored() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.conda\.scale has no effect"):
         options.load(None, ["--optimizer.name", "adamw", "--optimizer.conda.scale", "1.0"])
-    with pytest.raises(ConfigError, match=r"optimizer\.scale: adamw has no such key"):
+    with pytest.raises(ConfigError, match=r"unknown key 'optimizer\.scale'"):
         options.load(None, ["--optimizer.name", "adamw", "--optimizer.scale", "1.0"])
 
 
@@ -230,7 +235,7 @@ def test_any_command_line_is_understood_or_refused(arguments: list[str]) -> None
 @given(st.sampled_from(list(options.SCHEMA)), st.text("abcdefghijkl._-", min_size=1, max_size=3))
 def test_a_mistyped_key_is_answered_with_a_real_one(name: str, typo: str) -> None:
     wrong = name + typo
-    if wrong in options.SCHEMA or options._optimizer_key(wrong):
+    if wrong in options.SCHEMA or wrong.replace("optimizer.", "optimizer.conda.") in options.SCHEMA:
         return
     with pytest.raises(ConfigError, match="Did you mean") as caught:
         options.load(None, [f"--{wrong}", "1"])
@@ -242,7 +247,7 @@ def test_a_mistyped_key_is_answered_with_a_real_one(name: str, typo: str) -> Non
 def test_shipped_configs_are_valid(file: Path, optimizer: str) -> None:
     config = options.load(file, ["--optimizer.name", optimizer])
     assert config.output == f"runs/{file.stem}"
-    assert dataclasses.asdict(config)["optimizer"]["name"] == optimizer
+    assert config.optimizer.name == optimizer
 
 
 def test_the_paper_s_settings() -> None:
@@ -258,7 +263,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for name, declared in options.SCHEMA.items():
         assert f"--{name}" in shown
-        assert declared.key.help in shown
+        assert declared.help in shown
 
 
 def test_a_config_is_only_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,4 +302,4 @@ def test_a_port_that_is_none_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MASTER_PORT", "abc")
     store, (_, _, problem) = mpi._open(0, 2, True, timedelta(seconds=1))
     assert store is None
-    assert "MASTER_PORT is 'abc'" in problem
+    assert "rank 0 cannot open port abc" in problem

@@ -69,7 +69,7 @@ def test_the_job_has_them() -> None:
     keys = {n.rpartition(".")[2]: k for n, k in job.SCHEMA.items() if ".conda." in n}
     assert keys.keys() == {*OPTIONS, "grad_clip"}
     for name, option in OPTIONS.items():
-        assert (keys[name].default, keys[name].key.help) == (option.default, option.help)
+        assert (keys[name].default, keys[name].help) == (option.default, option.help)
 
 
 @pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.is_dtype])
