@@ -31,9 +31,6 @@ class Planned:
         config: The pretraining job's config, of which model and Conda's keys are read.
         mesh: The ranks.
         tokens: Tokens of a step on each data-parallel rank.
-
-    Raises:
-        ConfigError: Tensor parallelism is asked for another architecture than LLaMA's.
     """
 
     def __init__(self, config: Config, mesh: Mesh, tokens: int) -> None:
