@@ -39,6 +39,7 @@ class CondaRule(RefreshedRule):
         self.second_key = second_key(options)
         self.is_async = options.is_async
         self._product_dtype = options.product_dtype
+        self._room = options.task_bytes // 4
         self.counts = ("basis_step", *(("snapshot_step",) if self.is_async else ()))
 
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
@@ -110,9 +111,8 @@ class CondaRule(RefreshedRule):
                 kind, needed = its_kind, 2 * grad.numel() * max(4, basis.itemsize)
                 if self._product_dtype not in (None, basis.dtype):
                     needed += basis.numel() * self._product_dtype.itemsize
-                room = self.options.task_bytes // 4
-                if grad.device.type == "cpu":
-                    room = min(room, CACHE_BYTES)
+                on_cpu = grad.device.type == "cpu"
+                room = min(self._room, CACHE_BYTES) if on_cpu else self._room
                 most = room // max(1, needed)
             chunk.append(weight)
         if chunk:

@@ -341,7 +341,7 @@ def test_calls_of_a_steady_step() -> None:
         return count
 
     assert calls(2) <= 92
-    assert (calls(12) - calls(2)) / 10 <= 28
+    assert (calls(12) - calls(2)) / 10 <= 27
 
 
 def test_group_dicts_replaced_by_hand() -> None:
