@@ -4,6 +4,7 @@ DeepSpeed itself moves the same with or without Conda; this is what Conda adds, 
 ``PYTHONPATH=tests/helpers python tests/integrations/test_deepspeed_traffic.py`` prints the table.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -94,13 +95,19 @@ def _measure(name: str) -> Traffic:
     return traffic[1], traffic[2], report, bases, sum(row["state_bytes"] for row in report)
 
 
+@functools.cache
+def _measured(name: str) -> list[Traffic]:
+    """What each rank measured."""
+    return ranks.run(WORLD, _measure, name)
+
+
 def _sent(calls: list[Call]) -> int:
     return sum(call.sent for call in calls if call.name == "all_to_all")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_traffic_is_what_the_report_says(name: str) -> None:
-    answers = ranks.run(WORLD, _measure, name)
+    answers = _measured(name)
     for steady, refreshing, report, _, _ in answers:
         assert {call.name for call in steady} <= {"all_to_all"}
         assert _sent(steady) == sum(row["step_bytes"] for row in report)
@@ -110,10 +117,10 @@ def test_traffic_is_what_the_report_says(name: str) -> None:
 
 def test_stage_0_refreshes_only() -> None:
     """Replicas step alone, and share the decompositions out."""
-    for steady, refreshing, _, _, _ in ranks.run(WORLD, _measure, "0"):
+    for steady, refreshing, _, _, _ in _measured("0"):
         assert not steady
         assert _sent(refreshing)
-    totals = [_sent(answer[1]) for answer in ranks.run(WORLD, _measure, "0")]
+    totals = [_sent(answer[1]) for answer in _measured("0")]
     assert sum(totals) == LAYERS * 7 * (WORLD - 1) * WIDTH * WIDTH * 4
 
 
@@ -121,9 +128,9 @@ def test_bases_of_stages_1_and_2_are_where_their_matrices_are() -> None:
     """Together the ranks keep one of each, and one more where a boundary cuts a matrix."""
     one = WIDTH * WIDTH * 4
     for name in ("1", "2"):
-        held = [answer[3] for answer in ranks.run(WORLD, _measure, name)]
+        held = [answer[3] for answer in _measured(name)]
         assert LAYERS * 7 * one <= sum(held) <= (LAYERS * 7 + WORLD - 1) * one
-    assert [answer[3] for answer in ranks.run(WORLD, _measure, "3")] == [LAYERS * 7 * one] * WORLD
+    assert [answer[3] for answer in _measured("3")] == [LAYERS * 7 * one] * WORLD
 
 
 def _table() -> None:
@@ -134,7 +141,7 @@ def _table() -> None:
     print("| ZeRO stage | collectives a step | sent a step | ... a refresh | bases | all state |")
     print("|---|---|---|---|---|---|")
     for name in CONFIGS:
-        answers = ranks.run(WORLD, _measure, name)
+        answers = _measured(name)
         steady = max(len(answer[0]) for answer in answers)
         step, refresh = (sum(_sent(answer[i]) for answer in answers) / WORLD for i in (0, 1))
         bases, state = (sum(answer[i] for answer in answers) / WORLD for i in (3, 4))

@@ -82,16 +82,23 @@ def test_bfloat16() -> None:
     assert errors[torch.bfloat16] < 0.06
 
 
+SHAPES = ("tall", "wide", "square", "row_vector", "column_vector")
+OTHERS = [name for name in golden.FLOAT32 if name not in SHAPES]
+
+
 def _replay_all(
-    shape: tuple[int, ...], placements: tuple[Placement, ...], options: dict[str, object]
+    shape: tuple[int, ...],
+    placements: tuple[Placement, ...],
+    options: dict[str, object],
+    names: list[str],
 ) -> dict[str, float]:
     mesh = init_device_mesh("cpu", shape)
     errors = {}
-    for name in golden.FLOAT32:
+    for name in names:
         case = Case.load(name)
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
-            return distribute_tensor(tensor.clone(), mesh, placements)
+            return distribute_tensor(tensor.clone(), mesh, placements, src_data_rank=None)
 
         param = torch.nn.Parameter(place(case.tensors["param"]))
         optimizer = Conda([case.group(param)], **options)
@@ -101,9 +108,11 @@ def _replay_all(
 
 @pytest.mark.parametrize(("shape", "placements"), LAYOUTS, ids=lambda v: "x".join(map(str, v)))
 def test_layout(shape: tuple[int, ...], placements: tuple[Placement, ...]) -> None:
-    """Each with the options in turn; all pairs are printed by ``_table``."""
-    options = OPTIONS[LAYOUTS.index((shape, placements)) % len(OPTIONS)]
-    for errors in ranks.run(math.prod(shape), _replay_all, shape, placements, options):
+    """All shapes, with the options in turn and two of the other cases; ``_table`` has the rest."""
+    turn = LAYOUTS.index((shape, placements))
+    options = OPTIONS[turn % len(OPTIONS)]
+    names = [*SHAPES, *(OTHERS[(2 * turn + i) % len(OTHERS)] for i in range(2))]
+    for errors in ranks.run(math.prod(shape), _replay_all, shape, placements, options, names):
         assert max(errors.values()) < golden.TOLERANCE, errors
 
 
@@ -111,7 +120,8 @@ def _table() -> None:
     """Prints the worst error of each layout over all cases and steps."""
     for shape, placements in LAYOUTS:
         for options in OPTIONS:
-            answers = ranks.run(math.prod(shape), _replay_all, shape, placements, options)
+            arguments = shape, placements, options, golden.FLOAT32
+            answers = ranks.run(math.prod(shape), _replay_all, *arguments)
             error, name = max((e, n) for errors in answers for n, e in errors.items())
             print(f"{shape} {placements} {options}: {error:.1e} ({name})", flush=True)
 

@@ -80,23 +80,32 @@ FORCED: list[tuple[int, Layout]] = [
 ]
 
 
-def _forced(size: int, layout: Layout) -> list[tuple[int, float]]:
+def _forced(
+    size: int, layout: Layout, alone: dict[int, dict[str, Tensor]]
+) -> list[tuple[int, float]]:
     """How far weights end from one process, by delay of a refresh; groups of `size` ranks each."""
     found = []
     with mock.patch.object(compute_groups, "group_size", lambda _, ranks: min(size, ranks)):
-        for delay in (0, 2):
+        for delay, expected in alone.items():
             model, optimizer = _trained(layout, LAST, refresh_delay=delay)
             sizes = {len(r["group"]) for r in optimizer.report(show=False) if len(r["shape"]) == 2}
             assert max(sizes) == size * (1 if layout[0] == "fsdp" else 2), sizes
             start = {n: models.whole(p) for n, p in models.build(PLAIN)[0].named_parameters()}
-            alone = _trained(PLAIN, LAST, refresh_delay=delay)
-            found.append((delay, models.farthest(_all(model, optimizer), _all(*alone), start)))
+            found.append((delay, models.farthest(_all(model, optimizer), expected, start)))
     return found
 
 
+@pytest.fixture(scope="module")
+def alone() -> dict[int, dict[str, Tensor]]:
+    """What one process comes to, by delay of a refresh."""
+    return {delay: _all(*_trained(PLAIN, LAST, refresh_delay=delay)) for delay in (0, 2)}
+
+
 @pytest.mark.parametrize(("size", "layout"), FORCED, ids=str)
-def test_any_size_of_group_follows_one_process(size: int, layout: Layout) -> None:
-    for found in ranks.run(4, _forced, size, layout, timeout=60):
+def test_any_size_of_group_follows_one_process(
+    size: int, layout: Layout, alone: dict[int, dict[str, Tensor]]
+) -> None:
+    for found in ranks.run(4, _forced, size, layout, alone, timeout=60):
         assert all(distance < 1e-3 for _, distance in found), found
 
 

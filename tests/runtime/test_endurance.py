@@ -58,7 +58,7 @@ def test_iterated_bases_are_corrected_now_and_then(monkeypatch: pytest.MonkeyPat
 
 def _bits(layout: Layout) -> dict[str, Tensor]:
     model, optimizer = models.build(layout)
-    models.train(model, optimizer, range(40))
+    models.train(model, optimizer, range(24))
     return models.snapshot(model, optimizer)
 
 
