@@ -25,6 +25,8 @@ from launch_jobs import Result, curve, metrics
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 STAGES = range(4)
+CLASSES = (0, 2, 3)
+"""Stages that DeepSpeed has different classes for: 1 has that of 2."""
 UNEVEN = (
     *("--training.global_batch_size", 7, "--training.micro_batch_size", 1),
     *("--optimizer.grad_clip", 0.5, "--optimizer.adamw_scale", 0.3),
@@ -113,7 +115,7 @@ def test_resumes_bit_for_bit(config: Path, whole: list[Path], tmp_path: Path) ->
 def test_uneven_ranks_clip_and_accumulate_alike(config: Path, tmp_path: Path) -> None:
     brief = (*UNEVEN, "--training.steps", 5, "--checkpoint.interval", 0)
     launch_jobs.succeed(3, config, "--output", tmp_path / "fsdp2", *brief)
-    for stage in STAGES:
+    for stage in CLASSES:
         succeed(3, config, stage, "--output", tmp_path / f"{stage}", *brief)
         assert_close(tmp_path / f"{stage}", tmp_path / "fsdp2", 1e-4)
 
@@ -141,7 +143,7 @@ def test_bfloat16_follows_fsdp2(config: Path, tmp_path: Path) -> None:
     """Its master weights begin with rounded ones, which FSDP2's do not."""
     brief = ("--training.compute_dtype", "bfloat16", "--training.micro_batch_size", 2)
     launch_jobs.succeed(2, config, "--output", tmp_path / "fsdp2", *brief)
-    for stage in STAGES:
+    for stage in CLASSES:
         succeed(2, config, stage, "--output", tmp_path / f"{stage}", *brief)
         assert_close(tmp_path / f"{stage}", tmp_path / "fsdp2", 0.01)
 

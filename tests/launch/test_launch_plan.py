@@ -46,12 +46,10 @@ PROJECTED = {
 OTHERS = {"embed_tokens.weight": (100, WIDTH), "norm.weight": (WIDTH,)}
 MESHES = [
     Mesh(),
-    Mesh(dp_shard=2),
     Mesh(dp_shard=3),
-    Mesh(dp_replicate=2, dp_shard=2),
+    Mesh(dp_replicate=2, dp_shard=2, tp=2),
     Mesh(tp=2),
     Mesh(dp_shard=2, tp=2),
-    Mesh(dp_replicate=2, dp_shard=2, tp=2),
 ]
 SETTINGS = [
     # For some bases, and not for all.

@@ -104,24 +104,20 @@ def test_a_run_leaves_its_results(whole: Path) -> None:
         assert events == pytest.approx(told)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "worlds"), [("conda", (2, 3)), ("adamw", (3,)), ("muon", (2,))]
-)
 @pytest.mark.thorough
 def test_loss_falls_and_does_not_depend_on_the_number_of_ranks(
-    config: Path, tmp_path: Path, optimizer: str, worlds: tuple[int, ...]
+    config: Path, tmp_path: Path
 ) -> None:
-    steps = ("--training.steps", 30, "--optimizer.name", optimizer)
-    for world in (1, *worlds):
-        succeed(world, config, "--output", tmp_path / str(world), *steps)
-    alone, *others = (metrics(tmp_path / str(world)) for world in (1, *worlds))
+    """Nor does it with other optimizers; see test_each_optimizer_resumes_on_other_ranks."""
+    for world in (1, 3):
+        succeed(world, config, "--output", tmp_path / str(world), "--training.steps", 30)
+    alone, three = (metrics(tmp_path / str(world)) for world in (1, 3))
     losses = [line["loss"] for line in alone]
     assert sum(losses[-3:]) / 3 < losses[0] - 1.0
     # Global batches of 8 on 3 ranks are dealt 2, 3, 3: the loss is a mean over tokens, not ranks.
-    for other in others:
-        assert [line["loss"] for line in other] == pytest.approx(losses, abs=2e-3)
-        assert other[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
-        assert other[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], abs=2e-3)
+    assert [line["loss"] for line in three] == pytest.approx(losses, abs=2e-3)
+    assert three[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=1e-5)
+    assert three[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], abs=2e-3)
 
 
 @pytest.mark.parametrize("optimizer", SECTIONS)

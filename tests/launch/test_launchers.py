@@ -1,9 +1,10 @@
-"""The job without what DeepSpeed's launcher and mpirun need.
+"""The job under mpirun, and without what it and DeepSpeed's launcher need.
 
-They start it in test_launch_hosts.py, on two hosts, and in test_launch_faults.py.
+Both start it on two hosts in test_launch_hosts.py.
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +17,10 @@ from torch.distributed.run import get_args_parser
 import launch_jobs
 from conda_dist.launch.cluster import mpi
 from conda_dist.launch.cluster.launcher import shutdown_timeout
-from launchers import JOB, MODULE, mpich
+from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
+from launch_jobs import metrics
+from launchers import JOB, MODULE, mpich, openmpi
+from processes import DEADLINE, endless, running, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,29 @@ def start(*command: Any, cwd: Any = None, **environment: str) -> subprocess.Comp
     return subprocess.run(
         words, capture_output=True, text=True, env=mine, timeout=200, check=False, cwd=cwd
     )
+
+
+@pytest.mark.thorough
+def test_mpirun_is_told_to_stop(config: Path, tmp_path: Path) -> None:
+    """It passes SIGUSR1 on, and kills no rank for it.
+
+    The engine is DeepSpeed's, which looks for its ranks itself.
+    """
+    mpi, run, said = openmpi(), tmp_path / "run", tmp_path / "said"
+    zero = ("--engine", "deepspeed", "--deepspeed.stage", 3, "--checkpoint.interval", 0)
+    command = mpi.command(2, *JOB, *endless(config, run), *zero)
+    with running(command, said, DS_ACCELERATOR="cpu", **mpi.environment) as mpirun:
+        wait_for_step(run, 3, mpirun)
+        mpirun.send_signal(signal.SIGUSR1)
+        mpirun.wait(DEADLINE)
+    assert "stopped after step" in said.read_text()
+    losses = [line["loss"] for line in metrics(run)]
+    (saved,) = complete_checkpoints(run / "checkpoints")
+    assert step_of(saved) == len(losses) >= 3
+    whole = (*endless(config, tmp_path / "fsdp2"), "--training.steps", len(losses))
+    launch_jobs.succeed(2, *whole, "--checkpoint.interval", 0)
+    alone = [line["loss"] for line in metrics(tmp_path / "fsdp2")]
+    assert losses == pytest.approx(alone, abs=1e-5)
 
 
 def test_an_mpi_that_is_not_the_launcher_s(config: Path, tmp_path: Path) -> None:

@@ -90,15 +90,9 @@ def test_all_killed_while_saving(scene: Scene) -> None:
 def test_preempted(scene: Scene, number: signal.Signals) -> None:
     """Slurm sends the second; torchrun by itself would die of it alone.
 
-    SIGINT, which torchrun passes on as well: test_launch_processes.
+    SIGINT, which torchrun passes on as well: test_launch_processes. mpirun: test_launchers.
     """
     outcome = faults.preempted(scene, number)
-    assert_lost(outcome, 0)
-    assert "stopped after step" in outcome.said
-
-
-def test_mpirun_is_told_to_stop(scene: Scene) -> None:
-    outcome = fault_links.mpirun_told(scene)
     assert_lost(outcome, 0)
     assert "stopped after step" in outcome.said
 
