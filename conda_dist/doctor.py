@@ -136,7 +136,7 @@ def _module(name: str) -> str:
     """What conda_dist imports of a package, or the part of conda_dist that imports it."""
     if name == "transformers" and not _version("accelerate"):
         return name  # the job needs it alone
-    return _IMPORTS.get(name, name)
+    return _IMPORTS.get(name, name.replace("-", "_"))
 
 
 def _version(name: str) -> str:

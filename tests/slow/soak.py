@@ -138,7 +138,7 @@ def damaged(run: Path) -> int:
         files = json.loads((folder / "trainer.json").read_text())["files"]
         whole = all(
             (folder / name).is_file()
-            and hashlib.sha256((folder / name).read_bytes()).hexdigest() == written["sha256"]
+            and hashlib.sha256((folder / name).read_bytes()).hexdigest() == written
             for name, written in files.items()
         )
         count += not whole
