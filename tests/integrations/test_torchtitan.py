@@ -149,7 +149,7 @@ def test_learning_rates_follow_the_schedule(stock: titan_cpu.Run) -> None:
 
 @pytest.mark.thorough
 def test_torchrun_trains_the_stock_debug_model(tmp_path: Path) -> None:
-    """A user's command, on torchtitan's own config and data set, in a process of its own."""
+    """A user's command, on torchtitan's own config and data set, in processes of its own."""
     arguments = [
         *("--module", "llama3", "--config", "llama3_debugmodel", "--optimizer.name", "conda"),
         *("--optimizer.lr", "5e-3", "--optimizer.betas", "0.9", "0.99"),
@@ -160,10 +160,10 @@ def test_torchrun_trains_the_stock_debug_model(tmp_path: Path) -> None:
     record = tmp_path / "steps.json"
     script = Path(titan_cpu.__file__)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=1", str(script), "--record", str(record), *arguments]
+    command += ["--nproc-per-node=2", str(script), "--record", str(record), *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     cwd = titan_jobs.folder()
     subprocess.run(command, cwd=cwd, env=env, timeout=200, check=True, capture_output=True)
-    (expected,) = ranks.run(1, titan_cpu.job, "launcher", cwd, arguments)
+    expected = ranks.run(2, titan_cpu.job, "launcher", cwd, arguments)[-1]
     assert json.loads(record.read_text()) == [step._asdict() for step in expected.steps]
     assert len(expected.steps) == 3
