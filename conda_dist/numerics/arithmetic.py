@@ -14,7 +14,6 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,8 +96,9 @@ def widens(a: Tensor, dtype: torch.dtype) -> bool:
     Then the sums, which kernels keep in float32 anyway, are not rounded, and no second kernel has
     to read and widen them. torch has this on CUDA, but not on CPUs or with its TunableOp.
     """
-    pair = a.dtype, dtype
-    return pair == (torch.bfloat16, torch.float32) and _can_widen(a.device)
+    if (a.dtype, dtype) != (torch.bfloat16, torch.float32) or torch.cuda.tunable.is_enabled():
+        return False
+    return _can_widen(a.device)
 
 
 @functools.cache
@@ -107,6 +107,8 @@ def _can_widen(device: torch.device) -> bool:
     ones = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
     try:
         torch.mm(ones, ones, out_dtype=torch.float32)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # NotImplementedError is one
         return False
     return True
@@ -322,22 +324,20 @@ def project_back_and_apply_(
     It saves a tensor of the weight's size and two passes over it.
 
     Args:
-        param: a slice of the weight, updated in place; of the basis's dtype, or of one to which
-            torch :func:`widens` it.
+        param: a slice of the weight, updated in place; of the same dtype as y and the basis.
         y: the update in projected coordinates, of the slice's shape.
-        basis: Q, (..., r, r), in the dtype of the product, to which y is rounded.
+        basis: Q, (..., r, r).
         right: whether Q is multiplied from the right (m >= n).
         step: number of steps taken, this one included.
         hyper: hyperparameters of the step; the learning rate must be a number.
     """
     keep = float(hyper.keep)
     factor = -float(hyper.step_size(step)) * keep
-    y = y.to(basis.dtype)
     a, b = (y, basis.mT) if right else (basis, y)  # (m', n) @ (n, n), or (m, m) @ (m, n')
-    if param.ndim <= 3:
-        add: Any = torch.addmm if param.ndim == 2 else torch.baddbmm
-        wide = {} if param.dtype == basis.dtype else {"out_dtype": param.dtype}
-        add(param, a, b, beta=keep, alpha=factor, out=param, **wide)
+    if param.ndim == 2:
+        param.addmm_(a, b, beta=keep, alpha=factor)
+    elif param.ndim == 3:
+        param.baddbmm_(a, b, beta=keep, alpha=factor)
     else:  # leading dimensions cannot always be flattened without a copy
         apply_(param, project_back(y, basis, right), step, hyper)
 

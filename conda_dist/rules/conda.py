@@ -1,6 +1,6 @@
 """Conda: project the gradient, average, normalise, project back (arXiv 2509.24218)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -64,12 +64,7 @@ class CondaRule(RefreshedRule):
         """See Rule."""
         return f"{self.name} every {group['update_proj_gap']} steps"
 
-    def project(
-        self,
-        grad: Tensor,
-        basis: Tensor,
-        right: bool,
-    ) -> Tensor:
+    def project(self, grad: Tensor, basis: Tensor, right: bool) -> Tensor:
         """See RefreshedRule."""
         factor = basis.to(self._product_dtype or basis.dtype)
         dtype = torch.promote_types(basis.dtype, torch.float32)
@@ -91,43 +86,61 @@ class CondaRule(RefreshedRule):
 
     def update(self, weight: WeightSlice) -> Tensor | None:
         """See Rule."""
-        return self._update([weight])[0]
+        return next(self._update([weight]))
 
     def update_many(
         self, weights: Iterable[WeightSlice]
     ) -> Iterator[tuple[WeightSlice, Tensor | None]]:
-        """See Rule. Neighbours of one group and shape share the kernel of their moments."""
+        """See Rule. Neighbours that are alike share the kernel of their moments.
+
+        If a product fails, the moments of all slices that shared its kernel have changed.
+        """
         chunk: list[WeightSlice] = []
         kind, most = None, 0
         for weight in weights:
-            grad, basis = weight.grad, weight.states["basis"]
-            its_kind = id(weight.group), weight.shape, grad.shape, grad.device, basis.dtype
+            its_kind = self._kind(weight)
             if chunk and (len(chunk) >= most or its_kind != kind):
                 yield from zip(chunk, self._update(chunk), strict=True)
                 chunk = []
             if its_kind != kind:
-                # The projected gradients and results take a part of a task's memory at most; on a
-                # CPU, what its caches hold.
-                kind, needed = its_kind, 2 * grad.numel() * max(4, basis.itemsize)
-                if self._product_dtype not in (None, basis.dtype):
-                    needed += basis.numel() * self._product_dtype.itemsize
-                on_cpu = grad.device.type == "cpu"
-                room = min(self._room, CACHE_BYTES) if on_cpu else self._room
-                most = room // max(1, needed)
+                kind, most = its_kind, self._most(weight)
             chunk.append(weight)
+            del weight  # so that its gradient can be freed
         if chunk:
             yield from zip(chunk, self._update(chunk), strict=True)
 
-    def _update(self, weights: list[WeightSlice]) -> list[Tensor | None]:
-        """The updates of slices of one group and shape."""
-        hyper, count, buffers = hyper_of(weights[0].group), len(weights), weights[0].buffers
-        grad, basis = weights[0].grad, weights[0].states["basis"]
-        dtype = torch.promote_types(basis.dtype, torch.float32)
-        outs: Sequence[Tensor] = ()
+    @staticmethod
+    def _kind(weight: WeightSlice) -> tuple[Any, ...]:
+        """What is equal for slices that are computed together."""
+        grad, states = weight.grad, weight.states
+        dtypes = states["basis"].dtype, states["exp_avg"].dtype
+        return id(weight.group), weight.shape, grad.shape, grad.device, *dtypes
+
+    def _most(self, weight: WeightSlice) -> int:
+        """How many slices like this one are computed together.
+
+        Their projected gradients and results take a part of a task's memory at most; on a CPU, what
+        its caches hold.
+        """
+        grad, basis = weight.grad, weight.states["basis"]
+        needed = 2 * grad.numel() * max(4, basis.itemsize)
+        if self._product_dtype not in (None, basis.dtype):
+            needed += basis.numel() * self._product_dtype.itemsize
+        room = min(self._room, CACHE_BYTES) if grad.device.type == "cpu" else self._room
+        return room // max(1, needed)
+
+    def _update(self, weights: list[WeightSlice]) -> Iterator[Tensor | None]:
+        """The updates of slices of one kind; each is projected back when it is taken."""
+        hyper, right, buffers = hyper_of(weights[0].group), weights[0].right, weights[0].buffers
+        count, shape, device = len(weights), weights[0].grad.shape, weights[0].grad.device
+        dtype = torch.promote_types(weights[0].states["basis"].dtype, torch.float32)
+        outs: list[Any] = [None] * count
+        results: list[Tensor] = []
         if buffers is not None:
-            outs = buffers.take(0, grad.expand(2 * count, *grad.shape), dtype).unbind()
-        right, factors, projected, firsts, seconds = weights[0].right, [], [], [], []
-        for weight, out in zip(weights, outs or repeat(None), strict=False):
+            memory = buffers.take((2 * count, *shape), dtype, device).unbind()
+            outs, results = list(memory[:count]), list(memory[count:])
+        factors, projected, firsts, seconds = [], [], [], []
+        for weight, out in zip(weights, outs, strict=True):
             basis = weight.states["basis"]
             # Cast once for both products. It is not kept between steps: that would cost half of the
             # basis's memory again, and basis_dtype="bfloat16" needs no cast at all.
@@ -137,42 +150,37 @@ class CondaRule(RefreshedRule):
             projected.append(weight.grad)
             firsts.append(weight.states["exp_avg"])
             seconds.append(weight.states[self.second_key])
-        del grad, basis
         # Each y is (m', n), or (m, n') if m < n.
         if weights[0].averaged or not all(map(arithmetic.can_fuse, projected, firsts, seconds)):
+            for weight, first, second in zip(weights, firsts, seconds, strict=True):
+                parts = {"gradient": weight.grad, "exp_avg": first, self.second_key: second}
+                arithmetic.check_alike(weight.name, parts)
             ys = list(map(self._normalise, weights, firsts, seconds, repeat(hyper)))
         else:
-            ys = arithmetic.average_and_normalise_(
-                projected, firsts, seconds, hyper, list(outs[count:])
-            )
-        return list(map(self._project_back, weights, ys, factors, repeat(hyper)))
-
-    def _project_back(
-        self, weight: WeightSlice, y: Tensor, factor: Tensor, hyper: Hyper
-    ) -> Tensor | None:
-        """Applies the normalised update of a slice, or returns it for those who store the slice."""
-        right, param, basis = weight.right, weight.param, weight.states["basis"]
-        alike = param is not None and (
-            y.dtype == basis.dtype == factor.dtype == param.dtype
-            or arithmetic.widens(factor, param.dtype)
-        )
-        if param is not None and alike and not isinstance(hyper.lr, Tensor):
-            # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
-            arithmetic.project_back_and_apply_(param, y, factor, right, weight.step, hyper)
-            return None
-        # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n; exchanged in no wider dtype
-        return arithmetic.project_back(y, factor, right, factor.dtype)
+            ys = arithmetic.average_and_normalise_(projected, firsts, seconds, hyper, results)
+        return map(self._project_back, weights, ys, factors, repeat(hyper))
 
     def _normalise(
         self, weight: WeightSlice, first: Tensor, second: Tensor, hyper: Hyper
     ) -> Tensor:
         """Updates the moments of a projected slice and returns proj(M) / (sqrt(v) + eps)."""
         if not weight.averaged:
-            moments = {"exp_avg": first, self.second_key: second}
-            arithmetic.check_alike(weight.name, {"gradient": weight.grad, **moments})
             self.average(first, weight.grad, weight.group, weight.step)
         rounding = low_precision.rounding_of(second, weight.step, self.options.stochastic_rounding)
         return arithmetic.normalise_(weight.grad, first, second, hyper, rounding)
+
+    def _project_back(
+        self, weight: WeightSlice, y: Tensor, factor: Tensor, hyper: Hyper
+    ) -> Tensor | None:
+        """Applies the normalised update of a slice, or returns it for those who store the slice."""
+        right, param, basis = weight.right, weight.param, weight.states["basis"]
+        alike = param is not None and y.dtype == basis.dtype == factor.dtype == param.dtype
+        if param is not None and alike and not isinstance(hyper.lr, Tensor):
+            # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n
+            arithmetic.project_back_and_apply_(param, y, factor, right, weight.step, hyper)
+            return None
+        # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n; exchanged in no wider dtype
+        return arithmetic.project_back(y, factor, right, factor.dtype)
 
     def apply(
         self,

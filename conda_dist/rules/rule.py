@@ -37,14 +37,8 @@ class StateSpec:
 class Buffers(Protocol):
     """Reusable memory; implemented by :class:`conda_dist.runtime.scratch.Scratch`."""
 
-    def take(self, slot: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """A contiguous uninitialized tensor shaped like ``like``, valid until the next call for it.
-
-        Args:
-            slot: a number that names the memory; the next call with it reuses the memory.
-            like: gives shape and device.
-            dtype: dtype of the result.
-        """
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A contiguous uninitialized tensor, valid until the next call."""
 
 
 @dataclass(slots=True)
@@ -157,10 +151,12 @@ class Rule(ABC):
 
         Args:
             weights: the slices. Neighbours have one shape where that is possible. They are made as
-                they are taken, so a rule decides how many there are at a time.
+                they are taken, so a rule decides how many there are at a time; it may take further
+                ones before it yields the first.
 
         Yields:
-            Each slice with its update, in the same order.
+            Each slice with its update, in the same order. The caller applies and counts it before
+            it asks for the next.
         """
         for weight in weights:
             yield weight, self.update(weight)

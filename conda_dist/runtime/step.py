@@ -204,12 +204,13 @@ class MatrixPath:
         scratch: Scratch,
         missing: Container[int],
     ) -> list[Tensor | None]:
-        """Computes the updates of a task without a refresh, one weight after another.
+        """Computes the updates of a task without a refresh.
 
         Args:
             task: the task.
-            grads: the gradient of each weight, in compute layout; removed one by one.
-            bases: the whole basis of each weight; removed in the same way.
+            grads: the gradient of each weight, in compute layout. Those of weights that are
+                computed are replaced by empty tensors, so that they can be freed one by one.
+            bases: the whole basis of each weight; replaced in the same way.
             scratch: memory that weights reuse.
             missing: indices of weights of which this rank has no gradient. Their states are not
                 changed.
@@ -220,30 +221,32 @@ class MatrixPath:
         weights = list(map(self.weights.__getitem__, task.weights))
         shapes = list(map(self._shapes.__getitem__, task.weights))
         updates: list[Tensor | None] = [None] * len(weights)
-        order = []
+        order: list[int] = []
+        others: list[int] = []
         # Those of one shape one after another, so that the rule can compute them together.
         for k in sorted(range(len(weights)), key=shapes.__getitem__):
-            if weights[k].computes and task.weights[k] not in missing:
-                order.append(k)
-            else:
-                updates[k] = weights[k].zero_update(grads[k], task.weights[k] not in missing)
+            computed = weights[k].computes and task.weights[k] not in missing
+            (order if computed else others).append(k)
 
         def begun(positions: Iterable[int]) -> Iterator[WeightSlice]:
             for k in positions:
                 reused = scratch if weights[k].in_place else None
                 weight = weights[k].begin(bases[k], grads[k], reused)
-                grads[k] = bases[k] = weights[k].nothing  # so that the rule can free them
+                grads[k] = bases[k] = weights[k].nothing
                 yield weight
+                del weight
 
         rule = self.weights[0].rule  # of all weights
         if self._collection is None:
             for k, (weight, update) in zip(order, rule.update_many(begun(order)), strict=True):
                 updates[k] = weights[k].finish(weight, update)
-            return updates
-        for k in order:  # one by one, because each change is measured
-            with self._watched(weights[k], weights[k].in_place):
-                ((weight, update),) = rule.update_many(begun([k]))
-                updates[k] = weights[k].finish(weight, update)
+        else:
+            for k in order:  # one by one, because each change is measured
+                with self._watched(weights[k], weights[k].in_place):
+                    ((weight, update),) = rule.update_many(begun([k]))
+                    updates[k] = weights[k].finish(weight, update)
+        for k in others:
+            updates[k] = weights[k].zero_update(grads[k], task.weights[k] not in missing)
         return updates
 
     def _watched(self, weight: Weight, changes: bool) -> AbstractContextManager[None]:

@@ -369,6 +369,8 @@ class Weight:
         """
         self._extra = weight.extra
         self._own("step").add_(1)
+        # Whoever still holds the slice must not keep the memory of its tensors.
+        weight.grad, weight.states = self.nothing, {}
         if update is None:
             return None
         # Round even if nothing is exchanged, so that all layouts compute the same.
@@ -385,7 +387,15 @@ class Weight:
         return extra
 
     def zero_update(self, projected: Tensor, counted: bool = False) -> Tensor | None:
-        """The result of a rank that computes none: zeros, or None in place; a step if counted."""
+        """The update of a weight that this rank does not compute, or that has no gradient.
+
+        Args:
+            projected: its gradient in compute layout, for the shape.
+            counted: whether the weight takes a step, on the ranks that compute it.
+
+        Returns:
+            Zeros; None if the weight is in place.
+        """
         dtype = self.update_dtype
         if counted:
             self._own("step").add_(1)

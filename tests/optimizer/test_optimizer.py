@@ -52,6 +52,24 @@ def test_schedulers(schedule: Callable[[torch.optim.Optimizer], LRScheduler]) ->
     assert not toys.same(constant[:1], scheduled[:1])
 
 
+def test_a_state_of_another_shape_changes_nothing() -> None:
+    """Nor any of the weights that would have shared its kernel."""
+    params = toys.parameters((6, 4), (6, 4), (6, 4))
+    optimizer, grads = Conda(params, **toys.OPTIONS), toys.gradients(params, 2)
+    toys.take(optimizer, params, grads[:1])
+    broken = optimizer.state[params[1]]
+    whole, broken["exp_avg_sq"] = broken["exp_avg_sq"], torch.zeros(4, 4)
+    before = toys.copies(params), [optimizer.state[p]["exp_avg"].clone() for p in params]
+    with pytest.raises(ValueError, match=r"exp_avg_sq has shape \(4, 4\)"):
+        toys.take(optimizer, params, grads[1:])
+    assert toys.same(params, before[0])
+    assert toys.same([optimizer.state[p]["exp_avg"] for p in params], before[1])
+    assert [int(optimizer.state[p]["step"]) for p in params] == [1, 1, 1]
+    broken["exp_avg_sq"] = whole
+    toys.take(optimizer, params, grads[1:])
+    assert not toys.same(params[:1], before[0][:1])
+
+
 def test_from_adamw() -> None:
     """The paper's rates for LLaMA, from AdamW's 1e-3, with AdamW's schedule and decay."""
     ours, papers = toys.parameters(dtype=torch.float64), toys.parameters(dtype=torch.float64)

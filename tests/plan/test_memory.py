@@ -68,6 +68,27 @@ def test_a_step_holds_two_buckets(shape: tuple[int, int], budget: int | None, ga
         assert few > 0.2  # it is measured at all
 
 
+def _alone(shapes: list[tuple[int, int]]) -> float:
+    """Bytes by which one process grows in a step of weights with bfloat16 products, at most."""
+    count_exactly()
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    group = {"params": params, "algorithm": "conda"}
+    dtype = torch.bfloat16
+    optimizer = Conda([group], update_proj_gap=1000, buffer_bytes=MIB, matmul_dtype=dtype)
+    optimizer.step()
+    peak = peak_bytes(optimizer.step)
+    assert peak is not None
+    return peak
+
+
+def test_memory_of_a_weight_is_free_before_a_larger_one() -> None:
+    shapes = [(512, 512), (512, 560), (512, 600)]
+    (one,), (growing,) = (ranks.run(1, _alone, given) for given in (shapes[-1:], shapes))
+    assert growing < 1.1 * one
+
+
 def test_the_growth_of_a_step_is_seen() -> None:
     """And given back: a second call grows by as much."""
     (first, second, nothing), *_ = ranks.run(1, _growth)
