@@ -98,23 +98,18 @@ class CondaRule(RefreshedRule):
         chunk: list[WeightSlice] = []
         kind, most = None, 0
         for weight in weights:
-            its_kind = self._kind(weight)
+            grad, states = weight.grad, weight.states
+            dtypes = states["basis"].dtype, states["exp_avg"].dtype
+            its_kind = id(weight.group), weight.shape, grad.shape, grad.device, *dtypes
             if chunk and (len(chunk) >= most or its_kind != kind):
                 yield from zip(chunk, self._update(chunk), strict=True)
                 chunk = []
             if its_kind != kind:
                 kind, most = its_kind, self._most(weight)
             chunk.append(weight)
-            del weight  # so that its gradient can be freed
+            del weight, grad, states  # so that the gradient can be freed
         if chunk:
             yield from zip(chunk, self._update(chunk), strict=True)
-
-    @staticmethod
-    def _kind(weight: WeightSlice) -> tuple[Any, ...]:
-        """What is equal for slices that are computed together."""
-        grad, states = weight.grad, weight.states
-        dtypes = states["basis"].dtype, states["exp_avg"].dtype
-        return id(weight.group), weight.shape, grad.shape, grad.device, *dtypes
 
     def _most(self, weight: WeightSlice) -> int:
         """How many slices like this one are computed together.
@@ -158,7 +153,7 @@ class CondaRule(RefreshedRule):
             ys = list(map(self._normalise, weights, firsts, seconds, repeat(hyper)))
         else:
             ys = arithmetic.average_and_normalise_(projected, firsts, seconds, hyper, results)
-        return map(self._project_back, weights, ys, factors, repeat(hyper))
+        return map(self._project_back, weights, ys, factors, repeat(right), repeat(hyper))
 
     def _normalise(
         self, weight: WeightSlice, first: Tensor, second: Tensor, hyper: Hyper
@@ -170,10 +165,10 @@ class CondaRule(RefreshedRule):
         return arithmetic.normalise_(weight.grad, first, second, hyper, rounding)
 
     def _project_back(
-        self, weight: WeightSlice, y: Tensor, factor: Tensor, hyper: Hyper
+        self, weight: WeightSlice, y: Tensor, factor: Tensor, right: bool, hyper: Hyper
     ) -> Tensor | None:
         """Applies the normalised update of a slice, or returns it for those who store the slice."""
-        right, param, basis = weight.right, weight.param, weight.states["basis"]
+        param, basis = weight.param, weight.states["basis"]
         alike = param is not None and y.dtype == basis.dtype == factor.dtype == param.dtype
         if param is not None and alike and not isinstance(hyper.lr, Tensor):
             # W <- keep W - step_size keep (Y Q^T), one addmm: (m', n) @ (n, n); Q Y if m < n

@@ -387,14 +387,9 @@ class Weight:
         return extra
 
     def zero_update(self, projected: Tensor, counted: bool = False) -> Tensor | None:
-        """The update of a weight that this rank does not compute, or that has no gradient.
+        """Zeros for a weight that this rank does not compute or that has no gradient; None in place.
 
-        Args:
-            projected: its gradient in compute layout, for the shape.
-            counted: whether the weight takes a step, on the ranks that compute it.
-
-        Returns:
-            Zeros; None if the weight is in place.
+        ``counted``: whether the weight takes a step, on the ranks that compute it.
         """
         dtype = self.update_dtype
         if counted:

@@ -39,7 +39,7 @@ def test_damage_is_counted(tmp_path: Path) -> None:
     checkpoint.mkdir(parents=True)
     (checkpoint / "a").write_bytes(b"a")
     digest = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
-    (checkpoint / "trainer.json").write_text(f'{{"files": {{"a": {{"sha256": "{digest}"}}}}}}')
+    (checkpoint / "trainer.json").write_text(f'{{"files": {{"a": "{digest}"}}}}')
     assert damaged(tmp_path) == 0
     (checkpoint / "a").write_bytes(b"b")
     assert damaged(tmp_path) == 1
