@@ -387,14 +387,13 @@ class Weight:
         return extra
 
     def zero_update(self, projected: Tensor, counted: bool = False) -> Tensor | None:
-        """Zeros for a weight that this rank does not compute or that has no gradient; None in place.
+        """Zeros if this rank does not compute the weight or has no gradient; None in place.
 
         ``counted``: whether the weight takes a step, on the ranks that compute it.
         """
-        dtype = self.update_dtype
         if counted:
             self._own("step").add_(1)
-        return None if self.in_place else projected.new_zeros(projected.shape, dtype=dtype)
+        return None if self.in_place else torch.zeros_like(projected, dtype=self.update_dtype)
 
     def apply(self, update: Tensor, extra: Tensor | None = None) -> None:
         """Applies an update in storage layout to the parameter, after :meth:`finish`."""
