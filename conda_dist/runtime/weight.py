@@ -369,8 +369,7 @@ class Weight:
         """
         self._extra = weight.extra
         self._own("step").add_(1)
-        # Whoever still holds the slice must not keep the memory of its tensors.
-        weight.grad, weight.states = self.nothing, {}
+        weight.grad, weight.states = self.nothing, {}  # whoever holds the slice keeps no tensors
         if update is None:
             return None
         # Round even if nothing is exchanged, so that all layouts compute the same.
@@ -393,7 +392,8 @@ class Weight:
         """
         if counted:
             self._own("step").add_(1)
-        return None if self.in_place else torch.zeros_like(projected, dtype=self.update_dtype)
+        shape, dtype = projected.shape, self.update_dtype
+        return None if self.in_place else projected.new_zeros(shape, dtype=dtype)
 
     def apply(self, update: Tensor, extra: Tensor | None = None) -> None:
         """Applies an update in storage layout to the parameter, after :meth:`finish`."""

@@ -86,7 +86,7 @@ def _alone(shapes: list[tuple[int, int]]) -> float:
 def test_memory_of_a_weight_is_free_before_a_larger_one() -> None:
     shapes = [(512, 512), (512, 560), (512, 600)]
     (one,), (growing,) = (ranks.run(1, _alone, given) for given in (shapes[-1:], shapes))
-    assert growing < 1.1 * one
+    assert growing < 1.25 * one  # 1.12; if the slice before were kept, 1.45
 
 
 def test_the_growth_of_a_step_is_seen() -> None:
