@@ -41,7 +41,7 @@ class Times:
     """Seconds of one step, or the means of some in a row."""
 
     device: float
-    """Until the device has done it."""
+    """Until the device has done it; this includes what it waits for the host to launch."""
     host: float
     """Until the call has returned; on a CPU the same."""
     refresh: float = 0.0

@@ -28,7 +28,7 @@ import shards
 import speed
 import torch
 import training
-from common import BUDGET_S, TOY, Check, Row, Section, left_s
+from common import BUDGET_S, TOY, Check, Row, Section, end_with_parent, left_s
 
 CHECKS = (
     Check("card", correctness.card, 30),
@@ -41,6 +41,9 @@ CHECKS = (
     Check("refreshes", speed.refreshes, 60, 20),
     Check("train", training.train, BUDGET_S, 10 if TOY else 90),
 )
+
+READY_S = 60
+"""Seconds that a section may take, at its turn, until it has imported what it needs."""
 
 
 def markdown(found: list[Section]) -> str:
@@ -80,10 +83,11 @@ class Process:
 
     process: BaseProcess
     connection: Connection
+    killed: bool = False
 
     @classmethod
     def start(cls, check: Check, out: Path) -> "Process":
-        """Starts it. It waits for `send` of the details of sections before."""
+        """Starts it. It says when it is ready, and waits for its turn."""
         # A process that has used CUDA cannot be forked; in a rehearsal forking saves the imports.
         context: Any = mp.get_context("fork" if TOY else "spawn")
         ours, theirs = context.Pipe()
@@ -93,8 +97,11 @@ class Process:
         return cls(process, ours)
 
     def kill(self) -> None:
-        """Ends it and all that it has started."""
+        """Ends it and all that it has started, once: then its id may be another process's."""
         assert self.process.pid is not None
+        if self.killed:
+            return
+        self.killed = True
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
@@ -103,13 +110,14 @@ class Process:
 
 def _work(name: str, out: Path, connection: Connection) -> None:
     os.setsid()
+    end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.filterwarnings("ignore")
     section = _Sent(name)
     section.connection = connection
     try:
         section.send(None)  # it is ready
-        section.details.update(connection.recv())
+        connection.recv()  # its turn has come
         next(check for check in CHECKS if check.name == name).run(section, out)
     except EOFError:  # the parent has ended
         return
@@ -121,17 +129,19 @@ def _work(name: str, out: Path, connection: Connection) -> None:
 def _run(check: Check, child: Process, found: list[Section], out: Path) -> None:
     """Lets a section run, and writes what it says as soon as it says it."""
     section = Section(check.name)
-    child.connection.poll(left_s())  # it has imported what it needs
-    began = time.monotonic()
-    rates = next((s.details for s in found if s.name == "card"), {})
     found.append(section)
+    if not child.connection.poll(patience := max(0.0, min(READY_S, left_s()))):
+        section.add("killed", f"it was not ready in {patience:.0f} s", "", False)
+        child.kill()
+        return _write(found, out)
+    began = time.monotonic()
     limit = min(check.most_s * (4 if TOY else 1), left_s())  # a busy machine rehearses slowly
     if left_s() < check.least_s:
         section.add("left out", f"{left_s():.0f} s were left", "", False)
         return _write(found, out)
     with contextlib.suppress(OSError, EOFError):  # it died: the loop says so
         child.connection.recv()
-        child.connection.send({"copy GB/s": rates.get("copy")})
+        child.connection.send(None)
     while True:
         if not child.connection.poll(max(0.0, began + limit - time.monotonic())):
             section.add("killed", f"it was not done in {limit:.0f} s", "", False)

@@ -1,7 +1,9 @@
 """What the sections of the check share: the device, sizes, the clock and the rows they write."""
 
 import contextlib
+import ctypes
 import os
+import signal
 import statistics
 import threading
 import time
@@ -74,6 +76,11 @@ class Check:
     """If fewer are left, it is left out."""
 
 
+def end_with_parent() -> None:
+    """Has the kernel kill this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def wait() -> None:
     """Waits for the device."""
     if not TOY:
@@ -96,7 +103,7 @@ def without_waits() -> Iterator[None]:
     """Raises where the host waits for the device.
 
     torch's setting is for all threads, so this first waits for a refresh in the background, which
-    waits for its own stream.
+    waits for its own stream. It does not see a wait for an event, such as `Event.synchronize`.
     """
     for thread in threading.enumerate():
         if thread.name == "conda_dist refresh":
@@ -141,3 +148,10 @@ def timed(
             break
     device, host = zip(*((t.device, t.host) for t in taken), strict=True)
     return Times(1e3 * statistics.median(device), 1e3 * statistics.median(host))
+
+
+def copy_rate() -> float:
+    """Bytes that a copy on the device reads and writes in a second."""
+    x = torch.empty(2**20 if TOY else 2**30, dtype=torch.uint8, device=DEVICE)
+    y = torch.empty_like(x)
+    return 2e3 * x.numel() / timed(lambda: y.copy_(x), 8).device

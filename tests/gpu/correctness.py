@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, TOY, Section, flags, timed, wait, without_waits
+from common import DEVICE, TOY, Section, copy_rate, flags, timed, wait, without_waits
 from torch import nn
 
 import golden as cases
@@ -33,9 +33,7 @@ def card(section: Section, out: Path) -> None:
         section.details[what] = 2 * n**3 / ms / 1e9
         section.add(f"products in {what}", f"{section.details[what]:.1f} TFLOP/s")
         del a, b
-    x = torch.empty(2**20 if TOY else 2**30, dtype=torch.uint8, device=DEVICE)
-    y = torch.empty_like(x)
-    section.details["copy"] = 2 * x.numel() / timed(lambda: y.copy_(x), 8).device / 1e6
+    section.details["copy"] = copy_rate() / 1e9
     section.add("copy, read and written", f"{section.details['copy']:.0f} GB/s")
 
 
