@@ -24,6 +24,7 @@ from conda_dist.launch.job.section import (
     Share,
     Size,
     SmallPositive,
+    Texts,
 )
 
 
@@ -74,7 +75,7 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """Where the text comes from. Neither `path` nor `hf`: Python's own standard library."""
 
-    path: tuple[str, ...] = ()
+    path: Texts = ()
     """files, folders or globs: .txt .py .md .jsonl[.gz] .parquet"""
     hf: str = ""
     """a Hugging Face data set (name or folder)"""

@@ -12,6 +12,7 @@ from pydantic import Field, create_model
 
 from conda_dist.launch.job.section import (
     LARGE,
+    LONGEST,
     NULL,
     Betas,
     Count,
@@ -73,7 +74,7 @@ def _field(option: Option) -> Any:
     bounds = Interval(
         gt=0 if positive else None,
         ge=None if positive else option.least,
-        le=LARGE if option.type is float else None,
+        le=LARGE if option.type is float else LONGEST,
         lt=option.below,
     )
     kind: Any = Betas if option.name == "betas" else option.config_type

@@ -32,20 +32,56 @@ class Declared:
     default: Any
     help: str
 
+    @property
+    def optional(self) -> bool:
+        """Whether it may be None, which a file and the command line write "none"."""
+        return self._unwrapped[1]
+
+    @property
+    def kind(self) -> Any:
+        """The type without its bounds and without None."""
+        return self._unwrapped[0]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values there are, if they are listed; "none" among them if it may be None."""
+        listed = get_args(self.kind) if get_origin(self.kind) is Literal else ()
+        return (*listed, "none") if listed and self.optional else listed
+
+    @property
+    def items(self) -> str:
+        """What a list is to hold; empty for a key that is no list."""
+        if get_origin(self.kind) is not tuple:
+            return ""
+        kinds = get_args(self.kind)
+        return "a list of texts" if kinds[-1] is ... else f"{len(kinds)} numbers"
+
+    @property
+    def _unwrapped(self) -> tuple[Any, bool]:
+        kind, optional = self.type, False
+        while get_origin(kind) is Annotated or type(None) in get_args(kind):
+            optional = optional or type(None) in get_args(kind)
+            kind = next(each for each in get_args(kind) if each is not type(None))
+        return kind, optional
+
 
 def schema(section: type[Section], prefix: str = "") -> dict[str, Declared]:
-    """Every key of a section and of those in it, by its dotted name, in order of declaration."""
+    """Every key of a section and of those in it, by its dotted name, in order of declaration.
+
+    A section's own keys come before those of the sections in it, as TOML wants them.
+    """
     keys: dict[str, Declared] = {}
+    inner: dict[str, Declared] = {}
     for name, field in section.model_fields.items():
         if isinstance(field.default, Section):
-            keys |= schema(type(field.default), f"{prefix}{name}.")
+            inner |= schema(type(field.default), f"{prefix}{name}.")
         else:
             kind: Any = field.annotation
             for bound in field.metadata:
                 kind = Annotated[kind, bound]
             text = (field.description or "").replace("\n", " ")
             keys[prefix + name] = Declared(prefix + name, kind, field.default, text)
-    return keys
+    return keys | inner
 
 
 SCHEMA = schema(Config)
@@ -100,6 +136,14 @@ def _typed(values: Values) -> Config:
     """A config of these values, each of which is checked by itself."""
     tree: Values = {}
     for name, value in values.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ConfigError(
+                f"{name} = {value}: must be a text in quotes, a number, true, false or a list"
+            ) from None
+        except ValueError:  # Python writes no number of thousands of digits
+            raise ConfigError(f"{name} has a number of too many digits") from None
         *tables, leaf = name.split(".")
         table = tree
         for each in tables:
@@ -107,19 +151,25 @@ def _typed(values: Values) -> Config:
         table[leaf] = value
     try:
         # JSON has lists alone, like TOML: pydantic makes tuples of them even where it is strict.
-        return Config.model_validate_json(json.dumps(tree, default=str))
+        return Config.model_validate_json(json.dumps(tree))
     except ValidationError as error:
         raise ConfigError(_reasons(error)) from None
 
 
 def _reasons(error: ValidationError, key: str = "") -> str:
-    """What pydantic found wrong, as "key = value: reason"."""
+    """What pydantic found wrong, as "key = value: reason", or "key has item: reason"."""
     reasons = []
     for found in error.errors():
-        name = ".".join(map(str, ([key] if key else []) + [*found["loc"]]))
+        name = key or ".".join(part for part in found["loc"] if isinstance(part, str))
+        declared = SCHEMA.get(name)
         reason = found["msg"].replace("Input should be", "must be")
-        reasons.append(f"{name} = {found['input']!r}: {reason}")
-    return "; ".join(reasons)
+        item = any(isinstance(part, int) for part in found["loc"])
+        if declared and declared.items and found["type"] in ("missing", "too_long", "tuple_type"):
+            reason, item = f"must be {declared.items}", False
+        elif declared and declared.optional:
+            reason += ", or 'none'"
+        reasons.append(f"{name} {'has' if item else '='} {found['input']!r}: {reason}")
+    return "; ".join(dict.fromkeys(reasons))  # each number that is missing is found by itself
 
 
 def replaced(config: Config, values: Values) -> Config:
@@ -198,7 +248,7 @@ def split_arguments(arguments: Sequence[str]) -> list[tuple[str, str]]:
 def _from_text(key: Declared, text: str) -> Any:
     """A word of the command line as the key's type."""
     words: Any = text
-    if get_origin(key.type) is tuple:
+    if key.items:
         inner = text.strip()
         if (inner[:1], inner[-1:]) in (("[", "]"), ("(", ")")) and len(inner) > 1:
             inner = inner[1:-1]  # of a list; those of a glob stand further in
@@ -232,10 +282,11 @@ def _read_file(path: Path) -> Values:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Values:
-    """Values of nested tables by their dotted names."""
+    """Values of nested tables by their dotted names; an empty section has none."""
     values: Values = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        section = any(key.startswith(f"{prefix}{name}.") for key in SCHEMA)
+        if isinstance(value, Mapping) and (value or section):
             values |= flatten(value, f"{prefix}{name}.")
         else:
             values[prefix + name] = value
@@ -259,7 +310,9 @@ def to_toml(config: Config) -> str:
     null, so None is written "none", and left out where it is the default.
     """
     lines, section = [], ""
-    for name, value in sorted(to_values(config).items(), key=lambda item: item[0].count(".") > 0):
+    values = to_values(config)
+    for name in SCHEMA:
+        value = values[name]
         if name == "resume" or (value is None and SCHEMA[name].default is None):
             continue
         table, _, leaf = name.rpartition(".")
@@ -288,8 +341,6 @@ def help_text() -> str:
         if table != section:
             lines.append(f"\n  [{table}]" if table else "")
             section = table
-        default = "" if key.default is None else f" = {_toml_value(key.default)}"
-        choices = get_args(key.type) if get_origin(key.type) is Literal else ()
-        listed = f" (one of {', '.join(map(repr, choices))})" if choices else ""
-        lines += [f"    --{key.name}{default}", f"        {key.help}{listed}"]
+        listed = f" (one of {', '.join(map(repr, key.choices))})" if key.choices else ""
+        lines += [f"    --{key.name} = {_toml_value(key.default)}", f"        {key.help}{listed}"]
     return "\n".join(lines)

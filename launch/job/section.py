@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 MOST = 2**31 - 1
 """Upper bound of sizes and counts: the libraries below take no larger ones."""
+LONGEST = 2**63 - 1
+"""Upper bound of numbers of bytes and of Conda's counts: torch's integers are no larger."""
 LARGE = 1e9
 """Upper bound of rates and decays: nobody needs more, and float32 can multiply two of them."""
 
@@ -34,6 +36,16 @@ def _none(value: Any) -> Any:
 NULL = BeforeValidator(_none)
 """TOML has no null: None is written "none"."""
 Maybe = Annotated[T | None, NULL]
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""A list of texts; one text stands for a list of it alone."""
 
 
 class Section(BaseModel):

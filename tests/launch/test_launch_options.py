@@ -1,8 +1,11 @@
 """Configuration: what is accepted, what is refused, and in which words."""
 
 import contextlib
+import json
+import re
 import subprocess
 import sys
+import tomllib
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -10,6 +13,7 @@ from typing import Any, get_args, get_origin
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from conda_dist.launch import pretrain
 from conda_dist.launch.cluster import mpi
@@ -79,8 +83,15 @@ def test_values_on_the_command_line(argument: str, text: str, value: object) -> 
             ["--optimizer.name", "soap", "--training.hsdp_replicas", "2"],
             ["optimizer.name soap, whose model is replicated: set it to 1"],
         ),
-        (["--optimizer.conda.betas", "0.9"], ["optimizer.conda.betas.1", "Field required"]),
-        (["--optimizer.conda.betas", "0.9,1.0"], ["must be less than 1"]),
+        (
+            ["--optimizer.conda.betas", "0.9"],
+            ["optimizer.conda.betas = ['0.9']: must be 2 numbers"],
+        ),
+        (["--optimizer.betas", "[]"], ["optimizer.conda.betas = []: must be 2 numbers"]),
+        (["--optimizer.betas", "0,0,0"], ["betas = ['0', '0', '0']: must be 2 numbers"]),
+        (["--optimizer.conda.betas", "0.9,1.0"], ["conda.betas has '1.0': must be less than 1"]),
+        (["--optimizer.state_dtype", "int8"], ["'float32' or 'bfloat16', or 'none'"]),
+        (["--optimizer.buffer_bytes", str(2**63)], [f"less than or equal to {2**63 - 1}"]),
         (["training.steps", "5"], ["found 'training.steps'"]),
         (["--data.path", "x", "--data.hf", "y"], ["data.path and data.hf"]),
         (["--data.path", " , "], ["--data.path", "a list is wanted"]),
@@ -132,6 +143,13 @@ def test_refusals_on_the_command_line(arguments: list[str], words: list[str]) ->
         ),
         ("[optimizer]\nlr = 1.0\n[optimizer.conda]\nlr = 2.0", ["the same key"]),
         ("training = 5", ["unknown key 'training'"]),
+        ("data.path = 5", ["data.path = 5: must be a list of texts"]),
+        ("data.path = ['a', 5]", ["data.path has 5: must be a valid string"]),
+        ("optimizer.betas = [0.9]", ["optimizer.conda.betas = [0.9]: must be 2 numbers"]),
+        ("optimizer.betas = 0.9", ["optimizer.conda.betas = 0.9: must be 2 numbers"]),
+        ("output = 2024-01-01", ["output = 2024-01-01: must be a text in quotes"]),
+        ("data.path = [12:00:00]", ["data.path = ", "must be a text in quotes"]),
+        (f"training.steps = 0x{'f' * 5000}", ["training.steps has a number of too many digits"]),
         ("[training\n", ["not valid TOML"]),
     ],
 )
@@ -140,6 +158,12 @@ def test_refusals_in_the_file(tmp_path: Path, text: str, words: list[str]) -> No
         options.load(write(tmp_path, text))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_one_text_is_a_list_of_it_and_an_empty_section_is_none(tmp_path: Path) -> None:
+    text = "[training]\n[optimizer.conda]\n[data]\npath = 'a, b.txt'"
+    config = options.load(write(tmp_path, text))
+    assert options.to_values(config) == options.to_values(Config()) | {"data.path": ("a, b.txt",)}
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -216,8 +240,6 @@ def test_any_config_survives_its_own_toml(data: st.DataObject) -> None:
         config = options.build({name: value for name, value in values.items() if value is not None})
     except ConfigError:
         return  # a refusal is as good, as long as it is one
-    import tomllib
-
     text = options.to_toml(config)
     assert options.build(options.flatten(tomllib.loads(text))) == config
 
@@ -258,12 +280,32 @@ def test_the_paper_s_settings() -> None:
     assert (conda.lr, conda.weight_decay, conda.grad_clip) == (6e-3, 0.01, 1.0)
 
 
+def _tables(text: str) -> list[str]:
+    return re.findall(r"^ *\[([a-z_.]+)\]$", text, re.M)
+
+
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its section, default, help and choices, which are looked up in the JSON schema here."""
     assert pretrain.main(["--help"]) == 0
-    shown = capsys.readouterr().out
+    listing = capsys.readouterr().out.split("--section.key value):")[1]
+    shown = dict(re.findall(r"^    --([a-z0-9_.]+) = (.*\n        .*)$", listing, re.M))
+    assert list(shown) == list(options.SCHEMA)
     for name, declared in options.SCHEMA.items():
-        assert f"--{name}" in shown
-        assert declared.help in shown
+        default, told = shown[name].split("\n        ")
+        value = json.loads(json.dumps(declared.default))
+        assert tomllib.loads(f"x = {default}")["x"] == ("none" if value is None else value), name
+        schema = TypeAdapter(declared.type).json_schema()
+        kinds = schema.get("anyOf", [schema])
+        choices = [choice for kind in kinds for choice in kind.get("enum", ())]
+        if choices:
+            choices += ["none" for kind in kinds if kind.get("type") == "null"]
+        given = f" (one of {', '.join(map(repr, choices))})" if choices else ""
+        assert told == declared.help + given, name
+    # A section's own keys come before those of the sections in it, and none comes twice.
+    for text in (listing, options.to_toml(Config())):
+        tables = _tables(text)
+        assert len(tables) == len({*tables})
+        assert tables.index("optimizer") < tables.index("optimizer.conda")
 
 
 def test_a_config_is_only_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
