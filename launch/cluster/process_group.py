@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from conda_dist.launch.cluster import rendezvous
 from conda_dist.launch.cluster.launcher import mpi_rank_and_size
+from conda_dist.launch.job.config import ConfigError
 
 T = TypeVar("T")
 
@@ -128,15 +129,20 @@ def together(world: World, doing: str, *, patient: bool = False) -> Iterator[Non
 
     Raises:
         JobError: On every rank; it names those on which the block raised.
+        ConfigError: On every rank, with the same message, if it was nothing else on any.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
-    message = f"{type(error).__name__}: {error}" if error else None
-    messages = gather(world, message, patient=patient)
-    failed = {rank: message for rank, message in enumerate(messages) if message}
+    refusal = str(error) if isinstance(error, ConfigError) else None
+    said = (f"{type(error).__name__}: {error}", refusal) if error else None
+    everyone = gather(world, said, patient=patient)
+    failed = {rank: said[0] for rank, said in enumerate(everyone) if said}
+    refusals = [said[1] for said in everyone if said]
+    if failed and None not in refusals:
+        raise ConfigError("; ".join(dict.fromkeys(refusals))) from error
     if failed:
         ranks = ", ".join(map(str, failed))
         distinct = "; ".join(dict.fromkeys(failed.values()))
@@ -161,7 +167,7 @@ def require_agreement(world: World, facts: Mapping[str, Any]) -> None:
 
 
 def from_main(world: World, doing: str, function: Callable[[], T]) -> T:
-    """Runs `function` on rank 0 and returns its result, or raises JobError, on every rank."""
+    """Runs `function` on rank 0 and returns its result on every rank, or raises as `together`."""
     result: list[Any] = [None]
     with together(world, doing):
         if world.is_main:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+from conda_dist.launch.job.files import write_whole
 
 _MARKER, _LOCK = "entry.json", "lock"
 
@@ -45,6 +48,9 @@ def read_entry(entry: Path) -> dict[str, Any] | None:
 def build_entry(entry: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Returns the facts of a complete entry, building it first if there is none.
 
+    Says in one line that it waits where another job builds the entry. An entry that is damaged is
+    made anew, not written over: jobs that have its files mapped keep what they have.
+
     Args:
         entry: The directory the entry will be.
         build: Writes files into a directory and returns JSON-able facts about them.
@@ -52,22 +58,35 @@ def build_entry(entry: Path, build: Callable[[Path], dict[str, Any]]) -> dict[st
     if (facts := read_entry(entry)) is not None:
         return facts
     entry.mkdir(parents=True, exist_ok=True)
-    with FileLock(entry / _LOCK):
+    lock = FileLock(entry / _LOCK, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        said = f"waiting for another job, which holds {entry / _LOCK} and prepares the same data"
+        print(said, file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
         if (facts := read_entry(entry)) is not None:  # another job has built it meanwhile
             return facts
-        (entry / _MARKER).unlink(missing_ok=True)  # of an entry that is damaged
+        _clear(entry)  # of what is damaged, or left by a job that was killed
         try:
             facts = build(entry)
         except BaseException:
-            for file in _content(entry):  # the disk may be full
-                file.unlink()
+            _clear(entry)  # the disk may be full
             raise
         sizes = {file.name: file.stat().st_size for file in _content(entry)}
-        written = entry / f"{_MARKER}.tmp"
-        written.write_text(json.dumps({"facts": facts, "sizes": sizes}))
-        written.rename(entry / _MARKER)
+        write_whole(entry / _MARKER, json.dumps({"facts": facts, "sizes": sizes}))
+    finally:
+        lock.release()
     return facts
 
 
+def _clear(entry: Path) -> None:
+    (entry / _MARKER).unlink(missing_ok=True)  # first: what has a marker is complete
+    for file in _content(entry):
+        file.unlink()
+
+
 def _content(entry: Path) -> list[Path]:
-    return [file for file in entry.iterdir() if file.name != _LOCK]
+    # NFS keeps an unlinked file that is open as a hidden one until it is closed.
+    return [f for f in entry.iterdir() if f.name != _LOCK and not f.name.startswith(".")]

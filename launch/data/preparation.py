@@ -42,7 +42,8 @@ class Data:
 def open_data(config: Config, world: World) -> Data:
     """Prepares what is not cached yet (one process per host does) and opens it on every rank.
 
-    Raises JobError on every rank: text cannot be read, or is too little for one sequence.
+    Raises ConfigError or JobError on every rank: text cannot be read, or is too little for one
+    sequence.
     """
     with together(world, "preparing the data", patient=True):
         if world.local_rank == 0:

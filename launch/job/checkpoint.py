@@ -182,10 +182,12 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _difference(file: Path, written: str) -> str:
+def _difference(file: Path, written: str | dict[str, Any]) -> str:
     """How a file differs from what was written; "" if it does not."""
+    # Older checkpoints hold a file's size next to its hash.
+    expected = written["sha256"] if isinstance(written, dict) else written
     try:
-        return "" if _hash(file) == written else f"{file} is damaged"
+        return "" if _hash(file) == expected else f"{file} is damaged"
     except FileNotFoundError:
         return f"{file} is missing"
     except OSError as error:

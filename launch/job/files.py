@@ -1,5 +1,8 @@
 """What a run writes into its output folder, and how its processes end."""
 
+import os
+from pathlib import Path
+
 CONFIG = "config.toml"
 """The resolved configuration."""
 CHECKPOINTS = "checkpoints"
@@ -18,3 +21,10 @@ EXIT_STOPPED = 75
 STOP_NOTE = "CONDA_DIST_STOP_NOTE"
 """Variable that names a file to make when the job has stopped as asked, for scripts such as
 `slurm.sh`: launchers exit with codes of their own."""
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that a reader finds all of it or what was there before."""
+    fresh = file.with_name(f"{file.name}.tmp")
+    fresh.write_text(text)
+    os.replace(fresh, file)

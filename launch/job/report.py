@@ -12,7 +12,7 @@ from typing import Any
 from conda_dist.launch.cluster.process_group import World, together
 from conda_dist.launch.job.config import Config
 from conda_dist.launch.job.console import Display
-from conda_dist.launch.job.files import DIVERGED, SUMMARY
+from conda_dist.launch.job.files import DIVERGED, SUMMARY, write_whole
 from conda_dist.launch.job.metrics import MetricsWriter, Record
 from conda_dist.launch.job.picture import draw_loss, draw_signals
 
@@ -114,6 +114,6 @@ class Reporter:
             if self._display is not None:
                 title = f"{self._config.model.architecture}, {self._config.optimizer.name}"
                 picture = draw_loss(self._output, title)
-                (self._output / SUMMARY).write_text(json.dumps(dict(summary)) + "\n")
+                write_whole(self._output / SUMMARY, json.dumps(dict(summary)) + "\n")
                 signals = draw_signals(self._output, title)
                 self.note(f"curves in {picture}" + (f" and {signals}" if signals else ""))

@@ -59,11 +59,11 @@ def check_output(output: str | Path) -> None:
         there = Path(output).absolute()
         while not there.exists():
             there = there.parent
-        if not there.is_dir():
-            raise ConfigError(f"output {output}: {there} is a file, where a folder is wanted")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"output {str(output)!r} cannot be a folder: {reason}") from None
+    if not there.is_dir():
+        raise ConfigError(f"output {output}: {there} is a file, where a folder is wanted")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"output {output}: {there} cannot be written: give another --output")
 

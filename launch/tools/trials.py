@@ -23,7 +23,7 @@ from typing import Any
 from conda_dist.launch.cluster.signals import end_with_parent, stop_requests
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import ConfigError
-from conda_dist.launch.job.files import CHECKPOINTS, CONFIG, DIVERGED, METRICS, SUMMARY
+from conda_dist.launch.job.files import CHECKPOINTS, CONFIG, DIVERGED, METRICS, SUMMARY, write_whole
 from conda_dist.launch.job.metrics import read_metrics
 from conda_dist.launch.tools.protocol import RESULTS, Comparison, devices, read
 from conda_dist.launch.tools.search import Run
@@ -83,7 +83,7 @@ class Runner:
             raise ConfigError(f"another command has just written {folder}: give this one again")
         self._records = comparison.results["runs"]
         (folder / "runs").mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(options.to_toml(comparison.config))
+        write_whole(folder / CONFIG, options.to_toml(comparison.config))
         self._running: dict[Run, tuple[subprocess.Popen[bytes], int, float]] = {}
         """Of each run its process, its place among the jobs, and when it was started."""
         self.failed: dict[Run, str] = {}
@@ -170,10 +170,8 @@ class Runner:
 
     def _write(self) -> None:
         """Writes results.json, whole or not at all."""
-        file = self._comparison.folder / RESULTS
-        fresh = file.with_suffix(".tmp")
-        fresh.write_text(json.dumps(self._comparison.results, indent=1))
-        os.replace(fresh, file)
+        text = json.dumps(self._comparison.results, indent=1)
+        write_whole(self._comparison.folder / RESULTS, text)
 
 
 def environment_of(comparison: Comparison, place: int, gpus: Sequence[str]) -> dict[str, str]:

@@ -116,6 +116,17 @@ def test_a_checkpoint_of_another_version_is_refused(config: Path, run: Path) -> 
     assert contents(run).keys() == before.keys()
 
 
+def test_a_file_s_hash_beside_its_size_is_understood(config: Path, run: Path) -> None:
+    """As older checkpoints have it."""
+    file = newest(run) / "trainer.json"
+    saved = json.loads(file.read_text())
+    sizes = {name: (newest(run) / name).stat().st_size for name in saved["files"]}
+    files = {name: {"bytes": sizes[name], "sha256": h} for name, h in saved["files"].items()}
+    record = {"facts": saved["facts"], "files": files}
+    file.write_text(json.dumps({**record, "sha256": record_hash(record)}))
+    assert "step-00000008" in succeed(2, config, "--output", run, "--resume")
+
+
 def test_what_is_not_a_checkpoint_is_refused(config: Path, tmp_path: Path) -> None:
     for result in train(2, config, "--output", tmp_path / "out" / "in", "--resume", tmp_path):
         assert result.code == 2

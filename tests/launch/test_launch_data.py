@@ -3,8 +3,11 @@
 import gzip
 import io
 import json
+import re
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +246,24 @@ def test_a_damaged_cache_entry_is_rebuilt(tmp_path: Path, alone: World) -> None:
     assert not list((tmp_path / "cache").glob(".*"))
 
 
+def test_a_rebuild_leaves_what_is_mapped(tmp_path: Path, alone: World) -> None:
+    """As another job has it; and what a killed job left does not get into the new entry."""
+    config = load(tmp_path, "--data.path", LIBRARY / "email")
+    first = preparation.open_data(config, alone)
+    rows = first.batches.rows(3, 0, 8)
+    (entry,) = (tmp_path / "cache").glob("tokens-*")
+    mapped = (entry / "train.bin").stat().st_ino
+    (entry / "val.bin").write_bytes(b"cut short")
+    (entry / "entry.json.tmp").write_text("half of a marker")
+    preparation.open_data(config, alone)
+    assert not (entry / "entry.json.tmp").exists()
+    made = (entry / "train.bin").stat().st_ino
+    assert made != mapped  # the map of `first` is of a file of its own
+    assert np.array_equal(first.batches.rows(3, 0, 8), rows)
+    preparation.open_data(config, alone)
+    assert (entry / "train.bin").stat().st_ino == made
+
+
 def build(entry: Path) -> dict[str, Any]:
     def fill(building: Path) -> dict[str, Any]:
         (building / f"content-{dist.get_rank()}").write_bytes(b"x" * 1000)
@@ -260,6 +281,23 @@ def test_one_of_several_builders_builds(tmp_path: Path) -> None:
     assert cache.read_entry(tmp_path / "entry") == first
 
 
+def test_a_builder_that_waits_says_so_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = threading.Event()
+
+    def slowly(building: Path) -> dict[str, Any]:
+        begun.set()
+        time.sleep(0.2)  # several times what is between two looks at the lock
+        return {"built": 1}
+
+    with ThreadPoolExecutor(1) as other:
+        first = other.submit(cache.build_entry, tmp_path / "entry", slowly)
+        begun.wait()
+        assert cache.build_entry(tmp_path / "entry", slowly) == first.result()
+    assert capsys.readouterr().err.count("waiting for another job") == 1
+
+
 def test_a_builder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     def fail(building: Path) -> dict[str, Any]:
         (building / "half").write_text("")
@@ -275,9 +313,10 @@ def test_a_failure_to_prepare_ends_all_ranks(tmp_path: Path) -> None:
     broken.write_text('{"text": "fine"}\nnot json\n')
     config = launch_jobs.write_config(tmp_path, broken)
     for result in train(2, config, "--output", tmp_path / "out"):
-        assert result.code == 1
-        assert "preparing the data failed on rank 0" in result.err
-        assert "broken.jsonl, line 2, is not JSON" in result.err
+        assert result.code == 2
+        assert re.search(r"error: \S*broken.jsonl, line 2, is not JSON", result.err)
+        assert result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_pretrained_tokenizer(tmp_path: Path, alone: World) -> None:
@@ -287,17 +326,17 @@ def test_a_pretrained_tokenizer(tmp_path: Path, alone: World) -> None:
     arguments = ("--data.path", LIBRARY / "json", "--tokenizer.path", file)
     assert preparation.open_data(load(tmp_path, *arguments), alone).vocab_size == 400
     assert not list((tmp_path / "cache").glob("tokenizer-*"))
-    with pytest.raises(RuntimeError, match=r"no token '</s>'.*tokenizer\.end_of_text"):
+    with pytest.raises(ConfigError, match=r"no token '</s>'.*tokenizer\.end_of_text"):
         preparation.open_data(load(tmp_path, *arguments, "--tokenizer.end_of_text", "</s>"), alone)
     file.write_text("{}")
-    with pytest.raises(RuntimeError, match=r"bpe\.json is not a tokenizers JSON file"):
+    with pytest.raises(ConfigError, match=r"bpe\.json is not a tokenizers JSON file"):
         preparation.open_data(load(tmp_path, *arguments), alone)
 
 
 def test_too_little_text_is_refused(tmp_path: Path, alone: World) -> None:
     file = tmp_path / "short.txt"
     file.write_text("a single document")
-    with pytest.raises(RuntimeError, match=r"raise data\.val_fraction"):
+    with pytest.raises(ConfigError, match=r"raise data\.val_fraction"):
         preparation.open_data(load(tmp_path, "--data.path", file), alone)
 
 

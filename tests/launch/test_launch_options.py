@@ -316,6 +316,17 @@ def test_a_config_is_only_checked(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_is_a_file_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = [str(CONFIGS / "llama_tiny.toml"), "--output", str(tmp_path / "file"), "--check"]
+    assert pretrain.main(words) == EXIT_CONFIG
+    err = capsys.readouterr().err
+    assert err.count("is a file, where a folder is wanted") == 1
+    assert "cannot be a folder" not in err
+
+
 def test_a_wrong_key_ends_the_job_with_code_2() -> None:
     command = [sys.executable, "-m", "conda_dist.launch.pretrain", "--training.stps", "5"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
