@@ -39,16 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asked = given.config, given.optimizers, given.budget, given.seeds, given.nproc
             if any(asked) or overrides:
                 raise ConfigError("--draw runs nothing: give --output alone")
-            protocol.read(given.output)
             code = 0
         else:
             code = run(protocol.plan(given, overrides, typed))
+        if code != EXIT_STOPPED:
+            from conda_dist.launch.tools.comparison import show
+
+            print(*show(given.output), sep="\n")
     except ConfigError as error:
         return refuse(error)
-    if code != EXIT_STOPPED:
-        from conda_dist.launch.tools.comparison import show
-
-        print(*show(given.output), sep="\n")
     return code
 
 

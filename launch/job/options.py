@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Strict, TypeAdapter, ValidationError
 
 from conda_dist.launch.job.config import Config, ConfigError, conflicts
 from conda_dist.launch.job.section import Section
@@ -260,6 +260,15 @@ def _from_text(key: Declared, text: str) -> Any:
         return TypeAdapter(key.type).validate_python(words)
     except ValidationError as error:
         raise ConfigError(_reasons(error, key.name)) from None
+
+
+def check(name: str, value: Any) -> None:
+    """Raises ConfigError if that is no value of the key, by its full name."""
+    kind: Any = Annotated[SCHEMA[name].type, Strict()]
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(_reasons(error, name)) from None
 
 
 def _read_file(path: Path) -> Values:

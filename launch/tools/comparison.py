@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from conda_dist.launch.job.picture import new_figure
-from conda_dist.launch.tools.protocol import keys_of, protocol_of, read
+from conda_dist.launch.tools.protocol import SHARED, keys_of, protocol_of, read
 from conda_dist.launch.tools.search import Rule, edges, steps_to
 from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
 
@@ -80,7 +80,7 @@ class Findings:
     def _notes(self) -> list[str]:
         """What else the rules, or the runs, do not have in common: a sentence each."""
         notes, config = [], self._results["config"]
-        for key in ("weight_decay", "grad_clip"):
+        for key in SHARED:
             values = {}
             for rule in self._rules:
                 own = keys_of(rule.name)

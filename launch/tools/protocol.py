@@ -14,19 +14,25 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
+
+from annotated_types import Ge, Interval, Len
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from conda_dist.launch.cluster.launcher import shutdown_timeout
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import Config, ConfigError
 from conda_dist.launch.job.files import CONFIG
 from conda_dist.launch.job.optimizer_config import SECTIONS
+from conda_dist.launch.job.section import Count, Size
 from conda_dist.launch.tools.command_line import check_input, check_output
 from conda_dist.launch.tools.search import Protocol, Rule, Run
 
 RESULTS = "results.json"
 BUDGET, SEEDS = 8, 3
 """What is taken for `--budget` and `--seeds`, unless the comparison has others."""
+SHARED = ("weight_decay", "grad_clip")
+"""Keys of every optimizer that are not tuned."""
 _PACKAGES = ("conda-dist", "torch", "numpy", "transformers", "tokenizers", "deepspeed")
 _INCIDENTAL = ("output", "resume", "optimizer.name", "data.cache")
 
@@ -74,13 +80,93 @@ def protocol_of(results: dict[str, Any]) -> Protocol:
     return Protocol(rules, config["training.seed"], config["training.steps"])
 
 
+class _Part(BaseModel):
+    """Of `results.json`, what is read of it: a table needs no more."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+_Value = Annotated[float, Interval(ge=1e-100, le=1e100)]
+"""A rate or a loss: two of them may be divided by each other."""
+
+
+class _Rule(_Part):
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    matrices: _Value
+    rest: _Value
+    budget: Size
+    seeds: Size
+
+
+class _Session(_Part):
+    command: str
+    begun: str
+    machine: str
+    jobs: Size
+    versions: dict[str, str]
+
+
+class _Record(_Part):
+    rule: str
+    matrices: _Value
+    rest: _Value
+    seed: Annotated[int, Ge(0)]
+    steps: Size
+    val_loss: _Value | None
+    state_bytes: int | None
+    data: str | None
+    step_s: float
+    optimizer_s: float
+    wall_s: float
+    curve: list[Annotated[list[float], Len(2, 2)]]
+    session: Count
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if self.val_loss is not None and [point[0] for point in self.curve][-1:] != [self.steps]:
+            raise ValueError(f"its curve does not end at step {self.steps}")
+        return self
+
+
+class _Results(_Part):
+    config: dict[str, Any]
+    nproc: Size
+    rules: list[_Rule]
+    sessions: Annotated[list[_Session], Len(1)]
+    runs: list[_Record]
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        for index, run in enumerate(self.runs):
+            if run.session >= len(self.sessions):
+                raise ValueError(f"runs.{index}.session: there is no session {run.session}")
+        names = {keys_of(rule.name)["optimizer.name"] for rule in self.rules}
+        keys = [f"optimizer.{name}.{key}" for name in sorted(names) for key in SHARED]
+        for key in ("training.seed", "training.steps", *keys):
+            if key not in self.config:
+                raise ValueError(f"config has no {key}")
+            options.check(key, self.config[key])
+        return self
+
+
 def read(folder: Path) -> dict[str, Any]:
-    """The results of the comparison in that folder."""
+    """The results of the comparison in that folder.
+
+    Raises:
+        ConfigError: There are none, or something in them is missing or wrong: the first is named.
+    """
     file = folder / RESULTS
     try:
         results: dict[str, Any] = json.loads(file.read_text())
-        _ = protocol_of(results), results["nproc"], results["sessions"], results["runs"]
-    except (OSError, ValueError, TypeError, KeyError):
+        _Results.model_validate(results)
+    except ValidationError as error:
+        found = error.errors()[0]
+        reason = found["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        where = ".".join(map(str, found["loc"])) or "altogether"
+        raise ConfigError(f"{file} is damaged: {where}: {reason}") from None
+    except (OSError, ValueError):
         raise ConfigError(f"{file} is not there, or not the results of a comparison") from None
     return results
 

@@ -185,12 +185,14 @@ def _start(
         command = [word for word in words[1:3] if word != "-u"] + words[3:]
         environment, given = {**(os.environ if env is None else env)}, preexec_fn
 
-        def preexec_fn() -> NoReturn:
+        def become() -> NoReturn:
+            """Never returns, so that Popen's child does not come to exec."""
             if given is not None:
                 given()
             os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # among them what Popen waits for
             _become(command, environment)
 
+        preexec_fn = become
     _popen(self, args, *others, env=env, preexec_fn=preexec_fn, **options)
 
 

@@ -16,7 +16,7 @@ from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.tools import protocol, trials
 from conda_dist.launch.tools.comparison import Findings
 from conda_dist.launch.tools.search import Point, Protocol, Rule, Run, edges, search, steps_to
-from processes import DEADLINE, children, forked, has_ended, wait_for_step
+from processes import DEADLINE, children, forked, has_ended, started, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,77 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+WRONG: list[tuple[str, Any, str]] = [
+    ("runs.0.rule", None, "runs.0.rule: Field required"),
+    ("sessions.0.versions", None, "sessions.0.versions: Field required"),
+    ("runs.0.session", 1, "runs.0.session: there is no session 1"),
+    ("runs.0.session", -1, "runs.0.session: must be greater than or equal to 0"),
+    ("runs.0.matrices", 0, "runs.0.matrices: must be greater"),
+    ("runs.0.matrices", -1e-3, "runs.0.matrices: must be greater"),
+    ("rules.0.matrices", 0.0, "rules.0.matrices: must be greater"),
+    ("runs.0.val_loss", math.nan, "runs.0.val_loss: must be a finite number"),
+    ("runs.0.curve", [], "runs.0: its curve does not end at step 8"),
+    ("runs.0.curve", [[8]], "runs.0.curve.0: List should have at least 2 items"),
+    ("sessions", 5, "sessions: must be a valid list"),
+    ("sessions", [], "sessions: List should have at least 1 item"),
+    ("runs", [5], "runs.0: must be a valid dictionary"),
+    ("rules.0.budget", "3", "rules.0.budget: must be a valid integer"),
+    ("rules.0.more", 1, "rules.0.more: Extra inputs are not permitted"),
+    ("rules.0.name", "sgd", "unknown 'sgd'"),
+    ("config", [], "config: must be a valid dictionary"),
+    ("config.optimizer:conda:weight_decay", None, "has no optimizer.conda.weight_decay"),
+    ("config.optimizer:conda:grad_clip", "1", "optimizer.conda.grad_clip = '1': must be"),
+    ("config.training:steps", 0, "training.steps = 0: must be greater"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "words"), WRONG, ids=[f"{p}={v}" for p, v, _ in WRONG])
+def test_results_that_are_damaged_are_refused(
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    value: Any,
+    words: str,
+) -> None:
+    """In one line; None: it is not there."""
+    found = planned(config, tmp_path, "--optimizers", "conda", "--budget", "1", "--seeds", "1")
+    (run,), _ = found.protocol.ahead({})
+    whole = {**found.results, "runs": [record(run, 4.0, curve=[[run.steps, 4.0]], wall_s=1.0)]}
+    (file := tmp_path / "results.json").write_text(json.dumps(whole))
+    assert protocol.read(tmp_path) == json.loads(file.read_text())
+    at: Any = (spoilt := json.loads(file.read_text()))
+    *above, last = (int(key) if key.isdigit() else key for key in place.split("."))
+    for key in above:
+        at = at[key]
+    last = last.replace(":", ".") if isinstance(last, str) else last
+    at[last] = value
+    if value is None:
+        del at[last]
+    file.write_text(json.dumps(spoilt))
+    assert compare.main(["--output", str(tmp_path), "--draw"]) == 2
+    said = capsys.readouterr().err
+    assert f"{file} is damaged: " in said
+    assert words in said
+    assert said.count("\n") == 1
+    assert {each.name for each in tmp_path.iterdir()} == {"results.json"}
+
+
 # All of it
+
+
+@pytest.mark.thorough
+def test_a_comparison_of_two_processes_each_in_new_pythons(config: Path, tmp_path: Path) -> None:
+    typed = (config, "--output", tmp_path, "--optimizers", "adamw", "--nproc", 2)
+    typed += ("--budget", 1, "--seeds", 1, "--training.steps", 2, "--schedule.warmup_steps", 1)
+    with started("-m", "conda_dist.launch.compare", *typed) as process:
+        said, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, said
+    for seed in (0, 1):
+        run = tmp_path / "runs" / f"adamw-matrices0.01-rest0.01-seed{seed}-steps2"
+        assert len(launch_jobs.metrics(run)) == 2
+        assert "ranks      2 (2 on" in run.with_name(f"{run.name}.log").read_text()
+    assert "1 of 1 seeds" in (tmp_path / "comparison.md").read_text()
 
 
 def compared(code: int, *arguments: Any) -> str:

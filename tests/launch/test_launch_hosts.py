@@ -77,7 +77,8 @@ def test_mpirun_starts_ranks_on_two_hosts_and_dies(
     reached, saved = metrics(output)[-1]["step"], complete_checkpoints(output / "checkpoints")
     lost = reached - step_of(saved[-1])
     print(f"{name}: {took:.1f} s to end, {lost} steps to take again")
-    assert lost <= INTERVAL
+    # Open MPI leaves its ranks alive, which save and end; MPICH kills them.
+    assert lost <= (0 if name == "openmpi" else INTERVAL)
     ranks, steps = len(hosts), max(STEPS, reached + 1)  # a busy machine strikes late
     succeed(ranks, *endless(config, output), "--training.steps", steps, "--resume")
     assert curve(output) == whole(config, ranks, steps)

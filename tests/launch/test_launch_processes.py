@@ -1,4 +1,4 @@
-"""The job under its real launchers: torchrun, signals, kills, and ranks that disagree."""
+"""Processes of the job: signals, ranks that disagree, readers that are gone, and locks."""
 
 import contextlib
 import os

@@ -19,8 +19,8 @@ from conda_dist.launch.cluster import mpi
 from conda_dist.launch.cluster.launcher import shutdown_timeout
 from conda_dist.launch.job.checkpoint import complete_checkpoints, step_of
 from launch_jobs import metrics
-from launchers import JOB, MODULE, mpich, openmpi
-from processes import DEADLINE, endless, running, wait_for_step
+from launchers import JOB, MODULE, deepspeed_runner, mpich, openmpi
+from processes import DEADLINE, endless, free_port, running, started, wait_for_step
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,17 @@ def test_mpirun_is_told_to_stop(config: Path, tmp_path: Path) -> None:
     launch_jobs.succeed(2, *whole, "--checkpoint.interval", 0)
     alone = [line["loss"] for line in metrics(tmp_path / "fsdp2")]
     assert losses == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.thorough
+def test_the_deepspeed_command_in_new_pythons(config: Path, tmp_path: Path) -> None:
+    _, *words = deepspeed_runner("--num_gpus=1", "--master_port", free_port())
+    brief = ("--training.steps", 2, "--schedule.warmup_steps", 1, "--engine", "deepspeed")
+    job = (*words, config, "--output", tmp_path, *brief)
+    with started(*job, DS_ACCELERATOR="cpu") as process:
+        said, _ = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, said
+    assert len(metrics(tmp_path)) == 2
 
 
 def test_an_mpi_that_is_not_the_launcher_s(config: Path, tmp_path: Path) -> None:

@@ -86,12 +86,9 @@ def test_all_killed_while_saving(scene: Scene) -> None:
     assert_lost(faults.all_killed_while_saving(scene), 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_preempted(scene: Scene, number: signal.Signals) -> None:
-    """Slurm sends the second; torchrun by itself would die of it alone.
-
-    SIGINT, which torchrun passes on as well: test_launch_processes. mpirun: test_launchers.
-    """
+    """Slurm sends SIGUSR1, of which torchrun by itself would die alone. mpirun: test_launchers."""
     outcome = faults.preempted(scene, number)
     assert_lost(outcome, 0)
     assert "stopped after step" in outcome.said
