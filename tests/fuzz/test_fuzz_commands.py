@@ -360,7 +360,8 @@ def test_what_is_wrong_is_said_in_one_line(
     (tmp_path / "tiny.toml").write_text("[training]\nsteps = 5\n")
     (tmp_path / "old.toml").write_text("[optimizer.conda]\nold = 5\n")
     config = options.flatten(tomllib.loads(options.to_toml(options.load(None))))
-    about = {"nproc": 1, "sessions": [], "runs": []}
+    session = {"command": "x", "begun": "now", "machine": "here", "jobs": 1, "versions": {}}
+    about = {"nproc": 1, "sessions": [session], "runs": []}
     rule = {"name": "conda", "matrices": 1.0, "rest": 1.0, "budget": 1, "seeds": 1}
     for name, content in (
         ("other", json.dumps({"config": config, "rules": [rule], **about})),
