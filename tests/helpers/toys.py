@@ -28,6 +28,11 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def orthogonal(*shape: int, seed: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random orthogonal matrices."""
+    return torch.linalg.qr(random(*shape, seed=seed, dtype=torch.float64)).Q.to(dtype)
+
+
 def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     """A parameter of each shape, of ``SHAPES`` if none is given."""
     return [
