@@ -33,11 +33,9 @@ class _Job(NamedTuple):
 class Background:
     """Decompositions that were started and whose results were not taken yet.
 
-    On an accelerator they run on a stream of their own. Its memory (12 bytes an element of the
-    largest momentum in float32) stays in torch's cache for the next refresh; the allocator gives it
-    back when other streams need it. The thread ends when there is nothing left
-    to decompose. When the process ends, it waits for the matrix that is being decomposed, but not
-    for those in the queue.
+    On an accelerator they run on a stream of their own, whose memory stays in torch's cache for the
+    next refresh. The thread ends when there is nothing left to decompose. When the process ends, it
+    waits for the matrix that is being decomposed, but not for those in the queue.
     """
 
     def __init__(self) -> None:

@@ -243,8 +243,8 @@ class MatrixPath:
         else:
             for k in order:  # one by one, because each change is measured
                 with self._watched(weights[k], weights[k].in_place):
-                    ((weight, update),) = rule.update_many(begun([k]))
-                    updates[k] = weights[k].finish(weight, update)
+                    (weight,) = begun([k])
+                    updates[k] = weights[k].finish(weight, rule.update(weight))
         for k in others:
             updates[k] = weights[k].zero_update(grads[k], task.weights[k] not in missing)
         return updates

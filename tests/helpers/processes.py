@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,11 +40,8 @@ def started(*command: Any, **environment: str) -> Iterator[subprocess.Popen[str]
     try:
         yield process
     finally:
-        for child in children(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        _kill(children(process.pid))
+        process.kill()
         with contextlib.suppress(ValueError):  # somebody has read it to the end already
             process.communicate()
 
@@ -117,9 +114,7 @@ def running(
     try:
         yield process
     finally:
-        for pid in below(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(below(process.pid))
         process.kill()
         process.wait()
 
@@ -232,6 +227,12 @@ def free_port() -> int:
         with socket.socket() as tried, contextlib.suppress(OSError):
             tried.bind(("127.0.0.1", port))
             return port
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(pid, signal.SIGKILL)
 
 
 def children(parent: int) -> list[int]:

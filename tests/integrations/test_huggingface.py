@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +305,7 @@ def test_accelerate_with_fsdp2(tmp_path: Path) -> None:
         assert paths.count("conda") == 14
 
 
-def _made(model: Any, **more: Any) -> Conda:
+def _made(model: Any, scales: Mapping[str, float] | None = None, **more: Any) -> Conda:
     """The optimizer that the Trainer makes of a model in one process."""
     import transformers
 
@@ -313,7 +313,7 @@ def _made(model: Any, **more: Any) -> Conda:
 
     options = {"learning_rate": RATE, "weight_decay": 0.1, "use_cpu": True, **more}
     arguments = transformers.TrainingArguments("unused", report_to=[], **options)
-    chosen = conda_for_trainer(arguments, update_proj_gap=GAP)
+    chosen = conda_for_trainer(arguments, update_proj_gap=GAP, **(scales or {}))
     made = transformers.Trainer(
         model, arguments, optimizer_cls_and_kwargs=chosen
     ).create_optimizer()
@@ -362,6 +362,10 @@ def test_trainers_groups() -> None:
         ValueError, match=r"learning_rate: 5e-05 is the default of TrainingArg.*scale=1\.0"
     ):
         _made(language_model(), learning_rate=5e-5)
+    adamws = _made(language_model(), conda_dist.from_adamw(), learning_rate=5e-5)
+    assert {(g["lr"], g["scale"], g["adamw_scale"]) for g in adamws.param_groups} == {
+        (5e-5, 2.5, 10.0)
+    }
 
 
 def _fsdp1() -> str:
