@@ -139,8 +139,8 @@ def together(world: World, doing: str, *, patient: bool = False) -> Iterator[Non
     refusal = str(error) if isinstance(error, ConfigError) else None
     said = (f"{type(error).__name__}: {error}", refusal) if error else None
     everyone = gather(world, said, patient=patient)
-    failed = {rank: said[0] for rank, said in enumerate(everyone) if said}
-    refusals = [said[1] for said in everyone if said]
+    failed = {rank: each[0] for rank, each in enumerate(everyone) if each}
+    refusals = [each[1] for each in everyone if each]
     if failed and None not in refusals:
         raise ConfigError("; ".join(dict.fromkeys(refusals))) from error
     if failed:

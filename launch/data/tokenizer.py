@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,15 @@ def train(documents: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    size = int(config.sample_mb * 1e6)
-    cut = (document[:size] for document in documents)
-    tokenizer.train_from_iterator(until(size, cut), trainer)
+    tokenizer.train_from_iterator(_sample(documents, int(config.sample_mb * 1e6)), trainer)
     return tokenizer
+
+
+def _sample(documents: Iterable[str], size: int) -> Iterator[str]:
+    """Documents until `size` characters are reached, the last one cut."""
+    for document in until(size, documents):
+        yield document[:size]
+        size -= len(document)
 
 
 def read(path: str | Path) -> Tokenizer:

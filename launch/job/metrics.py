@@ -51,16 +51,31 @@ class Meter:
         self._optimizer_s += optimizer_s
         self.train_s += seconds
 
-    def record(self, step: int, **measured: Any) -> Record:
-        """The record after `step`: what was `measured`, and means since the last record."""
+    def record(
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        val_loss: float | None,
+        skipped: int,
+        signals: Mapping[str, float],
+    ) -> Record:
+        """The record after `step`, with means since the last record."""
         record = Record(
             step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            val_loss=val_loss,
+            skipped=skipped,
             tokens=step * self._tokens_per_step,
             tokens_per_s=self._steps * self._tokens_per_step / self._seconds,
             step_s=self._seconds / self._steps,
             optimizer_s=self._optimizer_s / self._steps,
             train_s=self.train_s,
-            **measured,
+            signals=signals,
         )
         self._clear()
         return record

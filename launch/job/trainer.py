@@ -120,10 +120,16 @@ class Trainer:
             signals = self._engine.signals()
             due = self.step % self._config.metrics.interval == 0
             if due or val_loss is not None or signals:
-                found: dict[str, Any] = {"loss": result.loss, "lr": result.lr}
-                found |= {"grad_norm": result.grad_norm, "skipped": self._bad.total}
-                found |= {"val_loss": val_loss, "signals": signals}
-                reporter.record(self._meter.record(self.step, **found))
+                record = self._meter.record(
+                    self.step,
+                    loss=result.loss,
+                    lr=result.lr,
+                    grad_norm=result.grad_norm,
+                    val_loss=val_loss,
+                    skipped=self._bad.total,
+                    signals=signals,
+                )
+                reporter.record(record)
             if saving and self.step % saving == 0:
                 self._save(reporter)
         self._save(reporter)

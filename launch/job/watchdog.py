@@ -149,9 +149,14 @@ class Watchdog:
 
     def _say(self) -> None:
         place = self._place
-        own, idle, beat = self._own, round(self._idle(), 3), self._own.beat + 1
-        fixed = own.rank, own.host, own.pid, own.birth
-        self._own = Report(*fixed, place.count, place.step, place.phase, idle, beat)
+        self._own = replace(
+            self._own,
+            count=place.count,
+            step=place.step,
+            phase=place.phase,
+            idle_s=round(self._idle(), 3),
+            beat=self._own.beat + 1,
+        )
         self._store.set(str(self._own.rank), json.dumps(asdict(self._own)))
 
     def _accuse(self) -> None:

@@ -54,8 +54,9 @@ class Planned:
 
     def seconds(self, found: Forecast, hardware: Hardware) -> Seconds:
         """Time that a forecast takes, with this job's products."""
-        size = {"parameters": self.parameters, "tokens": self._tokens}
-        return forecast.seconds(found, self.mesh, hardware, **size)
+        return forecast.seconds(
+            found, self.mesh, hardware, parameters=self.parameters, tokens=self._tokens
+        )
 
     def per_step(self, found: Forecast, hardware: Hardware) -> float:
         """Mean seconds of a step, its share of a refresh included."""

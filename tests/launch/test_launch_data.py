@@ -420,3 +420,13 @@ def test_null_texts_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
     assert texts(tmp_path, "--data.path", file) == ["one", "two"]
+
+
+def test_a_tokenizer_sees_no_more_than_its_sample() -> None:
+    """The last document is cut: what comes after decides nothing."""
+    config = options.load(None).tokenizer.model_copy(update={"vocab_size": 260, "sample_mb": 8e-6})
+    words = ["aaaa", "bbbbcccccccccccccccc", "d" * 99]
+    short = bpe.train(["aaaa", "bbbb"], config)
+    assert bpe.fingerprint(bpe.train(words, config)) == bpe.fingerprint(short)
+    longer = config.model_copy(update={"sample_mb": 24e-6})
+    assert bpe.fingerprint(bpe.train(words, longer)) != bpe.fingerprint(short)
