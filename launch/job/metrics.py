@@ -60,7 +60,7 @@ class Meter:
         grad_norm: float,
         val_loss: float | None,
         skipped: int,
-        signals: Mapping[str, float],
+        signals: Mapping[str, float] | None = None,
     ) -> Record:
         """The record after `step`, with means since the last record."""
         record = Record(
@@ -75,7 +75,7 @@ class Meter:
             step_s=self._seconds / self._steps,
             optimizer_s=self._optimizer_s / self._steps,
             train_s=self.train_s,
-            signals=signals,
+            signals=signals or {},
         )
         self._clear()
         return record
