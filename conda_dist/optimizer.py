@@ -66,6 +66,8 @@ class Conda(MatrixOptimizer):
         adamw_scale: multiplies the update of the adamw path, not its decay.
         update_proj_gap: steps between two refreshes of a basis.
         correct_bias: whether to divide the moments by 1 - beta^t, as Adam does.
+        nesterov: whether the conda path steps by N = b1 M + (1 - b1) G in place of M, with
+            1 - b1^(t+1) in place of 1 - b1^t. This is not in the paper.
         refresh_method: how to compute a basis from the momentum. "svd" is the paper's way, and
             always computes the first basis. "orthogonal_iteration" takes one step of subspace
             iteration from the current basis. It costs a fraction of the SVD's time, and is accurate
@@ -128,6 +130,7 @@ class Conda(MatrixOptimizer):
         adamw_scale: float = 1.0,
         update_proj_gap: int = 2000,
         correct_bias: bool = True,
+        nesterov: bool = False,
         refresh_method: str = "svd",
         refresh_delay: int = 0,
         matmul_dtype: torch.dtype | str | None = None,

@@ -58,6 +58,10 @@ class GroupOptions:
     correct_bias: bool = field(
         default=True, metadata=_about("divide moments by 1 - beta^t, as Adam does")
     )
+    nesterov: bool = field(
+        default=False,
+        metadata=_about("projected weights step by b1 M + (1 - b1) G in place of the moment M"),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ class ReferenceConda(torch.optim.Optimizer):
         adamw_scale: multiplies the update of all other weights.
         update_proj_gap: steps between two decompositions of the momentum.
         correct_bias: whether to divide the moments by 1 - beta^t.
+        nesterov: whether projected weights step by N = b1 M + (1 - b1) G in place of the first
+            moment M. This is not in the paper.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ReferenceConda(torch.optim.Optimizer):
         adamw_scale: float = 1.0,
         update_proj_gap: int = 2000,
         correct_bias: bool = True,
+        nesterov: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -53,6 +56,7 @@ class ReferenceConda(torch.optim.Optimizer):
             "adamw_scale": adamw_scale,
             "update_proj_gap": update_proj_gap,
             "correct_bias": correct_bias,
+            "nesterov": nesterov,
             "algorithm": "conda",
         }
         super().__init__(params, defaults)
@@ -95,6 +99,9 @@ class ReferenceConda(torch.optim.Optimizer):
             exp_avg, grad = project(state["exp_avg"], basis), project(grad, basis)
         else:
             exp_avg = state["exp_avg"]
+        averaged = state["step"] + 1  # gradients in the first moment, with weights 1 - b1^averaged
+        if projected and group["nesterov"]:
+            exp_avg, averaged = beta1 * exp_avg + (1 - beta1) * grad, averaged + 1
         state["exp_avg_sq"].mul_(beta2).add_((1 - beta2) * grad**2)
         update = exp_avg / (state["exp_avg_sq"].sqrt() + group["eps"])
         if projected:
@@ -105,7 +112,7 @@ class ReferenceConda(torch.optim.Optimizer):
         state["step"] += 1
         step_size = group["lr"]
         if group["correct_bias"]:
-            step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+            step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1**averaged)
         param.sub_(step_size * update)
         param.sub_(group["lr"] * group["weight_decay"] * param)
 

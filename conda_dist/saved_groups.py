@@ -20,6 +20,20 @@ OPTIONAL = ("param_names", "kernels")
 """Keys that only some groups have. A group keeps its own values of them when it loads."""
 
 
+def complete(incoming: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
+    """A state dict whose groups have the hyperparameters that were added after it was saved.
+
+    Args:
+        incoming: the state dict; it is not changed.
+        rule: the optimizer's rule.
+    """
+    groups = [
+        {**rule.added, **saved} if "algorithm" in saved else saved
+        for saved in incoming["param_groups"]
+    ]
+    return {**incoming, "param_groups": groups}
+
+
 def check_groups(
     groups: Sequence[Mapping[str, Any]],
     incoming: Mapping[str, Any],

@@ -13,7 +13,7 @@ in float32, or in float64 if the basis is float64, whatever the dtypes of moment
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Hyper:
     weight_decay: float
     scale: float
     correct_bias: bool
+    nesterov: bool = False
 
     def step_size(self, step: int) -> float | Tensor:
         """Factor on the normalised update.
@@ -43,7 +44,9 @@ class Hyper:
         """
         factor = self.scale
         if self.correct_bias:
-            factor *= math.sqrt(1 - self.beta2**step) / (1 - self.beta1**step)
+            # The weights of all gradients in N = b1 M + (1 - b1) G add up to 1 - b1^(t + 1).
+            averaged = step + 1 if self.nesterov else step
+            factor *= math.sqrt(1 - self.beta2**step) / (1 - self.beta1**averaged)
         return self.lr * factor
 
     @property
@@ -186,13 +189,26 @@ def average_and_normalise_(
         outs: for each slice what takes the result: contiguous, with memory of its own; or [].
 
     Returns:
-        proj(M) / (sqrt(v) + eps) of each slice.
+        proj(M) / (sqrt(v) + eps) of each slice, with N in place of M if ``hyper.nesterov``.
     """
     results = outs or list(map(torch.empty_like, projected_grads))
     torch._foreach_zero_(results)
+    beta1 = hyper.beta1
+    # N = b1 M + (1 - b1) G = b1^2 M' + (1 - b1^2) G, with M' the moment before this step.
+    given = replace(hyper, beta1=beta1**2) if hyper.nesterov else hyper
     # This is AdamW's step from 0 with lr -1, after infinitely many steps (no bias correction).
-    fused_adamw_(results, projected_grads, exp_avgs, exp_avg_sqs, math.inf, -1.0, hyper)
+    fused_adamw_(results, projected_grads, exp_avgs, exp_avg_sqs, math.inf, -1.0, given)
+    if hyper.nesterov:  # the kernel has left N: M = N / b1 - G (1 - b1) / b1
+        torch._foreach_lerp_(exp_avgs, projected_grads, 1 - 1 / beta1)
     return results
+
+
+def can_share(hyper: Hyper) -> bool:
+    """Whether :func:`average_and_normalise_` is accurate with these hyperparameters.
+
+    With ``nesterov`` it finds M from N, which multiplies rounding errors by 1 / b1.
+    """
+    return not hyper.nesterov or hyper.beta1 >= 0.5
 
 
 @functools.cache
@@ -279,6 +295,8 @@ def normalise_(
 ) -> Tensor:
     """Updates the second moment v in place, and returns proj(M) / (sqrt(v) + eps).
 
+    With ``hyper.nesterov`` N = b1 proj(M) + (1 - b1) proj(G) takes the place of proj(M).
+
     Args:
         projected_grad: proj(G); overwritten with the result.
         exp_avg: projected first moment, already updated.
@@ -286,13 +304,16 @@ def normalise_(
         hyper: hyperparameters of the step.
         rounding: see :func:`conda_dist.numerics.low_precision.store_`.
     """
+    first = exp_avg.to(projected_grad.dtype)
+    if hyper.nesterov:
+        first = first.lerp(projected_grad, 1 - hyper.beta1)
     second = decode(exp_avg_sq, projected_grad.dtype)
     second.mul_(hyper.beta2)
     second.addcmul_(projected_grad, projected_grad, value=1 - hyper.beta2)
     if second is not exp_avg_sq:
         store_(exp_avg_sq, second, rounding)
     denominator = torch.sqrt(second, out=projected_grad).add_(hyper.eps)
-    return torch.div(exp_avg.to(denominator.dtype), denominator, out=denominator)
+    return torch.div(first, denominator, out=denominator)
 
 
 def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import repeat
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ class CondaRule(RefreshedRule):
 
     name, title = "conda", "Conda"
     state_names = frozenset({"basis", "basis_step", "snapshot", "snapshot_step"})
-    hyperparameters = ("scale", "update_proj_gap", "correct_bias")
+    hyperparameters = ("scale", "update_proj_gap", "correct_bias", "nesterov")
+    added: ClassVar[Mapping[str, Any]] = {"nesterov": False}
     factor = "scale"
 
     def __init__(self, options: Options) -> None:
@@ -146,7 +147,8 @@ class CondaRule(RefreshedRule):
             firsts.append(weight.states["exp_avg"])
             seconds.append(weight.states[self.second_key])
         # Each y is (m', n), or (m, n') if m < n.
-        if weights[0].averaged or not all(map(arithmetic.can_fuse, projected, firsts, seconds)):
+        fused = arithmetic.can_share(hyper) and not weights[0].averaged
+        if not fused or not all(map(arithmetic.can_fuse, projected, firsts, seconds)):
             for weight, first, second in zip(weights, firsts, seconds, strict=True):
                 parts = {"gradient": weight.grad, "exp_avg": first, self.second_key: second}
                 arithmetic.check_alike(weight.name, parts)

@@ -31,4 +31,5 @@ def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
         float(group["weight_decay"]),
         float(group[scale]),
         group.get("correct_bias", True),
+        scale == "scale" and group.get("nesterov", False),
     )

@@ -38,7 +38,7 @@ FOREIGN = {
         "LAMB's: leave it out",
     ),
     **dict.fromkeys(
-        ("momentum", "dampening", "nesterov", "ns_method", "muon_lr", "adam_lr"),
+        ("momentum", "dampening", "ns_method", "muon_lr", "adam_lr"),
         "SGD's or Muon's: leave it out",
     ),
 }

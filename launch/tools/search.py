@@ -145,7 +145,9 @@ class Protocol:
     def ahead(self, losses: Losses) -> tuple[list[Run], int]:
         """The runs that can be made now, and the most steps that all runs to come can have."""
         found = [self._ahead(rule, losses) for rule in self.rules]
-        return [run for runs, _ in found for run in runs], sum(steps for _, steps in found)
+        # The longest first: then all rules have a final loss before any gets shorter runs.
+        runs = sorted((run for runs, _ in found for run in runs), key=lambda run: -run.steps)
+        return runs, sum(steps for _, steps in found)
 
     def _ahead(self, rule: Rule, losses: Losses) -> tuple[list[Run], int]:
         points, best = self.search(rule, losses)

@@ -210,7 +210,7 @@ def _groups(case: Case, pairs: Sequence[Any]) -> list[dict[str, Any]]:
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "scale": 0.25,
-    "update_proj_gap": 2000, "correct_bias": True, "refresh_delay": 0,
+    "update_proj_gap": 2000, "correct_bias": True, "nesterov": False, "refresh_delay": 0,
     "refresh_method": "svd",
 }  # fmt: skip
 
@@ -264,9 +264,9 @@ def _meshed(spec: Param) -> bool:
     return spec.places is not None
 
 
-def _size(options: dict[str, Any], count: int) -> float:
+def _size(options: dict[str, Any], count: int, ahead: bool = False) -> float:
     beta1, beta2 = options["betas"]
-    correction = math.sqrt(1 - beta2**count) / (1 - beta1**count)
+    correction = math.sqrt(1 - beta2**count) / (1 - beta1 ** (count + ahead))
     return float(options["lr"]) * (correction if options["correct_bias"] else 1)
 
 
@@ -306,9 +306,11 @@ def _conda(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Option
         elif not late and taken < last and first.any():
             basis, taken = _refreshed(first, basis, options), count
         second = beta2 * second + (1 - beta2) * project(grad.double(), basis) ** 2
-        update = project_back(project(first, basis) / (second.sqrt() + options["eps"]), basis)
+        ahead = options["nesterov"]
+        momentum = beta1 * first + (1 - beta1) * grad.double() if ahead else first
+        update = project_back(project(momentum, basis) / (second.sqrt() + options["eps"]), basis)
         count += 1
-        param = param - options["scale"] * _size(options, count) * update
+        param = param - options["scale"] * _size(options, count, ahead) * update
         param = param - float(options["lr"]) * options["weight_decay"] * param
         if late and pending is None and taken < last and first.any():
             pending = count - 1, _refreshed(first, basis, options)

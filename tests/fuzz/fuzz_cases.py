@@ -29,6 +29,7 @@ MATHS: dict[str, st.SearchStrategy[Any]] = {
     "scale": NUMBERS,
     "update_proj_gap": st.integers(1, 4) | st.just(10**30),
     "correct_bias": st.booleans(),
+    "nesterov": st.booleans(),
 }
 """Hyperparameters of a group."""
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
@@ -146,7 +147,9 @@ def sound(draw: st.DrawFn, arguments: Sequence[str] = (*MATHS, *OPTIONS)) -> Cas
     return Case(tuple(chosen), given, algorithm, group, named=draw(st.booleans()))
 
 
-LATER = ("betas", "eps", "weight_decay", "scale", "update_proj_gap", "correct_bias", "lr")
+LATER = (
+    *("betas", "eps", "weight_decay", "scale", "update_proj_gap", "correct_bias", "nesterov", "lr"),
+)
 NO_PARAMETERS = [
     *({"dtype": d} for d in ("complex64", "int64", "bool", "float8_e4m3fn", "uint8")),
     *({"form": f} for f in ("expanded", "sparse", "meta", "computed")),

@@ -100,8 +100,11 @@ def test_low_precision_follows_one_process(world: int) -> None:
 
 
 def test_new_bases_of_gram_matrices_follow_one_process() -> None:
-    """Which two ranks' owners add up, of ranges that end anywhere; and adamw_scale."""
-    options: dict[str, Any] = {"refresh_method": "orthogonal_iteration", "adamw_scale": 0.3}
+    """Which two ranks' owners add up, of ranges that end anywhere; and other options."""
+    options: dict[str, Any] = {
+        **{"refresh_method": "orthogonal_iteration", "adamw_scale": 0.3},
+        "nesterov": True,
+    }
     configs: list[Config] = [(stage, "fp32", {"params": options}) for stage in range(4)]
     theirs, plain = zero.alone(**options), zero.alone()
     for name, value in options.items():

@@ -24,13 +24,18 @@ from parallel import (
 )
 
 CUBE: Layout = ((2, 2, 2), [S1, strided(0, 2), S0])
-OPTIONS: list[dict[str, Any]] = [{}, {"basis_budget": 0, "buffer_bytes": 1}]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"basis_budget": 0, "buffer_bytes": 1},
+    {"nesterov": True},
+    {"basis_budget": 0, "nesterov": True},
+]
 
 
 @pytest.mark.parametrize(
     ("layout", "shapes", "options"),
     [
-        (at, shapes, OPTIONS[i % 2])
+        (at, shapes, OPTIONS[i % 4])
         for shapes, layouts in ((MATRICES, DENSE + CUBES), (EXPERTS, [*BATCHES, CUBE]))
         for i, at in enumerate(layouts)
     ],
@@ -39,7 +44,7 @@ OPTIONS: list[dict[str, Any]] = [{}, {"basis_budget": 0, "buffer_bytes": 1}]
 def test_follows_one_process(
     layout: Layout, shapes: dict[str, tuple[int, ...]], options: dict[str, Any]
 ) -> None:
-    alone = train(None, shapes, {})
+    alone = train(None, shapes, {"nesterov": options.get("nesterov", False)})
     world = torch.Size(layout[0]).numel()
     for ended in ranks.run(world, train, layout, shapes, options, timeout=90):
         assert far(ended, alone) < 1e-5

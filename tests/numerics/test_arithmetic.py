@@ -1,6 +1,7 @@
 """The arithmetic of a step, each identity by itself."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -143,18 +144,35 @@ def test_step_size_and_keep() -> None:
     corrected = 0.1 * (1 - 0.99**3) ** 0.5 / (1 - 0.9**3)
     assert HYPER.step_size(3) == pytest.approx(0.25 * corrected)
     assert HYPER.step_size(10**7) == pytest.approx(0.25 * 0.1)
+    ahead = replace(HYPER, nesterov=True)
+    corrected = 0.1 * (1 - 0.99**3) ** 0.5 / (1 - 0.9**4)
+    assert ahead.step_size(3) == pytest.approx(0.25 * corrected)
+    assert replace(ahead, correct_bias=False).step_size(3) == pytest.approx(0.025)
 
 
+def test_the_first_step_of_nesterov_is_that_of_the_gradient() -> None:
+    """With bias correction: N is then the gradient alone, as M is."""
+    params, twins = (toys.parameters((6, 4), (3, 5), dtype=DOUBLE) for _ in range(2))
+    grads = toys.gradients(params, 1)
+    for some, ahead in ((params, False), (twins, True)):
+        group = {"params": some, "algorithm": "conda"}
+        toys.take(Conda([group], nesterov=ahead, **toys.OPTIONS), some, grads)
+    for ours, theirs in zip(params, twins, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, DOUBLE], ids=str)
-def test_normalise(dtype: torch.dtype) -> None:
+def test_normalise(dtype: torch.dtype, nesterov: bool) -> None:
     """Arithmetic in the basis's dtype; moments of fewer bits are rounded once."""
     work = torch.promote_types(dtype, torch.float32)
     grad, exp_avg = toys.random(5, 4, dtype=work), toys.random(5, 4, seed=1, dtype=dtype)
     exp_avg_sq = toys.random(5, 4, seed=2, dtype=dtype).square()
     second = 0.99 * exp_avg_sq.to(work) + (1 - 0.99) * grad**2
-    expected = exp_avg.to(work) / (second.sqrt() + 1e-8)
+    first = 0.9 * exp_avg.to(work) + 0.1 * grad if nesterov else exp_avg.to(work)
+    expected = first / (second.sqrt() + 1e-8)
     before, held = exp_avg.clone(), exp_avg_sq
-    result = arithmetic.normalise_(grad, exp_avg, exp_avg_sq, HYPER)
+    result = arithmetic.normalise_(grad, exp_avg, exp_avg_sq, replace(HYPER, nesterov=nesterov))
     torch.testing.assert_close(result, expected)
     torch.testing.assert_close(exp_avg_sq, second.to(dtype))
     assert held is exp_avg_sq
@@ -175,20 +193,28 @@ def test_average(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("out", [False, True])
-@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.0, 0.0), (0.999999, 0.9999999)])
+@pytest.mark.parametrize(
+    ("betas", "nesterov"),
+    [
+        *(((0.9, 0.99), False), ((0.0, 0.0), False), ((0.999999, 0.9999999), False)),
+        *(((0.9, 0.99), True), ((0.5, 0.9), True), ((0.99, 0.999), True)),
+    ],
+)
 @pytest.mark.parametrize("shape", [(33, 17), (3, 5, 8), (1, 1)])
 def test_one_pass_is_the_same_step(
-    shape: tuple[int, ...], betas: tuple[float, float], out: bool
+    shape: tuple[int, ...], betas: tuple[float, float], nesterov: bool, out: bool
 ) -> None:
     """Also from zero, where eps is all there is below, and for what is not finite."""
-    hyper = Hyper(0.1, *betas, eps=0.1, weight_decay=0.3, scale=0.25, correct_bias=True)
+    hyper = Hyper(0.1, *betas, 0.1, 0.3, 0.25, correct_bias=True, nesterov=nesterov)
+    assert arithmetic.can_share(hyper)
     for dtype in (torch.float32, DOUBLE):
         grad, exp_avg, exp_avg_sq = (toys.random(*shape, seed=i, dtype=dtype) for i in range(3))
         exp_avg_sq.square_()
         for moment in (exp_avg, exp_avg_sq):
             moment.view(-1)[::2] = 0
         grad.view(-1)[::3] = 0
-        grad.view(-1)[5:6] = math.inf
+        if not nesterov:  # its M is NaN then: inf - inf
+            grad.view(-1)[5:6] = math.inf
         first, second, kept = exp_avg.clone(), exp_avg_sq.clone(), grad.clone()
         assert arithmetic.can_fuse(grad, exp_avg, exp_avg_sq)
         given = [torch.full_like(grad, math.nan)] if out else []
@@ -203,7 +229,9 @@ def test_one_pass_is_the_same_step(
             torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-4 * rtol, equal_nan=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"matmul_dtype": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"matmul_dtype": torch.bfloat16}, {"nesterov": True}], ids=str
+)
 def test_weights_that_are_computed_together_step_as_they_do_alone(options: dict[str, Any]) -> None:
     """Bit for bit, among weights of other shapes, dtypes and groups, and one without a gradient."""
     shapes = [(9, 4), (4, 9), (9, 4), (4, 4), (9, 4), (2, 9, 4), (9, 4), (4, 9)]

@@ -195,6 +195,7 @@ def test_closure() -> None:
         {"adamw_scale": 2.0},
         {"update_proj_gap": 2},
         {"correct_bias": False},
+        {"nesterov": True},
     ],
     ids=lambda option: next(iter(option)),
 )
@@ -221,9 +222,8 @@ def test_groups_have_their_own_hyperparameters(option: dict[str, Any], algorithm
     toys.take(
         Conda([{"params": defaults, "algorithm": algorithm}], **toys.OPTIONS), defaults, grads
     )
-    inert = (
-        option.keys() & {"conda": {"adamw_scale"}, "adamw": {"scale", "update_proj_gap"}}[algorithm]
-    )
+    of_conda = {"scale", "update_proj_gap", "nesterov"}
+    inert = option.keys() & {"conda": {"adamw_scale"}, "adamw": of_conda}[algorithm]
     assert toys.same(defaults[1:2], together[1:2]) == bool(inert & option.keys())
 
 

@@ -18,7 +18,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 TORCHS = ("lr", "betas", "eps", "weight_decay")
 """What every Adam of torch's has."""
 OWN = (
-    *("scale", "adamw_scale", "update_proj_gap", "correct_bias"),
+    *("scale", "adamw_scale", "update_proj_gap", "correct_bias", "nesterov"),
     *("refresh_method", "refresh_delay", "matmul_dtype", "basis_dtype", "basis_budget"),
     *("state_dtype", "second_moment_dtype", "stochastic_rounding", "buffer_bytes"),
     "diagnostics_every",
@@ -28,7 +28,7 @@ OWN = (
 
 def test_the_options_are_these() -> None:
     assert tuple(OPTIONS) == (*TORCHS, *OWN)
-    assert tuple(GROUP_OPTIONS) == (*TORCHS, *OWN[:4])
+    assert tuple(GROUP_OPTIONS) == (*TORCHS, *OWN[:5])
     for option in OPTIONS.values():
         assert option.help
         assert "\n" not in option.help

@@ -54,6 +54,7 @@ def _hyperparameters(draw: st.DrawFn) -> dict[str, Any]:
         "scale": draw(st.sampled_from([0.25, 1.0, 3.0])),
         "update_proj_gap": draw(st.integers(1, 7)),
         "correct_bias": draw(st.booleans()),
+        "nesterov": draw(st.booleans()),
     }
 
 

@@ -158,3 +158,31 @@ def _by_tools(folder: Path, kind: type[torch.optim.Optimizer]) -> Iterator[str]:
 def test_strict_decides_with_torchs_tools(tmp_path: Path) -> None:
     for problems in ranks.run(2, _tools, tmp_path, timeout=60):
         assert not problems
+
+
+# Options that were added later
+
+
+def _without_nesterov(layout: Layout) -> list[str]:
+    """What differs from the run that never stopped, after its groups have lost the key."""
+    model, optimizer = models.build(layout)
+    models.train(model, optimizer, range(SAVED))
+    given = copy.deepcopy(optimizer.state_dict())
+    for group in given["param_groups"]:
+        del group["nesterov"]
+    resumed, loaded = models.build(layout, seed=1, nesterov=True)
+    resumed.load_state_dict(model.state_dict())
+    loaded.load_state_dict(given)
+    problems = [] if all("nesterov" not in g for g in given["param_groups"]) else ["changed it"]
+    problems += [f"{g['nesterov']}" for g in loaded.param_groups if g["nesterov"] is not False]
+    for with_ in ((model, optimizer), (resumed, loaded)):
+        models.train(*with_, range(SAVED, LAST))
+    return problems + models.unequal(
+        models.snapshot(model, optimizer), models.snapshot(resumed, loaded)
+    )
+
+
+def test_a_checkpoint_from_before_an_option_has_the_value_of_then() -> None:
+    assert not _without_nesterov(PLAIN)
+    for problems in ranks.run(2, _without_nesterov, FSDP2):
+        assert not problems
