@@ -1,7 +1,7 @@
 """Decompositions: rotations to new bases, from projected momenta."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -50,6 +50,11 @@ class Spectrum(NamedTuple):
     effective_rank: float
 
     @classmethod
+    def of_gram(cls, gram: Tensor) -> "Spectrum":
+        """From S (r, r)."""
+        return cls.of(gram.diagonal().double(), gram.double().square().sum())
+
+    @classmethod
     def of(cls, diagonal: Tensor, total: Tensor) -> "Spectrum":
         """From the diagonal of S and |S|^2, both in float64."""
         trace, on, all_of_it = torch.stack((diagonal.sum(), diagonal @ diagonal, total)).tolist()
@@ -70,15 +75,23 @@ class Found(NamedTuple):
     spectrum: Spectrum | None = None
 
 
-def decompose(exp_avg: Tensor, right: bool, method: str = "svd", measure: bool = False) -> Found:
-    """Computes the rotation P (r, r) from the current basis Q to the next basis Q P.
+def decompose(
+    momenta: Sequence[Tensor], right: bool, method: str = "svd", measure: bool = False
+) -> list[Found]:
+    """Computes the rotation P (r, r) from the current basis Q of each matrix to the next, Q P.
 
     If proj(M) = A S P^T is the SVD of the projected momentum (m >= n), then Q P has the right
     singular vectors of M. For m < n it has the left ones. They are in descending order of the
     singular values, with arbitrary signs.
 
+    Orthogonal iteration on a device of ``BY_CHOLESKY`` shares its kernels and the waits of the host
+    between the matrices; :func:`batched_bytes` says what memory that takes. All else decomposes
+    them one after another. On a CPU, a matrix gets the same rotation, bit for bit, alone as beside
+    others. On CUDA, torch takes other kernels for several matrices than for one, which may round
+    the last bits differently.
+
     Args:
-        exp_avg: the whole projected momentum of one matrix, (m, n).
+        momenta: the whole projected momenta of some matrices, each (m, n), of one dtype and device.
         right: whether m >= n.
         method: "svd"; "eigh64": the eigenvectors of the Gram matrix, in float64, because a Gram
             matrix has the squared condition number; or "orthogonal_iteration": one step of subspace
@@ -86,20 +99,85 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd", measure: bool =
         measure: whether to find the spectrum, too.
 
     Returns:
-        The result. A momentum that is exactly zero or not finite is not decomposed. If the method
-        does not converge, runs out of memory or fails in CUDA's linear algebra libraries, it is
-        tried again in float64, with another driver, and on the CPU.
+        The result of each matrix. A momentum that is exactly zero or not finite is not decomposed.
+        If the method does not converge, runs out of memory or fails in CUDA's linear algebra
+        libraries, it is tried again in float64, with another driver, and on the CPU, for that
+        matrix alone.
 
     Raises:
         RuntimeError: another error occurred.
     """
-    tall = (exp_avg if right else exp_avg.mT).to(torch.promote_types(exp_avg.dtype, torch.float32))
+    dtype = torch.promote_types(momenta[0].dtype, torch.float32)
+    tall = [(momentum if right else momentum.mT).to(dtype) for momentum in momenta]
     # Not the 2-norm: the sum of squares of finite float32 values may overflow.
-    largest = float(torch.linalg.vector_norm(tall, math.inf))
-    if not math.isfinite(largest):
-        return Found(Outcome.NOT_FINITE)
-    if not largest:
-        return Found(Outcome.ZERO)
+    norms = [torch.linalg.vector_norm(matrix, math.inf) for matrix in tall]
+    largest = torch.stack(norms).tolist()  # the host waits for all at once
+    found = [
+        None if 0 < norm < math.inf else Found(Outcome.NOT_FINITE if norm else Outcome.ZERO)
+        for norm in largest
+    ]
+    usable = [i for i, each in enumerate(found) if each is None]
+    if usable and is_batched(method, momenta[0].device):
+        together = _iterated_together(
+            [tall[i] for i in usable], [norms[i] for i in usable], measure
+        )
+        for i, each in zip(usable, together, strict=True):
+            found[i] = each
+    return [
+        each or _decompose_alone(matrix, norm, method, measure)
+        for each, matrix, norm in zip(found, tall, largest, strict=True)
+    ]
+
+
+def is_batched(method: str, device: torch.device) -> bool:
+    """Whether :func:`decompose` shares kernels between matrices."""
+    return method == "orthogonal_iteration" and device.type in BY_CHOLESKY
+
+
+def batched_bytes(momentum: Tensor) -> int:
+    """Bytes of memory that each momentum (m, n) takes where they share kernels.
+
+    A copy in at least float32, a scaled copy, and up to eight matrices (r, r) at a time in
+    :func:`cholesky_factors`.
+    """
+    itemsize = max(4, momentum.dtype.itemsize)
+    return itemsize * (2 * momentum.numel() + 8 * min(momentum.shape) ** 2)
+
+
+def _iterated_together(
+    tall: Sequence[Tensor], norms: Sequence[Tensor], measure: bool
+) -> list[Found | None]:
+    """One step of orthogonal iteration of k matrices (m, n), m >= n, by :func:`cholesky_factors`.
+
+    Args:
+        tall: the matrices.
+        norms: the largest absolute element of each, (), finite and positive.
+        measure: whether to find the spectra, too.
+
+    Returns:
+        For each matrix the result, or None if it must be decomposed alone.
+    """
+    try:
+        # Scaled so that squares neither overflow nor underflow.
+        scaled = torch.stack(tuple(tall)).div_(torch.stack(tuple(norms))[:, None, None])
+        if leaves_flags():
+            scaled = scaled.double()  # once for both factors, or there would be two copies
+        grams = exact_product(scaled.mT, scaled).to(tall[0].dtype)  # (k, n, m) @ (k, m, n)
+        del scaled
+        found: list[Found | None] = [None] * len(tall)
+        for i, rotation in enumerate(cholesky_factors(grams)):
+            if rotation is not None:
+                spectrum = Spectrum.of_gram(grams[i]) if measure else None
+                found[i] = Found(Outcome.DONE, rotation.to(grams.dtype), spectrum)
+        return found
+    except RuntimeError as error:
+        if not _may_be_retried(error):
+            raise
+    return [None] * len(tall)
+
+
+def _decompose_alone(tall: Tensor, largest: float, method: str, measure: bool) -> Found:
+    """Decomposes one matrix (m, n), m >= n; ``largest`` is its largest absolute element."""
     for device, dtype, driver in _attempts(tall, method):
         try:
             matrix = tall.to(device, dtype)
@@ -111,14 +189,15 @@ def decompose(exp_avg: Tensor, right: bool, method: str = "svd", measure: bool =
                     scaled = scaled.double()  # once for both factors, or there would be two copies
                 # (r, max(m, n)) @ (max(m, n), r)
                 gram = exact_product(scaled.mT, scaled).to(dtype)
-                rotation = _eigenvectors(gram) if method == "eigh64" else _iterated(gram)
+                # One step of orthogonal iteration, see `householder_factor`.
+                rotation = _eigenvectors(gram) if method == "eigh64" else householder_factor(gram)
             # Some GPU drivers give NaN instead of an error.
             if math.isfinite(torch.linalg.vector_norm(rotation, math.inf)):
                 spectrum = None
                 if measure and method == "svd":
                     spectrum = _spectrum_of_factors(rotation, values)
                 elif measure:
-                    spectrum = Spectrum.of(gram.diagonal().double(), gram.double().square().sum())
+                    spectrum = Spectrum.of_gram(gram)
                 return Found(Outcome.DONE, rotation.to(tall.device, tall.dtype), spectrum)
         except RuntimeError as error:
             if not _may_be_retried(error):
@@ -165,20 +244,8 @@ def _eigenvectors(gram: Tensor) -> Tensor:
     return vectors.flip(-1)  # eigh's order is ascending
 
 
-def _iterated(gram: Tensor) -> Tensor:
-    """One step of orthogonal iteration (Golub and Van Loan 2013, section 8.2.4).
-
-    The result is the factor Q' of the QR decomposition of the Gram matrix (r, r). It starts from
-    the current basis, which is the identity in projected coordinates. Signs are chosen so that R's
-    diagonal is positive: then the rotation is near the identity, and the second moment keeps its
-    meaning.
-    """
-    rotation = cholesky_factor(gram) if gram.device.type in BY_CHOLESKY else None
-    return householder_factor(gram) if rotation is None else rotation
-
-
 BY_CHOLESKY = frozenset({"cuda"})
-"""Devices on which :func:`cholesky_factor` is used instead of :func:`householder_factor`.
+"""Devices on which :func:`cholesky_factors` are used instead of :func:`householder_factor`.
 
 Householder's reflections are computed one after another, so they are slow on devices whose matrix
 products are fast. For r = 256, 512 and 1024, one core of a CPU takes 1.8, 19 and 129 ms with
@@ -189,7 +256,10 @@ OUT refreshes`` measures them."""
 def householder_factor(gram: Tensor) -> Tensor:
     """The orthogonal factor of the QR decomposition of a matrix (r, r), by Householder reflections.
 
-    Its signs are such that the diagonal of R is positive.
+    For a Gram matrix that is one step of orthogonal iteration (Golub and Van Loan 2013, section
+    8.2.4). It starts from the current basis, which is the identity in projected coordinates. Signs
+    are chosen so that R's diagonal is positive: then the rotation is near the identity, and the
+    second moment keeps its meaning.
     """
     reflectors, factors = torch.geqrf(gram)  # only the diagonal of R is needed
     signs = torch.where(reflectors.diagonal() < 0, -1.0, 1.0).to(reflectors.dtype)
@@ -206,38 +276,42 @@ that it can be factorised in float32. It changes directions whose singular value
 the largest one, which the iteration does not resolve in float32 anyway."""
 
 
-def cholesky_factor(gram: Tensor) -> Tensor | None:
-    """Like :func:`householder_factor`, for a positive semidefinite matrix S (r, r).
+def cholesky_factors(grams: Tensor) -> list[Tensor | None]:
+    """Like :func:`householder_factor`, for k positive semidefinite matrices S, (k, r, r).
 
     It uses only products, Cholesky factors and a triangular solve. Let S = A A^T and A^T A = B B^T
     be Cholesky decompositions (A and B lower triangular). Then A B^-T is orthogonal, B^T A^T is
     upper triangular, and S = (A B^-T) (B^T A^T) is the QR decomposition.
 
     Returns:
-        The factor; None if a Cholesky decomposition fails or the error stays too large.
+        The factor (r, r) of each matrix, a slice of one tensor; None if a Cholesky decomposition
+        fails or the error stays too large.
     """
     if leaves_flags():
-        gram = gram.double()
+        grams = grams.double()
     with matmul_precision("ieee"):  # triangular solves obey the flags, too
-        shifted = gram.clone()
-        shifted.diagonal().add_(gram.diagonal().amax(), alpha=SHIFT)
+        shifted = grams.clone()
+        diagonals = shifted.diagonal(dim1=-2, dim2=-1)  # (k, r)
+        diagonals.add_(diagonals.amax(-1, keepdim=True), alpha=SHIFT)
         first, wrong = torch.linalg.cholesky_ex(shifted)
         second, wrong_too = torch.linalg.cholesky_ex(first.mT @ first)
-        failed = (wrong | wrong_too).to(gram.dtype)
-        rotation: Tensor = torch.linalg.solve_triangular(second.mT, first, upper=True, left=False)
+        failed = (wrong | wrong_too) != 0
+        rotations: Tensor = torch.linalg.solve_triangular(second.mT, first, upper=True, left=False)
+        del shifted, diagonals, first, second
+        done = torch.zeros_like(failed)
+        converged = [False] * len(grams)
         for _ in range(NEWTON_STEPS):  # the iteration of :func:`orthonormal`
-            off = rotation.mT @ rotation
-            off.diagonal().sub_(1)
-            rotation = torch.addmm(rotation, rotation, off, alpha=-0.5)
-            # The host waits for both numbers at once.
-            error, failures = torch.stack(
-                (torch.linalg.vector_norm(off, math.inf), failed)
-            ).tolist()
-            if failures:
-                return None
-            if error < SQUARED_AWAY:
-                return rotation
-    return None
+            off = rotations.mT @ rotations
+            off.diagonal(dim1=-2, dim2=-1).sub_(1)
+            error = torch.linalg.vector_norm(off, math.inf, dim=(-2, -1))
+            off.masked_fill_(done[:, None, None], 0)  # what has converged stays as it is
+            rotations = torch.baddbmm(rotations, rotations, off, alpha=-0.5)
+            done = done | (error < SQUARED_AWAY)
+            # The host waits for all numbers at once.
+            converged, ended = torch.stack((done & ~failed, done | failed)).tolist()
+            if all(ended):
+                break
+    return [rotation if good else None for rotation, good in zip(rotations, converged, strict=True)]
 
 
 def _spectrum_of_factors(rotation: Tensor, values: Tensor) -> Spectrum:

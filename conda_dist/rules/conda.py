@@ -1,6 +1,6 @@
 """Conda: project the gradient, average, normalise, project back (arXiv 2509.24218)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, ClassVar
 
@@ -79,11 +79,19 @@ class CondaRule(RefreshedRule):
         beta1 = float(group["betas"][0])
         arithmetic.average_(momentum, projected, beta1, rounding)
 
-    def refresh(self, momentum: Tensor, right: bool, first: bool) -> Found:
+    def refresh(self, momenta: Sequence[Tensor], right: bool, first: bool) -> list[Found]:
         """See RefreshedRule. The new basis consists of singular vectors of the momentum."""
-        method = "svd" if first else self.options.refresh_method
         measure = self.options.diagnostics_every > 0
-        return decomposition.decompose(momentum, right, method, measure)
+        return decomposition.decompose(momenta, right, self._method(first), measure)
+
+    def refreshed_together(self, momentum: Tensor, first: bool) -> int:
+        """See RefreshedRule. What they are decomposed with takes no more than a task's memory."""
+        if not decomposition.is_batched(self._method(first), momentum.device):
+            return 1
+        return max(1, self.options.task_bytes // decomposition.batched_bytes(momentum))
+
+    def _method(self, first: bool) -> str:
+        return "svd" if first else self.options.refresh_method
 
     def update(self, weight: WeightSlice) -> Tensor | None:
         """See Rule."""

@@ -1,7 +1,7 @@
 """The interface between the engine and the arithmetic of a step: :class:`Rule`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -241,15 +241,20 @@ class RefreshedRule(Rule):
         """
 
     @abstractmethod
-    def refresh(self, momentum: Tensor, right: bool, first: bool) -> Found:
-        """Decomposes a projected momentum.
+    def refresh(self, momenta: Sequence[Tensor], right: bool, first: bool) -> list[Found]:
+        """Decomposes projected momenta.
 
         Args:
-            momentum: the whole projected momentum (m, n) of one matrix.
-            right: whether the basis is multiplied from the right.
-            first: whether the matrix has no basis yet (the basis is the identity).
+            momenta: the whole projected momenta of some matrices, each (m, n), of one dtype and
+                device; no more than :meth:`refreshed_together` allows.
+            right: whether the bases are multiplied from the right.
+            first: whether the matrices have no basis yet (the basis is the identity).
 
         Returns:
-            The outcome; the rotation P (r, r) from the basis Q to the new basis Q P if the outcome
-            is ``DONE``; and then the spectrum, if the options ask for diagnostics.
+            For each matrix the outcome; the rotation P (r, r) from the basis Q to the new basis Q P
+            if the outcome is ``DONE``; and then the spectrum, if the options ask for diagnostics.
         """
+
+    def refreshed_together(self, momentum: Tensor, first: bool) -> int:
+        """How many momenta like this one, (m, n), one call of :meth:`refresh` may decompose."""
+        return 1

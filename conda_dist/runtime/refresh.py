@@ -11,7 +11,7 @@ snapshot of the momentum, and its rotation is taken some steps later.
 import struct
 import warnings
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -38,8 +38,9 @@ def register_refresh_hook(hook: Callable[[str], None]) -> RemovableHandle:
     goes on, and tell its watchdog. The hook is for all optimizers of this process.
 
     Args:
-        hook: called in the thread of the step, with the fully qualified name of the parameter. What
-            it raises is raised by the step, on all ranks.
+        hook: called in the thread of the step, with the fully qualified name of the parameter; once
+            for each matrix, also of those that were decomposed together. What it raises is raised
+            by the step, on all ranks.
 
     Returns:
         A handle, whose ``remove()`` removes the hook; also a context manager.
@@ -62,8 +63,14 @@ def start_in_background(
     whole = _gather(plan.refreshed, plan.gather, weights, [weight.snapshot for weight in weights])
     for matrix, momentum in zip(plan.refreshed, whole, strict=True):
         weight = weights[matrix.position]
-        find = partial(weight.decompose, first=False)
+        find = partial(_decompose_one, weight)
         background.start((weight, matrix.index), momentum if matrix.mine else None, find)
+
+
+def _decompose_one(weight: Weight, momentum: Tensor) -> Found:
+    """Decomposes one momentum (m, n) of a weight that has a basis."""
+    (found,) = weight.refreshed_rule.refresh([momentum], weight.plan.right, first=False)
+    return found
 
 
 def _gather(
@@ -245,36 +252,65 @@ def _decompose_mine(
         none; and the first exception that was raised, or None. Matrices of other owners have the
         outcome ``UNKNOWN`` and no rotation.
     """
-    results: list[Found] = []
+    results = [Found(Outcome.UNKNOWN)] * len(taking)
     error: Exception | None = None
-    for matrix, momentum in zip(taking, whole, strict=True):
-        weight = weights[matrix.position]
-        first = weight.basis_step(matrix.index) == NO_BASIS
-        found = Found(Outcome.UNKNOWN)
+    for first, batch in _batches(taking, weights, whole):
+        alike = [weights[taking[k].position] for k in batch]
+        names = [weight.plan.name for weight in alike]
         try:
-            if matrix.in_background:
-                found = background.take((weight, matrix.index))
-            elif matrix.mine:
-                assert momentum is not None
-                found = weight.decompose(momentum, first)
-                for hook in tuple(_hooks.values()):
-                    hook(weight.plan.name)
-            if found.rotation is not None:
-                basis = _basis(bases, matrix)
-                rotation = found.rotation.to(rotation_dtype(basis))
-                if not first and weight.must_orthonormalise:
-                    rotation = decomposition.orthonormal(rotation, basis)
-                found = found._replace(rotation=rotation.contiguous())
+            if taking[batch[0]].in_background:
+                found = [background.take((alike[0], taking[batch[0]].index))]
+            else:
+                momenta = [momentum for k in batch if (momentum := whole[k]) is not None]
+                found = alike[0].refreshed_rule.refresh(momenta, alike[0].plan.right, first)
+                for name in names:
+                    for hook in tuple(_hooks.values()):
+                        hook(name)
+            for k, weight, result in zip(batch, alike, found, strict=True):
+                if result.rotation is not None:
+                    basis = _basis(bases, taking[k])
+                    rotation = result.rotation.to(rotation_dtype(basis))
+                    if not first and weight.must_orthonormalise:
+                        rotation = decomposition.orthonormal(rotation, basis)
+                    result = result._replace(rotation=rotation.contiguous())
+                results[k] = result
         except Exception as caught:  # raised later, after the other ranks were told
-            found, error = Found(Outcome.ERROR), error or caught
-            error.add_note(f"while decomposing the momentum of {weight.plan.name}")
-        if matrix.mine and found.rotation is None:  # the planned exchange needs a tensor anyway
+            error = error or caught
+            error.add_note(f"while decomposing the momentum of {', '.join(names)}")
+            for k in batch:
+                results[k] = Found(Outcome.ERROR)
+    for k, matrix in enumerate(taking):
+        if matrix.mine and results[k].rotation is None:  # the planned exchange needs a tensor
             basis = _basis(bases, matrix)
             dtype, device = rotation_dtype(basis), basis.device
             identity = torch.eye(basis.shape[-1], dtype=dtype, device=device)
-            found = found._replace(rotation=identity)
-        results.append(found)
+            results[k] = results[k]._replace(rotation=identity)
     return results, error
+
+
+def _batches(
+    taking: Sequence[Matrix], weights: Sequence[Weight], whole: Sequence[Tensor | None]
+) -> Iterator[tuple[bool, list[int]]]:
+    """This rank's matrices, in batches of one shape, dtype and device that one call decomposes.
+
+    Yields:
+        Whether the matrices of a batch have no basis yet, and their indices in ``taking``. A matrix
+        whose decomposition was started in an earlier step is a batch of its own, on all ranks.
+    """
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[int]] = defaultdict(list)
+    for k, (matrix, momentum) in enumerate(zip(taking, whole, strict=True)):
+        if matrix.in_background:
+            yield False, [k]
+        elif matrix.mine:
+            assert momentum is not None
+            first = weights[matrix.position].basis_step(matrix.index) == NO_BASIS
+            alike[momentum.shape, momentum.dtype, momentum.device, first].append(k)
+    for (*_, first), indices in alike.items():
+        weight, momentum = weights[taking[indices[0]].position], whole[indices[0]]
+        assert momentum is not None
+        most = weight.refreshed_rule.refreshed_together(momentum, first)
+        for start in range(0, len(indices), most):
+            yield first, indices[start : start + most]
 
 
 def _basis(bases: Sequence[Tensor], matrix: Matrix) -> Tensor:

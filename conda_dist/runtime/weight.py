@@ -11,7 +11,7 @@ from conda_dist.layout.flat import Flat
 from conda_dist.layout.layout import Layout
 from conda_dist.numerics import arithmetic
 from conda_dist.numerics.arithmetic import matrices
-from conda_dist.numerics.decomposition import CAUSES, Found, Outcome, Spectrum
+from conda_dist.numerics.decomposition import CAUSES, Outcome, Spectrum
 from conda_dist.options import Options
 from conda_dist.plan import calendar
 from conda_dist.plan.calendar import NO_BASIS
@@ -297,22 +297,18 @@ class Weight:
             kept.copy_(moment)
 
     @property
-    def _refreshed(self) -> RefreshedRule:
+    def refreshed_rule(self) -> RefreshedRule:
         """The rule, if it is a :class:`RefreshedRule`."""
         assert isinstance(self.rule, RefreshedRule)
         return self.rule
 
     def project(self, grad: Tensor, basis: Tensor) -> Tensor:
         """Projects a gradient in compute layout with the whole basis, before a refresh."""
-        return self._refreshed.project(grad, basis, self.plan.right) if self.computes else grad
+        return self.refreshed_rule.project(grad, basis, self.plan.right) if self.computes else grad
 
     def average(self, moment: Tensor, projected: Tensor) -> None:
         """Updates a first moment, or a slice of it, in place with the projected gradient."""
-        self._refreshed.average(moment, projected, self.group, self.step + 1)
-
-    def decompose(self, momentum: Tensor, first: bool) -> Found:
-        """Decomposes a whole projected momentum (m, n); see :meth:`RefreshedRule.refresh`."""
-        return self._refreshed.refresh(momentum, self.plan.right, first)
+        self.refreshed_rule.average(moment, projected, self.group, self.step + 1)
 
     def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
         """Rotates the basis, the first moment and the projected gradient to a new basis, in place.

@@ -23,6 +23,8 @@ from conda_dist.launch.tools.benchmark_process import (
 )
 from conda_dist.numerics import decomposition
 from conda_dist.numerics.precision import matmul_precision
+from conda_dist.options import Options
+from conda_dist.rules.conda import CondaRule
 
 SHAPES = (
     {"toy": (64, 176)} if TOY else {"60M": (512, 1376), "1B": (2048, 5461), "7B": (4096, 11008)}
@@ -90,9 +92,9 @@ def _medians(found: Found) -> tuple[float, float]:
     return 1e3 * statistics.median(device), 1e3 * statistics.median(host)
 
 
-def _momentum(r: int) -> Tensor:
+def _momentum(r: int, seed: int = 0) -> Tensor:
     """Of a decaying spectrum, and nearly diagonal: in coordinates of a basis some steps old."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     values = torch.logspace(0, -4, r, device=DEVICE)
     near = torch.eye(r, device=DEVICE) + 0.1 * torch.randn(r, r, device=DEVICE) / r**0.5
     left = torch.linalg.qr(torch.randn(r, r, device=DEVICE)).Q
@@ -104,6 +106,8 @@ def refreshes(section: Section, out: Path) -> None:
     sizes = (48,) if TOY else (1024, 2048, 4096)
     for r in reversed(sizes):  # what is demanded comes first
         _iterations(section, r)
+    for r in (32,) if TOY else (1024, 512, 256):
+        _equal_ones(section, r)
     _beside_products(section)
     for r in sizes:
         _decompositions(section, r)
@@ -116,22 +120,48 @@ def _iterations(section: Section, r: int) -> None:
         gram = momentum.mT @ momentum
     whole = "iteration, whole"
     ways: dict[str, Step] = {
-        whole: lambda: decomposition.decompose(momentum, True, "orthogonal_iteration"),
+        whole: lambda: decomposition.decompose([momentum], True, "orthogonal_iteration"),
         "Gram matrix": lambda: momentum.mT @ momentum,
         "iteration by Householder": lambda: decomposition.householder_factor(gram),
-        "iteration by Cholesky": lambda: decomposition.cholesky_factor(gram),
+        "iteration by Cholesky": lambda: decomposition.cholesky_factors(gram[None]),
     }
     _time(section, r, ways, 6, 2)
     if r == 4096:
         taken = section.details[str(r)].get(whole, math.inf)
         section.most(f"r = {r}: a refresh by iteration, ms", taken, 30)
-    rotation = decomposition.cholesky_factor(gram)
+    (rotation,) = decomposition.cholesky_factors(gram[None])
     if rotation is None:
         section.add(f"r = {r}: Cholesky", "not factorised", "", False)
         return
     rotation = rotation.double()
     off = rotation.mT @ rotation - torch.eye(r, dtype=torch.float64, device=DEVICE)
     section.most(f"r = {r}: Cholesky, |P^T P - I|", float(off.abs().max()), 1e-5)
+
+
+def _equal_ones(section: Section, r: int) -> None:
+    """Orthogonal iteration of 16 equal matrices (r, r), one by one and as a step decomposes them.
+
+    The two may round differently, so their rotations are compared, and both must be orthonormal.
+    """
+    momenta, method = [_momentum(r, seed) for seed in range(16)], "orthogonal_iteration"
+    most = CondaRule(Options(refresh_method=method)).refreshed_together(momenta[0], False)
+
+    def decomposed(at_once: int) -> list[Tensor]:
+        found: list[decomposition.Found] = []
+        for start in range(0, len(momenta), at_once):
+            found += decomposition.decompose(momenta[start : start + at_once], True, method)
+        return [rotation for _, rotation, _ in found if rotation is not None]
+
+    ways: dict[str, Step] = {
+        "16 iterations, one by one": lambda: decomposed(1),
+        "16 iterations, together": lambda: decomposed(most),
+    }
+    _time(section, r, ways, 6, 2)
+    section.add(f"r = {r}: matrices decomposed together", str(min(most, len(momenta))))
+    alone, together = torch.stack(decomposed(1)), torch.stack(decomposed(most))
+    section.add(f"r = {r}: together, |P - P alone|", f"{float((together - alone).abs().max()):.1e}")
+    off = together.mT.double() @ together.double() - torch.eye(r, device=DEVICE).double()
+    section.most(f"r = {r}: together, |P^T P - I|", float(off.abs().max()), 1e-5)
 
 
 def _decompositions(section: Section, r: int) -> None:
@@ -149,7 +179,7 @@ def _decompositions(section: Section, r: int) -> None:
         "eigh, float64": lambda: torch.linalg.eigh(wide),
         "eigh, float32": lambda: torch.linalg.eigh(gram),
         **{f"SVD, {driver}": svd(driver) for driver in ("gesvdj", "gesvd")},
-        "SVD, whole": lambda: decomposition.decompose(momentum, True, "svd"),
+        "SVD, whole": lambda: decomposition.decompose([momentum], True, "svd"),
     }
     for what, half in section.details.get(str(r // 2), {}).items():
         if what in ways and half > 1500:

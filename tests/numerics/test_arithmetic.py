@@ -98,7 +98,7 @@ def test_refreshing_in_projected_coordinates(shape: tuple[int, int]) -> None:
     right, r = _right(shape), min(shape)
     momentum, basis = toys.random(*shape, dtype=DOUBLE), toys.orthogonal(r, r)
     exp_avg = arithmetic.project(momentum, basis, right)
-    outcome, rotation, _ = decomposition.decompose(exp_avg, right)
+    outcome, rotation, _ = decomposition.decompose([exp_avg], right)[0]
     assert outcome == Outcome.DONE
     assert rotation is not None
     new = basis @ rotation

@@ -29,7 +29,7 @@ def _right(shape: tuple[int, ...]) -> bool:
 
 def _check_decomposition(momentum: Tensor, right: bool, tolerance: float) -> Tensor:
     """P has the singular vectors in descending order; returns it."""
-    outcome, rotation, _ = decomposition.decompose(momentum, right)
+    outcome, rotation, _ = decomposition.decompose([momentum], right)[0]
     assert outcome == Outcome.DONE
     assert rotation is not None
     r = min(momentum.shape)
@@ -75,7 +75,7 @@ def test_long_momenta_are_decomposed_by_their_triangle(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.linalg, "svd", watching)
     for shape in [(40, 8), (8, 40), (20, 12), (13, 12), (12, 13)]:
-        decomposition.decompose(toys.random(*shape), _right(shape))
+        decomposition.decompose([toys.random(*shape)], _right(shape))
     assert seen == [(8, 8), (8, 8), (20, 12), (13, 12), (13, 12)]
 
 
@@ -96,7 +96,7 @@ def test_decompose_of_low_rank(shape: tuple[int, int], rank: int, dtype: torch.d
     m, n = shape
     momentum = toys.random(m, rank, seed=1, dtype=dtype) @ toys.random(rank, n, seed=2, dtype=dtype)
     if not rank:
-        assert decomposition.decompose(momentum, _right(shape)) == (Outcome.ZERO, None, None)
+        assert decomposition.decompose([momentum], _right(shape))[0] == (Outcome.ZERO, None, None)
         return
     _check_decomposition(momentum, _right(shape), 1e-11 if dtype == DOUBLE else 2e-5)
 
@@ -113,7 +113,8 @@ def test_decompose_of_any_scale(shape: tuple[int, int], scale: float) -> None:
 def test_decompose_of_denormal_numbers() -> None:
     """They have few bits left to take directions from, but the basis is one."""
     for shape in DECOMPOSED:
-        outcome, rotation, _ = decomposition.decompose(toys.random(*shape) * 1e-42, _right(shape))
+        tiny = toys.random(*shape) * 1e-42
+        outcome, rotation, _ = decomposition.decompose([tiny], _right(shape))[0]
         assert outcome == Outcome.DONE
         assert rotation is not None
         assert _orthonormality(rotation) < 1e-5
@@ -124,7 +125,7 @@ def test_decompose_of_ill_conditioned_momentum() -> None:
     u, v = toys.orthogonal(40, 8, seed=1), toys.orthogonal(8, 8, seed=2)
     spectrum = torch.logspace(0, -5, 8, dtype=DOUBLE)
     momentum = ((u * spectrum) @ v.mT).float()
-    _, rotation, _ = decomposition.decompose(momentum, True)
+    _, rotation, _ = decomposition.decompose([momentum], True)[0]
     assert rotation is not None
     overlap = (rotation.double().mT @ v).abs()
     assert (overlap.diag() - 1).abs().max() < 1e-2
@@ -133,7 +134,7 @@ def test_decompose_of_ill_conditioned_momentum() -> None:
 def test_decompose_does_not_touch_its_argument() -> None:
     for shape in DECOMPOSED:
         momentum = toys.random(*shape)
-        decomposition.decompose(momentum, _right(shape))
+        decomposition.decompose([momentum], _right(shape))
         assert torch.equal(momentum, toys.random(*shape))
 
 
@@ -142,12 +143,12 @@ def test_decompose_does_not_touch_its_argument() -> None:
 def test_what_is_not_finite_has_no_basis(shape: tuple[int, int], bad: float) -> None:
     momentum = toys.random(*shape)
     momentum[-1, -1] = bad
-    assert decomposition.decompose(momentum, _right(shape)) == (Outcome.NOT_FINITE, None, None)
+    assert decomposition.decompose([momentum], _right(shape))[0] == (Outcome.NOT_FINITE, None, None)
 
 
 def test_finite_momentum_whose_sum_overflows_is_finite() -> None:
     momentum = torch.full((4, 3), 3e38)
-    outcome, *_ = decomposition.decompose(momentum, True)
+    outcome, *_ = decomposition.decompose([momentum], True)[0]
     assert outcome != Outcome.NOT_FINITE
 
 
@@ -169,7 +170,7 @@ def test_an_svd_that_does_not_converge(
         return type(found)([torch.full_like(part, torch.nan) for part in found])
 
     monkeypatch.setattr(torch.linalg, "svd", flaky)
-    outcome, rotation, _ = decomposition.decompose(toys.random(6, 4), True)
+    outcome, rotation, _ = decomposition.decompose([toys.random(6, 4)], True)[0]
     assert seen == [torch.float32, DOUBLE]
     if times == 1:
         assert outcome == Outcome.DONE
@@ -206,11 +207,11 @@ def test_errors_of_an_attempt_and_others(
 
     monkeypatch.setattr(torch.linalg, called[method], broken)
     if error in RETRIED:
-        found = decomposition.decompose(toys.random(6, 4), True, method)
+        found = decomposition.decompose([toys.random(6, 4)], True, method)[0]
         assert found == (Outcome.NOT_CONVERGED, None, None)
     else:
         with pytest.raises(type(error), match=str(error)):
-            decomposition.decompose(toys.random(6, 4), True, method)
+            decomposition.decompose([toys.random(6, 4)], True, method)
 
 
 def test_a_decomposition_that_fails_on_a_device_is_tried_on_the_cpu() -> None:
@@ -258,7 +259,8 @@ def test_the_spectrum_of_a_momentum(shape: tuple[int, int], method: str) -> None
     columns = toys.orthogonal(m, m)[:, :r]
 
     def measured(tall: Tensor) -> Any:
-        return decomposition.decompose(tall if right else tall.mT, right, method, True).spectrum
+        (found,) = decomposition.decompose([tall if right else tall.mT], right, method, True)
+        return found.spectrum
 
     values = torch.arange(1, r + 1, dtype=DOUBLE)
     squares = values.square()

@@ -248,11 +248,11 @@ def test_a_thread_that_leaves_the_flags_multiplies_in_float64() -> None:
     with leaving_flags(), products:
         with matmul_precision("ieee"):
             assert get("cuda", "matmul") == "tf32"
-        outcome, rotation, _ = decompose(momentum, True, "orthogonal_iteration")
+        outcome, rotation, _ = decompose([momentum], True, "orthogonal_iteration")[0]
     assert outcome == Outcome.DONE
     assert {cuda for cuda, _ in products.seen} == {"tf32"}
     assert set(products.dtypes) == {torch.float64}
-    _, expected, _ = decompose(momentum, True, "orthogonal_iteration")
+    _, expected, _ = decompose([momentum], True, "orthogonal_iteration")[0]
     torch.testing.assert_close(rotation, expected, atol=1e-4, rtol=0)
 
 

@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import Shard
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import golden
 import ranks
 import toys
 from conda_dist import Conda
 from conda_dist.numerics import decomposition
-from conda_dist.numerics.decomposition import Outcome, decompose
+from conda_dist.numerics.decomposition import Found, Outcome, decompose
 from conda_dist.options import REFRESH_METHODS
 from parallel import MATRICES, far, train
 
@@ -33,7 +32,7 @@ def _momentum(shape: tuple[int, int], rank: int | None = None) -> Tensor:
 
 def _basis(momentum: Tensor, method: str) -> Tensor:
     right = momentum.shape[0] >= momentum.shape[1]
-    outcome, rotation, _ = decompose(momentum, right, method)
+    outcome, rotation, _ = decompose([momentum], right, method)[0]
     assert outcome == Outcome.DONE
     assert rotation is not None
     return rotation
@@ -98,7 +97,7 @@ def test_cholesky_agrees_with_householder_on_real_momenta() -> None:
     assert len(grams) > 100
     for gram in grams:
         expected = decomposition.householder_factor(gram)
-        found = decomposition.cholesky_factor(gram)
+        (found,) = decomposition.cholesky_factors(gram[None])
         assert found is not None
         r, quarter = len(gram), max(1, len(gram) // 4)
         torch.testing.assert_close(found.mT @ found, torch.eye(r), atol=1e-6, rtol=0)
@@ -110,45 +109,164 @@ def test_cholesky_agrees_with_householder_on_real_momenta() -> None:
 @pytest.mark.parametrize("rank", [1, 4, 40, None])
 def test_cholesky_of_any_rank(rank: int | None) -> None:
     momentum = _momentum((200, 150), rank)
-    found = decomposition.cholesky_factor(momentum.mT @ momentum)
+    (found,) = decomposition.cholesky_factors((momentum.mT @ momentum)[None])
     assert found is not None
     torch.testing.assert_close(found.mT @ found, torch.eye(150), atol=2e-6, rtol=0)
 
 
-class Reads(TorchDispatchMode):
-    """Counts how often one number is read from a tensor: there a host waits for its device."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **kwargs or {})
+@pytest.fixture
+def by_cholesky(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, as on a GPU."""
+    monkeypatch.setattr(decomposition, "BY_CHOLESKY", {"cpu"})
 
 
-def test_the_host_reads_a_cholesky_factor_s_errors_at_once(
+def _count(monkeypatch: pytest.MonkeyPatch, where: Any, *names: str) -> list[str]:
+    """A list that gets the name of each function that is called."""
+    called: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(where, name, counted(name, getattr(where, name)))
+    return called
+
+
+READS = "tolist", "item", "__float__", "__int__", "__bool__"
+"""Methods of a tensor in which a host waits for its device."""
+
+
+def _equal_ones(count: int, m: int = 30, n: int = 20) -> list[Tensor]:
+    """Momenta for which one Newton step is enough."""
+    return [_momentum((m, n)) + 0.1 * toys.random(m, n, seed=i) for i in range(count)]
+
+
+def _slow_one(m: int = 120, n: int = 90) -> Tensor:
+    """A momentum that takes two Newton steps."""
+    return toys.random(m, 10) @ toys.random(10, n, seed=9)
+
+
+@pytest.mark.usefixtures("by_cholesky")
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_equal_matrices_share_kernels_and_the_waits_of_the_host(
+    count: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wait for all norms, and one for all errors of each Newton step."""
+    momenta = _equal_ones(count, 120, 90)
+    if steps == 2:
+        momenta[-1] = _slow_one()
+    reads = _count(monkeypatch, Tensor, *READS)
+    factors = _count(monkeypatch, torch.linalg, "cholesky_ex", "solve_triangular")
+    found = decompose(momenta, True, "orthogonal_iteration")
+    assert [outcome for outcome, *_ in found] == [Outcome.DONE] * count
+    assert factors == ["cholesky_ex", "cholesky_ex", "solve_triangular"]
+    assert reads == ["tolist"] * (1 + steps)
+
+
+def _is_same(found: Found, expected: Found) -> bool:
+    """Bit for bit."""
+    if found.rotation is None or expected.rotation is None:
+        return found == expected
+    same = torch.equal(found.rotation, expected.rotation)
+    return same and found._replace(rotation=None) == expected._replace(rotation=None)
+
+
+@pytest.mark.usefixtures("by_cholesky")
+@pytest.mark.parametrize("measure", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 2), (5, 3), *SHAPES, (120, 90)], ids=str)
+def test_a_matrix_gets_the_same_rotation_alone_and_beside_others(
+    shape: tuple[int, int], dtype: torch.dtype, measure: bool
+) -> None:
+    """Also where others need fewer Newton steps, or more."""
+    right, (m, n) = shape[0] >= shape[1], shape
+    momenta = [toys.random(m, n, seed=i) for i in range(5)]
+    momenta += [_momentum(shape), 1e30 * _momentum(shape), torch.ones(m, n), _slow_one(m, n)]
+    momenta = [momentum.to(dtype) for momentum in momenta]
+    before = [momentum.clone() for momentum in momenta]
+    found = decompose(momenta, right, "orthogonal_iteration", measure)
+    alone = [decompose([each], right, "orthogonal_iteration", measure)[0] for each in momenta]
+    assert all(map(_is_same, found, alone))
+    assert all(each.spectrum is not None for each in found) == measure
+    assert all(map(torch.equal, momenta, before))
+
+
+@pytest.mark.usefixtures("by_cholesky")
+def test_a_matrix_that_fails_leaves_the_others_what_they_have(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Beside it a refresh reads the momentum's largest element, and whether P is finite.
+    monkeypatch.setattr(decomposition, "SHIFT", 0.0)  # so that a low rank is not factorised
+    good = _equal_ones(3)
+    deficient = torch.zeros(30, 20)
+    deficient[:, 0] = 1
+    broken = [good[0].clone() for _ in range(2)]
+    broken[0][3, 4], broken[1][0, 0] = math.nan, math.inf
+    householder = _count(monkeypatch, decomposition, "householder_factor")
+    expected = [decompose([each], True, "orthogonal_iteration", True)[0] for each in good]
+    assert not householder
+    momenta = [good[0], torch.zeros(30, 20), broken[0], good[1], deficient, broken[1], good[2]]
+    found = decompose(momenta, True, "orthogonal_iteration", True)
+    assert householder == ["householder_factor"]
+    assert all(map(_is_same, [found[i] for i in (0, 3, 6)], expected))
+    assert found[1] == (Outcome.ZERO, None, None)
+    assert found[2] == found[5] == (Outcome.NOT_FINITE, None, None)
+    monkeypatch.setattr(decomposition, "BY_CHOLESKY", set())
+    assert _is_same(found[4], decompose([deficient], True, "orthogonal_iteration", True)[0])
 
-    A list of numbers is copied to the host at once, and not counted here.
-    """
-    monkeypatch.setattr(decomposition, "BY_CHOLESKY", {"cpu"})
-    momentum = _momentum((30, 20)) + 0.1 * toys.random(30, 20)
-    with Reads() as reads:
-        outcome, *_ = decompose(momentum, True, "orthogonal_iteration")
-    assert outcome == Outcome.DONE
-    assert reads.count == 2
+
+@pytest.mark.usefixtures("by_cholesky")
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_error_that_stays_too_large_is_householders(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decomposition, "NEWTON_STEPS", steps)
+    momenta = [*_equal_ones(1, 120, 90), _slow_one()]
+    householder = _count(monkeypatch, decomposition, "householder_factor")
+    for outcome, rotation, _ in decompose(momenta, True, "orthogonal_iteration"):
+        assert outcome == Outcome.DONE
+        assert rotation is not None
+        torch.testing.assert_close(rotation.mT @ rotation, torch.eye(90), atol=2e-6, rtol=0)
+    assert len(householder) == 2 - steps
 
 
-def test_what_cholesky_cannot_factorise_is_householders(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("by_cholesky")
+@pytest.mark.parametrize(
+    ("error", "is_retried"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+    ids=str,
+)
+def test_errors_where_matrices_are_decomposed_together(
+    error: Exception, is_retried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", broken)
+    momenta = _equal_ones(3)
+    if not is_retried:
+        with pytest.raises(RuntimeError, match=str(error)):
+            decompose(momenta, True, "orthogonal_iteration")
+        return
+    found = decompose(momenta, True, "orthogonal_iteration")
+    monkeypatch.setattr(decomposition, "BY_CHOLESKY", set())
+    assert all(map(_is_same, found, decompose(momenta, True, "orthogonal_iteration")))
+
+
+def test_what_cholesky_cannot_factorise() -> None:
     gram = _golden_grams()[0]
-    assert decomposition.cholesky_factor(-gram) is None
-    monkeypatch.setattr(decomposition, "BY_CHOLESKY", {"cpu"})
-    for given in (gram, -gram):
-        found = decomposition._iterated(given)
-        expected = decomposition.householder_factor(given)
-        torch.testing.assert_close(found.mT @ found, torch.eye(len(gram)), atol=1e-6, rtol=0)
-        assert torch.equal(found, expected) == (given is not gram)
+    found, failed = decomposition.cholesky_factors(torch.stack([gram, -gram]))
+    assert failed is None
+    assert found is not None
+    torch.testing.assert_close(found.mT @ found, torch.eye(len(gram)), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["orthogonal_iteration"])
@@ -180,11 +298,11 @@ def test_bases_are_orthonormal_whatever_the_momentum(
 
 @pytest.mark.parametrize("method", REFRESH_METHODS)
 def test_what_has_no_basis(method: str) -> None:
-    assert decompose(torch.zeros(4, 3), True, method) == (Outcome.ZERO, None, None)
+    assert decompose([torch.zeros(4, 3)], True, method)[0] == (Outcome.ZERO, None, None)
     for wrong in (math.nan, math.inf):
         momentum = _momentum((12, 12))
         momentum[3, 4] = wrong
-        assert decompose(momentum, True, method) == (Outcome.NOT_FINITE, None, None)
+        assert decompose([momentum], True, method)[0] == (Outcome.NOT_FINITE, None, None)
 
 
 @pytest.mark.parametrize("method", REFRESH_METHODS)

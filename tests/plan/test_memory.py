@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import ranks
 from conda_dist import Conda
+from conda_dist.numerics import decomposition
 from conda_dist.rules import conda
 from footprint import count_exactly, peak_bytes
 
@@ -66,6 +67,36 @@ def test_a_step_holds_two_buckets(shape: tuple[int, int], budget: int | None, ga
     assert many <= 2
     if gap == 1 or budget == 0 or shape[0] < shape[1]:
         assert few > 0.2  # it is measured at all
+
+
+def _peak_by_cholesky(shape: tuple[int, int], options: dict[str, Any]) -> tuple[float, int]:
+    """That of a refresh in which equal matrices are decomposed together, and how many at a time."""
+    sizes: list[int] = []
+    factors, before = decomposition.cholesky_factors, decomposition.BY_CHOLESKY
+
+    def counted(grams: Tensor) -> Any:
+        sizes.append(len(grams))
+        return factors(grams)
+
+    decomposition.BY_CHOLESKY, decomposition.cholesky_factors = frozenset({"cpu"}), counted
+    try:
+        return _peak(shape, 96, 1, {"refresh_method": "orthogonal_iteration", **options}), max(
+            sizes
+        )
+    finally:
+        decomposition.BY_CHOLESKY, decomposition.cholesky_factors = before, factors
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("shape", [(768, 96), (96, 96), (96, 768)], ids=str)
+def test_matrices_decomposed_together_fit_in_two_buckets(
+    shape: tuple[int, int], processes: int
+) -> None:
+    options = {"state_dtype": torch.bfloat16} if shape == (96, 96) else {}
+    for peak, largest in ranks.run(processes, _peak_by_cholesky, shape, options):
+        print(peak, largest)
+        assert largest > 1
+        assert peak <= (1 if processes == 1 else 2)  # alone nothing is sent
 
 
 def _alone(shapes: list[tuple[int, int]]) -> float:
