@@ -17,7 +17,9 @@ from torch import nn
 from conda_dist import param_groups
 from conda_dist.launch.job.optimizer_config import CondaConfig
 from conda_dist.launch.tools.hardware import (
+    BF16_LAUNCHES,
     EXCHANGE_LAUNCHES,
+    HOST_BF16,
     HOST_EXCHANGE,
     HOST_STEP,
     HOST_UPDATE,
@@ -298,7 +300,8 @@ def forecast_replicated(projected: Shapes, others: Shapes, mesh: Mesh) -> Foreca
 
 def launches(found: Forecast) -> int:
     """Kernels that the device runs for the matrices in a step."""
-    return found.updates * UPDATE_LAUNCHES + found.copies * EXCHANGE_LAUNCHES
+    each = UPDATE_LAUNCHES + found.bf16 * BF16_LAUNCHES
+    return found.updates * each + found.copies * EXCHANGE_LAUNCHES
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +350,8 @@ def seconds(
         + moved(found.step)
         + found.collectives * hardware.latency
     )
-    host = HOST_STEP + found.updates * HOST_UPDATE + found.copies * HOST_EXCHANGE
+    update = HOST_UPDATE + found.bf16 * HOST_BF16
+    host = HOST_STEP + found.updates * update + found.copies * HOST_EXCHANGE
     exchange = moved(found.refresh) + found.rotate / fp32
     training = 6.0 * parameters * tokens / mesh.tp / (hardware.bf16_flops * hardware.training)
     decomposing = hardware.svd_flops if found.svd else fp32

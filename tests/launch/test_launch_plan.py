@@ -1,6 +1,7 @@
 """The planner: its bytes are those of real runs, its words are checked, its tables are printed."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.runtime.dtensor import placements
 from traffic import recorded, sent_bytes
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 WIDTH, MLP, LAYERS = 32, 80, 2
 PROJECTED = {
     f"layers.{i}.{name}.weight": shape
@@ -269,6 +271,46 @@ def test_more_ranks_take_less_time_each() -> None:
         states.append(planned.conda.state)
     assert times == sorted(times, reverse=True)
     assert states == sorted(states, reverse=True)
+
+
+README = (ROOT / "README.md").read_text()
+PLANNED = re.findall(r"^\| (\w+B) \| FSDP (\d+)(?: x TP (\d+))? \| (.*) \|$", README, re.MULTILINE)
+HOSTS = re.findall(r"The host works (.*), (.*) and (.*) ms of it", README)[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "host"), [*zip(PLANNED, HOSTS, strict=True)], ids=("7B", "70B", "405B")
+)
+def test_the_table_in_the_readme(row: tuple[str, ...], host: str) -> None:
+    """And the sentence below it, on the host's time.
+
+    A Muon in bfloat16 sends each element to an owner, and its update back, in 2 bytes each. Of p
+    ranks, each owns 1/p of its own elements.
+    """
+    name, shards, tp, cells = row
+    conda = "--optimizer.conda"
+    given = [f"{conda}.matmul_dtype", "bfloat16", f"{conda}.basis_dtype", "bfloat16"]
+    plans = [
+        Planned(
+            options.load(
+                str(CONFIGS / f"llama_{name.lower()}.toml"),
+                [*given, f"{conda}.basis_budget", str(budget)],
+            ),
+            Mesh(dp_shard=int(shards), tp=int(tp or 1)),
+            8192,
+        )
+        for budget in (4 * 2**30, 0)
+    ]
+    times = [each.seconds(each.conda, HARDWARE["h100-ib400"]) for each in plans]
+    states = "; ".join(f"{each.conda.state / 2**30:.1f}" for each in plans)
+    sent = "; ".join(f"{sum(each.conda.step.values()) / 2**30:.2f}" for each in plans)
+    p = plans[0].mesh.ranks
+    muon = 4 * sum(map(math.prod, plans[0].projected.values())) / p * (1 - 1 / p)
+    steps = "; ".join(f"{1e3 * time.step:.0f}" for time in times)
+    exchanged = f"{sent}; Muon {muon / 2**30:.2f} GiB"
+    assert cells == f"4 GiB; 0 | {states} GiB | {exchanged} | {steps} ms"
+    hosts = sorted({round(1e3 * time.host) for time in times})
+    assert host == " to ".join(map(str, hosts))
 
 
 def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
