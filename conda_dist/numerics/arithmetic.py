@@ -255,7 +255,7 @@ def fused_adamw_(
         exp_avg_sqs,
         [],
         [taken] * len(params),
-        lr=lr,
+        lr=lr.float() if isinstance(lr, Tensor) else lr,  # CUDA's kernel takes no other dtype
         beta1=hyper.beta1,
         beta2=hyper.beta2,
         weight_decay=0.0,

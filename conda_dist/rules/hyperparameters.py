@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from conda_dist.numerics.arithmetic import Hyper
@@ -20,11 +21,14 @@ def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
     """
     beta1, beta2 = group["betas"]
     lr = group["lr"]
-    # Reading a CPU tensor costs nothing. On a device, foreach kernels need a 0-d tensor, and the
-    # fused one of CUDA a float32.
-    on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+    # Reading a CPU tensor costs nothing. On a device, foreach kernels need a 0-d tensor. One in
+    # float64 stays so: in float32, 1 - lr * weight_decay would be off by up to 3e-8 in each step.
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        lr = lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
+    else:
+        lr = float(lr)
     return Hyper(
-        lr.reshape(()).float() if on_device else float(lr),
+        lr,
         float(beta1),
         float(beta2),
         float(group.get("adamw_eps", group["eps"])),

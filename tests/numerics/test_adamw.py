@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import toys
 from conda_dist import Conda
 from conda_dist.numerics import adamw, arithmetic
+from conda_dist.rules.hyperparameters import hyper_of
 
 SHAPES = ((7, 3), (5,), (), (2, 3, 4), (1, 6), (2, 2, 3, 3))
 
@@ -176,3 +177,52 @@ def test_empty_and_scalar_parameters() -> None:
     toys.take(optimizer, params, toys.gradients(params, 3))
     assert [int(optimizer.state[param]["step"]) for param in params] == [3] * 5
     assert all(param.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.int64, torch.float32),
+    ],
+    ids=str,
+)
+def test_a_rate_on_a_device_is_not_rounded(given: torch.dtype, kept: torch.dtype) -> None:
+    group = {**Conda(toys.parameters()).param_groups[0]}
+    group["lr"] = torch.ones(1, dtype=given, device="meta")  # stands for a GPU
+    lr = hyper_of(group).lr
+    assert isinstance(lr, Tensor)
+    assert (lr.dtype, lr.shape, lr.device.type) == (kept, (), "meta")
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_rate_in_a_tensor_is_as_exact_as_a_number(
+    is_fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64. Only the fused kernel gets it in float32, because CUDA's takes no other dtype.
+
+    The tensor is on the CPU here, where a step reads it; so the arithmetic is called by itself.
+    """
+    fused, taken = torch._fused_adamw_, []
+
+    def watched(*args: Any, lr: Any, **kwargs: Any) -> None:
+        taken.append(getattr(lr, "dtype", None))
+        fused(*args, lr=lr, **kwargs)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", watched)
+    monkeypatch.setattr(adamw, "can_fuse", lambda *_: is_fused)
+
+    def stepped(lr: float | Tensor, weight: float) -> Tensor:
+        param, grad = (toys.random(5, 4, seed=i, dtype=torch.float64) * weight for i in (1, 2))
+        moments = (torch.zeros_like(param) for _ in range(2))
+        hyper = arithmetic.Hyper(lr, 0.9, 0.99, 1e-8, 0.3, 1.0, True)
+        adamw.adamw_([adamw.Entry("w", param, grad, *moments)], 1, hyper)
+        return param
+
+    rate = 1e-3 / 3
+    tensor = torch.tensor(rate, dtype=torch.float64)
+    error = (stepped(tensor, 1e6) / stepped(rate, 1e6) - 1).abs().max()
+    assert error < (1e-14 if not is_fused else 1e-13)
+    assert taken == ([torch.float32, None] if is_fused else [])
