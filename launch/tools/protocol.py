@@ -252,6 +252,7 @@ def _require_same(
 ) -> None:
     """Refuses to add runs of another configuration, but for optimizers not compared so far."""
     then, now = ({**each["config"], "nproc": each["nproc"]} for each in (there, here))
+    then = options.to_json(Config()) | then  # a key that is newer than the results had its default
     free = tuple(f"optimizer.{name}." for name in SECTIONS if name not in compared)
     differing = [
         key

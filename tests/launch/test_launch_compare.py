@@ -18,6 +18,8 @@ from conda_dist.launch.tools.comparison import Findings
 from conda_dist.launch.tools.search import Point, Protocol, Rule, Run, edges, search, steps_to
 from processes import DEADLINE, children, forked, has_ended, started, wait_for_step
 
+RESULTS = Path(__file__).parents[2] / "launch" / "results"
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -95,6 +97,8 @@ def test_other_seeds_and_shorter_runs_follow_the_best_rates() -> None:
     others = [run for run in losses if run.seed != 5]
     assert {(run.rule, run.matrices) for run in others} == {("conda", 6e-3), ("adamw", 1e-3)}
     assert {run.seed for run in others} == {6, 7}
+    lengths = [run.steps for run in losses]
+    assert lengths == sorted(lengths, reverse=True)  # all final losses come before shorter runs
     # adamw beats nothing. At 2/3 of the steps conda is above its loss: no shorter run helps.
     assert sorted({run.steps for run in others if run.rule == "adamw"}) == [600]
     assert sorted({run.steps for run in others if run.rule == "conda"}) == [400, 500, 600]
@@ -220,6 +224,26 @@ def test_seeds_are_all_rules_and_trials_each_one_s(config: Path, tmp_path: Path)
         found = planned(config, tmp_path, *more)
         assert [(r.name, r.budget, r.seeds) for r in found.protocol.rules] == expected
         (tmp_path / "results.json").write_text(json.dumps(found.results))
+
+
+def test_a_key_that_is_newer_than_the_results_had_its_default(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = planned(config, tmp_path, "--optimizers", "conda")
+    del found.results["config"]["optimizer.conda.nesterov"]
+    (tmp_path / "results.json").write_text(json.dumps(found.results))
+    assert planned(config, tmp_path).results["config"]["optimizer.conda.nesterov"] is False
+    with pytest.raises(ConfigError, match=r"with another optimizer\.conda\.nesterov"):
+        planned(config, tmp_path, "--optimizer.conda.nesterov", "true")
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda folder: folder.name)
+def test_results_in_the_repository_are_drawn_and_continued(folder: Path) -> None:
+    found = protocol.read(folder)
+    assert (folder / "comparison.md").read_text() == Findings(found).table()
+    assert not re.findall(r'[ ="]/', (folder / "results.json").read_text())  # no machine's paths
+    given, overrides = compare.parse(["--output", str(folder)])
+    assert protocol.plan(given, overrides, []).results["rules"] == found["rules"]
 
 
 def test_runs_at_once_share_cores_and_gpus(config: Path, tmp_path: Path) -> None:
