@@ -85,6 +85,8 @@ def schema(section: type[Section], prefix: str = "") -> dict[str, Declared]:
 
 
 SCHEMA = schema(Config)
+_SECTIONS = {name[:end] for name in SCHEMA for end, letter in enumerate(name) if letter == "."}
+"""Dotted names of all sections."""
 
 
 def load(path: str | os.PathLike[str] | None, arguments: Sequence[str] = ()) -> Config:
@@ -294,8 +296,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Values:
     """Values of nested tables by their dotted names; an empty section has none."""
     values: Values = {}
     for name, value in tree.items():
-        section = any(key.startswith(f"{prefix}{name}.") for key in SCHEMA)
-        if isinstance(value, Mapping) and (value or section):
+        if isinstance(value, Mapping) and (value or prefix + name in _SECTIONS):
             values |= flatten(value, f"{prefix}{name}.")
         else:
             values[prefix + name] = value
