@@ -4,7 +4,7 @@ As a function, on the processes of ``ranks``:
 
     logs = ranks.run(2, titan_cpu.job, "launcher", folder, ["--module", "llama3", ...])
 
-As a script, on torchrun's; the last rank writes what it logged to --record:
+As a script, on torchrun's, in --folder; the last rank writes what it logged to --record:
 
     torchrun --standalone --nproc-per-node 2 tests/helpers/titan_cpu.py --route launcher \\
         --record losses.json --module llama3 --config llama3_debugmodel --optimizer.name conda
@@ -241,9 +241,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--route", choices=ROUTES, default="launcher")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--folder", type=Path, default=".")
     options, arguments = parser.parse_known_args()
     torch.set_num_threads(1)
-    run = train(options.route, arguments)
+    with contextlib.chdir(options.folder):
+        run = train(options.route, arguments)
     if options.record and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         options.record.write_text(json.dumps([step._asdict() for step in run.steps]))
 

@@ -1,9 +1,6 @@
 """torchtitan's real Trainer with Conda: every layout follows the one-process run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import ranks
 import titan_cpu
 import titan_data
 import titan_jobs
+from processes import DEADLINE, TORCHRUN, forked
 from titan_jobs import CONDA, EP, EP_TP, FSDP, FSDP_TP, HSDP, ONE, OVERRIDE, PP, Layout
 
 DENSE, MOE, BFLOAT16 = 5e-5, 1e-3, 3e-3
@@ -149,7 +147,10 @@ def test_learning_rates_follow_the_schedule(stock: titan_cpu.Run) -> None:
 
 @pytest.mark.thorough
 def test_torchrun_trains_the_stock_debug_model(tmp_path: Path) -> None:
-    """A user's command, on torchtitan's own config and data set, in processes of its own."""
+    """A user's command, on torchtitan's own config and data set, in processes of its own.
+
+    test_packaging.py imports the launcher in a new Python.
+    """
     arguments = [
         *("--module", "llama3", "--config", "llama3_debugmodel", "--optimizer.name", "conda"),
         *("--optimizer.lr", "5e-3", "--optimizer.betas", "0.9", "0.99"),
@@ -157,13 +158,11 @@ def test_torchrun_trains_the_stock_debug_model(tmp_path: Path) -> None:
         *("--training.steps", "3", "--training.seq_len", str(titan_data.SEQUENCE)),
         *("--training.local_batch_size", "2", "--validator.no-enable", "--debug.seed", "1"),
     ]
-    record = tmp_path / "steps.json"
-    script = Path(titan_cpu.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node=2", str(script), "--record", str(record), *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    cwd = titan_jobs.folder()
-    subprocess.run(command, cwd=cwd, env=env, timeout=200, check=True, capture_output=True)
+    record, cwd = tmp_path / "steps.json", titan_jobs.folder()
+    job = (titan_cpu.__file__, "--folder", cwd, "--record", record, *arguments)
+    with forked(*TORCHRUN, *job) as torchrun:
+        said, _ = torchrun.communicate(timeout=DEADLINE)
+    assert torchrun.returncode == 0, said
     expected = ranks.run(2, titan_cpu.job, "launcher", cwd, arguments)[-1]
     assert json.loads(record.read_text()) == [step._asdict() for step in expected.steps]
     assert len(expected.steps) == 3
