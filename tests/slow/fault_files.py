@@ -66,7 +66,7 @@ def damaged(scene: Scene, damage: Damage) -> Outcome:
     shutil.copytree(scene.reference, run)
     *_, before, newest = complete_checkpoints(run / "checkpoints")
     damage(newest / "__1_0.distcp")
-    again = (*scene.job(name), "--training.steps", STEPS, "--resume")
+    again = (*scene.job(name), "--training.steps", max(STEPS, step_of(newest)), "--resume")
     begun = time.perf_counter()
     results = launch_jobs.train(2, *again)
     took = time.perf_counter() - begun

@@ -10,7 +10,7 @@ from typing import Any
 import faults
 import injected
 import launchers
-from faults import STEPS, STRUCK, Outcome, Scene, farthest, recover
+from faults import LONG, STRUCK, Outcome, Scene, farthest, lengthened, recover
 from launch_jobs import metrics
 from nodes import Relay
 from processes import (
@@ -87,7 +87,7 @@ def store_cut_off(scene: Scene) -> Outcome:
     run, environments = scene.folder / "store-cut", rank_environments(2)
     relay = Relay(("127.0.0.1", int(environments[0]["MASTER_PORT"])), 0.0)
     environments[1]["MASTER_PORT"] = str(relay.port)
-    limits = ("--training.stall_timeout_s", WATCH_S, "--training.steps", STEPS)
+    limits = ("--training.stall_timeout_s", WATCH_S, "--training.steps", LONG)
     # Slow from then on, so that the watchdog has the time to be wrong.
     driver = (injected.__file__, "slow", 1, STRUCK + 1)
     with contextlib.ExitStack() as stack:
@@ -108,7 +108,7 @@ def store_cut_off(scene: Scene) -> Outcome:
     did = "went on; the rank connected again after the first"
     said = "\n".join(ended)
     outcome = Outcome("a rank is cut off from the store", how, did, said, 0.0)
-    outcome.difference = farthest(run, scene.reference)
+    outcome.difference = farthest(run, scene.reference, lengthened(scene, LONG))
     return outcome
 
 

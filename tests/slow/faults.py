@@ -44,8 +44,10 @@ from processes import (
 
 ROOT = Path(__file__).parents[2]
 PRETRAIN = ("-m", "conda_dist.launch.pretrain")
-STRUCK, STEPS, INTERVAL = 6, 20, 4
+STRUCK, STEPS, INTERVAL = 6, 12, 4
 """The step at which a job is struck, the one it goes on to, and steps between checkpoints."""
+LONG = 20
+"""The last step of a job that has to be on its way for some seconds, or whose errors add up."""
 STALL_S = 5.0
 
 
@@ -367,14 +369,14 @@ def decomposition_fails_twice(scene: Scene) -> Outcome:
 def elastic(scene: Scene, *sizes: int) -> Outcome:
     """A job that goes on with other numbers of ranks, against one on the first number."""
     whole, moving = scene.folder / "whole", scene.folder / "elastic"
-    succeed(sizes[0], *scene.job("whole"), "--training.steps", STEPS)
+    succeed(sizes[0], *scene.job("whole"), "--training.steps", LONG)
     for part, size in enumerate(sizes, 1):
-        steps = ("--training.steps", STEPS * part // len(sizes), "--resume")
+        steps = ("--training.steps", LONG * part // len(sizes), "--resume")
         said = succeed(size, *scene.job("elastic"), *steps)
     how = f"stopped and resumed on {' -> '.join(map(str, sizes))} ranks"
     did = "took the same data in the same order"
     outcome = Outcome("the number of ranks changes", how, did, said, 0.0)
-    outcome.difference = farthest(moving, whole)
+    outcome.difference = farthest(moving, whole, LONG)
     return outcome
 
 
