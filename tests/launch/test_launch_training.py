@@ -49,8 +49,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(config: Path) -> Path:
     """Conda on 2 ranks, 8 steps without a stop."""
     output = config.parent / "whole"
-    collect = ("--optimizer.diagnostics_every", 3)
-    succeed(2, config, "--output", output, "--metrics.tensorboard", "true", *collect)
+    collect = ("--metrics.tensorboard", "true", "--optimizer.diagnostics_every", "3")
+    given = (str(config), "--output", str(output), *collect)
+    results = ranks.run(2, launch_jobs.drawn, *given)
+    assert [result.code for result in results] == [0, 0], results
     return output
 
 
