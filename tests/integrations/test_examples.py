@@ -1,12 +1,14 @@
 """The examples run on two processes, learn, and resume as one process would go on."""
 
 import contextlib
+import functools
 import io
 import os
 import re
 import runpy
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -58,23 +60,41 @@ def _run(script: str, port: int, *arguments: str) -> list[tuple[int, float]]:
     return [(int(step), float(loss)) for step, loss in lines]
 
 
+@functools.cache
+def _two_ranks(script: Path) -> tuple[Path, list[tuple[int, float]], list[tuple[int, float]]]:
+    """Where a script on two ranks writes, and what each rank prints."""
+    output = Path(_outputs().name, script.stem)
+    one, other = ranks.run(2, _run, str(script), free_port(), str(output))
+    return output, one, other
+
+
+@functools.cache
+def _outputs() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="examples-")
+
+
+@pytest.mark.each_case
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_scripts(script: Path, tmp_path: Path) -> None:
-    lines, nothing = ranks.run(2, _run, str(script), free_port(), str(tmp_path))
+def test_scripts(script: Path) -> None:
+    _, lines, nothing = _two_ranks(script)
     losses = dict(lines)
     assert list(losses) == list(range(20))
     assert losses[19] < losses[0] - LEARNED.get(script.stem, 0.5)
     assert not nothing
     command = f"torchrun --nproc-per-node 2 {script.relative_to(EXAMPLES.parents[1])}"
     assert command in script.read_text()
-    if script.stem not in RESUMED:
-        return
-    name, world = RESUMED[script.stem]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.thorough
+def test_scripts_resume(name: str, tmp_path: Path) -> None:
+    script, (checkpoint, world) = EXAMPLES / f"{name}.py", RESUMED[name]
+    output, lines, _ = _two_ranks(script)
     again, *_ = ranks.run(
-        world, _run, str(script), free_port(), str(tmp_path / "again"), str(tmp_path / name)
+        world, _run, str(script), free_port(), str(tmp_path / "again"), str(output / checkpoint)
     )
     (alone,) = ranks.run(1, _run, str(script), free_port(), str(tmp_path / "alone"))
-    assert dict(alone) == pytest.approx(losses, abs=2e-3)
+    assert dict(alone) == pytest.approx(dict(lines), abs=2e-3)
     assert dict(again[-10:]) == pytest.approx(dict(lines[10:]), abs=2e-3)
 
 
