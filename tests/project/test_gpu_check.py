@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from processes import DEADLINE, forked
+
 TESTS = Path(__file__).parents[1]
 SCRIPT = TESTS / "gpu.sh"
 SECTIONS = (
@@ -16,8 +18,10 @@ SECTIONS = (
 )
 
 
-def _check(out: Path, *sections: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+def _check(
+    out: Path, *sections: str, python: str = sys.executable
+) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHON": python, "CUDA_VISIBLE_DEVICES": ""}
     command = ["bash", str(SCRIPT), str(out), *sections]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
@@ -38,26 +42,32 @@ def test_the_whole_check_runs_at_toy_sizes(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["check.json", "check.md"]
 
 
-def _run(code: str) -> "subprocess.CompletedProcess[str]":
-    """Runs code in a process that can import the check."""
-    folders = [TESTS / "helpers", TESTS / "gpu"]
-    environment = {**os.environ, "PYTHONPATH": ":".join(map(str, folders))}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+def _run(code: str, folder: Path) -> tuple[int | None, str]:
+    """Runs code in a process that can import the check; its exit code and what it says."""
+    script = folder / "script.py"
+    script.write_text(code)
+    return _forked(script)
+
+
+def _forked(*command: str | Path) -> tuple[int | None, str]:
+    path = os.pathsep.join([str(TESTS / "gpu"), os.environ.get("PYTHONPATH", "")])
+    with forked(*command, PYTHONPATH=path, CUDA_VISIBLE_DEVICES="") as process:
+        said, _ = process.communicate(timeout=DEADLINE)
+        return process.returncode, said
 
 
 @pytest.mark.parametrize("tolerance", ["1e-9", "1e-4"])
 def test_what_is_out_of_bounds_is_said(tmp_path: Path, tolerance: str) -> None:
     """Held against a bound that float32 cannot meet, the check must fail."""
-    ran = _run(
+    code, said = _run(
         "import sys, pathlib, golden\n"
         f"golden.TOLERANCE = {tolerance}\n"
         "import check\n"
-        f"sys.exit(check.main(pathlib.Path({str(tmp_path)!r}), ['golden']))"
+        f"sys.exit(check.main(pathlib.Path({str(tmp_path)!r}), ['golden']))",
+        tmp_path,
     )
     wrong = "**wrong**" in (tmp_path / "check.md").read_text()
-    assert (ran.returncode, wrong) == ((1, True) if tolerance == "1e-9" else (0, False)), ran.stderr
+    assert (code, wrong) == ((1, True) if tolerance == "1e-9" else (0, False)), said
 
 
 BROKEN = """
@@ -91,8 +101,8 @@ sys.exit(check.main(pathlib.Path(OUT), []))
 
 def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path: Path) -> None:
     """What each has said before is kept, and nothing that it has started stays behind."""
-    ran = _run(f"OUT = {str(tmp_path)!r}{BROKEN}")
-    assert ran.returncode == 1, ran.stderr
+    code, said = _run(f"OUT = {str(tmp_path)!r}{BROKEN}", tmp_path)
+    assert code == 1, said
     found = json.loads((tmp_path / "check.json").read_text())["sections"]
     rows = {section["name"]: [row["what"] for row in section["rows"]] for section in found}
     assert rows == {
@@ -109,6 +119,10 @@ def test_a_section_that_hangs_or_dies_costs_no_other(tmp_path: Path) -> None:
 
 
 def test_an_unknown_section(tmp_path: Path) -> None:
-    ran = _check(tmp_path, "card,graphs")
-    assert ran.returncode == 2
-    assert "no such sections: graphs" in ran.stderr
+    """With an echo for the script's Python, which takes seconds to start."""
+    ran = _check(tmp_path, "card,graphs", python="echo")
+    _, *command = ran.stdout.split()
+    assert command == [str(tmp_path), "card,graphs"]
+    code, said = _forked(TESTS / "gpu" / "check.py", *command)
+    assert code == 2
+    assert "no such sections: graphs" in said
