@@ -16,6 +16,8 @@ settings.load_profile("suite")
 
 THOROUGH = ("fuzz", "slow")
 """Folders whose tests are all thorough."""
+LONG = (*THOROUGH, "launch")
+"""Folders of long modules."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,7 +63,7 @@ def _order(item: pytest.Item) -> tuple[bool, bool]:
     ZeRO leaves its mark on nn.Module, with which torchtitan's classes cannot be made any more, and
     starting all processes anew for each of its modules takes a minute.
     """
-    return "deepspeed" in item.path.stem, _folder(item) not in THOROUGH
+    return "deepspeed" in item.path.stem, _folder(item) not in LONG
 
 
 def _is_thorough(item: pytest.Item) -> bool:
