@@ -29,7 +29,6 @@ from conda_dist.runtime.weight import Weight
 from conda_dist.saved_groups import (
     check_groups,
     check_unseen,
-    complete,
     find_sources,
     is_merged,
     regroup,
@@ -83,7 +82,6 @@ def match_state(
         ValueError: the state dict is from another optimizer or other parameters, or is incomplete.
     """
     _check_form(incoming)
-    incoming = complete(incoming, rule)
     check_groups(groups, incoming, rule, hyperparameters)
     saved_groups, saved_state = incoming["param_groups"], incoming["state"]
     sources = find_sources(groups, saved_groups)

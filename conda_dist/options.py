@@ -60,7 +60,7 @@ class GroupOptions:
     )
     nesterov: bool = field(
         default=False,
-        metadata=_about("projected weights step by b1 M + (1 - b1) G in place of the moment M"),
+        metadata=_about("Nesterov's momentum: the moment is averaged with the gradient once more"),
     )
 
 

@@ -20,20 +20,6 @@ OPTIONAL = ("param_names", "kernels")
 """Keys that only some groups have. A group keeps its own values of them when it loads."""
 
 
-def complete(incoming: Mapping[str, Any], rule: Rule) -> dict[str, Any]:
-    """A state dict whose groups have the hyperparameters that were added after it was saved.
-
-    Args:
-        incoming: the state dict; it is not changed.
-        rule: the optimizer's rule.
-    """
-    groups = [
-        {**rule.added, **saved} if "algorithm" in saved else saved
-        for saved in incoming["param_groups"]
-    ]
-    return {**incoming, "param_groups": groups}
-
-
 def check_groups(
     groups: Sequence[Mapping[str, Any]],
     incoming: Mapping[str, Any],
@@ -72,7 +58,8 @@ def check_groups(
         if "algorithm" not in saved:
             continue  # torch.distributed.checkpoint left its hyperparameters out: see regroup
         where = f"the checkpoint's parameter group {g}: "
-        if missing := [key for key in hyperparameters if key != "splits" and key not in saved]:
+        optional = {"splits", *rule.added}
+        if missing := [key for key in hyperparameters if key not in optional and key not in saved]:
             raise ValueError(f"{where}it has no {', '.join(missing)}: it is damaged.")
         check_hyperparameters(saved, where, scheduled=True)
         rule.check(saved, where)
@@ -90,7 +77,7 @@ def regroup(
     """Builds the group dict that torch loads into group ``g``, from its parameters' saved groups.
 
     Parameters, algorithm, splits and kernels stay as they are in the optimizer; hyperparameters
-    come from the saved groups.
+    come from the saved groups, as far as these have them.
 
     Args:
         groups: the optimizer's parameter groups.
@@ -126,6 +113,8 @@ def regroup(
                     f"in {_describe(other, another)}, which one group cannot hold. Give the "
                     f"optimizer the checkpoint's groups, or set {key} alike in all of these."
                 )
+    for key in rule.added:
+        built.setdefault(key, ours[key])
     return built
 
 

@@ -203,10 +203,10 @@ def average_and_normalise_(
     return results
 
 
-def can_share(hyper: Hyper) -> bool:
+def is_accurate_fused(hyper: Hyper) -> bool:
     """Whether :func:`average_and_normalise_` is accurate with these hyperparameters.
 
-    With ``nesterov`` it finds M from N, which multiplies rounding errors by 1 / b1.
+    With ``nesterov`` it computes M from N, which multiplies rounding errors by 1 / b1.
     """
     return not hyper.nesterov or hyper.beta1 >= 0.5
 

@@ -50,15 +50,17 @@ class Spectrum(NamedTuple):
     effective_rank: float
 
     @classmethod
-    def of_gram(cls, gram: Tensor) -> "Spectrum":
-        """From S (r, r)."""
-        return cls.of(gram.diagonal().double(), gram.double().square().sum())
+    def of_grams(cls, grams: Tensor) -> list["Spectrum"]:
+        """From k matrices S, (k, r, r)."""
+        total = torch.linalg.vector_norm(grams, dim=(-2, -1), dtype=torch.float64).square()
+        return cls.of(grams.diagonal(dim1=-2, dim2=-1).double(), total)
 
     @classmethod
-    def of(cls, diagonal: Tensor, total: Tensor) -> "Spectrum":
-        """From the diagonal of S and |S|^2, both in float64."""
-        trace, on, all_of_it = torch.stack((diagonal.sum(), diagonal @ diagonal, total)).tolist()
-        return cls(max(0.0, 1 - on / all_of_it), trace * trace / all_of_it)
+    def of(cls, diagonals: Tensor, totals: Tensor) -> list["Spectrum"]:
+        """From the diagonals of k matrices S, (k, r), and their |S|^2, (k,), in float64."""
+        traces, on = diagonals.sum(-1), diagonals.square().sum(-1)
+        read = torch.stack((traces, on, totals), -1).tolist()  # the host waits for all at once
+        return [cls(max(0.0, 1 - some / all_), t * t / all_) for t, some, all_ in read]
 
 
 class Found(NamedTuple):
@@ -84,11 +86,11 @@ def decompose(
     singular vectors of M. For m < n it has the left ones. They are in descending order of the
     singular values, with arbitrary signs.
 
-    Orthogonal iteration on a device of ``BY_CHOLESKY`` shares its kernels and the waits of the host
-    between the matrices; :func:`batched_bytes` says what memory that takes. All else decomposes
-    them one after another. On a CPU, a matrix gets the same rotation, bit for bit, alone as beside
-    others. On CUDA, torch takes other kernels for several matrices than for one, which may round
-    the last bits differently.
+    On a device of ``BY_CHOLESKY``, orthogonal iteration decomposes all matrices in the same
+    kernels, and the host waits for all at once; :func:`batched_bytes` says what memory that takes.
+    Otherwise the matrices are decomposed one after another. On a CPU, a matrix gets the same
+    rotation, bit for bit, alone as beside others. On CUDA, torch takes other kernels for several
+    matrices than for one, which may round the last bits differently.
 
     Args:
         momenta: the whole projected momenta of some matrices, each (m, n), of one dtype and device.
@@ -100,9 +102,9 @@ def decompose(
 
     Returns:
         The result of each matrix. A momentum that is exactly zero or not finite is not decomposed.
-        If the method does not converge, runs out of memory or fails in CUDA's linear algebra
-        libraries, it is tried again in float64, with another driver, and on the CPU, for that
-        matrix alone.
+        If a batch runs out of memory or fails in CUDA's linear algebra libraries, its halves are
+        tried. A matrix that fails alone is tried again: by Householder's reflections in place of
+        Cholesky factors, in float64, with another driver, and on the CPU.
 
     Raises:
         RuntimeError: another error occurred.
@@ -155,25 +157,38 @@ def _iterated_together(
         measure: whether to find the spectra, too.
 
     Returns:
-        For each matrix the result, or None if it must be decomposed alone.
+        For each matrix the result, or None if it must be decomposed in another way.
     """
     try:
-        # Scaled so that squares neither overflow nor underflow.
-        scaled = torch.stack(tuple(tall)).div_(torch.stack(tuple(norms))[:, None, None])
-        if leaves_flags():
-            scaled = scaled.double()  # once for both factors, or there would be two copies
-        grams = exact_product(scaled.mT, scaled).to(tall[0].dtype)  # (k, n, m) @ (k, m, n)
-        del scaled
-        found: list[Found | None] = [None] * len(tall)
-        for i, rotation in enumerate(cholesky_factors(grams)):
-            if rotation is not None:
-                spectrum = Spectrum.of_gram(grams[i]) if measure else None
-                found[i] = Found(Outcome.DONE, rotation.to(grams.dtype), spectrum)
-        return found
+        return _iterated_batch(tall, norms, measure)
     except RuntimeError as error:
         if not _may_be_retried(error):
             raise
-    return [None] * len(tall)
+    if len(tall) == 1:
+        return [None]
+    half = len(tall) // 2  # which needs half of the memory
+    return [
+        *_iterated_together(tall[:half], norms[:half], measure),
+        *_iterated_together(tall[half:], norms[half:], measure),
+    ]
+
+
+def _iterated_batch(
+    tall: Sequence[Tensor], norms: Sequence[Tensor], measure: bool
+) -> list[Found | None]:
+    """:func:`_iterated_together`, without another attempt after an error."""
+    # Scaled so that squares neither overflow nor underflow.
+    scaled = torch.stack(tuple(tall)).div_(torch.stack(tuple(norms))[:, None, None])
+    if leaves_flags():
+        scaled = scaled.double()  # once for both factors, or there would be two copies
+    grams = exact_product(scaled.mT, scaled).to(tall[0].dtype)  # (k, n, m) @ (k, m, n)
+    del scaled
+    rotations = cholesky_factors(grams)
+    spectra = Spectrum.of_grams(grams) if measure else [None] * len(tall)
+    return [
+        None if rotation is None else Found(Outcome.DONE, rotation.to(grams.dtype), spectrum)
+        for rotation, spectrum in zip(rotations, spectra, strict=True)
+    ]
 
 
 def _decompose_alone(tall: Tensor, largest: float, method: str, measure: bool) -> Found:
@@ -197,7 +212,7 @@ def _decompose_alone(tall: Tensor, largest: float, method: str, measure: bool) -
                 if measure and method == "svd":
                     spectrum = _spectrum_of_factors(rotation, values)
                 elif measure:
-                    spectrum = Spectrum.of_gram(gram)
+                    (spectrum,) = Spectrum.of_grams(gram[None])
                 return Found(Outcome.DONE, rotation.to(tall.device, tall.dtype), spectrum)
         except RuntimeError as error:
             if not _may_be_retried(error):
@@ -245,7 +260,7 @@ def _eigenvectors(gram: Tensor) -> Tensor:
 
 
 BY_CHOLESKY = frozenset({"cuda"})
-"""Devices on which :func:`cholesky_factors` are used instead of :func:`householder_factor`.
+"""Devices on which :func:`cholesky_factors` is used in place of :func:`householder_factor`.
 
 Householder's reflections are computed one after another, so they are slow on devices whose matrix
 products are fast. For r = 256, 512 and 1024, one core of a CPU takes 1.8, 19 and 129 ms with
@@ -317,7 +332,9 @@ def cholesky_factors(grams: Tensor) -> list[Tensor | None]:
 def _spectrum_of_factors(rotation: Tensor, values: Tensor) -> Spectrum:
     """The spectrum from the eigenvectors P (r, r) of S and the singular values s (r,)."""
     squares = (values / values[0]).double().square()  # so that squares do not overflow
-    return Spectrum.of(rotation.double().square() @ squares, squares @ squares)
+    diagonal = rotation.double().square() @ squares
+    (spectrum,) = Spectrum.of(diagonal[None], (squares @ squares)[None])
+    return spectrum
 
 
 def _right_singular_vectors(tall: Tensor, driver: str | None) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class CondaRule(RefreshedRule):
     name, title = "conda", "Conda"
     state_names = frozenset({"basis", "basis_step", "snapshot", "snapshot_step"})
     hyperparameters = ("scale", "update_proj_gap", "correct_bias", "nesterov")
-    added: ClassVar[Mapping[str, Any]] = {"nesterov": False}
+    added: ClassVar[frozenset[str]] = frozenset({"nesterov"})
     factor = "scale"
 
     def __init__(self, options: Options) -> None:
@@ -85,7 +85,11 @@ class CondaRule(RefreshedRule):
         return decomposition.decompose(momenta, right, self._method(first), measure)
 
     def refreshed_together(self, momentum: Tensor, first: bool) -> int:
-        """See RefreshedRule. What they are decomposed with takes no more than a task's memory."""
+        """See RefreshedRule. A batch takes no more than a task's memory.
+
+        With the default ``buffer_bytes`` that is 20 matrices for r = 512, 5 for 1024, and 1 from
+        2048 on, where one matrix keeps a GPU busy.
+        """
         if not decomposition.is_batched(self._method(first), momentum.device):
             return 1
         return max(1, self.options.task_bytes // decomposition.batched_bytes(momentum))
@@ -155,7 +159,7 @@ class CondaRule(RefreshedRule):
             firsts.append(weight.states["exp_avg"])
             seconds.append(weight.states[self.second_key])
         # Each y is (m', n), or (m, n') if m < n.
-        fused = arithmetic.can_share(hyper) and not weights[0].averaged
+        fused = arithmetic.is_accurate_fused(hyper) and not weights[0].averaged
         if not fused or not all(map(arithmetic.can_fuse, projected, firsts, seconds)):
             for weight, first, second in zip(weights, firsts, seconds, strict=True):
                 parts = {"gradient": weight.grad, "exp_avg": first, self.second_key: second}

@@ -10,14 +10,15 @@ from conda_dist.numerics.arithmetic import Hyper
 
 
 def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
-    """The current hyperparameters of a group, as numbers that torch's kernels accept.
+    """The current hyperparameters of a group, as numbers or 0-d tensors for the arithmetic.
 
     ``eps`` is the group's ``adamw_eps`` if it has one: then its rule uses ``eps`` for something
     else.
 
     Args:
         group: the parameter group.
-        scale: the key of the factor on the update: "scale", or "adamw_scale" for the adamw path.
+        scale: the key of the factor on the update: "scale", or "adamw_scale" for the adamw path,
+            which has no ``nesterov``.
     """
     beta1, beta2 = group["betas"]
     lr = group["lr"]

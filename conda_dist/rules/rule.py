@@ -97,8 +97,9 @@ class Rule(ABC):
     """Names of the counts that the rule keeps of each matrix, in addition to "step"."""
     hyperparameters: ClassVar[tuple[str, ...]] = ()
     """Keys of a group that the rule reads, in addition to those that all rules share."""
-    added: ClassVar[Mapping[str, Any]] = {}
-    """Hyperparameters that checkpoints of earlier versions lack, and the values they stand for."""
+    added: ClassVar[frozenset[str]] = frozenset()
+    """Hyperparameters that checkpoints of earlier versions lack. Loading one leaves them as they
+    are."""
     factor: ClassVar[str | None] = None
     """The hyperparameter that multiplies ``lr``, for reports; None without one."""
 

@@ -276,7 +276,7 @@ def _decompose_mine(
                 results[k] = result
         except Exception as caught:  # raised later, after the other ranks were told
             error = error or caught
-            error.add_note(f"while decomposing the momentum of {', '.join(names)}")
+            error.add_note(f"while decomposing the momentum of {', '.join(dict.fromkeys(names))}")
             for k in batch:
                 results[k] = Found(Outcome.ERROR)
     for k, matrix in enumerate(taking):
@@ -291,11 +291,13 @@ def _decompose_mine(
 def _batches(
     taking: Sequence[Matrix], weights: Sequence[Weight], whole: Sequence[Tensor | None]
 ) -> Iterator[tuple[bool, list[int]]]:
-    """This rank's matrices, in batches of one shape, dtype and device that one call decomposes.
+    """The matrices that concern this rank, in batches of one shape, dtype and device.
+
+    One call decomposes a batch of this rank's own. A matrix that is decomposed in the background is
+    a batch by itself, on all ranks.
 
     Yields:
-        Whether the matrices of a batch have no basis yet, and their indices in ``taking``. A matrix
-        whose decomposition was started in an earlier step is a batch of its own, on all ranks.
+        Whether the matrices of a batch have no basis yet, and their indices in ``taking``.
     """
     alike: dict[tuple[torch.Size, torch.dtype, torch.device, bool], list[int]] = defaultdict(list)
     for k, (matrix, momentum) in enumerate(zip(taking, whole, strict=True)):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from conda_dist.integrations.deepspeed.partitions import ParameterInfo
 from conda_dist.routing import CONDA
+from conda_dist.rules.conda import CondaRule
 
 KEY, FORMAT = "conda", 1
 
@@ -64,8 +65,11 @@ def hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore_hyperparameters(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Puts saved hyperparameters into a group, in place: engine and schedulers refer to it."""
-    for key in group.keys() - saved.keys() - {"params"}:
+    """Puts saved hyperparameters into a group, in place: engine and schedulers refer to it.
+
+    Options that are newer than the checkpoint stay as they are.
+    """
+    for key in group.keys() - saved.keys() - {"params", *CondaRule.added}:
         del group[key]
     group.update(hyperparameters(saved))
     group["betas"] = tuple(group["betas"])

@@ -12,13 +12,13 @@ import math
 from dataclasses import dataclass
 
 HOST_STEP, HOST_UPDATE, HOST_BF16, HOST_EXCHANGE = 250e-6, 40e-6, 15e-6, 15e-6
-"""Seconds of the host for a step, for the update of one weight, for its products in bfloat16 more,
-and for one weight's gradient or update to be packed, and again to be unpacked. They do not grow
-with the ranks. The update is that of a weight beside others of its shape, with which it shares the
-kernels of the moments; one by itself takes 35e-6 more, which is not counted."""
+"""Seconds of the host: for a step; for the update of one weight; in addition, if its products are
+in bfloat16; and for packing one weight's gradient or update, and again for unpacking it. They do
+not grow with the ranks. The update is that of a weight beside others of its shape, with which it
+shares the kernels of the moments; one by itself takes 35e-6 more, which is not counted."""
 UPDATE_LAUNCHES, BF16_LAUNCHES, EXCHANGE_LAUNCHES = 2, 3, 1
-"""Kernels of a device for the same: two products; in bfloat16, two casts and one that applies the
-update; one copy. The two that weights of one shape share are not counted."""
+"""Kernels of a device: two products for an update; in bfloat16 two casts, and one that applies the
+update; one copy for packing. The kernels that weights of one shape share are not counted."""
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 """Mesh dimensions, the outermost first, as DeviceMesh orders them."""

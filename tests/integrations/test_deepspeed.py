@@ -4,6 +4,7 @@
 them than the tests have time for.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -97,6 +98,17 @@ def test_low_precision_follows_one_process(world: int) -> None:
         error = max(models.farthest(ended[i], theirs[name], start) for ended in runs)
         print(config, world, error)
         assert error < (0.01 if world == 1 else 0.1), config
+
+
+@pytest.mark.thorough
+def test_nesterov_of_split_weights_follows_one_process() -> None:
+    """With new bases by the SVD; with orthogonal iteration below."""
+    splits = {"blocks.*.up.weight": (10, 12)}
+    params = {"nesterov": True, "splits": splits}
+    configs: list[Config] = [(stage, "fp32", {"params": params}) for stage in range(4)]
+    theirs = zero.alone(splits=splits, nesterov=True)
+    for config, error in zip(configs, _errors(2, configs, theirs), strict=True):
+        assert error < 1e-4, config
 
 
 def test_new_bases_of_gram_matrices_follow_one_process() -> None:
@@ -249,6 +261,26 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
         assert dict(zip(map(str, configs), unequal, strict=True)) == {
             str(config): [] for config in configs
         }
+
+
+def _newer_option() -> list[Any]:
+    """What groups have of an option that a checkpoint lacks, after loading it."""
+    found = []
+    for stage in range(4):
+        engine = zero.build(zero.config(stage, params={"nesterov": True}))
+        zero.train(engine, range(1))
+        saved = copy.deepcopy(engine.basic_optimizer.state_dict())
+        for group in (*saved["param_groups"], *saved["conda"]["groups"]):
+            del group["nesterov"]
+            group["lr"] = 0.5
+        engine.basic_optimizer.load_state_dict(saved)
+        found += [(g["nesterov"], g["lr"]) for g in engine.basic_optimizer.param_groups]
+    return found
+
+
+def test_options_that_are_newer_than_a_checkpoint_stay() -> None:
+    (found,) = ranks.run(1, _newer_option)
+    assert {*found} == {(True, 0.5)}
 
 
 READY = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))

@@ -156,7 +156,7 @@ def _slow_one(m: int = 120, n: int = 90) -> Tensor:
 def test_equal_matrices_share_kernels_and_the_waits_of_the_host(
     count: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One wait for all norms, and one for all errors of each Newton step."""
+    """One wait for all norms, one for all errors of each Newton step, and one for all spectra."""
     momenta = _equal_ones(count, 120, 90)
     if steps == 2:
         momenta[-1] = _slow_one()
@@ -166,6 +166,8 @@ def test_equal_matrices_share_kernels_and_the_waits_of_the_host(
     assert [outcome for outcome, *_ in found] == [Outcome.DONE] * count
     assert factors == ["cholesky_ex", "cholesky_ex", "solve_triangular"]
     assert reads == ["tolist"] * (1 + steps)
+    decompose(momenta, True, "orthogonal_iteration", measure=True)
+    assert reads == ["tolist"] * (2 * (1 + steps) + 1)
 
 
 def _is_same(found: Found, expected: Found) -> bool:
@@ -217,6 +219,30 @@ def test_a_matrix_that_fails_leaves_the_others_what_they_have(
     assert found[2] == found[5] == (Outcome.NOT_FINITE, None, None)
     monkeypatch.setattr(decomposition, "BY_CHOLESKY", set())
     assert _is_same(found[4], decompose([deficient], True, "orthogonal_iteration", True)[0])
+
+
+@pytest.mark.usefixtures("by_cholesky")
+@pytest.mark.parametrize("fits", [4, 1, 0])
+def test_halves_of_a_batch_need_less_memory(fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seven matrices; only those that do not fit even alone take Householder's reflections."""
+    momenta = _equal_ones(7)
+    expected = [decompose([each], True, "orthogonal_iteration", True)[0] for each in momenta]
+    sizes, factorise = [], torch.linalg.cholesky_ex
+
+    def limited(matrices: Tensor) -> Any:
+        sizes.append(len(matrices))
+        if len(matrices) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return factorise(matrices)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", limited)
+    householder = _count(monkeypatch, decomposition, "householder_factor")
+    found = decompose(momenta, True, "orthogonal_iteration", True)
+    assert [each.outcome for each in found] == [Outcome.DONE] * 7
+    assert len(householder) == (0 if fits else 7)
+    if fits:
+        assert all(map(_is_same, found, expected))
+        assert sum(size for size in sizes if size <= fits) == 2 * 7  # two factors of each
 
 
 @pytest.mark.usefixtures("by_cholesky")
