@@ -23,8 +23,8 @@ from faults import INTERVAL, STALL_S, STRUCK, Outcome, Scene
 from launch_jobs import metrics
 
 CLOSE = 1e-3
-SKIPPED = 0.5
-"""Of a loss that falls from 6.0 to 4.6 in these steps: what two updates make of it."""
+SKIPPED = 0.35
+"""Of a loss that falls from 6.0 to 5.0 in these steps: what two updates make of it."""
 SLACK_S = 10.0
 """For torchrun to notice and to end, on a machine that does other things as well."""
 
