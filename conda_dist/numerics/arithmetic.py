@@ -177,6 +177,8 @@ def average_and_normalise_(
     The kernel is shared by several slices, because a call costs the host more than the arithmetic
     of a small slice.
 
+    With ``hyper.nesterov`` it computes M from N, which multiplies rounding errors by 1 / b1.
+
     If the square of an element overflows, its update is 0 on a CPU, as in :func:`normalise_`.
     torch's CUDA kernel gives NaN, because it computes fma(-b2, g^2, g^2).
 
@@ -201,14 +203,6 @@ def average_and_normalise_(
     if hyper.nesterov:  # the kernel has left N: M = N / b1 - G (1 - b1) / b1
         torch._foreach_lerp_(exp_avgs, projected_grads, 1 - 1 / beta1)
     return results
-
-
-def is_accurate_fused(hyper: Hyper) -> bool:
-    """Whether :func:`average_and_normalise_` is accurate with these hyperparameters.
-
-    With ``nesterov`` it computes M from N, which multiplies rounding errors by 1 / b1.
-    """
-    return not hyper.nesterov or hyper.beta1 >= 0.5
 
 
 @functools.cache

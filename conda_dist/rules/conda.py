@@ -159,8 +159,9 @@ class CondaRule(RefreshedRule):
             firsts.append(weight.states["exp_avg"])
             seconds.append(weight.states[self.second_key])
         # Each y is (m', n), or (m, n') if m < n.
-        fused = arithmetic.is_accurate_fused(hyper) and not weights[0].averaged
-        if not fused or not all(map(arithmetic.can_fuse, projected, firsts, seconds)):
+        # With a small b1 the shared kernel would round the moment of Nesterov's momentum too much.
+        apart = weights[0].averaged or (hyper.nesterov and hyper.beta1 < 0.5)
+        if apart or not all(map(arithmetic.can_fuse, projected, firsts, seconds)):
             for weight, first, second in zip(weights, firsts, seconds, strict=True):
                 parts = {"gradient": weight.grad, "exp_avg": first, self.second_key: second}
                 arithmetic.check_alike(weight.name, parts)

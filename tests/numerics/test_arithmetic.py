@@ -206,7 +206,6 @@ def test_one_pass_is_the_same_step(
 ) -> None:
     """Also from zero, where eps is all there is below, and for what is not finite."""
     hyper = Hyper(0.1, *betas, 0.1, 0.3, 0.25, correct_bias=True, nesterov=nesterov)
-    assert arithmetic.is_accurate_fused(hyper)
     for dtype in (torch.float32, DOUBLE):
         grad, exp_avg, exp_avg_sq = (toys.random(*shape, seed=i, dtype=dtype) for i in range(3))
         exp_avg_sq.square_()
