@@ -60,7 +60,7 @@ def _peak(shape: tuple[int, int], count: int, gap: int, options: dict[str, Any])
 )
 def test_a_step_holds_two_buckets(shape: tuple[int, int], budget: int | None, gap: int) -> None:
     counts = (64, 160) if min(shape) == 96 else (16, 28)
-    options = {"basis_budget": budget, "refresh_method": "orthogonal_iteration"}
+    options = {"basis_budget": budget, "refresh_method": "orthogonal_iteration", "nesterov": True}
     few, many = (max(ranks.run(2, _peak, shape, n, gap, options)) for n in counts)
     print(few, many)
     assert few <= 2
