@@ -99,7 +99,8 @@ class ReferenceConda(torch.optim.Optimizer):
             exp_avg, grad = project(state["exp_avg"], basis), project(grad, basis)
         else:
             exp_avg = state["exp_avg"]
-        averaged = state["step"] + 1  # the gradients' weights in the momentum add up to 1 - b1^this
+        # The weights of the gradients in the momentum add up to 1 - b1^averaged.
+        averaged = state["step"] + 1
         if projected and group["nesterov"]:
             exp_avg, averaged = beta1 * exp_avg + (1 - beta1) * grad, averaged + 1
         state["exp_avg_sq"].mul_(beta2).add_((1 - beta2) * grad**2)

@@ -177,7 +177,9 @@ def average_and_normalise_(
     The kernel is shared by several slices, because a call costs the host more than the arithmetic
     of a small slice.
 
-    With ``hyper.nesterov`` it computes M from N, which multiplies rounding errors by 1 / b1.
+    With ``hyper.nesterov``, N = b1 proj(M) + (1 - b1) proj(G) takes the place of proj(M). The
+    kernel computes N, and proj(M) is computed from it, which multiplies rounding errors by 1 / b1.
+    So b1 must not be small.
 
     If the square of an element overflows, its update is 0 on a CPU, as in :func:`normalise_`.
     torch's CUDA kernel gives NaN, because it computes fma(-b2, g^2, g^2).
@@ -191,12 +193,12 @@ def average_and_normalise_(
         outs: for each slice what takes the result: contiguous, with memory of its own; or [].
 
     Returns:
-        proj(M) / (sqrt(v) + eps) of each slice, with N in place of M if ``hyper.nesterov``.
+        proj(M) / (sqrt(v) + eps) of each slice, with N in place of proj(M) if ``hyper.nesterov``.
     """
     results = outs or list(map(torch.empty_like, projected_grads))
     torch._foreach_zero_(results)
     beta1 = hyper.beta1
-    # N = b1 M + (1 - b1) G = b1^2 M' + (1 - b1^2) G, with M' the moment before this step.
+    # N = b1^2 M' + (1 - b1^2) G, with M' the moment before this step.
     given = replace(hyper, beta1=beta1**2) if hyper.nesterov else hyper
     # This is AdamW's step from 0 with lr -1, after infinitely many steps (no bias correction).
     fused_adamw_(results, projected_grads, exp_avgs, exp_avg_sqs, math.inf, -1.0, given)

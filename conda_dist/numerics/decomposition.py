@@ -60,7 +60,7 @@ class Spectrum(NamedTuple):
         """From the diagonals of k matrices S, (k, r), and their |S|^2, (k,), in float64."""
         traces, on = diagonals.sum(-1), diagonals.square().sum(-1)
         read = torch.stack((traces, on, totals), -1).tolist()  # the host waits for all at once
-        return [cls(max(0.0, 1 - some / all_), t * t / all_) for t, some, all_ in read]
+        return [cls(max(0.0, 1 - own / total), trace**2 / total) for trace, own, total in read]
 
 
 class Found(NamedTuple):
@@ -178,17 +178,20 @@ def _iterated_batch(
 ) -> list[Found | None]:
     """:func:`_iterated_together`, without another attempt after an error."""
     # Scaled so that squares neither overflow nor underflow.
-    scaled = torch.stack(tuple(tall)).div_(torch.stack(tuple(norms))[:, None, None])
-    if leaves_flags():
-        scaled = scaled.double()  # once for both factors, or there would be two copies
-    grams = exact_product(scaled.mT, scaled).to(tall[0].dtype)  # (k, n, m) @ (k, m, n)
-    del scaled
+    grams = _gram(torch.stack(tuple(tall)).div_(torch.stack(tuple(norms))[:, None, None]))
     rotations = cholesky_factors(grams)
     spectra = Spectrum.of_grams(grams) if measure else [None] * len(tall)
     return [
         None if rotation is None else Found(Outcome.DONE, rotation.to(grams.dtype), spectrum)
         for rotation, spectrum in zip(rotations, spectra, strict=True)
     ]
+
+
+def _gram(tall: Tensor) -> Tensor:
+    """The Gram matrices S (..., r, r) of matrices (..., m, r), in their dtype."""
+    # Cast once for both factors, or there would be two copies.
+    wide = tall.double() if leaves_flags() else tall
+    return exact_product(wide.mT, wide).to(tall.dtype)  # (..., r, m) @ (..., m, r)
 
 
 def _decompose_alone(tall: Tensor, largest: float, method: str, measure: bool) -> Found:
@@ -199,11 +202,7 @@ def _decompose_alone(tall: Tensor, largest: float, method: str, measure: bool) -
             if method == "svd":
                 rotation, values = _right_singular_vectors(matrix, driver)
             else:
-                scaled = matrix / largest  # so that squares neither overflow nor underflow
-                if leaves_flags():
-                    scaled = scaled.double()  # once for both factors, or there would be two copies
-                # (r, max(m, n)) @ (max(m, n), r)
-                gram = exact_product(scaled.mT, scaled).to(dtype)
+                gram = _gram(matrix / largest)  # squares neither overflow nor underflow
                 # One step of orthogonal iteration, see `householder_factor`.
                 rotation = _eigenvectors(gram) if method == "eigh64" else householder_factor(gram)
             # Some GPU drivers give NaN instead of an error.

@@ -87,8 +87,8 @@ class CondaRule(RefreshedRule):
     def refreshed_together(self, momentum: Tensor, first: bool) -> int:
         """See RefreshedRule. A batch takes no more than a task's memory.
 
-        With the default ``buffer_bytes`` that is 20 matrices for r = 512, 5 for 1024, and 1 from
-        2048 on, where one matrix keeps a GPU busy.
+        With the default ``buffer_bytes`` that is 20 square matrices in float32 for r = 512, 5 for
+        1024, and 1 from 2048 on.
         """
         if not decomposition.is_batched(self._method(first), momentum.device):
             return 1

@@ -98,8 +98,8 @@ class Rule(ABC):
     hyperparameters: ClassVar[tuple[str, ...]] = ()
     """Keys of a group that the rule reads, in addition to those that all rules share."""
     added: ClassVar[frozenset[str]] = frozenset()
-    """Hyperparameters that checkpoints of earlier versions lack. Loading one leaves them as they
-    are."""
+    """Hyperparameters that checkpoints of earlier versions lack. A group that loads such a
+    checkpoint keeps its own values of them."""
     factor: ClassVar[str | None] = None
     """The hyperparameter that multiplies ``lr``, for reports; None without one."""
 

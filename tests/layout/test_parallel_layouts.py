@@ -28,7 +28,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"basis_budget": 0, "buffer_bytes": 1},
     {"nesterov": True},
-    {"basis_budget": 0, "nesterov": True},
+    {"basis_budget": 0, "buffer_bytes": 1, "nesterov": True},
 ]
 
 
