@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conda_dist.matrix_optimizer import MatrixOptimizer
-from conda_dist.options import Options
+from conda_dist.options import Options, with_preset
 from conda_dist.parameter_groups import UNSUPPORTED
 from conda_dist.rules.conda import CondaRule
 
@@ -58,21 +58,26 @@ class Conda(MatrixOptimizer):
     Args:
         params: tensors, (name, tensor) pairs or group dicts.
         lr: learning rate of both paths; a number or a tensor with one element.
-        betas: decay rates of the first and the second moment, each in [0, 1).
+        betas: decay rates of the first and the second moment, each in [0, 1). None: the preset's,
+            (0.9, 0.99) in the paper's.
         eps: added to the square root of the second moment.
         weight_decay: decoupled weight decay, applied after the update: both paths subtract
             ``lr * weight_decay`` times the weight.
         scale: multiplies the update of the conda path, not its decay.
         adamw_scale: multiplies the update of the adamw path, not its decay.
-        update_proj_gap: steps between two refreshes of a basis.
+        update_proj_gap: steps between two refreshes of a basis. None: the preset's, 2000 in the
+            paper's.
         correct_bias: whether to divide the moments by 1 - beta^t, as Adam does.
         nesterov: whether the conda path steps by N = b1 M + (1 - b1) G in place of M, with
-            1 - b1^(t+1) in place of 1 - b1^t. This is not in the paper.
-        refresh_method: how to compute a basis from the momentum. "svd" is the paper's way, and
-            always computes the first basis. "orthogonal_iteration" takes one step of subspace
-            iteration from the current basis. It costs a fraction of the SVD's time, and is accurate
-            enough if ``update_proj_gap`` is small, because bases then change little. "eigh64"
-            computes the eigenvectors of the momentum's Gram matrix in float64.
+            1 - b1^(t+1) in place of 1 - b1^t. This is not in the paper. None: the preset's.
+        preset: which values ``betas``, ``update_proj_gap``, ``nesterov`` and ``refresh_method``
+            have where they are None: "paper", or a dated name of ``conda_dist.options.PRESETS``,
+            which trained better in ``launch/results``. A released preset never changes.
+        refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
+            paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
+            of subspace iteration from the current basis. It costs a fraction of the SVD's time, and
+            is accurate enough if ``update_proj_gap`` is small, because bases then change little.
+            "eigh64" computes the eigenvectors of the momentum's Gram matrix in float64.
         refresh_delay: 0, the default and the paper's timing: a step waits for its refresh. N > 0:
             a background thread decomposes a snapshot of the momentum, and all ranks change to the
             new bases N steps later (at most one interval later). The first refresh always waits.
@@ -122,16 +127,17 @@ class Conda(MatrixOptimizer):
         self,
         params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         lr: float | Tensor = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
         scale: float = 0.25,
         adamw_scale: float = 1.0,
-        update_proj_gap: int = 2000,
+        update_proj_gap: int | None = None,
         correct_bias: bool = True,
-        nesterov: bool = False,
-        refresh_method: str = "svd",
+        nesterov: bool | None = None,
+        preset: str = "paper",
+        refresh_method: str | None = None,
         refresh_delay: int = 0,
         matmul_dtype: torch.dtype | str | None = None,
         basis_dtype: torch.dtype | str | None = None,
@@ -149,7 +155,7 @@ class Conda(MatrixOptimizer):
         differentiable: bool = False,
         amsgrad: bool = False,
     ) -> None:
-        given = dict(locals())  # all arguments, by name
+        given = with_preset(locals())  # all arguments, by name
         for name in UNSUPPORTED:
             if given[name]:
                 raise TypeError(f"option {name!r} is not supported by Conda; leave it out.")

@@ -8,6 +8,7 @@ compares them with :data:`OPTIONS`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +22,18 @@ larger numbers could overflow."""
 
 FLOATS = ("float64", "float32", "bfloat16")
 """Dtypes of states. float16 overflows above 65504 and loses the squares of small gradients."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "2026-11": {
+        "update_proj_gap": 5,
+        "nesterov": True,
+        "refresh_method": "orthogonal_iteration",
+    },
+}
+"""For each preset, the options whose values differ from the declared defaults, which are the
+paper's (arXiv 2509.24218). A preset with a date has what trained better in ``launch/results``. Once
+released, a preset never changes: a better one gets a new name."""
 
 COPIES = 5
 """How many buffers of a task's size a step holds: the gradients of the next task are sent (one) and
@@ -39,7 +52,8 @@ class GroupOptions:
 
     lr: float = field(default=1e-2, metadata=_about("learning rate of all parameters", least=0))
     betas: tuple[float, float] = field(
-        default=(0.9, 0.99), metadata=_about("decay rates of the two moments", least=0, below=1)
+        default=(0.9, 0.99),
+        metadata=_about("decay rates of the two moments", least=0, below=1, by_preset=True),
     )
     eps: float = field(
         default=1e-8, metadata=_about("added to the square root of the second moment", least=0)
@@ -53,14 +67,18 @@ class GroupOptions:
         metadata=_about("multiplies the update of embeddings, head, norms and biases", least=0),
     )
     update_proj_gap: int = field(
-        default=2000, metadata=_about("steps between two refreshes of a basis", least=1)
+        default=2000,
+        metadata=_about("steps between two refreshes of a basis", least=1, by_preset=True),
     )
     correct_bias: bool = field(
         default=True, metadata=_about("divide moments by 1 - beta^t, as Adam does")
     )
     nesterov: bool = field(
         default=False,
-        metadata=_about("Nesterov's momentum: the moment is averaged with the gradient once more"),
+        metadata=_about(
+            "Nesterov's momentum: the moment is averaged with the gradient once more",
+            by_preset=True,
+        ),
     )
 
 
@@ -68,16 +86,23 @@ class GroupOptions:
 class Options:
     """The options of the whole optimizer. A dtype may be given by its name.
 
+    ``preset`` is kept for reports. It has no effect here: see :func:`with_preset`.
+
     Raises:
         TypeError: a value has the wrong type.
         ValueError: a value is out of range, or two values contradict each other.
     """
 
+    preset: str = field(
+        default="paper",
+        metadata=_about("the values of options that are not given", choices=tuple(PRESETS)),
+    )
     refresh_method: str = field(
         default="svd",
         metadata=_about(
             "how a basis is refreshed",
             choices=("svd", "orthogonal_iteration", "eigh64"),
+            by_preset=True,
         ),
     )
     refresh_delay: int = field(
@@ -177,6 +202,8 @@ class Option:
         choices: the allowed names.
         is_dtype: whether ``choices`` are names of dtypes; then the dtypes are allowed, too.
         optional: whether None is allowed.
+        by_preset: whether a preset may set it. Then the constructor and configuration files have
+            None in place of ``default``, which stands for the preset's value.
     """
 
     name: str
@@ -188,12 +215,23 @@ class Option:
     choices: tuple[str, ...] = ()
     is_dtype: bool = False
     optional: bool = False
+    by_preset: bool = False
 
     @property
     def config_type(self) -> Any:
         """Its type in a configuration file or on a command line, where a dtype is a name."""
         kind: Any = Literal.__getitem__(self.choices) if self.choices else self.type
-        return kind | None if self.optional else kind
+        return kind | None if self.optional or self.by_preset else kind
+
+    @property
+    def config_default(self) -> Any:
+        """Its default in the constructor and in a configuration file."""
+        return None if self.by_preset else self.default
+
+    @property
+    def config_help(self) -> str:
+        """Its line of help in a configuration file or on a command line."""
+        return f"{self.help}; none: the preset's" if self.by_preset else self.help
 
     def check(self, value: Any, where: str = "", *, least: float | None = None) -> Any:
         """Checks a value.
@@ -320,3 +358,18 @@ OPTIONS = {**GROUP_OPTIONS, **_declared(Options)}
 ``process_group``, which a file cannot hold."""
 
 REFRESH_METHODS = OPTIONS["refresh_method"].choices
+
+
+def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given arguments, with the values of their ``preset`` for options that are not given.
+
+    Args:
+        given: arguments by name. An option that a preset may set counts as given unless it is None.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    name = OPTIONS["preset"].check(given.get("preset", OPTIONS["preset"].default))
+    values = {key: option.default for key, option in OPTIONS.items() if option.by_preset}
+    values |= PRESETS[name]
+    return {**given, **{k: value for k, value in values.items() if given.get(k) is None}}

@@ -29,6 +29,8 @@ class Row(TypedDict):
         path: the rule's, such as "conda" or "muon", or "adamw".
         rate: the current factor on its normalized update: ``lr * scale`` on the path of a
             rule with a ``scale``, else ``lr``; ``lr * adamw_scale`` on the adamw path.
+        settings: what decides its update beside the rate, such as betas and ``update_proj_gap``, by
+            option.
         reason: why it is on this path.
         layout: its placements, the layout in which the parameter is stored.
         compute: the layout in which its step is computed and its moments are stored.
@@ -48,6 +50,7 @@ class Row(TypedDict):
     shape: tuple[int, ...]
     path: str
     rate: float
+    settings: dict[str, Any]
     reason: str
     layout: str
     compute: str
@@ -87,6 +90,7 @@ def _adamw_row(parameter: AdamWParameter) -> Row:
         shape=parameter.layout.shape,
         path="adamw",
         rate=_rate(parameter.group, "adamw_scale"),
+        settings={"betas": parameter.group["betas"]},
         reason=_reason(parameter.name, parameter.layout.shape, "adamw"),
         layout=str(parameter.layout),
         compute=str(parameter.layout),
@@ -136,6 +140,7 @@ def _matrix_row(weight: Weight) -> Row:
         shape=plan.storage.shape,
         path=rule.name,
         rate=_rate(weight.group, rule.factor),
+        settings=rule.settings(weight.group),
         reason=_reason(plan.name, plan.storage.split_shape, rule.name),
         layout=str(plan.storage),
         compute=str(plan.compute),
@@ -175,7 +180,9 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
     wide = console.width >= 130
     rule = next((row["path"] for row in table if row["path"] != "adamw"), "conda").capitalize()
     title = f"{rule}: what each parameter gets on this rank"
-    grid = Table(title=title, box=SIMPLE, show_footer=True)
+    settings = (f"{row['path']}: {_written(row['settings'])}" for row in table)
+    caption = "\n".join(dict.fromkeys(settings))
+    grid = Table(title=title, caption=caption, caption_justify="left", box=SIMPLE, show_footer=True)
     grid.add_column(
         "parameter", f"{len(table)} in all", overflow="fold", min_width=44 if wide else 24
     )
@@ -190,6 +197,10 @@ def print_table(table: Sequence[Row], console: Console | None = None) -> None:
         shown = described if wide else described[:2]
         grid.add_row(count + name, *shown, *_sizes(rows_alike))
     console.print(grid)
+
+
+def _written(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _without_ranks(layout: str) -> str:

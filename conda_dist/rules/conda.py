@@ -61,6 +61,12 @@ class CondaRule(RefreshedRule):
         smaller = min(dtype, product, key=lambda dtype: dtype.itemsize)
         return smaller, smaller
 
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """See Rule."""
+        own = {"betas": group["betas"], **super().settings(group)}
+        names = ("refresh_method", "refresh_delay", "preset")
+        return own | {name: getattr(self.options, name) for name in names}
+
     def describe(self, group: Mapping[str, Any]) -> str:
         """See Rule."""
         return f"{self.name} every {group['update_proj_gap']} steps"

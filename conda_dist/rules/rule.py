@@ -197,6 +197,10 @@ class Rule(ABC):
             ValueError: a hyperparameter is out of its range.
         """
 
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What decides the rule's update beside its rate, by name, for reports."""
+        return {name: group[name] for name in self.hyperparameters if name != self.factor}
+
     def describe(self, group: Mapping[str, Any]) -> str:
         """The rule's name and those hyperparameters that must be equal on all ranks.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from conda_dist.options import GROUP_OPTIONS, OPTIONS, Options
+from conda_dist.options import GROUP_OPTIONS, OPTIONS, Options, with_preset
 from conda_dist.parameter_groups import check_hyperparameters
 from conda_dist.routing import RoutedParameters, clean_name, group_by_view
 
@@ -86,6 +86,7 @@ def parse(given: Mapping[str, Any], where: str = "") -> Arguments:
 
 def _parse(given: Mapping[str, Any]) -> Arguments:
     _refuse_keys(given, [*OPTIONS, *PATTERNS, SPLITS])
+    given = with_preset(given)
     defaults = {name: given.get(name, option.default) for name, option in GROUP_OPTIONS.items()}
     check_hyperparameters(defaults)
     own = OPTIONS.keys() - GROUP_OPTIONS.keys()

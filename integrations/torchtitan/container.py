@@ -25,7 +25,11 @@ from conda_dist.runtime.diagnostics import scalars
 _CondaOptions: Any = make_dataclass(
     "_CondaOptions",
     [
-        (name, Annotated[option.config_type, tyro.conf.arg(help=option.help)], option.default)
+        (
+            name,
+            Annotated[option.config_type, tyro.conf.arg(help=option.config_help)],
+            option.config_default,
+        )
         for name, option in OPTIONS.items()
     ],
     bases=(OptimizersContainer.Config,),

@@ -24,7 +24,7 @@ from conda_dist.launch.job.section import (
     Size,
     SmallPositive,
 )
-from conda_dist.options import OPTIONS, Option
+from conda_dist.options import OPTIONS, Option, with_preset
 
 _Rate = Annotated[Positive, Field(description="peak learning rate of the blocks' matrices")]
 _WeightDecay = Annotated[
@@ -80,9 +80,9 @@ def _field(option: Option) -> Any:
     kind: Any = Betas if option.name == "betas" else option.config_type
     if option.name != "betas" and option.least is not None:
         kind = Annotated[kind, bounds]
-    if option.optional:
-        kind = Annotated[kind, NULL]
-    return kind, Field(option.default, description=option.help)
+    if option.optional or option.by_preset:
+        kind = Annotated[kind | None, NULL]
+    return kind, Field(option.config_default, description=option.config_help)
 
 
 _OWN: dict[str, Any] = {name: _field(option) for name, option in OPTIONS.items()}
@@ -95,6 +95,11 @@ class CondaConfig(_CondaOptions):  # type: ignore[misc]
     built_by: ClassVar[str] = "conda_dist:Conda"
     factor: ClassVar[str] = "scale"
     under_zero: ClassVar[bool] = True
+
+    def with_preset(self) -> CondaConfig:
+        """The same with the preset's values in place of None."""
+        filled: CondaConfig = self.model_copy(update=with_preset(self.model_dump()))
+        return filled
 
 
 class AdamWConfig(Settings):

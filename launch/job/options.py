@@ -170,7 +170,8 @@ def _reasons(error: ValidationError, key: str = "") -> str:
             reason, item = f"must be {declared.items}", False
         elif declared and declared.optional:
             reason += ", or 'none'"
-        reasons.append(f"{name} {'has' if item else '='} {found['input']!r}: {reason}")
+        value = list(found["input"]) if isinstance(found["input"], tuple) else found["input"]
+        reasons.append(f"{name} {'has' if item else '='} {value!r}: {reason}")
     return "; ".join(dict.fromkeys(reasons))  # each number that is missing is found by itself
 
 

@@ -30,6 +30,8 @@ Norm = Annotated[float, Interval(ge=0, le=1e30)]
 
 
 def _none(value: Any) -> Any:
+    # Behind a validator in Python, pydantic no longer takes a list of JSON's for a tuple.
+    value = tuple(value) if isinstance(value, list) else value
     return None if value == "none" else value
 
 

@@ -128,7 +128,8 @@ def forecast_conda(
 
 def conda_options(settings: CondaConfig) -> Options:
     """The options of a Conda with these settings."""
-    return Options(**{option.name: getattr(settings, option.name) for option in fields(Options)})
+    values = settings.with_preset()
+    return Options(**{option.name: getattr(values, option.name) for option in fields(Options)})
 
 
 def _plans(rule: Rule, options: Options, projected: Shapes, mesh: Mesh) -> list[WeightPlan]:

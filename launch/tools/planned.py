@@ -37,7 +37,7 @@ class Planned:
         if mesh.tp > 1 and config.model.architecture != "llama":
             raise ConfigError("tensor parallelism is planned for LLaMA only; leave tp out")
         self.mesh, self._tokens = mesh, tokens
-        self._settings = config.optimizer.conda
+        self._settings = config.optimizer.conda.with_preset()
         model = empty_model(config.model, config.training, config.tokenizer.vocab_size)
         self.projected, self.others = forecast.named_shapes(model)
         self.parameters = parameter_count(model)

@@ -19,7 +19,7 @@ TORCHS = ("lr", "betas", "eps", "weight_decay")
 """What every Adam of torch's has."""
 OWN = (
     *("scale", "adamw_scale", "update_proj_gap", "correct_bias", "nesterov"),
-    *("refresh_method", "refresh_delay", "matmul_dtype", "basis_dtype", "basis_budget"),
+    *("preset", "refresh_method", "refresh_delay", "matmul_dtype", "basis_dtype", "basis_budget"),
     *("state_dtype", "second_moment_dtype", "stochastic_rounding", "buffer_bytes"),
     "diagnostics_every",
 )
@@ -40,7 +40,7 @@ def test_the_constructor_takes_them() -> None:
     assert list(taken)[: len(OPTIONS) + 3] == ["self", "params", *OPTIONS, "process_group"]
     assert {*list(taken)[len(OPTIONS) + 3 :]} == {*DROPPED, *UNSUPPORTED}
     for name, option in OPTIONS.items():
-        assert taken[name].default == option.default, name
+        assert taken[name].default == option.config_default, name
         assert (torch.dtype in get_args(taken[name].annotation)) == (option.is_dtype), name
 
 
@@ -69,7 +69,8 @@ def test_the_job_has_them() -> None:
     keys = {n.rpartition(".")[2]: k for n, k in job.SCHEMA.items() if ".conda." in n}
     assert keys.keys() == {*OPTIONS, "grad_clip"}
     for name, option in OPTIONS.items():
-        assert (keys[name].default, keys[name].help) == (option.default, option.help)
+        assert keys[name].default == option.config_default, name
+        assert keys[name].help == option.config_help
 
 
 @pytest.mark.parametrize("name", [n for n, o in OPTIONS.items() if o.is_dtype])
