@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from common import TOY, Section, left_s
+from common import TOY, Section, end_with_parent, left_s
 
 ROOT = Path(__file__).parents[2]
 TEXT = (
@@ -77,7 +77,9 @@ def prepare(out: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", PREPARE, *arguments(out, {})]
     environment = {**os.environ, "RAYON_NUM_THREADS": "1" if TOY else "8"}
     said = (out / "work" / "data.log").open("w")
-    return subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+    return subprocess.Popen(
+        command, stdout=said, stderr=said, env=environment, preexec_fn=end_with_parent
+    )
 
 
 def _pretrain(out: Path, name: str, optimizer: str, steps: int, interval: int) -> dict[str, Any]:
@@ -92,7 +94,9 @@ def _pretrain(out: Path, name: str, optimizer: str, steps: int, interval: int) -
     command = [sys.executable, "-m", "conda_dist.launch.pretrain", *arguments(out, options)]
     limit = max(10.0, left_s())
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, preexec_fn=end_with_parent
+        )
         rc, said = run.returncode, run.stdout + run.stderr
     except subprocess.TimeoutExpired:
         rc, said = 124, f"not done within {limit:.0f} s"
