@@ -70,9 +70,14 @@ class Conda(MatrixOptimizer):
         correct_bias: whether to divide the moments by 1 - beta^t, as Adam does.
         nesterov: whether the conda path steps by N = b1 M + (1 - b1) G in place of M, with
             1 - b1^(t+1) in place of 1 - b1^t. This is not in the paper. None: the preset's.
-        preset: which values ``betas``, ``update_proj_gap``, ``nesterov`` and ``refresh_method``
-            have where they are None: "paper", or a dated name of ``conda_dist.options.PRESETS``,
-            which trained better in ``launch/results``. A released preset never changes.
+        normalize_slices: whether each row (m >= n) or column (m < n) of proj(M) / (sqrt(v) + eps)
+            is divided by its root mean square, so that the update of each has the root mean square
+            ``lr * scale``. There is no bias correction then. This is not in the paper. None: the
+            preset's.
+        preset: which values ``betas``, ``update_proj_gap``, ``nesterov``, ``normalize_slices`` and
+            ``refresh_method`` have where they are None: "paper", or a dated name of
+            ``conda_dist.options.PRESETS``, which trained better in ``launch/results``. A released
+            preset never changes.
         refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
             paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
             of subspace iteration from the current basis. It costs a fraction of the SVD's time, and
@@ -136,6 +141,7 @@ class Conda(MatrixOptimizer):
         update_proj_gap: int | None = None,
         correct_bias: bool = True,
         nesterov: bool | None = None,
+        normalize_slices: bool | None = None,
         preset: str = "paper",
         refresh_method: str | None = None,
         refresh_delay: int = 0,

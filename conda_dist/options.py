@@ -80,6 +80,13 @@ class GroupOptions:
             by_preset=True,
         ),
     )
+    normalize_slices: bool = field(
+        default=False,
+        metadata=_about(
+            "divide each row (m >= n) or column (m < n) of a projected update by its RMS",
+            by_preset=True,
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,8 @@ class ReferenceConda(torch.optim.Optimizer):
         correct_bias: whether to divide the moments by 1 - beta^t.
         nesterov: whether projected weights step by N = b1 M + (1 - b1) G in place of the first
             moment M. This is not in the paper.
+        normalize_slices: whether each row (m >= n) or column (m < n) of a projected update is
+            divided by its root mean square. This is not in the paper.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ReferenceConda(torch.optim.Optimizer):
         update_proj_gap: int = 2000,
         correct_bias: bool = True,
         nesterov: bool = False,
+        normalize_slices: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -57,6 +60,7 @@ class ReferenceConda(torch.optim.Optimizer):
             "update_proj_gap": update_proj_gap,
             "correct_bias": correct_bias,
             "nesterov": nesterov,
+            "normalize_slices": normalize_slices,
             "algorithm": "conda",
         }
         super().__init__(params, defaults)
@@ -105,17 +109,27 @@ class ReferenceConda(torch.optim.Optimizer):
             exp_avg, averaged = beta1 * exp_avg + (1 - beta1) * grad, averaged + 1
         state["exp_avg_sq"].mul_(beta2).add_((1 - beta2) * grad**2)
         update = exp_avg / (state["exp_avg_sq"].sqrt() + group["eps"])
+        corrected = group["correct_bias"]
         if projected:
+            if group["normalize_slices"]:
+                update, corrected = normalize_slices(update, group["eps"]), False
             update = group["scale"] * project_back(update, basis)
         else:
             update = group["adamw_scale"] * update
 
         state["step"] += 1
         step_size = group["lr"]
-        if group["correct_bias"]:
+        if corrected:
             step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1**averaged)
         param.sub_(step_size * update)
         param.sub_(group["lr"] * group["weight_decay"] * param)
+
+
+def normalize_slices(update: Tensor, eps: float) -> Tensor:
+    """Each row (m >= n) or column (m < n) over its root mean square, but where that is tiny."""
+    dim = -1 if update.shape[-2] >= update.shape[-1] else -2
+    rms = update.square().mean(dim, keepdim=True).sqrt()
+    return update / torch.where(rms > eps, rms, 1.0)
 
 
 def decompose(exp_avg: Tensor) -> Tensor:

@@ -31,8 +31,8 @@ class CondaRule(RefreshedRule):
 
     name, title = "conda", "Conda"
     state_names = frozenset({"basis", "basis_step", "snapshot", "snapshot_step"})
-    hyperparameters = ("scale", "update_proj_gap", "correct_bias", "nesterov")
-    added: ClassVar[frozenset[str]] = frozenset({"nesterov"})
+    hyperparameters = ("scale", "update_proj_gap", "correct_bias", "nesterov", "normalize_slices")
+    added: ClassVar[frozenset[str]] = frozenset({"nesterov", "normalize_slices"})
     factor = "scale"
 
     def __init__(self, options: Options) -> None:
@@ -178,6 +178,9 @@ class CondaRule(RefreshedRule):
             ys = list(map(self._normalise, weights, firsts, seconds, repeat(hyper)))
         else:
             ys = arithmetic.average_and_normalise_(projected, firsts, seconds, hyper, results)
+        if hyper.normalize_slices:
+            for y in ys:
+                arithmetic.normalize_slices_(y, right, hyper.eps)
         return map(self._project_back, weights, ys, factors, repeat(right), repeat(hyper))
 
     def _normalise(

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import toys
 from conda_dist import Conda
-from conda_dist.reference import decompose, project, project_back
+from conda_dist.options import OPTIONS
+from conda_dist.reference import decompose, normalize_slices, project, project_back
 
 ASKED = os.environ.get("FUZZ_EXAMPLES")
 
@@ -211,8 +212,14 @@ def _groups(case: Case, pairs: Sequence[Any]) -> list[dict[str, Any]]:
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "scale": 0.25,
     "update_proj_gap": 2000, "correct_bias": True, "nesterov": False, "refresh_delay": 0,
-    "refresh_method": "svd",
+    "refresh_method": "svd", "normalize_slices": False,
 }  # fmt: skip
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without those whose value None stands for the preset's."""
+    by_preset = {name for name, option in OPTIONS.items() if option.by_preset}
+    return {n: v for n, v in arguments.items() if v is not None or n not in by_preset}
 
 
 def projects(case: Case, spec: Param) -> bool:
@@ -226,7 +233,7 @@ def projects(case: Case, spec: Param) -> bool:
 
 def oracle(case: Case) -> list[Tensor]:
     """The parameters after all steps, in float64."""
-    start = {**DEFAULTS, **case.arguments, **case.group}
+    start = {**DEFAULTS, **_given(case.arguments), **case.group}
     options = [{**start, **(case.later if t > 1 else {})} for t in range(len(case.params[0].grads))]
     grads = [
         [gradient(spec, i, step) for step in range(len(spec.grads))]
@@ -308,9 +315,12 @@ def _conda(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Option
         second = beta2 * second + (1 - beta2) * project(grad.double(), basis) ** 2
         ahead = options["nesterov"]
         momentum = beta1 * first + (1 - beta1) * grad.double() if ahead else first
-        update = project_back(project(momentum, basis) / (second.sqrt() + options["eps"]), basis)
+        update = project(momentum, basis) / (second.sqrt() + options["eps"])
         count += 1
-        param = param - options["scale"] * _size(options, count, ahead) * update
+        size = _size(options, count, ahead)
+        if options["normalize_slices"]:
+            update, size = normalize_slices(update, options["eps"]), float(options["lr"])
+        param = param - options["scale"] * size * project_back(update, basis)
         param = param - float(options["lr"]) * options["weight_decay"] * param
         if late and pending is None and taken < last and first.any():
             pending = count - 1, _refreshed(first, basis, options)

@@ -30,6 +30,7 @@ MATHS: dict[str, st.SearchStrategy[Any]] = {
     "update_proj_gap": st.integers(1, 4) | st.just(10**30),
     "correct_bias": st.booleans(),
     "nesterov": st.booleans(),
+    "normalize_slices": st.booleans(),
 }
 """Hyperparameters of a group."""
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
@@ -149,6 +150,7 @@ def sound(draw: st.DrawFn, arguments: Sequence[str] = (*MATHS, *OPTIONS)) -> Cas
 
 LATER = (
     *("betas", "eps", "weight_decay", "scale", "update_proj_gap", "correct_bias", "nesterov", "lr"),
+    "normalize_slices",
 )
 NO_PARAMETERS = [
     *({"dtype": d} for d in ("complex64", "int64", "bool", "float8_e4m3fn", "uint8")),

@@ -18,6 +18,7 @@ import models
 import ranks
 import zero
 from conda_dist import Conda, param_groups
+from conda_dist.rules.conda import CondaRule
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -103,9 +104,10 @@ def test_low_precision_follows_one_process(world: int) -> None:
 def test_nesterov_of_split_weights_follows_one_process() -> None:
     """With new bases by the SVD; with orthogonal iteration below."""
     splits = {"blocks.*.up.weight": (10, 12)}
-    params = {"nesterov": True, "splits": splits}
+    step = {"nesterov": True, "normalize_slices": True}
+    params = {**step, "splits": splits}
     configs: list[Config] = [(stage, "fp32", {"params": params}) for stage in range(4)]
-    theirs = zero.alone(splits=splits, nesterov=True)
+    theirs = zero.alone(splits=splits, **step)
     for config, error in zip(configs, _errors(2, configs, theirs), strict=True):
         assert error < 1e-4, config
 
@@ -114,7 +116,7 @@ def test_new_bases_of_gram_matrices_follow_one_process() -> None:
     """Which two ranks' owners add up, of ranges that end anywhere; and other options."""
     options: dict[str, Any] = {
         **{"refresh_method": "orthogonal_iteration", "adamw_scale": 0.3},
-        "nesterov": True,
+        **{"nesterov": True, "normalize_slices": True},
     }
     configs: list[Config] = [(stage, "fp32", {"params": options}) for stage in range(4)]
     theirs, plain = zero.alone(**options), zero.alone()
@@ -263,25 +265,28 @@ def test_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def _newer_option(folder: Path) -> list[Any]:
-    """What groups have of an option that a checkpoint lacks, after loading it."""
+    """What groups have of options that a checkpoint lacks, after loading it."""
+    added = sorted(CondaRule.added)
     found = []
     for stage in range(4):
-        made = zero.config(stage, params={"nesterov": True})
+        made = zero.config(stage, params=dict.fromkeys(added, True))
         engine = zero.build(made)
         zero.train(engine, range(1))
         for group in engine.basic_optimizer.param_groups:
-            del group["nesterov"]
+            for key in added:
+                del group[key]
             group["lr"] = 0.5
         engine.save_checkpoint(str(folder / f"{stage}"))
         other = zero.build(made)
         other.load_checkpoint(str(folder / f"{stage}"))
-        found += [(g["nesterov"], g["lr"]) for g in other.basic_optimizer.param_groups]
+        groups = other.basic_optimizer.param_groups
+        found += [(*(group[key] for key in added), group["lr"]) for group in groups]
     return found
 
 
 def test_options_that_are_newer_than_a_checkpoint_stay(tmp_path: Path) -> None:
     (found,) = ranks.run(1, _newer_option, tmp_path)
-    assert {*found} == {(True, 0.5)}
+    assert {*found} == {(True, True, 0.5)}
 
 
 READY = sorted((Path(__file__).parents[2] / "configs" / "deepspeed").glob("*.json"))

@@ -27,9 +27,11 @@ CUBE: Layout = ((2, 2, 2), [S1, strided(0, 2), S0])
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"basis_budget": 0, "buffer_bytes": 1},
-    {"nesterov": True},
-    {"basis_budget": 0, "buffer_bytes": 1, "nesterov": True},
+    {"nesterov": True, "normalize_slices": True},
+    {"basis_budget": 0, "buffer_bytes": 1, "nesterov": True, "normalize_slices": True},
 ]
+STEP = ("nesterov", "normalize_slices")
+"""Options that change the step, on one process as well."""
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ OPTIONS: list[dict[str, Any]] = [
 def test_follows_one_process(
     layout: Layout, shapes: dict[str, tuple[int, ...]], options: dict[str, Any]
 ) -> None:
-    alone = train(None, shapes, {"nesterov": options.get("nesterov", False)})
+    alone = train(None, shapes, {name: options[name] for name in STEP if name in options})
     world = torch.Size(layout[0]).numel()
     for ended in ranks.run(world, train, layout, shapes, options, timeout=90):
         assert far(ended, alone) < 1e-5

@@ -55,6 +55,7 @@ def _hyperparameters(draw: st.DrawFn) -> dict[str, Any]:
         "update_proj_gap": draw(st.integers(1, 7)),
         "correct_bias": draw(st.booleans()),
         "nesterov": draw(st.booleans()),
+        "normalize_slices": draw(st.booleans()),
     }
 
 

@@ -16,18 +16,26 @@ RELEASED: dict[str, dict[str, Any]] = {
         "betas": (0.9, 0.99),
         "update_proj_gap": 2000,
         "nesterov": False,
+        "normalize_slices": False,
         "refresh_method": "svd",
     },
     "2026-11": {
         "betas": (0.9, 0.99),
         "update_proj_gap": 5,
         "nesterov": True,
+        "normalize_slices": False,
         "refresh_method": "orthogonal_iteration",
     },
 }
 """A released preset never changes, so that a job that names it can be run again."""
 
-OTHER = {"betas": (0.8, 0.9), "update_proj_gap": 7, "nesterov": True, "refresh_method": "eigh64"}
+OTHER = {
+    "betas": (0.8, 0.9),
+    "update_proj_gap": 7,
+    "nesterov": True,
+    "normalize_slices": True,
+    "refresh_method": "eigh64",
+}
 """A value of each option that no preset has, or that the paper's does not."""
 
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import models
 import ranks
+from conda_dist.rules.conda import CondaRule
 from models import FSDP2, GAP, PLAIN, Layout
 
 SAVED, LAST = GAP + 2, 2 * GAP + 2
@@ -163,18 +164,20 @@ def test_strict_decides_with_torchs_tools(tmp_path: Path) -> None:
 # Options that were added later
 
 
-def _without_nesterov(layout: Layout, folder: str, route: str) -> list[str]:
-    """Loads a checkpoint whose groups lack the key; says what has gone wrong."""
+def _without_added(layout: Layout, folder: str, route: str) -> list[str]:
+    """Loads a checkpoint whose groups lack these keys; says what has gone wrong."""
+    added = CondaRule.added
     model, optimizer = models.build(layout)
     models.train(model, optimizer, range(SAVED))
-    resumed, loaded = models.build(layout, seed=1, nesterov=True)
+    resumed, loaded = models.build(layout, seed=1, **dict.fromkeys(added, True))
     whole = StateDictOptions(full_state_dict=route == "whole")
     if route == "plain":
         given = copy.deepcopy(optimizer.state_dict())
     else:
         given = get_optimizer_state_dict(model, optimizer, options=whole)
     for group in given["param_groups"]:
-        del group["nesterov"]
+        for key in added:
+            del group[key]
     if route == "plain":
         loaded.load_state_dict(given)
     elif route == "dcp":
@@ -185,13 +188,14 @@ def _without_nesterov(layout: Layout, folder: str, route: str) -> list[str]:
         set_optimizer_state_dict(resumed, loaded, read)
     else:
         set_optimizer_state_dict(resumed, loaded, given, options=whole)
-    problems = [f"{g['nesterov']}" for g in loaded.param_groups if g["nesterov"] is not True]
+    groups = loaded.param_groups
+    problems = [f"{key} {g[key]}" for g in groups for key in added if g[key] is not True]
     taken = {int(state["step"]) for state in loaded.state_dict()["state"].values()}
     return problems if taken == {SAVED} else [*problems, f"steps {taken}"]
 
 
 @pytest.mark.parametrize("route", ["plain", "whole", "sharded", "dcp"])
 def test_options_that_are_newer_than_a_checkpoint_stay(route: str, tmp_path: Path) -> None:
-    assert not _without_nesterov(PLAIN, str(tmp_path / "1"), route)
-    for problems in ranks.run(2, _without_nesterov, FSDP2, str(tmp_path / "2"), route):
+    assert not _without_added(PLAIN, str(tmp_path / "1"), route)
+    for problems in ranks.run(2, _without_added, FSDP2, str(tmp_path / "2"), route):
         assert not problems
