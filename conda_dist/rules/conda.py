@@ -157,9 +157,11 @@ class CondaRule(RefreshedRule):
         dtype = torch.promote_types(weights[0].states["basis"].dtype, torch.float32)
         outs: list[Any] = [None] * count
         results: list[Tensor] = []
+        together = None  # what holds the results of all slices
         if buffers is not None:
-            memory = buffers.take((2 * count, *shape), dtype, device).unbind()
-            outs, results = list(memory[:count]), list(memory[count:])
+            memory = buffers.take((2 * count, *shape), dtype, device)
+            together = memory[count:]
+            outs, results = list(memory[:count].unbind()), list(together.unbind())
         factors, projected, firsts, seconds = [], [], [], []
         for weight, out in zip(weights, outs, strict=True):
             factors.append(self._factor(weight.states["basis"]))  # once for both products
@@ -176,10 +178,11 @@ class CondaRule(RefreshedRule):
                 parts = {"gradient": weight.grad, "exp_avg": first, self.second_key: second}
                 arithmetic.check_alike(weight.name, parts)
             ys = list(map(self._normalise, weights, firsts, seconds, repeat(hyper)))
+            together = None
         else:
             ys = arithmetic.average_and_normalise_(projected, firsts, seconds, hyper, results)
         if hyper.normalize_slices:
-            for y in ys:
+            for y in ys if together is None else [together]:
                 arithmetic.normalize_slices_(y, right, hyper.eps)
         return map(self._project_back, weights, ys, factors, repeat(right), repeat(hyper))
 

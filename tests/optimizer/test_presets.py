@@ -20,10 +20,10 @@ RELEASED: dict[str, dict[str, Any]] = {
         "refresh_method": "svd",
     },
     "2026-11": {
-        "betas": (0.9, 0.99),
+        "betas": (0.95, 0.99),
         "update_proj_gap": 5,
         "nesterov": True,
-        "normalize_slices": False,
+        "normalize_slices": True,
         "refresh_method": "orthogonal_iteration",
     },
 }
