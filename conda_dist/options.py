@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "2026-11": {
         "betas": (0.95, 0.99),
-        "update_proj_gap": 5,
+        "update_proj_gap": 20,
         "nesterov": True,
         "normalize_slices": True,
         "refresh_method": "orthogonal_iteration",

@@ -21,7 +21,7 @@ RELEASED: dict[str, dict[str, Any]] = {
     },
     "2026-11": {
         "betas": (0.95, 0.99),
-        "update_proj_gap": 5,
+        "update_proj_gap": 20,
         "nesterov": True,
         "normalize_slices": True,
         "refresh_method": "orthogonal_iteration",
@@ -147,8 +147,8 @@ def test_a_group_may_differ_from_the_preset(capsys: pytest.CaptureFixture[str]) 
     optimizer = Conda(
         [{"params": [first]}, {"params": [second], "update_proj_gap": 9}], preset="2026-11"
     )
-    assert [group["update_proj_gap"] for group in optimizer.param_groups] == [5, 9]
+    assert [group["update_proj_gap"] for group in optimizer.param_groups] == [20, 9]
     optimizer.report()
     said = capsys.readouterr().out
-    for gap in (5, 9):
+    for gap in (20, 9):
         assert f"update_proj_gap {gap}, correct_bias True, nesterov True" in " ".join(said.split())
