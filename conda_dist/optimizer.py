@@ -72,12 +72,13 @@ class Conda(MatrixOptimizer):
             1 - b1^(t+1) in place of 1 - b1^t. This is not in the paper. None: the preset's.
         normalize_slices: whether each row (m >= n) or column (m < n) of proj(M) / (sqrt(v) + eps)
             is divided by its root mean square, so that the update of each has the root mean square
-            ``lr * scale``. There is no bias correction then. This is not in the paper. None: the
-            preset's.
+            ``lr * scale``; ``correct_bias`` has no effect on it then. One of at most ``eps`` stays
+            as it is. A row whose gradients stop, such as an idle expert's, keeps moving for some
+            hundred steps. This is not in the paper. None: the preset's.
         preset: which values ``betas``, ``update_proj_gap``, ``nesterov``, ``normalize_slices`` and
             ``refresh_method`` have where they are None: "paper", or a dated name of
-            ``conda_dist.options.PRESETS``, which trained better in ``launch/results``. A released
-            preset never changes.
+            ``conda_dist.options.PRESETS``. A preset never changes, but for a draft. A loaded
+            checkpoint's groups keep their own values.
         refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
             paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
             of subspace iteration from the current basis. It costs a fraction of the SVD's time, and

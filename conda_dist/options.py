@@ -25,7 +25,7 @@ FLOATS = ("float64", "float32", "bfloat16")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "2026-11": {
+    "2026-11-draft": {
         "betas": (0.95, 0.99),
         "update_proj_gap": 20,
         "nesterov": True,
@@ -34,8 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """For each preset, the options whose values differ from the declared defaults, which are the
-paper's (arXiv 2509.24218). A preset with a date has what trained better in ``launch/results``. Once
-released, a preset never changes: a better one gets a new name."""
+paper's (arXiv 2509.24218). A preset with a date has what trained better in ``launch/results``. A
+preset never changes, and a better one gets a new name; but a draft may change until its comparison
+there is complete."""
 
 COPIES = 5
 """How many buffers of a task's size a step holds: the gradients of the next task are sent (one) and

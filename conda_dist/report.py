@@ -29,8 +29,8 @@ class Row(TypedDict):
         path: the rule's, such as "conda" or "muon", or "adamw".
         rate: the current factor on its normalized update: ``lr * scale`` on the path of a
             rule with a ``scale``, else ``lr``; ``lr * adamw_scale`` on the adamw path.
-        settings: what decides its update beside the rate, such as betas and ``update_proj_gap``, by
-            option.
+        settings: options that decide its update beside the rate, such as ``betas`` and
+            ``update_proj_gap``.
         reason: why it is on this path.
         layout: its placements, the layout in which the parameter is stored.
         compute: the layout in which its step is computed and its moments are stored.

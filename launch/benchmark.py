@@ -21,13 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from conda_dist.launch.job import options
 from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.tools.command_line import PICTURES, Parser, check_file, positive, refuse
-
-REFRESH_METHODS = get_args(options.SCHEMA["optimizer.conda.refresh_method"].type)
+from conda_dist.options import REFRESH_METHODS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

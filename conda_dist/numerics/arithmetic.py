@@ -317,7 +317,7 @@ def normalize_slices_(y: Tensor, right: bool, eps: float) -> None:
     """Divides each slice of a normalised update by its root mean square (RMS), in place.
 
     Slices are rows if ``right``, else columns. They are whole on every rank that computes some of
-    them, so this needs no other rank. Projecting back keeps their RMS.
+    them, so this needs no other rank. Projecting back with an orthogonal basis keeps their RMS.
 
     Args:
         y: the update in projected coordinates, (..., m', n) if ``right``, else (..., m, n').

@@ -199,7 +199,8 @@ class Rule(ABC):
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the rule's update beside its rate, by name, for reports."""
-        return {name: group[name] for name in self.hyperparameters if name != self.factor}
+        names = (name for name in self.hyperparameters if name != self.factor)
+        return {name: group[name] for name in names if name in group}
 
     def describe(self, group: Mapping[str, Any]) -> str:
         """The rule's name and those hyperparameters that must be equal on all ranks.

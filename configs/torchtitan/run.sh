@@ -10,5 +10,5 @@ shift
 exec torchrun --nnodes="${NNODES:-$nodes}" --nproc-per-node="${NGPU:-8}" \
     --rdzv-backend=c10d --rdzv-endpoint="${RDZV:-localhost:29500}" \
     -m conda_dist.integrations.torchtitan.train \
-    --optimizer.name conda --optimizer.lr 0.01 --optimizer.update_proj_gap 2000 \
+    --optimizer.name conda --optimizer.lr 0.01 \
     --optimizer.matmul_dtype bfloat16 "$@"

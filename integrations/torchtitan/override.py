@@ -38,7 +38,7 @@ def conda(config: Any, **options: Any) -> CondaOptimizersContainer.Config:
         if not isinstance(options.get(option, []), list):
             raise ValueError(f"{option} must be a list, got {options[option]!r}")
     for option, value in options.items():
-        if option in OPTIONS:
+        if option in OPTIONS and not (value is None and OPTIONS[option].by_preset):
             OPTIONS[option].check(value)
     return conda_config(config, _before(), name="conda", **options)
 

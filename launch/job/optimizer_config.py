@@ -90,7 +90,7 @@ _CondaOptions: Any = create_model("_CondaOptions", __base__=Settings, **_OWN)
 
 
 class CondaConfig(_CondaOptions):  # type: ignore[misc]
-    """All options of `conda_dist.options`; the defaults are the paper's (arXiv 2509.24218)."""
+    """All options of `conda_dist.options`. None stands for the preset's value."""
 
     built_by: ClassVar[str] = "conda_dist:Conda"
     factor: ClassVar[str] = "scale"

@@ -251,7 +251,7 @@ def split_arguments(arguments: Sequence[str]) -> list[tuple[str, str]]:
 def _from_text(key: Declared, text: str) -> Any:
     """A word of the command line as the key's type."""
     words: Any = text
-    if key.items:
+    if key.items and not (key.optional and text == "none"):
         inner = text.strip()
         if (inner[:1], inner[-1:]) in (("[", "]"), ("(", ")")) and len(inner) > 1:
             inner = inner[1:-1]  # of a list; those of a glob stand further in

@@ -46,6 +46,7 @@ def test_wrong_option_is_refused(options: list[str], said: list[str]) -> None:
             "state_dtype must be one of float64, float32, bfloat16",
         ),
         ('{"betas": 0.9}', "betas must be a pair"),
+        ('{"betas": null, "lr": null}', "lr must be a number"),
         ('{"name": "stock"}', "Conda has no option 'name'"),
         ('{"splits": "*.w1.weight=2"}', "splits must be a list"),
     ],

@@ -47,6 +47,7 @@ def test_prints_its_table_draws_it_and_writes_it(
         "[model]\nhidden_size = 16\nintermediate_size = 24\nnum_attention_heads = 2\n"
     )
     small = ["--model", str(config), "--layers", "1", "--rounds", "2", "--gap", "3"]
+    small += ["--refresh-method", "svd"]
     assert not benchmark.main([*small, "--picture", str(picture), "--json", str(file)])
     said = capsys.readouterr().out
     assert "7 matrices, width 16, MLP 24" in said

@@ -49,6 +49,8 @@ def test_defaults_file_and_command_line_in_that_order(tmp_path: Path) -> None:
         ("optimizer.conda.matmul_dtype", "tf32", "tf32"),
         ("optimizer.conda.betas", "0.8,0.9", (0.8, 0.9)),
         ("optimizer.conda.betas", "[0.8, 0.9]", (0.8, 0.9)),
+        ("optimizer.conda.betas", "none", None),
+        ("optimizer.conda.nesterov", "true", True),
         ("data.path", "a.txt", ("a.txt",)),
         ("data.path", "a.txt, b.jsonl", ("a.txt", "b.jsonl")),
         ("data.path", "part-[0-3].txt", ("part-[0-3].txt",)),
@@ -273,7 +275,7 @@ def test_shipped_configs_are_valid(file: Path, optimizer: str) -> None:
 
 
 def test_the_paper_s_settings() -> None:
-    conda = options.load(CONFIGS / "llama_60m.toml").optimizer.conda
+    conda = options.load(CONFIGS / "llama_60m.toml").optimizer.conda.with_preset()
     assert (conda.lr, conda.betas, conda.eps) == (1e-2, (0.9, 0.99), 1e-8)
     assert (conda.scale, conda.update_proj_gap, conda.weight_decay) == (0.25, 2000, 0.0)
     conda = options.load(CONFIGS / "gpt2_125m.toml").optimizer.conda

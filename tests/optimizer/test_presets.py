@@ -1,6 +1,7 @@
 """Presets: every surface gives the same values, explicit values win, and none of them changes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "normalize_slices": False,
         "refresh_method": "svd",
     },
-    "2026-11": {
+    "2026-11-draft": {
         "betas": (0.95, 0.99),
         "update_proj_gap": 20,
         "nesterov": True,
@@ -27,7 +28,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "refresh_method": "orthogonal_iteration",
     },
 }
-"""A released preset never changes, so that a job that names it can be run again."""
+"""A preset never changes, so that a job that names it can be run again; but for a draft."""
 
 OTHER = {
     "betas": (0.8, 0.9),
@@ -102,7 +103,7 @@ def test_every_surface_gives_its_values(
 
 
 def test_the_paper_s_values_win_over_a_dated_preset() -> None:
-    given = {"preset": "2026-11", **RELEASED["paper"]}
+    given = {"preset": "2026-11-draft", **RELEASED["paper"]}
     for surface in SURFACES:
         assert surface(given).items() >= RELEASED["paper"].items()
 
@@ -122,7 +123,7 @@ def test_presets_are_what_they_were() -> None:
 def test_a_preset_steps_as_its_values() -> None:
     ours, theirs = toys.parameters((6, 4), (4, 6)), toys.parameters((6, 4), (4, 6))
     grads = toys.gradients(ours, 12)
-    for params, given in ((ours, {"preset": "2026-11"}), (theirs, RELEASED["2026-11"])):
+    for params, given in ((ours, {"preset": "2026-11-draft"}), (theirs, RELEASED["2026-11-draft"])):
         optimizer = Conda([{"params": params, "algorithm": "conda"}], **given)
         toys.take(optimizer, params, grads)
     assert toys.same(ours, theirs)
@@ -133,19 +134,45 @@ def test_a_preset_steps_as_its_values() -> None:
 
 def test_a_preset_is_of_the_whole_optimizer() -> None:
     weight = nn.Parameter(torch.eye(3))
-    with pytest.raises(ValueError, match="preset must be one of paper, 2026-11; got 'papers'"):
+    with pytest.raises(
+        ValueError, match="preset must be one of paper, 2026-11-draft; got 'papers'"
+    ):
         Conda([weight], preset="papers")
     with pytest.raises(ValueError, match="preset holds for the whole optimizer"):
-        Conda([{"params": [weight], "preset": "2026-11"}])
+        Conda([{"params": [weight], "preset": "2026-11-draft"}])
     for name in OTHER:
         with pytest.raises((TypeError, ValueError), match=name):  # None is not a group's value
             Conda([{"params": [weight], name: None}])
 
 
+def test_shipped_configs_leave_the_choice_to_the_preset() -> None:
+    """Explicit values win: a config that repeats the paper's would defeat a preset in silence."""
+    from conda_dist.launch.job import options
+
+    folder = Path(__file__).parents[2] / "configs"
+    own = ("betas", "nesterov", "normalize_slices")
+    for file in folder.glob("*.toml"):
+        conda = options.load(file).optimizer.conda
+        assert [getattr(conda, name) for name in own] == [None] * 3, file
+        if file.stem != "llama_tiny":
+            assert (conda.update_proj_gap, conda.refresh_method) == (None, None), file
+
+
+def test_a_loaded_group_keeps_the_checkpoint_s_values() -> None:
+    weight = nn.Parameter(torch.eye(3))
+    optimizer = Conda([weight], preset="2026-11-draft")
+    optimizer.load_state_dict(Conda([nn.Parameter(torch.eye(3))]).state_dict())
+    (row,) = optimizer.report(show=False)
+    assert (row["settings"]["betas"], row["settings"]["update_proj_gap"]) == ((0.9, 0.99), 2000)
+    del optimizer.param_groups[0]["normalize_slices"]  # as in a group of an earlier version
+    (row,) = optimizer.report(show=False)
+    assert "normalize_slices" not in row["settings"]
+
+
 def test_a_group_may_differ_from_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (nn.Parameter(toys.random(4, 3)) for _ in range(2))
     optimizer = Conda(
-        [{"params": [first]}, {"params": [second], "update_proj_gap": 9}], preset="2026-11"
+        [{"params": [first]}, {"params": [second], "update_proj_gap": 9}], preset="2026-11-draft"
     )
     assert [group["update_proj_gap"] for group in optimizer.param_groups] == [20, 9]
     optimizer.report()
