@@ -34,9 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """For each preset, the options whose values differ from the declared defaults, which are the
-paper's (arXiv 2509.24218). A preset with a date has what trained better in ``launch/results``. A
-preset never changes, and a better one gets a new name; but a draft may change until its comparison
-there is complete."""
+paper's (arXiv 2509.24218). A preset with a date has what trained better in ``launch/results``. It
+never changes, and a better one gets a new name. A draft is being compared there, is not yet shown
+to be better, and may change."""
 
 COPIES = 5
 """How many buffers of a task's size a step holds: the gradients of the next task are sent (one) and

@@ -73,8 +73,9 @@ class CondaRule(RefreshedRule):
 
     def project(self, grad: Tensor, basis: Tensor, right: bool) -> Tensor:
         """See RefreshedRule."""
+        factor = basis.to(self._product_dtype or basis.dtype)
         dtype = torch.promote_types(basis.dtype, torch.float32)
-        return arithmetic.project(grad, self._factor(basis), right, dtype)
+        return arithmetic.project(grad, factor, right, dtype)
 
     def average(
         self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
@@ -83,14 +84,6 @@ class CondaRule(RefreshedRule):
         rounding = low_precision.rounding_of(momentum, step - 1, self.options.stochastic_rounding)
         beta1 = float(group["betas"][0])
         arithmetic.average_(momentum, projected, beta1, rounding)
-
-    def _factor(self, basis: Tensor) -> Tensor:
-        """The basis in the dtype of the products.
-
-        It is not kept between steps: that would cost half of the basis's memory again, and
-        ``basis_dtype="bfloat16"`` needs no cast at all.
-        """
-        return basis.to(self._product_dtype or basis.dtype)
 
     def refresh(self, momenta: Sequence[Tensor], right: bool, first: bool) -> list[Found]:
         """See RefreshedRule. The new basis consists of singular vectors of the momentum."""
@@ -164,7 +157,10 @@ class CondaRule(RefreshedRule):
             outs, results = list(memory[:count].unbind()), list(together.unbind())
         factors, projected, firsts, seconds = [], [], [], []
         for weight, out in zip(weights, outs, strict=True):
-            factors.append(self._factor(weight.states["basis"]))  # once for both products
+            basis = weight.states["basis"]
+            # Cast once for both products. It is not kept between steps: that would cost half of the
+            # basis's memory again, and basis_dtype="bfloat16" needs no cast at all.
+            factors.append(basis.to(self._product_dtype or basis.dtype))
             if not weight.averaged:
                 weight.grad = arithmetic.project(weight.grad, factors[-1], right, dtype, out)
             projected.append(weight.grad)
