@@ -72,13 +72,14 @@ class Conda(MatrixOptimizer):
             1 - b1^(t+1) in place of 1 - b1^t. This is not in the paper. None: the preset's.
         normalize_slices: whether each row (m >= n) or column (m < n) of proj(M) / (sqrt(v) + eps)
             is divided by its root mean square, so that the update of each has the root mean square
-            ``lr * scale``; ``correct_bias`` has no effect on it then. One of at most ``eps`` stays
-            as it is. A row whose gradients stop, such as an idle expert's, keeps moving for some
-            hundred steps. This is not in the paper. None: the preset's.
-        preset: which values ``betas``, ``update_proj_gap``, ``nesterov``, ``normalize_slices`` and
-            ``refresh_method`` have where they are None: "paper", or a dated name of
-            ``conda_dist.options.PRESETS``. A preset never changes, but for a draft. A loaded
-            checkpoint's groups keep their own values.
+            ``lr * scale``. A row or column whose root mean square is at most ``eps`` is not
+            divided. ``correct_bias`` has no effect on the conda path then. If the gradients of a
+            row become zero, as of an expert without tokens, the row still moves for some hundred
+            steps. This is not in the paper. None: the preset's.
+        preset: gives values to those of ``betas``, ``update_proj_gap``, ``nesterov``,
+            ``normalize_slices`` and ``refresh_method`` that are None: "paper", or a dated name of
+            ``conda_dist.options.PRESETS``. Only a draft may change. Groups that are loaded from a
+            checkpoint have the checkpoint's values.
         refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
             paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
             of subspace iteration from the current basis. It costs a fraction of the SVD's time, and

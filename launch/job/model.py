@@ -81,8 +81,8 @@ def empty_model(config: ModelConfig, training: TrainingConfig, vocab_size: int) 
 def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:
     """Type of the forward and backward passes; parameters and gradient sums stay in float32.
 
-    `auto` takes bfloat16 on GPUs, and on CPUs that multiply matrices of it in tiles (AMX). On those
-    that have it in AVX-512 alone, such a product took twice the time of one in float32.
+    `auto` takes bfloat16 on GPUs, and on CPUs with AMX. On a Xeon that has bfloat16 in AVX-512
+    alone, a product in bfloat16 took twice the time of one in float32.
     """
     if training.compute_dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[training.compute_dtype]

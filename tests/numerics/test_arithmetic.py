@@ -243,7 +243,7 @@ def test_one_pass_is_the_same_step(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"matmul_dtype": torch.bfloat16}, {"nesterov": True, "normalize_slices": True}],
+    [{}, {"matmul_dtype": torch.bfloat16}, {"nesterov": True}, {"normalize_slices": True}],
     ids=str,
 )
 def test_weights_that_are_computed_together_step_as_they_do_alone(options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Presets: every surface gives the same values, explicit values win, and none of them changes."""
+"""Presets: every surface gives the same values, explicit values win, and only a draft changes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ import toys
 from conda_dist import Conda, param_groups
 from conda_dist.options import OPTIONS, PRESETS, with_preset
 
-RELEASED: dict[str, dict[str, Any]] = {
+VALUES: dict[str, dict[str, Any]] = {
     "paper": {
         "betas": (0.9, 0.99),
         "update_proj_gap": 2000,
@@ -28,7 +28,7 @@ RELEASED: dict[str, dict[str, Any]] = {
         "refresh_method": "orthogonal_iteration",
     },
 }
-"""A preset never changes, so that a job that names it can be run again; but for a draft."""
+"""A job that names a preset can be run again, because only a draft may change."""
 
 OTHER = {
     "betas": (0.8, 0.9),
@@ -90,27 +90,27 @@ SURFACES = [_by_constructor, _by_json, _by_toml, _by_torchtitan]
 
 
 @pytest.mark.parametrize("surface", SURFACES)
-@pytest.mark.parametrize("preset", [None, *RELEASED])
+@pytest.mark.parametrize("preset", [None, *VALUES])
 def test_every_surface_gives_its_values(
     preset: str | None, surface: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     """Without a preset they are the paper's; an explicit value wins, whatever the preset has."""
     given = {} if preset is None else {"preset": preset}
-    values = RELEASED[preset or "paper"]
+    values = VALUES[preset or "paper"]
     assert surface(given).items() >= values.items()
     for name, value in OTHER.items():
         assert surface({**given, name: value}).items() >= {**values, name: value}.items()
 
 
 def test_the_paper_s_values_win_over_a_dated_preset() -> None:
-    given = {"preset": "2026-11-draft", **RELEASED["paper"]}
+    given = {"preset": "2026-11-draft", **VALUES["paper"]}
     for surface in SURFACES:
-        assert surface(given).items() >= RELEASED["paper"].items()
+        assert surface(given).items() >= VALUES["paper"].items()
 
 
 def test_presets_are_what_they_were() -> None:
     assert {name: with_preset({"preset": name}) for name in PRESETS} == {
-        name: {"preset": name, **values} for name, values in RELEASED.items()
+        name: {"preset": name, **values} for name, values in VALUES.items()
     }
     by_preset = {name for name, option in OPTIONS.items() if option.by_preset}
     assert by_preset == {*OTHER}
@@ -123,7 +123,7 @@ def test_presets_are_what_they_were() -> None:
 def test_a_preset_steps_as_its_values() -> None:
     ours, theirs = toys.parameters((6, 4), (4, 6)), toys.parameters((6, 4), (4, 6))
     grads = toys.gradients(ours, 12)
-    for params, given in ((ours, {"preset": "2026-11-draft"}), (theirs, RELEASED["2026-11-draft"])):
+    for params, given in ((ours, {"preset": "2026-11-draft"}), (theirs, VALUES["2026-11-draft"])):
         optimizer = Conda([{"params": params, "algorithm": "conda"}], **given)
         toys.take(optimizer, params, grads)
     assert toys.same(ours, theirs)
