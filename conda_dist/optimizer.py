@@ -12,6 +12,7 @@ from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.options import Options, with_preset
 from conda_dist.parameter_groups import UNSUPPORTED
 from conda_dist.rules.conda import CondaRule
+from conda_dist.rules.gradient_bases import GradientBasesRule
 
 
 class Conda(MatrixOptimizer):
@@ -70,16 +71,18 @@ class Conda(MatrixOptimizer):
         correct_bias: whether to divide the moments by 1 - beta^t, as Adam does.
         nesterov: whether the conda path steps by N = b1 M + (1 - b1) G in place of M, with
             1 - b1^(t+1) in place of 1 - b1^t. This is not in the paper. None: the preset's.
-        normalize_slices: whether each row (m >= n) or column (m < n) of proj(M) / (sqrt(v) + eps)
-            is divided by its root mean square, so that the update of each has the root mean square
-            ``lr * scale``. A row or column whose root mean square is at most ``eps`` is not
-            divided. ``correct_bias`` has no effect on the conda path then. If the gradients of a
-            row become zero, as of an expert without tokens, the row still moves for some hundred
-            steps. This is not in the paper. None: the preset's.
         preset: gives values to those of ``betas``, ``update_proj_gap``, ``nesterov``,
-            ``normalize_slices`` and ``refresh_method`` that are None: "paper", or a dated name of
+            ``basis_source`` and ``refresh_method`` that are None: "paper", or a dated name of
             ``conda_dist.options.PRESETS``. Only a draft may change. Groups that are loaded from a
             checkpoint have the checkpoint's values.
+        basis_source: "momentum", the paper's, or "gradients", where the bases are eigenvectors of
+            averages of G^T G and G G^T, as in SOAP (arXiv 2409.11321): proj(X) = X V if m > n,
+            U^T X if m < n, and U^T X V if m = n. The averages decay by b2. One rank steps a whole
+            matrix then: it gets the gradient, keeps the state and sends the update, and
+            ``basis_budget`` has no effect. ``exp_avg`` is M, not projected, and the states
+            ``left_basis`` and ``left_gram`` (m, m), ``right_basis`` and ``right_gram`` (n, n) take
+            the place of ``basis``. A matrix's first gradient gives its bases, and does not move
+            it. None: the preset's.
         refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
             paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
             of subspace iteration from the current basis. It costs a fraction of the SVD's time, and
@@ -143,8 +146,8 @@ class Conda(MatrixOptimizer):
         update_proj_gap: int | None = None,
         correct_bias: bool = True,
         nesterov: bool | None = None,
-        normalize_slices: bool | None = None,
         preset: str = "paper",
+        basis_source: str | None = None,
         refresh_method: str | None = None,
         refresh_delay: int = 0,
         matmul_dtype: torch.dtype | str | None = None,
@@ -168,4 +171,6 @@ class Conda(MatrixOptimizer):
             if given[name]:
                 raise TypeError(f"option {name!r} is not supported by Conda; leave it out.")
         options = Options(**{field.name: given[field.name] for field in fields(Options)})
-        super().__init__(params, given, CondaRule(options), options, process_group)
+        from_gradients = options.basis_source == "gradients"
+        rule = GradientBasesRule(options) if from_gradients else CondaRule(options)
+        super().__init__(params, given, rule, options, process_group)

@@ -26,10 +26,10 @@ FLOATS = ("float64", "float32", "bfloat16")
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "2026-11-draft": {
-        "betas": (0.95, 0.99),
+        "betas": (0.95, 0.98),
         "update_proj_gap": 20,
         "nesterov": True,
-        "normalize_slices": True,
+        "basis_source": "gradients",
         "refresh_method": "orthogonal_iteration",
     },
 }
@@ -83,13 +83,6 @@ class GroupOptions:
             by_preset=True,
         ),
     )
-    normalize_slices: bool = field(
-        default=False,
-        metadata=_about(
-            "divide each row (m >= n) or column (m < n) of a projected update by its RMS",
-            by_preset=True,
-        ),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +99,12 @@ class Options:
     preset: str = field(
         default="paper",
         metadata=_about("the values of options that are not given", choices=tuple(PRESETS)),
+    )
+    basis_source: str = field(
+        default="momentum",
+        metadata=_about(
+            "what bases are taken from", choices=("momentum", "gradients"), by_preset=True
+        ),
     )
     refresh_method: str = field(
         default="svd",
@@ -189,6 +188,11 @@ class Options:
     def __post_init__(self) -> None:
         for name in _names(type(self)):
             object.__setattr__(self, name, OPTIONS[name].check(getattr(self, name)))
+        if self.basis_source == "gradients" and self.is_async:
+            raise ValueError(
+                "bases from gradients are not refreshed in the background: set refresh_delay to 0, "
+                'or basis_source to "momentum"'
+            )
         dtypes = self.state_dtype, self.second_moment_dtype
         if self.stochastic_rounding and dtype_of("bfloat16") not in dtypes:
             raise ValueError(

@@ -7,7 +7,7 @@ of the package.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 import torch
@@ -31,8 +31,8 @@ class ReferenceConda(torch.optim.Optimizer):
         correct_bias: whether to divide the moments by 1 - beta^t.
         nesterov: whether projected weights step by N = b1 M + (1 - b1) G in place of the first
             moment M. This is not in the paper.
-        normalize_slices: whether each row (m >= n) or column (m < n) of a projected update is
-            divided by its root mean square. This is not in the paper.
+        basis_source: "momentum", or "gradients": then bases are eigenvectors of averages of G^T G
+            if m >= n, and of G G^T if m <= n. This is not in the paper.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ReferenceConda(torch.optim.Optimizer):
         update_proj_gap: int = 2000,
         correct_bias: bool = True,
         nesterov: bool = False,
-        normalize_slices: bool = False,
+        basis_source: str = "momentum",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -60,7 +60,7 @@ class ReferenceConda(torch.optim.Optimizer):
             "update_proj_gap": update_proj_gap,
             "correct_bias": correct_bias,
             "nesterov": nesterov,
-            "normalize_slices": normalize_slices,
+            "basis_source": basis_source,
             "algorithm": "conda",
         }
         super().__init__(params, defaults)
@@ -91,16 +91,30 @@ class ReferenceConda(torch.optim.Optimizer):
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(grad)  # (m, n), in the weight's coordinates
-            state["exp_avg_sq"] = torch.zeros_like(grad)  # (m, n), in the basis's coordinates
+            state["exp_avg_sq"] = torch.zeros_like(grad)  # (m, n), in the coordinates of the bases
         state["exp_avg"].lerp_(grad, 1 - beta1)
         if not state["step"] and not state["exp_avg"].any():
             return  # a first momentum of zeros has no basis yet: its SVD would be the identity
 
         if projected:
+            from_gradients = group["basis_source"] == "gradients"
+            if from_gradients:
+                grams = [None if x is None else (1 - beta2) * x for x in gram_matrices(grad)]
+                before = state.get("grams", (None, None))
+                state["grams"] = [
+                    new if old is None else beta2 * old + new
+                    for old, new in zip(before, grams, strict=True)
+                ]
             if state["step"] % group["update_proj_gap"] == 0:
-                state["basis"] = decompose(state["exp_avg"])
-            basis = state["basis"]  # (r, r), r = min(m, n)
-            exp_avg, grad = project(state["exp_avg"], basis), project(grad, basis)
+                momentum = state["exp_avg"]
+                state["bases"] = (
+                    eigenvectors(state["grams"]) if from_gradients else decompose(momentum)
+                )
+            bases = state["bases"]  # U (m, m) and V (n, n); one of them may be None
+            exp_avg, grad = project(state["exp_avg"], *bases), project(grad, *bases)
+            if from_gradients and not state["step"]:
+                # In bases of its own, it is diagonal up to rounding errors, whose ratios are large.
+                exp_avg, grad = torch.zeros_like(exp_avg), torch.zeros_like(grad)
         else:
             exp_avg = state["exp_avg"]
         # The weights of the gradients in the momentum add up to 1 - b1^averaged.
@@ -109,41 +123,47 @@ class ReferenceConda(torch.optim.Optimizer):
             exp_avg, averaged = beta1 * exp_avg + (1 - beta1) * grad, averaged + 1
         state["exp_avg_sq"].mul_(beta2).add_((1 - beta2) * grad**2)
         update = exp_avg / (state["exp_avg_sq"].sqrt() + group["eps"])
-        corrected = group["correct_bias"]
         if projected:
-            if group["normalize_slices"]:
-                update, corrected = normalize_slices(update, group["eps"]), False
-            update = group["scale"] * project_back(update, basis)
+            update = group["scale"] * project_back(update, *bases)
         else:
             update = group["adamw_scale"] * update
 
         state["step"] += 1
         step_size = group["lr"]
-        if corrected:
+        if group["correct_bias"]:
             step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1**averaged)
         param.sub_(step_size * update)
         param.sub_(group["lr"] * group["weight_decay"] * param)
 
 
-def normalize_slices(update: Tensor, eps: float) -> Tensor:
-    """Each row (m >= n) or column (m < n) over its root mean square, but where that is tiny."""
-    dim = -1 if update.shape[-2] >= update.shape[-1] else -2
-    rms = update.square().mean(dim, keepdim=True).sqrt()
-    return update / torch.where(rms > eps, rms, 1.0)
+Sides = Sequence[Tensor | None]
+"""What belongs to the left side of a matrix (m, n), of shape (m, m), and to the right, (n, n)."""
 
 
-def decompose(exp_avg: Tensor) -> Tensor:
+def decompose(exp_avg: Tensor) -> Sides:
     """The basis of a momentum (..., m, n): V (n, n) of its SVD if m >= n, else U (m, m)."""
     svd = torch.linalg.svd(exp_avg, full_matrices=False)
-    basis: Tensor = svd.Vh.mT if exp_avg.shape[-2] >= exp_avg.shape[-1] else svd.U
-    return basis
+    return (None, svd.Vh.mT) if exp_avg.shape[-2] >= exp_avg.shape[-1] else (svd.U, None)
 
 
-def project(x: Tensor, basis: Tensor) -> Tensor:
-    """Coordinates of ``x`` (..., m, n) in the basis Q: ``x Q`` if m >= n, else ``Q^T x``."""
-    return x @ basis if x.shape[-2] >= x.shape[-1] else basis.mT @ x
+def gram_matrices(x: Tensor) -> Sides:
+    """``x x^T`` if m <= n, and ``x^T x`` if m >= n, of ``x`` (..., m, n)."""
+    m, n = x.shape[-2:]
+    return x @ x.mT if m <= n else None, x.mT @ x if m >= n else None
 
 
-def project_back(y: Tensor, basis: Tensor) -> Tensor:
-    """Inverse of :func:`project`: ``y Q^T`` if m >= n, else ``Q y``."""
-    return y @ basis.mT if y.shape[-2] >= y.shape[-1] else basis @ y
+def eigenvectors(grams: Sides) -> Sides:
+    """The eigenvectors of Gram matrices, in descending order of the eigenvalues."""
+    return [None if s is None else torch.linalg.eigh(s).eigenvectors.flip(-1) for s in grams]
+
+
+def project(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Coordinates of ``x`` (..., m, n) in the bases: ``U^T x V``, without what is None."""
+    x = x if left is None else left.mT @ x
+    return x if right is None else x @ right
+
+
+def project_back(y: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Inverse of :func:`project`: ``U y V^T``."""
+    y = y if left is None else left @ y
+    return y if right is None else y @ right.mT

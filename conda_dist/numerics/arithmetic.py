@@ -35,7 +35,6 @@ class Hyper:
     scale: float
     correct_bias: bool
     nesterov: bool = False
-    normalize_slices: bool = False
 
     def step_size(self, step: int) -> float | Tensor:
         """Factor on the normalised update.
@@ -44,7 +43,7 @@ class Hyper:
             step: number of steps taken, this one included, so from 1.
         """
         factor = self.scale
-        if self.correct_bias and not self.normalize_slices:
+        if self.correct_bias:
             # The weights of all gradients in N = b1 M + (1 - b1) G add up to 1 - b1^(t + 1).
             averaged = step + 1 if self.nesterov else step
             factor *= math.sqrt(1 - self.beta2**step) / (1 - self.beta1**averaged)
@@ -313,21 +312,17 @@ def normalise_(
     return torch.div(first, denominator, out=denominator)
 
 
-def normalize_slices_(y: Tensor, right: bool, eps: float) -> None:
-    """Divides each slice of a normalised update by its root mean square (RMS), in place.
-
-    Slices are rows if ``right``, else columns. They are whole on every rank that computes some of
-    them, so this needs no other rank. Projecting back with an orthogonal basis keeps their RMS.
+def average_gram_(gram: Tensor, x: Tensor, beta: float, dtype: torch.dtype) -> None:
+    """Updates an average of Gram matrices in place: S <- beta S + (1 - beta) X^T X.
 
     Args:
-        y: the update in projected coordinates, (..., m', n) if ``right``, else (..., m, n').
-        right: whether the basis is multiplied from the right (m >= n).
-        eps: a slice with an RMS of ``eps`` or less stays as it is: zeros stay zeros.
+        gram: S, (..., r, r), in at least float32.
+        x: X, (..., k, r).
+        beta: decay rate of the average.
+        dtype: dtype to which X is rounded for the product.
     """
-    dim = -1 if right else -2
-    norm = torch.linalg.vector_norm(y, dim=dim, keepdim=True)  # (..., m', 1) or (..., 1, n')
-    rms = norm.mul_(1 / math.sqrt(max(1, y.shape[dim])))
-    y.div_(rms.masked_fill_(rms <= eps, 1.0))
+    x = x.to(dtype)
+    gram.lerp_(project(x.mT, x, right=True, dtype=gram.dtype), 1 - beta)
 
 
 def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:

@@ -367,3 +367,49 @@ def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:
     with matmul_precision("ieee"):
         # 1.5 P - 0.5 Q^T (Q P), all (r, r)
         return torch.addmm(rotation, Q.mT, Q @ rotation, beta=1.5, alpha=-0.5)
+
+
+def eigenbasis(gram: Tensor, basis: Tensor | None, method: str) -> tuple[Outcome, Tensor | None]:
+    """A basis of eigenvectors of a Gram matrix, in descending order of the eigenvalues.
+
+    Args:
+        gram: the Gram matrix (r, r), in at least float32.
+        basis: the basis so far; None without one.
+        method: "orthogonal_iteration" takes one step of subspace iteration from ``basis``, if there
+            is one. All others compute the eigenvectors, in float64.
+
+    Returns:
+        The outcome; and the basis (r, r), in ``gram``'s dtype, if it is ``DONE``, else None.
+
+    Raises:
+        RuntimeError: see :func:`decompose`.
+    """
+    largest = float(torch.linalg.vector_norm(gram, math.inf))  # the host waits for the device
+    if not 0 < largest < math.inf:
+        return (Outcome.NOT_FINITE if largest else Outcome.ZERO), None
+    iterated = basis is not None and method == "orthogonal_iteration"
+    for device, dtype, _ in _attempts(gram, method if iterated else "eigh64"):
+        try:
+            scaled = (gram / largest).to(device, dtype)
+            if basis is not None and iterated:
+                old = basis.to(device, dtype)
+                rotation = _orthogonal_factor(exact_product(old.mT, exact_product(scaled, old)))
+                found = exact_product(old, orthonormal(rotation, old))
+            else:
+                found = _eigenvectors(scaled)
+            # Some GPU drivers give NaN instead of an error.
+            if math.isfinite(torch.linalg.vector_norm(found, math.inf)):
+                return Outcome.DONE, found.to(gram.device, gram.dtype)
+        except RuntimeError as error:
+            if not _may_be_retried(error):
+                raise
+    return Outcome.NOT_CONVERGED, None
+
+
+def _orthogonal_factor(gram: Tensor) -> Tensor:
+    """The orthogonal factor (r, r) of the QR decomposition of a Gram matrix (r, r)."""
+    if gram.device.type in BY_CHOLESKY:
+        (factor,) = cholesky_factors(gram[None])
+        if factor is not None:
+            return factor.to(gram.dtype)
+    return householder_factor(gram)

@@ -31,8 +31,8 @@ class CondaRule(RefreshedRule):
 
     name, title = "conda", "Conda"
     state_names = frozenset({"basis", "basis_step", "snapshot", "snapshot_step"})
-    hyperparameters = ("scale", "update_proj_gap", "correct_bias", "nesterov", "normalize_slices")
-    added: ClassVar[frozenset[str]] = frozenset({"nesterov", "normalize_slices"})
+    hyperparameters = ("scale", "update_proj_gap", "correct_bias", "nesterov")
+    added: ClassVar[frozenset[str]] = frozenset({"nesterov"})
     factor = "scale"
 
     def __init__(self, options: Options) -> None:
@@ -64,7 +64,7 @@ class CondaRule(RefreshedRule):
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """See Rule."""
         own = {"betas": group["betas"], **super().settings(group)}
-        names = ("refresh_method", "refresh_delay", "preset")
+        names = ("refresh_method", "refresh_delay", "basis_source", "preset")
         return own | {name: getattr(self.options, name) for name in names}
 
     def describe(self, group: Mapping[str, Any]) -> str:
@@ -177,9 +177,6 @@ class CondaRule(RefreshedRule):
             together = None
         else:
             ys = arithmetic.average_and_normalise_(projected, firsts, seconds, hyper, results)
-        if hyper.normalize_slices:
-            for y in ys if together is None else [together]:
-                arithmetic.normalize_slices_(y, right, hyper.eps)
         return map(self._project_back, weights, ys, factors, repeat(right), repeat(hyper))
 
     def _normalise(

@@ -18,7 +18,7 @@ def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
     Args:
         group: the parameter group.
         scale: the key of the factor on the update: "scale", or "adamw_scale" for the adamw path,
-            which has no ``nesterov`` and no ``normalize_slices``.
+            which has no ``nesterov``.
     """
     beta1, beta2 = group["betas"]
     lr = group["lr"]
@@ -37,5 +37,4 @@ def hyper_of(group: Mapping[str, Any], scale: str = "scale") -> Hyper:
         float(group[scale]),
         group.get("correct_bias", True),
         scale == "scale" and group.get("nesterov", False),
-        scale == "scale" and group.get("normalize_slices", False),
     )

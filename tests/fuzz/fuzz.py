@@ -22,7 +22,14 @@ from torch import Tensor, nn
 import toys
 from conda_dist import Conda
 from conda_dist.options import OPTIONS
-from conda_dist.reference import decompose, normalize_slices, project, project_back
+from conda_dist.reference import (
+    Sides,
+    decompose,
+    eigenvectors,
+    gram_matrices,
+    project,
+    project_back,
+)
 
 ASKED = os.environ.get("FUZZ_EXAMPLES")
 
@@ -212,7 +219,7 @@ def _groups(case: Case, pairs: Sequence[Any]) -> list[dict[str, Any]]:
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0, "scale": 0.25,
     "update_proj_gap": 2000, "correct_bias": True, "nesterov": False, "refresh_delay": 0,
-    "refresh_method": "svd", "normalize_slices": False,
+    "refresh_method": "svd", "basis_source": "momentum",
 }  # fmt: skip
 
 
@@ -293,7 +300,9 @@ def _adam(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Options
 def _conda(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Options]) -> Tensor:
     """The paper's steps; a basis is that of a momentum of so many steps ago if refreshed async."""
     first, second, count = torch.zeros_like(param), torch.zeros_like(param), 0
-    basis, taken, pending = torch.empty(0), -1, None
+    bases: Sides = (None, None)
+    grams: Sides = (None, None)
+    taken, pending = -1, None
     for grad, options in zip(grads, given, strict=True):
         if grad is None:
             continue
@@ -303,36 +312,56 @@ def _conda(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Option
         first = beta1 * first + (1 - beta1) * grad.double()
         if not first.isfinite().all():
             return param + math.nan
+        of_gradients = options["basis_source"] == "gradients"
+        if of_gradients:
+            grams = [
+                None if x is None else (1 - beta2) * x + (0 if old is None else beta2 * old)
+                for x, old in zip(gram_matrices(grad.double()), grams, strict=True)
+            ]
         if taken < 0 and not first.any():
+            count += of_gradients  # only the rank that computes the weight knows
             continue
-        last = count - count % gap
-        if taken < 0:
-            basis, taken = decompose(first), count
+        last, begins = count - count % gap, taken < 0
+        if begins:
+            bases, taken = eigenvectors(grams) if of_gradients else decompose(first), count
         elif late and pending is not None and pending[0] <= count - delay:
-            taken, basis, pending = *pending, None
-        elif not late and taken < last and first.any():
-            basis, taken = _refreshed(first, basis, options), count
-        second = beta2 * second + (1 - beta2) * project(grad.double(), basis) ** 2
+            taken, bases, pending = *pending, None
+        elif not late and taken < last and (of_gradients or first.any()):
+            seen = grams if of_gradients else _gram_of(first)
+            bases, taken = _refreshed(seen, bases, options), count
+        side = project(grad.double(), *bases)
         ahead = options["nesterov"]
         momentum = beta1 * first + (1 - beta1) * grad.double() if ahead else first
-        update = project(momentum, basis) / (second.sqrt() + options["eps"])
+        along = project(momentum, *bases)
+        if of_gradients and begins:  # it only gives the bases
+            side, along = torch.zeros_like(side), torch.zeros_like(along)
+        second = beta2 * second + (1 - beta2) * side**2
+        update = along / (second.sqrt() + options["eps"])
         count += 1
         size = _size(options, count, ahead)
-        if options["normalize_slices"]:
-            update, size = normalize_slices(update, options["eps"]), float(options["lr"])
-        param = param - options["scale"] * size * project_back(update, basis)
+        param = param - options["scale"] * size * project_back(update, *bases)
         param = param - float(options["lr"]) * options["weight_decay"] * param
         if late and pending is None and taken < last and first.any():
-            pending = count - 1, _refreshed(first, basis, options)
+            pending = count - 1, _refreshed(_gram_of(first), bases, options)
     return param
 
 
-def _refreshed(momentum: Tensor, basis: Tensor, options: dict[str, Any]) -> Tensor:
+def _gram_of(momentum: Tensor) -> Sides:
+    """Of the side of its basis alone."""
+    left, right = gram_matrices(momentum)
+    return (left if right is None else None), right
+
+
+def _refreshed(grams: Sides, bases: Sides, options: dict[str, Any]) -> Sides:
     if options["refresh_method"] != "orthogonal_iteration":
-        return decompose(momentum)
-    tall = momentum.shape[-2] >= momentum.shape[-1]
-    side = project(momentum, basis)
-    q, r = torch.linalg.qr(side.mT @ side if tall else side @ side.mT)
+        return eigenvectors(grams)
+    return [_iterated(*side) for side in zip(grams, bases, strict=True)]
+
+
+def _iterated(gram: Tensor | None, basis: Tensor | None) -> Tensor | None:
+    if gram is None or basis is None:
+        return None
+    q, r = torch.linalg.qr(basis.mT @ gram @ basis)
     return basis @ (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2))
 
 

@@ -30,7 +30,6 @@ MATHS: dict[str, st.SearchStrategy[Any]] = {
     "update_proj_gap": st.integers(1, 4) | st.just(10**30),
     "correct_bias": st.booleans(),
     "nesterov": st.booleans(),
-    "normalize_slices": st.booleans(),
 }
 """Hyperparameters of a group."""
 OPTIONS: dict[str, st.SearchStrategy[Any]] = {
@@ -38,6 +37,7 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "second_moment_dtype": DTYPES | st.just(torch.uint8),
     "matmul_dtype": DTYPES,
     "basis_dtype": DTYPES,
+    "basis_source": st.sampled_from(["momentum", "gradients"]),
     "basis_budget": st.none() | st.just(0) | st.integers(0, 10**15) | st.integers(0, 300),
     "buffer_bytes": st.integers(1, 10**15) | st.integers(1, 300),
     "refresh_method": st.sampled_from(["svd", "orthogonal_iteration", "eigh64"]),
@@ -144,13 +144,14 @@ def sound(draw: st.DrawFn, arguments: Sequence[str] = (*MATHS, *OPTIONS)) -> Cas
     halves = torch.bfloat16 in (given.get("state_dtype"), given.get("second_moment_dtype"))
     if halves and draw(st.booleans()):
         given["stochastic_rounding"] = True
+    if given.get("basis_source") == "gradients":
+        given.pop("refresh_delay", None)
     group = {n: given.pop(n) for n in sorted(names & MATHS.keys()) if draw(st.booleans())}
     return Case(tuple(chosen), given, algorithm, group, named=draw(st.booleans()))
 
 
 LATER = (
     *("betas", "eps", "weight_decay", "scale", "update_proj_gap", "correct_bias", "nesterov", "lr"),
-    "normalize_slices",
 )
 NO_PARAMETERS = [
     *({"dtype": d} for d in ("complex64", "int64", "bool", "float8_e4m3fn", "uint8")),

@@ -83,11 +83,12 @@ def golden(section: Section, out: Path) -> None:
 
 def _own_options(section: Section) -> None:
     """Options that the authors' code does not have, against the reference in float64."""
-    for shape, option in itertools.product(((48, 32), (32, 48)), ("nesterov", "normalize_slices")):
+    own: list[dict[str, Any]] = [{"nesterov": True}, {"basis_source": "gradients"}]
+    for shape, option in itertools.product(((48, 32), (32, 48), (32, 32)), own):
         torch.manual_seed(0)
         start = torch.randn(shape, dtype=torch.float64)
         ours, theirs = nn.Parameter(start.float().to(DEVICE)), nn.Parameter(start.clone())
-        options: dict[str, Any] = {"lr": 1e-2, "update_proj_gap": 3, option: True}
+        options: dict[str, Any] = {"lr": 1e-2, "update_proj_gap": 3, **option}
         group = {"params": [ours], "algorithm": "conda"}
         optimizers = Conda([group], **options), ReferenceConda([theirs], **options)
         for _ in range(8):
@@ -97,7 +98,9 @@ def _own_options(section: Section) -> None:
                 optimizer.step()
         moved = (theirs.detach() - start).norm()
         error = float((ours.detach().cpu().double() - theirs.detach()).norm() / moved)
-        section.most(f"error at the end, {option}, {shape}", error, cases.TOLERANCE)
+        # Gram matrices have squared condition numbers, so their eigenvectors feel rounding more.
+        bound = 3e-2 if "basis_source" in option else cases.TOLERANCE
+        section.most(f"error at the end, {option}, {shape}", error, bound)
 
 
 def drift(section: Section, out: Path) -> None:
@@ -128,7 +131,7 @@ STEADY: dict[str, tuple[torch.dtype, Callable[..., torch.optim.Optimizer], dict[
     "stochastic rounding": (HALF, Conda, {"state_dtype": HALF, "stochastic_rounding": True}),
     "8-bit second moments": (torch.float32, Conda, {"second_moment_dtype": torch.uint8}),
     "Nesterov's momentum": (torch.float32, Conda, {"nesterov": True}),
-    "normalised slices": (torch.float32, Conda, {"normalize_slices": True}),
+    "bases from gradients": (torch.float32, Conda, {"basis_source": "gradients"}),
     "refresh pending": (torch.float32, Conda, {"update_proj_gap": 3, "refresh_delay": 3}),
     "lr on the CPU": (torch.float32, Conda, {"lr": torch.tensor(1e-3, dtype=torch.float64)}),
     "lr on the device": (torch.float32, Conda, {"lr": torch.tensor(1e-3, dtype=torch.float64)}),

@@ -9,13 +9,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import models
-from conda_dist import NAMO, NAMO_D, Muon, NorMuon
+from conda_dist import NAMO, NAMO_D, Conda, Muon, NorMuon
 from parallel import ALL, BATCHES, DENSE, EXPERTS, MATRICES, Layout
 
 SETTINGS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.1}
 STEPS = 4
 OPTIMIZERS: dict[str, Any] = {"muon": Muon, "normuon": NorMuon, "namo": NAMO, "namo_d": NAMO_D}
 RIVALS = ("normuon", "namo", "namo_d")
+FROM_GRADIENTS: dict[str, Any] = {
+    "basis_source": "gradients",
+    "update_proj_gap": 2,
+    "nesterov": True,
+    "refresh_method": "orthogonal_iteration",
+}
+WHOLE = (*RIVALS, "gradients")
+"""Rules on whole matrices that have states of other shapes than (m, n)."""
 EVERY_LAYOUT = [*((at, MATRICES) for at in DENSE), *((at, EXPERTS) for at in BATCHES)]
 FUSED = {"qkv": (16, 6), "wide": (8, 20)}
 
@@ -42,6 +50,18 @@ def placed(whole: Tensor, mesh: Any, layout: Layout | None) -> Tensor:
     return replicated.redistribute(mesh, layout[1])
 
 
+def make(rule: str, params: Mapping[str, nn.Parameter], group: Any = None, **options: Any) -> Any:
+    """An optimizer of matrices; ``group``: further keys of their group.
+
+    "gradients" is Conda with bases from gradients.
+    """
+    options = {**SETTINGS, **options}
+    named = {"params": list(params.items()), **(group or {})}
+    if rule == "gradients":
+        return Conda([{**named, "algorithm": "conda"}], **FROM_GRADIENTS, **options)
+    return OPTIMIZERS[rule]([{**named, "algorithm": rule}], **options)
+
+
 def train(
     params: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range
 ) -> None:
@@ -64,10 +84,9 @@ def ended(
 ) -> dict[str, Tensor]:
     """The whole weights after STEPS steps; ``group``: further keys of their group."""
     params = parameters(shapes, layout)
-    named = {"params": list(params.items()), "algorithm": rule, **(group or {})}
-    optimizer = OPTIMIZERS[rule]([named], **{**SETTINGS, **options})
+    optimizer = make(rule, params, group, **options)
     train(params, optimizer, range(STEPS))
-    if group is None:  # parts have states of their own names
+    if group is None and rule in OPTIMIZERS:  # parts have states of their own names
         more = {"second_moment"} if rule in RIVALS else set()
         assert set(next(iter(optimizer.state.values()))) == {"step", "momentum_buffer"} | more
     return {name: models.whole(param) for name, param in params.items()}

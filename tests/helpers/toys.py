@@ -76,9 +76,10 @@ def same(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:
 
 
 def error(ours: Tensor, theirs: Tensor, start: Tensor) -> float:
-    """Distance between two outcomes, relative to the distance travelled."""
+    """Distance between two outcomes, relative to the distance travelled; 0 if both stayed."""
     ours, theirs, start = (x.detach().double() for x in (ours, theirs, start))
-    return ((ours - theirs).norm() / (theirs - start).norm()).item()
+    apart = (ours - theirs).norm()
+    return (apart / (theirs - start).norm()).item() if apart else 0.0
 
 
 class Block(nn.Module):

@@ -115,7 +115,7 @@ def test_new_bases_of_gram_matrices_follow_one_process() -> None:
     """Which two ranks' owners add up, of ranges that end anywhere; and other options."""
     options: dict[str, Any] = {
         **{"refresh_method": "orthogonal_iteration", "adamw_scale": 0.3},
-        **{"nesterov": True, "normalize_slices": True},
+        "nesterov": True,
     }
     configs: list[Config] = [(stage, "fp32", {"params": options}) for stage in range(4)]
     theirs, plain = zero.alone(**options), zero.alone()

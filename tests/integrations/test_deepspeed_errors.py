@@ -23,6 +23,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"params": {"updat_proj_gap": 3}},
         f"{PARAMS}Conda has no param 'updat_proj_gap' \\(the nearest is 'update_proj_gap'\\)\\.",
     ),
+    (
+        {"params": {"basis_source": "gradients"}},
+        'basis_source "gradients" is not supported under DeepSpeed, whose partitions',
+    ),
     ({"params": {"colour": 1}}, "no param 'colour'. It takes lr, betas, eps, .* splits"),
     (
         {"params": {"torch_adam": True, "zeal": 1, "adam_w_mode": True, "Betas": [0.9, 0.99]}},

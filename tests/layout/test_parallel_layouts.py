@@ -28,17 +28,16 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"basis_budget": 0, "buffer_bytes": 1},
     {"nesterov": True},
-    {"basis_budget": 0, "buffer_bytes": 1, "nesterov": True, "normalize_slices": True},
-    {"normalize_slices": True},
+    {"basis_budget": 0, "buffer_bytes": 1, "nesterov": True},
 ]
-STEP = ("nesterov", "normalize_slices")
+STEP = ("nesterov",)
 """Options that change the step, on one process as well."""
 
 
 @pytest.mark.parametrize(
     ("layout", "shapes", "options"),
     [
-        (at, shapes, OPTIONS[i % 5])
+        (at, shapes, OPTIONS[i % 4])
         for shapes, layouts in ((MATRICES, DENSE + CUBES), (EXPERTS, [*BATCHES, CUBE]))
         for i, at in enumerate(layouts)
     ],

@@ -180,19 +180,6 @@ def test_normalise(dtype: torch.dtype, nesterov: bool) -> None:
     assert torch.equal(exp_avg, before)
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_slices_are_normalised(right: bool) -> None:
-    """Rows or columns of zeros stay as they are; so do those below eps."""
-    y = toys.random(2, 5, 4)
-    y[0, 0], y[:, :, 3] = 1e-30, 1e-30
-    y[:, 1] = y[:, :, 2] = 0
-    first = y.clone()
-    arithmetic.normalize_slices_(y, right, 1e-8)
-    rms = first.square().mean(-1 if right else -2, keepdim=True).sqrt()
-    assert torch.equal(y[:, 1] if right else y[:, :, 2], torch.zeros(2, 4 if right else 5))
-    torch.testing.assert_close(y, torch.where(rms > 1e-8, first / rms, first))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_average(dtype: torch.dtype) -> None:
     exp_avg, grad = toys.random(5, 4, dtype=dtype), toys.random(5, 4, seed=1)
@@ -243,7 +230,7 @@ def test_one_pass_is_the_same_step(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"matmul_dtype": torch.bfloat16}, {"nesterov": True}, {"normalize_slices": True}],
+    [{}, {"matmul_dtype": torch.bfloat16}, {"nesterov": True}],
     ids=str,
 )
 def test_weights_that_are_computed_together_step_as_they_do_alone(options: dict[str, Any]) -> None:

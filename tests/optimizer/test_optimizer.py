@@ -196,7 +196,6 @@ def test_closure() -> None:
         {"update_proj_gap": 2},
         {"correct_bias": False},
         {"nesterov": True},
-        {"normalize_slices": True},
     ],
     ids=lambda option: next(iter(option)),
 )
@@ -223,7 +222,7 @@ def test_groups_have_their_own_hyperparameters(option: dict[str, Any], algorithm
     toys.take(
         Conda([{"params": defaults, "algorithm": algorithm}], **toys.OPTIONS), defaults, grads
     )
-    of_conda = {"scale", "update_proj_gap", "nesterov", "normalize_slices"}
+    of_conda = {"scale", "update_proj_gap", "nesterov"}
     inert = option.keys() & {"conda": {"adamw_scale"}, "adamw": of_conda}[algorithm]
     assert toys.same(defaults[1:2], together[1:2]) == bool(inert & option.keys())
 

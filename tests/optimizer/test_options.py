@@ -19,8 +19,15 @@ TORCHS = ("lr", "betas", "eps", "weight_decay")
 """What every Adam of torch's has."""
 OWN = (
     *("scale", "adamw_scale", "update_proj_gap", "correct_bias", "nesterov"),
-    "normalize_slices",
-    *("preset", "refresh_method", "refresh_delay", "matmul_dtype", "basis_dtype", "basis_budget"),
+    *(
+        "preset",
+        "basis_source",
+        "refresh_method",
+        "refresh_delay",
+        "matmul_dtype",
+        "basis_dtype",
+        "basis_budget",
+    ),
     *("state_dtype", "second_moment_dtype", "stochastic_rounding", "buffer_bytes"),
     "diagnostics_every",
 )
@@ -29,7 +36,7 @@ OWN = (
 
 def test_the_options_are_these() -> None:
     assert tuple(OPTIONS) == (*TORCHS, *OWN)
-    assert tuple(GROUP_OPTIONS) == (*TORCHS, *OWN[:6])
+    assert tuple(GROUP_OPTIONS) == (*TORCHS, *OWN[:5])
     for option in OPTIONS.values():
         assert option.help
         assert "\n" not in option.help

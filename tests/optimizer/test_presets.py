@@ -17,14 +17,14 @@ VALUES: dict[str, dict[str, Any]] = {
         "betas": (0.9, 0.99),
         "update_proj_gap": 2000,
         "nesterov": False,
-        "normalize_slices": False,
+        "basis_source": "momentum",
         "refresh_method": "svd",
     },
     "2026-11-draft": {
-        "betas": (0.95, 0.99),
+        "betas": (0.95, 0.98),
         "update_proj_gap": 20,
         "nesterov": True,
-        "normalize_slices": True,
+        "basis_source": "gradients",
         "refresh_method": "orthogonal_iteration",
     },
 }
@@ -34,7 +34,7 @@ OTHER = {
     "betas": (0.8, 0.9),
     "update_proj_gap": 7,
     "nesterov": True,
-    "normalize_slices": True,
+    "basis_source": "gradients",
     "refresh_method": "eigh64",
 }
 """A value of each option that no preset has, or that the paper's does not."""
@@ -63,7 +63,8 @@ def _by_json(given: dict[str, Any]) -> dict[str, Any]:
     from conda_dist.integrations.deepspeed.arguments import parse
 
     parsed = parse({name: [*v] if name == "betas" else v for name, v in given.items()})
-    return {**parsed.defaults, "refresh_method": parsed.options.refresh_method}
+    whole = {name: getattr(parsed.options, name) for name in ("refresh_method", "basis_source")}
+    return {**parsed.defaults, **whole}
 
 
 def _by_toml(given: dict[str, Any]) -> dict[str, Any]:
@@ -97,8 +98,15 @@ def test_every_surface_gives_its_values(
     """Without a preset they are the paper's; an explicit value wins, whatever the preset has."""
     given = {} if preset is None else {"preset": preset}
     values = VALUES[preset or "paper"]
+    others = OTHER
+    if surface is _by_json:
+        others = {name: value for name, value in OTHER.items() if name != "basis_source"}
+        if values["basis_source"] == "gradients":
+            with pytest.raises(ValueError, match='basis_source "gradients" is not supported'):
+                surface(given)
+            given, values = ({**each, "basis_source": "momentum"} for each in (given, values))
     assert surface(given).items() >= values.items()
-    for name, value in OTHER.items():
+    for name, value in others.items():
         assert surface({**given, name: value}).items() >= {**values, name: value}.items()
 
 
@@ -150,7 +158,7 @@ def test_shipped_configs_leave_the_choice_to_the_preset() -> None:
     from conda_dist.launch.job import options
 
     folder = Path(__file__).parents[2] / "configs"
-    own = ("betas", "nesterov", "normalize_slices")
+    own = ("betas", "nesterov", "basis_source")
     for file in folder.glob("*.toml"):
         conda = options.load(file).optimizer.conda
         assert [getattr(conda, name) for name in own] == [None] * 3, file
@@ -164,9 +172,9 @@ def test_a_loaded_group_keeps_the_checkpoint_s_values() -> None:
     optimizer.load_state_dict(Conda([nn.Parameter(torch.eye(3))]).state_dict())
     (row,) = optimizer.report(show=False)
     assert (row["settings"]["betas"], row["settings"]["update_proj_gap"]) == ((0.9, 0.99), 2000)
-    del optimizer.param_groups[0]["normalize_slices"]  # as in a group of an earlier version
+    del optimizer.param_groups[0]["nesterov"]  # as in a group of an earlier version
     (row,) = optimizer.report(show=False)
-    assert "normalize_slices" not in row["settings"]
+    assert "nesterov" not in row["settings"]
 
 
 def test_a_group_may_differ_from_the_preset(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,8 +37,8 @@ def _late(param: Tensor, grads: list[Tensor], gap: int, delay: int, phase: int) 
         elif (t - phase) % gap == 0:
             pending[t + delay] = decompose(moment)
         basis = pending.pop(t, basis)
-        second = BETA2 * second + (1 - BETA2) * project(grad.double(), basis) ** 2
-        update = project_back(project(moment, basis) / (second.sqrt() + EPS), basis)
+        second = BETA2 * second + (1 - BETA2) * project(grad.double(), *basis) ** 2
+        update = project_back(project(moment, *basis) / (second.sqrt() + EPS), *basis)
         size = LR * (1 - BETA2 ** (t + 1)) ** 0.5 / (1 - BETA1 ** (t + 1)) * SCALE
         weight = weight - size * update
         after.append(weight)
