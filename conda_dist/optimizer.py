@@ -81,10 +81,11 @@ class Conda(MatrixOptimizer):
             matrix then: it gets the gradient, keeps the state and sends the update, and
             ``basis_budget`` has no effect. ``exp_avg`` is M, not projected, and the states
             ``left_basis`` and ``left_gram`` (m, m), ``right_basis`` and ``right_gram`` (n, n) take
-            the place of ``basis``. A matrix's first gradient gives its bases, and does not move
-            it. None: the preset's.
+            the place of ``basis``. A matrix's first gradient gives its bases and is in no moment,
+            so it does not move the matrix. None: the preset's.
         refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
-            paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
+            paper's way, and always computes the first basis. (Bases from gradients are computed as
+            with "eigh64" then.) "orthogonal_iteration" takes one step
             of subspace iteration from the current basis. It costs a fraction of the SVD's time, and
             is accurate enough if ``update_proj_gap`` is small, because bases then change little.
             "eigh64" computes the eigenvectors of the momentum's Gram matrix in float64.

@@ -111,10 +111,9 @@ class ReferenceConda(torch.optim.Optimizer):
                     eigenvectors(state["grams"]) if from_gradients else decompose(momentum)
                 )
             bases = state["bases"]  # U (m, m) and V (n, n); one of them may be None
+            if from_gradients and not state["step"]:  # what gives the first bases is in no moment
+                grad = state["exp_avg"].zero_()
             exp_avg, grad = project(state["exp_avg"], *bases), project(grad, *bases)
-            if from_gradients and not state["step"]:
-                # In bases of its own, it is diagonal up to rounding errors, whose ratios are large.
-                exp_avg, grad = torch.zeros_like(exp_avg), torch.zeros_like(grad)
         else:
             exp_avg = state["exp_avg"]
         # The weights of the gradients in the momentum add up to 1 - b1^averaged.

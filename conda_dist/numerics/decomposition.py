@@ -1,15 +1,17 @@
 """Decompositions: rotations to new bases, from projected momenta."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from conda_dist.numerics.precision import exact_product, leaves_flags, matmul_precision
+
+Measured = TypeVar("Measured")
 
 
 class Outcome(IntEnum):
@@ -196,27 +198,21 @@ def _gram(tall: Tensor) -> Tensor:
 
 def _decompose_alone(tall: Tensor, largest: float, method: str, measure: bool) -> Found:
     """Decomposes one matrix (m, n), m >= n; ``largest`` is its largest absolute element."""
-    for device, dtype, driver in _attempts(tall, method):
-        try:
-            matrix = tall.to(device, dtype)
-            if method == "svd":
-                rotation, values = _right_singular_vectors(matrix, driver)
-            else:
-                gram = _gram(matrix / largest)  # squares neither overflow nor underflow
-                # One step of orthogonal iteration, see `householder_factor`.
-                rotation = _eigenvectors(gram) if method == "eigh64" else householder_factor(gram)
-            # Some GPU drivers give NaN instead of an error.
-            if math.isfinite(torch.linalg.vector_norm(rotation, math.inf)):
-                spectrum = None
-                if measure and method == "svd":
-                    spectrum = _spectrum_of_factors(rotation, values)
-                elif measure:
-                    (spectrum,) = Spectrum.of_grams(gram[None])
-                return Found(Outcome.DONE, rotation.to(tall.device, tall.dtype), spectrum)
-        except RuntimeError as error:
-            if not _may_be_retried(error):
-                raise
-    return Found(Outcome.NOT_CONVERGED)
+
+    def attempt(
+        device: torch.device, dtype: torch.dtype, driver: str | None
+    ) -> tuple[Tensor, Spectrum | None]:
+        matrix = tall.to(device, dtype)
+        if method == "svd":
+            rotation, values = _right_singular_vectors(matrix, driver)
+            return rotation, _spectrum_of_factors(rotation, values) if measure else None
+        gram = _gram(matrix / largest)  # squares neither overflow nor underflow
+        # One step of orthogonal iteration, see `householder_factor`.
+        rotation = _eigenvectors(gram) if method == "eigh64" else householder_factor(gram)
+        return rotation, Spectrum.of_grams(gram[None])[0] if measure else None
+
+    found = _first_that_works(tall, method, attempt)
+    return Found(Outcome.NOT_CONVERGED) if found is None else Found(Outcome.DONE, *found)
 
 
 DRIVERS = {"cuda": "gesvd"}
@@ -239,6 +235,33 @@ def _attempts(tall: Tensor, method: str) -> Iterable[tuple[torch.device, torch.d
     driver = DRIVERS.get(here.type) if method == "svd" and torch.version.cuda else None
     tried = [(here, dtype, driver), (here, torch.float64, None)]
     return dict.fromkeys([*tried, (cpu, dtype, None), (cpu, torch.float64, None)])
+
+
+def _first_that_works(
+    matrix: Tensor,
+    method: str,
+    attempt: Callable[[torch.device, torch.dtype, str | None], tuple[Tensor, Measured]],
+) -> tuple[Tensor, Measured] | None:
+    """The result of the first attempt that succeeds; None if none does.
+
+    Args:
+        matrix: what is decomposed.
+        method: see :func:`decompose`.
+        attempt: makes one of :func:`_attempts`. Returns a tensor, and what it measured.
+
+    Returns:
+        The tensor, in ``matrix``'s dtype and on its device; and what was measured.
+    """
+    for device, dtype, driver in _attempts(matrix, method):
+        try:
+            found, measured = attempt(device, dtype, driver)
+            # Some GPU drivers give NaN instead of an error.
+            if math.isfinite(torch.linalg.vector_norm(found, math.inf)):
+                return found.to(matrix.device, matrix.dtype), measured
+        except RuntimeError as error:
+            if not _may_be_retried(error):
+                raise
+    return None
 
 
 def _may_be_retried(error: RuntimeError) -> bool:
@@ -388,22 +411,17 @@ def eigenbasis(gram: Tensor, basis: Tensor | None, method: str) -> tuple[Outcome
     if not 0 < largest < math.inf:
         return (Outcome.NOT_FINITE if largest else Outcome.ZERO), None
     iterated = basis is not None and method == "orthogonal_iteration"
-    for device, dtype, _ in _attempts(gram, method if iterated else "eigh64"):
-        try:
-            scaled = (gram / largest).to(device, dtype)
-            if basis is not None and iterated:
-                old = basis.to(device, dtype)
-                rotation = _orthogonal_factor(exact_product(old.mT, exact_product(scaled, old)))
-                found = exact_product(old, orthonormal(rotation, old))
-            else:
-                found = _eigenvectors(scaled)
-            # Some GPU drivers give NaN instead of an error.
-            if math.isfinite(torch.linalg.vector_norm(found, math.inf)):
-                return Outcome.DONE, found.to(gram.device, gram.dtype)
-        except RuntimeError as error:
-            if not _may_be_retried(error):
-                raise
-    return Outcome.NOT_CONVERGED, None
+
+    def attempt(device: torch.device, dtype: torch.dtype, _: str | None) -> tuple[Tensor, None]:
+        scaled = (gram / largest).to(device, dtype)
+        if basis is None or not iterated:
+            return _eigenvectors(scaled), None
+        old = basis.to(device, dtype)
+        rotation = _orthogonal_factor(exact_product(old.mT, exact_product(scaled, old)))
+        return exact_product(old, orthonormal(rotation, old)), None
+
+    found = _first_that_works(gram, method if iterated else "eigh64", attempt)
+    return (Outcome.NOT_CONVERGED, None) if found is None else (Outcome.DONE, found[0])
 
 
 def _orthogonal_factor(gram: Tensor) -> Tensor:

@@ -12,14 +12,49 @@ from conda_dist.numerics.arithmetic import Hyper
 from conda_dist.numerics.decomposition import Found
 from conda_dist.options import Options
 from conda_dist.rules.hyperparameters import hyper_of
-from conda_dist.rules.rule import RefreshedRule, StateSpec, WeightSlice
+from conda_dist.rules.rule import RefreshedRule, Rule, StateSpec, WeightSlice
 from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype, second_key
 
 CACHE_BYTES = 2**18
 """Bytes of projected gradients and results that are computed together on a CPU."""
 
 
-class CondaRule(RefreshedRule):
+class CondaBase(Rule):
+    """What Conda's rules share, wherever their bases come from.
+
+    Args:
+        options: the optimizer's options.
+    """
+
+    name, title = "conda", "Conda"
+    hyperparameters = ("scale", "update_proj_gap", "correct_bias", "nesterov")
+    added: ClassVar[frozenset[str]] = frozenset({"nesterov"})
+    factor = "scale"
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.second_key = second_key(options)
+
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """See Rule."""
+        own = {"betas": group["betas"], **super().settings(group)}
+        names = ("refresh_method", "refresh_delay", "basis_source", "preset")
+        return own | {name: getattr(self.options, name) for name in names}
+
+    def apply(
+        self,
+        param: Tensor,
+        update: Tensor,
+        group: Mapping[str, Any],
+        step: int,
+        shape: tuple[int, int],
+        extra: Tensor | None = None,
+    ) -> None:
+        """See Rule."""
+        arithmetic.apply_(param, update, step, hyper_of(group))
+
+
+class CondaRule(CondaBase, RefreshedRule):
     """Conda's arithmetic on slices: rows for m >= n, columns for m < n.
 
     States: ``exp_avg`` (m, n), the projected first moment; ``exp_avg_sq`` (m, n), the second moment
@@ -29,15 +64,10 @@ class CondaRule(RefreshedRule):
         options: the optimizer's options.
     """
 
-    name, title = "conda", "Conda"
     state_names = frozenset({"basis", "basis_step", "snapshot", "snapshot_step"})
-    hyperparameters = ("scale", "update_proj_gap", "correct_bias", "nesterov")
-    added: ClassVar[frozenset[str]] = frozenset({"nesterov"})
-    factor = "scale"
 
     def __init__(self, options: Options) -> None:
-        self.options = options
-        self.second_key = second_key(options)
+        super().__init__(options)
         self.is_async = options.is_async
         self._product_dtype = options.product_dtype
         self._room = options.task_bytes // 4
@@ -60,12 +90,6 @@ class CondaRule(RefreshedRule):
         product = self._product_dtype or basis_dtype(dtype, self.options)
         smaller = min(dtype, product, key=lambda dtype: dtype.itemsize)
         return smaller, smaller
-
-    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """See Rule."""
-        own = {"betas": group["betas"], **super().settings(group)}
-        names = ("refresh_method", "refresh_delay", "basis_source", "preset")
-        return own | {name: getattr(self.options, name) for name in names}
 
     def describe(self, group: Mapping[str, Any]) -> str:
         """See Rule."""
@@ -200,15 +224,3 @@ class CondaRule(RefreshedRule):
             return None
         # (m', n) @ (n, n), or (m, m) @ (m, n') if m < n; exchanged in no wider dtype
         return arithmetic.project_back(y, factor, right, factor.dtype)
-
-    def apply(
-        self,
-        param: Tensor,
-        update: Tensor,
-        group: Mapping[str, Any],
-        step: int,
-        shape: tuple[int, int],
-        extra: Tensor | None = None,
-    ) -> None:
-        """See Rule."""
-        arithmetic.apply_(param, update, step, hyper_of(group))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +10,15 @@ from torch import Tensor
 from conda_dist.numerics import arithmetic, decomposition, low_precision
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.options import Options
+from conda_dist.rules.conda import CondaBase
 from conda_dist.rules.hyperparameters import hyper_of
-from conda_dist.rules.rule import Rule, StateSpec, WeightSlice
-from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype, second_key
+from conda_dist.rules.rule import StateSpec, WeightSlice
+from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype
 
 LEFT, RIGHT = "left", "right"
 
 
-class GradientBasesRule(Rule):
+class GradientBasesRule(CondaBase):
     """Conda's arithmetic on whole matrices, in the coordinates of SOAP (arXiv 2409.11321).
 
     For G (m, n), proj(X) = X V if m > n, U^T X if m < n, and U^T X V if m = n. U has the
@@ -32,16 +33,11 @@ class GradientBasesRule(Rule):
         options: the optimizer's options.
     """
 
-    name, title = "conda", "Conda"
     whole = True
     state_names = frozenset({"left_gram", "left_basis", "right_gram", "right_basis"})
-    hyperparameters = ("scale", "update_proj_gap", "correct_bias", "nesterov")
-    added: ClassVar[frozenset[str]] = frozenset({"nesterov"})
-    factor = "scale"
 
     def __init__(self, options: Options) -> None:
-        self.options = options
-        self.second_key = second_key(options)
+        super().__init__(options)
         self._begun: dict[str, int] = {}  # by name, the last step known to have all bases
 
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
@@ -64,25 +60,21 @@ class GradientBasesRule(Rule):
         product = self.options.product_dtype or basis_dtype(dtype, self.options)
         return dtype, min(dtype, product, key=lambda dtype: dtype.itemsize)
 
-    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        """See Rule."""
-        own = {"betas": group["betas"], **super().settings(group)}
-        names = ("basis_source", "refresh_method", "preset")
-        return own | {name: getattr(self.options, name) for name in names}
-
     def describe(self, group: Mapping[str, Any]) -> str:
         """See Rule."""
         return f"{self.name} from gradients every {group['update_proj_gap']} steps"
 
     def update(self, weight: WeightSlice) -> Tensor:
-        """See Rule. The first gradient that is not zero gives the bases, and no update."""
+        """See Rule. The first gradient that is not zero gives the bases, and is in no moment."""
         hyper, states, step = hyper_of(weight.group), weight.states, weight.step
         first, second = states["exp_avg"], states[self.second_key]
         arithmetic.check_alike(weight.name, {"gradient": weight.grad, "exp_avg": first})
         sides = _sides(*weight.shape)
-        basis_dtype = states[f"{sides[0]}_basis"].dtype
-        dtype = torch.promote_types(basis_dtype, torch.float32)
-        product = self.options.product_dtype or basis_dtype
+        kept = states[f"{sides[0]}_basis"].dtype
+        dtype, product = (
+            torch.promote_types(kept, torch.float32),
+            self.options.product_dtype or kept,
+        )
         grad = weight.grad.to(dtype)  # (..., m, n)
         stochastic = self.options.stochastic_rounding
         rounding = low_precision.rounding_of(first, step - 1, stochastic)
@@ -90,33 +82,21 @@ class GradientBasesRule(Rule):
         for side in sides:
             x = grad.mT if side == LEFT else grad
             arithmetic.average_gram_(states[f"{side}_gram"], x, hyper.beta2, product)
-        begun = self._refresh(weight, sides)
+        for i in self._refresh(weight, sides):
+            # In bases of its own, a square gradient is diagonal but for rounding errors, and a step
+            # would divide these by each other. So this gradient is in neither moment.
+            for x in (grad, first):
+                matrices(x)[i].zero_()
         bases = [(states[f"{side}_basis"].to(product), side == RIGHT) for side in sides]
         momentum = first
         for basis, right in bases:
             grad = arithmetic.project(grad, basis, right, dtype)
             momentum = arithmetic.project(momentum, basis, right, dtype)
-        for i in begun:
-            # In bases of its own, it is diagonal up to rounding errors, whose ratios are large.
-            for x in (grad, momentum):
-                matrices(x)[i].zero_()
         rounding = low_precision.rounding_of(second, step, stochastic)
         update = arithmetic.normalise_(grad, momentum, second, hyper, rounding)
         for basis, right in bases:
             update = arithmetic.project_back(update, basis, right, dtype)
         return update
-
-    def apply(
-        self,
-        param: Tensor,
-        update: Tensor,
-        group: Mapping[str, Any],
-        step: int,
-        shape: tuple[int, int],
-        extra: Tensor | None = None,
-    ) -> None:
-        """See Rule."""
-        arithmetic.apply_(param, update, step, hyper_of(group))
 
     def _refresh(self, weight: WeightSlice, sides: tuple[str, ...]) -> list[int]:
         """Takes new bases if they are due, or if a matrix has none yet.

@@ -34,7 +34,7 @@ from conda_dist.runtime import dtensor
 from conda_dist.runtime.adamw import AdamWParameter
 from conda_dist.runtime.agreement import Comparison, explain
 from conda_dist.runtime.collectives import Mesh, agree, all_max, difference, is_distributed
-from conda_dist.runtime.state_form import check_form, check_parts, chosen_by, copied_keys
+from conda_dist.runtime.state_form import check_form, check_parts, chosen_by
 from conda_dist.runtime.weight import Weight
 
 
@@ -336,13 +336,12 @@ def set_up(
         if path != ADAMW:
             kept = rule.states(1, 1, param.dtype)
             dtypes = {key: spec.dtype for key, spec in kept.items() if spec.cut}
+            check_parts(name, held, group["splits"], [k for k in kept if k not in dtypes])
         check_form(name, param, held, dtypes)
         layout = dtensor.find_layout(name, param, mesh)
         if path != ADAMW:
             check_matrix(name, param, path)  # it may have been replaced
-            parts = _unplanned(name, param, mesh, group, layout)
-            check_parts(name, held, group["splits"], copied_keys(rule, param.dtype, parts))
-            unplanned += parts
+            unplanned += _unplanned(name, param, mesh, group, layout)
         else:
             adamw_parameters.append(
                 AdamWParameter(name, param, mesh, layout, group, state, options)

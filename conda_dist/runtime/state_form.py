@@ -1,15 +1,12 @@
 """Checks that a state fits its parameter: shape, dtype, and the parts that ``splits`` make."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from conda_dist.layout.layout import Layout
-from conda_dist.rules.rule import Rule
 from conda_dist.rules.states import base_name
 
 
@@ -55,36 +52,8 @@ def chosen_by(group: Mapping[str, Any]) -> str:
     return f"its group's algorithm, {group['algorithm']!r}"
 
 
-class Part(Protocol):
-    """A weight or a part of it."""
-
-    @property
-    def layout(self) -> Layout:
-        """Its layout."""
-
-    @property
-    def part(self) -> int | None:
-        """Its index; None if it is the whole weight."""
-
-
-def copied_keys(rule: Rule, dtype: torch.dtype, parts: Iterable[Part]) -> set[str]:
-    """The keys of the copied states of all parts of a weight, such as "basis_0" and "basis_1".
-
-    Args:
-        rule: the rule. Which states it has may depend on the shape.
-        dtype: dtype of the weight.
-        parts: the parts.
-    """
-    return {
-        name if each.part is None else f"{name}_{each.part}"
-        for each in parts
-        for name, spec in rule.states(each.layout.shape[-2], each.layout.shape[-1], dtype).items()
-        if not spec.cut
-    }
-
-
 def check_parts(
-    name: str, state: Mapping[str, Any], splits: Sequence[int] | None, needed: AbstractSet[str]
+    name: str, state: Mapping[str, Any], splits: Sequence[int] | None, copied: Sequence[str]
 ) -> None:
     """Checks that a state was made for the parts that the group's ``splits`` make.
 
@@ -92,17 +61,19 @@ def check_parts(
         name: fully qualified name of the parameter.
         state: the parameter's state; may be empty.
         splits: rows of each part; None if the weight is in one part.
-        needed: keys of the copied states of all parts, such as "basis_0" and "basis_1".
+        copied: names of the rule's copied states, of which each part has its own, such as
+            "basis_0" and "basis_1". A part may lack some, because of its shape.
 
     Raises:
         ValueError: the state has other parts.
     """
-    copied = set(map(base_name, needed))
     held = {key for key in state if base_name(key) in copied}
+    ends = {key.removeprefix(base_name(key)) for key in held}
+    needed = {""} if splits is None else {f"_{part}" for part in range(len(splits))}
     counted, parts = state.get("step"), () if splits is None else (len(splits),)
-    if not needed and isinstance(counted, Tensor) and tuple(counted.shape) != parts:
+    if not copied and isinstance(counted, Tensor) and tuple(counted.shape) != parts:
         held = {f"a step of shape {tuple(counted.shape)}"}
-    if held and held != needed:
+    if held and ends != needed:
         raise ValueError(
             f"{name}: its state has {', '.join(sorted(held))}, but its group's splits are "
             f"{splits}. splits cannot change while there is state: drop the state first "

@@ -327,14 +327,15 @@ def _conda(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Option
         elif late and pending is not None and pending[0] <= count - delay:
             taken, bases, pending = *pending, None
         elif not late and taken < last and (of_gradients or first.any()):
-            seen = grams if of_gradients else _gram_of(first)
-            bases, taken = _refreshed(seen, bases, options), count
-        side = project(grad.double(), *bases)
+            decomposed = grams if of_gradients else _gram_of(first)
+            bases, taken = _refreshed(decomposed, bases, options), count
+        seen = grad.double()
+        if of_gradients and begins:  # what gives the first bases is in no moment
+            first = seen = torch.zeros_like(first)
+        side = project(seen, *bases)
         ahead = options["nesterov"]
-        momentum = beta1 * first + (1 - beta1) * grad.double() if ahead else first
+        momentum = beta1 * first + (1 - beta1) * seen if ahead else first
         along = project(momentum, *bases)
-        if of_gradients and begins:  # it only gives the bases
-            side, along = torch.zeros_like(side), torch.zeros_like(along)
         second = beta2 * second + (1 - beta2) * side**2
         update = along / (second.sqrt() + options["eps"])
         count += 1

@@ -151,7 +151,14 @@ def sound(draw: st.DrawFn, arguments: Sequence[str] = (*MATHS, *OPTIONS)) -> Cas
 
 
 LATER = (
-    *("betas", "eps", "weight_decay", "scale", "update_proj_gap", "correct_bias", "nesterov", "lr"),
+    "betas",
+    "eps",
+    "weight_decay",
+    "scale",
+    "update_proj_gap",
+    "correct_bias",
+    "nesterov",
+    "lr",
 )
 NO_PARAMETERS = [
     *({"dtype": d} for d in ("complex64", "int64", "bool", "float8_e4m3fn", "uint8")),

@@ -98,9 +98,7 @@ def _own_options(section: Section) -> None:
                 optimizer.step()
         moved = (theirs.detach() - start).norm()
         error = float((ours.detach().cpu().double() - theirs.detach()).norm() / moved)
-        # Gram matrices have squared condition numbers, so their eigenvectors feel rounding more.
-        bound = 3e-2 if "basis_source" in option else cases.TOLERANCE
-        section.most(f"error at the end, {option}, {shape}", error, bound)
+        section.most(f"error at the end, {option}, {shape}", error, cases.TOLERANCE)
 
 
 def drift(section: Section, out: Path) -> None:

@@ -58,7 +58,7 @@ def make(rule: str, params: Mapping[str, nn.Parameter], group: Any = None, **opt
     options = {**SETTINGS, **options}
     named = {"params": list(params.items()), **(group or {})}
     if rule == "gradients":
-        return Conda([{**named, "algorithm": "conda"}], **FROM_GRADIENTS, **options)
+        return Conda([{**named, "algorithm": "conda"}], **{**FROM_GRADIENTS, **options})
     return OPTIMIZERS[rule]([{**named, "algorithm": rule}], **options)
 
 

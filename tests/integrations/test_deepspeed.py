@@ -114,7 +114,8 @@ def test_nesterov_of_split_weights_follows_one_process() -> None:
 def test_new_bases_of_gram_matrices_follow_one_process() -> None:
     """Which two ranks' owners add up, of ranges that end anywhere; and other options."""
     options: dict[str, Any] = {
-        **{"refresh_method": "orthogonal_iteration", "adamw_scale": 0.3},
+        "refresh_method": "orthogonal_iteration",
+        "adamw_scale": 0.3,
         "nesterov": True,
     }
     configs: list[Config] = [(stage, "fp32", {"params": options}) for stage in range(4)]

@@ -46,10 +46,9 @@ def _against_reference(
 
 @st.composite
 def _hyperparameters(draw: st.DrawFn) -> dict[str, Any]:
-    beta1 = draw(st.sampled_from([0.0, 0.5, 0.9]))
     return {
         "lr": draw(st.sampled_from([1e-3, 1e-2, 0.3])),
-        "betas": (beta1, draw(st.sampled_from([0.5, 0.9, 0.999]))),
+        "betas": (draw(st.sampled_from([0.0, 0.5, 0.9])), draw(st.sampled_from([0.5, 0.9, 0.999]))),
         "eps": draw(st.sampled_from([1e-12, 1e-8, 1e-2])),
         "weight_decay": draw(st.sampled_from([0.0, 0.1, 2.0])),
         "scale": draw(st.sampled_from([0.25, 1.0, 3.0])),
@@ -79,9 +78,7 @@ def test_reference_in_float64(
 def test_reference_in_float32(
     shape: tuple[int, ...], seed: int, hyperparameters: dict[str, Any]
 ) -> None:
-    # A Gram matrix has the squared condition number.
-    bound = 3e-2 if hyperparameters["basis_source"] == "gradients" else 3e-3
-    assert _against_reference(shape, 8, seed, torch.float32, **hyperparameters) < bound
+    assert _against_reference(shape, 8, seed, torch.float32, **hyperparameters) < 3e-3
 
 
 @pytest.mark.parametrize(
