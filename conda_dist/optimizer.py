@@ -11,8 +11,7 @@ from torch import Tensor
 from conda_dist.matrix_optimizer import MatrixOptimizer
 from conda_dist.options import Options, with_preset
 from conda_dist.parameter_groups import UNSUPPORTED
-from conda_dist.rules.conda import CondaRule
-from conda_dist.rules.gradient_bases import GradientBasesRule
+from conda_dist.rules.gradient_bases import conda_rule
 
 
 class Conda(MatrixOptimizer):
@@ -172,6 +171,4 @@ class Conda(MatrixOptimizer):
             if given[name]:
                 raise TypeError(f"option {name!r} is not supported by Conda; leave it out.")
         options = Options(**{field.name: given[field.name] for field in fields(Options)})
-        from_gradients = options.basis_source == "gradients"
-        rule = GradientBasesRule(options) if from_gradients else CondaRule(options)
-        super().__init__(params, given, rule, options, process_group)
+        super().__init__(params, given, conda_rule(options), options, process_group)

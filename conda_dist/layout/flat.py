@@ -54,6 +54,12 @@ class Flat(Layout):
         """The boxes held at a coordinate, in order: end of a row, whole rows, start of a row."""
         return _flat_blocks(self.shape, *self.held(coordinate))
 
+    @property
+    def holder(self) -> int | None:
+        """The rank that holds all elements; None if several ranks hold some."""
+        held = [start < stop for start, stop in itertools.pairwise(self.bounds)]
+        return held.index(True) if sum(held) == 1 else None
+
     def with_placement(self, mesh_dim: int, placement: Placement) -> Layout:
         """The layout with this placement of the only mesh dimension; local tensors are not flat."""
         return Layout(self.shape, self.mesh, (placement,))
@@ -96,16 +102,23 @@ class Held(Layout):
         return f"[Replicate() at {where}]"
 
 
-def flat_to_compute(storage: Flat) -> tuple[Layout, tuple[Move, ...]]:
+def flat_to_compute(storage: Flat, single: int | None = None) -> tuple[Layout, tuple[Move, ...]]:
     """The compute layout of a flat weight, and the move to it if any element has to move.
 
     A rank computes each row of a tall weight (m >= n), or each matrix of a batch, whose first
     element it holds. So only rows or matrices that a boundary cuts have to move. The columns of a
     wide weight are divided evenly between the ranks that hold any of its elements.
+
+    Args:
+        storage: the layout of the weight.
+        single: the rank that computes all of a matrix (m, n), for rules that need whole matrices.
     """
-    shape, bounds = storage.shape, storage.bounds
+    shape, bounds, dim = storage.shape, storage.bounds, kept_dim(storage.shape)
     holding = [start < stop for start, stop in itertools.pairwise(bounds)]
-    if len(shape) == 2 and kept_dim(shape) == 1:
+    if single is not None:
+        stays = storage.holder == single
+        compute = storage.with_placement(0, Split(dim, among=(single, 1)))
+    elif len(shape) == 2 and dim == 1:
         stays = sum(holding) == 1
         compute = storage.with_placement(0, Split(1, bounds=_even_bounds(shape[-1], holding)))
     else:

@@ -68,15 +68,15 @@ def choose(requests: Sequence[Request], budget: int | None) -> list[Choice]:
     """
     over = _over_budget(requests, budget)
     choices = [
-        request.known or Choice(shard_basis=beyond and isinstance(request.storage, Flat))
+        request.known
+        or Choice(shard_basis=beyond and isinstance(request.storage, Flat) and not request.whole)
         for request, beyond in zip(requests, over, strict=True)
     ]
     grouped: dict[tuple[Topology, tuple[int, ...]], list[int]] = defaultdict(list)
     for index, (request, beyond) in enumerate(zip(requests, over, strict=True)):
-        mesh_dims = _grouping_dims(request.storage)
+        mesh_dims = _grouping_dims(request)
         if not mesh_dims:
             continue
-        mesh_dims = mesh_dims if request.whole else mesh_dims[:1]
         has_group = request.known is not None and request.known.group is not None
         if has_group or (beyond and request.known is None):
             grouped[request.topology, mesh_dims].append(index)
@@ -109,15 +109,17 @@ def _over_budget(requests: Sequence[Request], budget: int | None) -> list[bool]:
     return over
 
 
-def _grouping_dims(storage: Layout) -> tuple[int, ...]:
-    """The mesh dimensions that split matrices, largest first; () for flat weights.
+def _grouping_dims(request: Request) -> tuple[int, ...]:
+    """The mesh dimensions along which a group is chosen; () if nothing splits matrices.
 
-    The ranks of a group are chosen along the first of them. Along the others all ranks compute: so
-    a group adds at most one mesh dimension, the first, to those that a step crosses. For rules that
-    need whole matrices, one rank along each of the others computes.
+    Of those that split matrices it is the largest. Along the others all ranks compute: so a group
+    adds at most one mesh dimension to those that a step crosses. For rules that need whole
+    matrices it is all of them, the largest first. In flat partitions only such rules have groups,
+    because a rank has whole matrices of a batch anyway.
     """
+    storage = request.storage
     if isinstance(storage, Flat):
-        return ()
+        return (0,) if request.whole and len(storage.shape) == 2 and storage.mesh[0] > 1 else ()
     batch_dims = len(storage.shape) - 2
     splitting = [
         mesh_dim
@@ -126,7 +128,8 @@ def _grouping_dims(storage: Layout) -> tuple[int, ...]:
         and placement.dim >= batch_dims
         and storage.mesh[mesh_dim] > 1
     ]
-    return tuple(sorted(splitting, key=lambda d: (-storage.mesh[d], d)))
+    splitting.sort(key=lambda d: (-storage.mesh[d], d))
+    return tuple(splitting if request.whole else splitting[:1])
 
 
 def group_size(matrices: int, ranks: int) -> int:
@@ -149,6 +152,8 @@ def _assign_groups(
     mesh_dims: tuple[int, ...],
 ) -> dict[int, Group]:
     """Assigns weights of one mesh to groups along one mesh dimension, the most expensive first.
+
+    A weight that one rank holds, in flat partitions, stays there.
 
     Args:
         requests: all weights.
@@ -174,11 +179,14 @@ def _assign_groups(
 
     new = []
     for index in members:
-        group = choices[index].group
-        if group is None:
-            new.append(index)
-        else:
+        group, storage = choices[index].group, requests[index].storage
+        holder = storage.holder if isinstance(storage, Flat) else None
+        if group is not None:
             take(index, group.among)
+        elif holder is not None:
+            take(index, (holder, 1))
+        else:
+            new.append(index)
     for index in sorted(new, key=lambda i: (-_cost(requests[i]), requests[i].name, i)):
         storage = requests[index].storage
         if len(storage.shape) > 2:  # a batch: the ranks of the group get whole matrices of it

@@ -191,14 +191,14 @@ def plan_weight(
         topology: the ranks that share the weight.
         storage: layout of the weight.
         group: the compute group; None if all ranks compute that hold any rows (or columns). Each
-            rank that computes has a copy of the basis.
+            rank that computes has a copy of the basis. In flat partitions a group is one rank.
         shard_basis: for a weight in flat partitions: whether the ranks that compute it split the
             basis, and gather it for each step, instead of having a copy each.
         part: see :class:`WeightPlan`.
         extra_shape: see :class:`WeightPlan`.
     """
     if isinstance(storage, Flat):
-        compute, moves = flat_to_compute(storage)
+        compute, moves = flat_to_compute(storage, None if group is None else group.among[0])
     else:
         moves = to_compute(storage, group)
         compute = moves[-1].target if moves else storage
@@ -219,7 +219,7 @@ def plan_weight(
     if isinstance(storage, Flat) and not batch_dims:
         basis = flat_basis(compute, shard_basis)
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
-    separate = group is not None
+    separate = group is not None and not isinstance(storage, Flat)
     return WeightPlan(
         name, topology, storage, compute, exchanged, basis, part, group, separate, extra_shape
     )
@@ -242,14 +242,14 @@ def batch_mesh_dims(layout: Layout) -> tuple[int, ...]:
     return tuple(d for d, p in placements if isinstance(p, Split) and p.dim < batch_dims)
 
 
-def basis_to_first(plan: WeightPlan) -> tuple[Leg, ...]:
-    """Route of a flat weight's basis to the first rank, which saves it."""
-    basis, first = plan.basis, (0,) * len(plan.basis.mesh)
-    if isinstance(basis, Held):
-        everywhere = Layout(basis.shape, basis.mesh, (None,))
-        sender = basis.holders.index(True)
-        return (Leg(Move(0, basis, everywhere), sender, 0),) if sender else ()
-    return gather_to(basis, tuple(range(len(basis.shape))), first, ())
+def copy_to_first(plan: WeightPlan, shape: tuple[int, ...]) -> tuple[Leg, ...]:
+    """Route of a copied state of a flat weight to the first rank, which saves it."""
+    copies, first = plan.copied_layout(shape), (0,) * len(plan.basis.mesh)
+    if isinstance(copies, Held):
+        everywhere = Layout(copies.shape, copies.mesh, (None,))
+        sender = copies.holders.index(True)
+        return (Leg(Move(0, copies, everywhere), sender, 0),) if sender else ()
+    return gather_to(copies, tuple(range(len(copies.shape))), first, ())
 
 
 def saved_copy(plan: WeightPlan, shape: tuple[int, ...]) -> Layout:

@@ -10,7 +10,7 @@ from torch import Tensor
 from conda_dist.numerics import arithmetic, decomposition, low_precision
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.options import Options
-from conda_dist.rules.conda import CondaBase
+from conda_dist.rules.conda import CondaBase, CondaRule
 from conda_dist.rules.hyperparameters import hyper_of
 from conda_dist.rules.rule import StateSpec, WeightSlice
 from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype
@@ -146,6 +146,11 @@ class GradientBasesRule(CondaBase):
         for basis, found in zip(bases, new, strict=True):
             basis.copy_(found)
         return True
+
+
+def conda_rule(options: Options) -> CondaBase:
+    """The rule that ``options.basis_source`` names."""
+    return GradientBasesRule(options) if options.basis_source == "gradients" else CondaRule(options)
 
 
 def _sides(m: int, n: int) -> tuple[str, ...]:

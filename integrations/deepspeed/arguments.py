@@ -177,11 +177,6 @@ def _refuse_unsupported(options: Options) -> None:
             f"refresh_delay {options.refresh_delay} is not supported under DeepSpeed, whose "
             "universal checkpoints would lose the pending refreshes: leave it out"
         )
-    if options.basis_source == "gradients":
-        raise ValueError(
-            'basis_source "gradients" is not supported under DeepSpeed, whose partitions cut '
-            "matrices: leave it out, or use FSDP2"
-        )
     for name, neutral in (("second_moment_dtype", None), ("stochastic_rounding", False)):
         if getattr(options, name) != neutral:
             raise ValueError(

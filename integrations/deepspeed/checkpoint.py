@@ -18,7 +18,8 @@ from torch import Tensor
 
 from conda_dist.integrations.deepspeed.partitions import ParameterInfo
 from conda_dist.routing import CONDA
-from conda_dist.rules.conda import CondaRule
+from conda_dist.rules.conda import CondaBase
+from conda_dist.rules.rule import Rule
 
 KEY, FORMAT = "conda", 1
 
@@ -31,14 +32,20 @@ class SavedBases:
     """Saved states that DeepSpeed itself does not store.
 
     Attributes:
-        weights: by name of a weight: its ``step``, ``basis`` and ``basis_step``. The basis is whole
-            (r, r), or has this rank's elements only.
+        weights: by name of a weight, its states of :func:`saved_keys`. A basis is whole (r, r), or
+            has this rank's elements only.
         counts: by name of a parameter: the number of steps of the engine's tensor that contains it;
             empty if the engine stores the counts.
     """
 
     weights: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+
+
+def saved_keys(rule: Rule, m: int, n: int) -> tuple[str, ...]:
+    """The states of a matrix (m, n) that DeepSpeed's checkpoints lack: all but the moments."""
+    specs = rule.states(m, n, torch.float32)
+    return ("step", *rule.counts, *(name for name, spec in specs.items() if not spec.cut))
 
 
 def pack(bases: SavedBases, groups: Sequence[Mapping[str, Any]], infos: Infos) -> dict[str, Any]:
@@ -69,14 +76,14 @@ def restore_hyperparameters(group: dict[str, Any], saved: Mapping[str, Any]) -> 
 
     Options that are newer than the checkpoint stay as they are.
     """
-    for key in group.keys() - saved.keys() - {"params", *CondaRule.added}:
+    for key in group.keys() - saved.keys() - {"params", *CondaBase.added}:
         del group[key]
     group.update(hyperparameters(saved))
     group["betas"] = tuple(group["betas"])
 
 
 def check(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], infos: Infos
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], infos: Infos, rule: Rule
 ) -> SavedBases:
     """Checks that a state dict fits the optimizer that loads it.
 
@@ -84,6 +91,7 @@ def check(
         state_dict: the state dict.
         groups: the optimizer's parameter groups.
         infos: its parameters.
+        rule: the rule that steps its weights.
 
     Returns:
         The saved bases. The counts are empty, because the engine stores them.
@@ -91,7 +99,7 @@ def check(
     Raises:
         ValueError: it does not fit.
     """
-    packed = _check_packed(state_dict.get(KEY), infos)
+    packed = _check_packed(state_dict.get(KEY), infos, rule)
     for index, (tensor, saved) in enumerate(saved_states(state_dict, groups)):
         for name in ("exp_avg", "exp_avg_sq") if saved else ():
             if name not in saved or saved[name].shape != tensor.shape:
@@ -109,7 +117,7 @@ def _matrix_shapes(infos: Infos) -> dict[str, tuple[int, ...]]:
     return {part.name: part.shape for info in conda for part in info.parts}
 
 
-def _check_packed(packed: Any, infos: Infos) -> Mapping[str, Any]:
+def _check_packed(packed: Any, infos: Infos, rule: Rule) -> Mapping[str, Any]:
     """Checks what :func:`pack` wrote, and returns it."""
     if not isinstance(packed, Mapping) or packed.get("format") != FORMAT:
         raise ValueError(
@@ -123,6 +131,14 @@ def _check_packed(packed: Any, infos: Infos) -> Mapping[str, Any]:
             f"{min(missing)}: the checkpoint has no basis of it, and so is damaged; load the model "
             "alone with load_optimizer_states=False"
         )
+    for name, saved in packed["weights"].items():
+        wanted = {*saved_keys(rule, *ours[name][-2:])}
+        if saved.keys() != wanted:
+            raise ValueError(
+                f"{name}: the checkpoint has {', '.join(sorted(saved))}, here it has "
+                f"{', '.join(sorted(wanted))}; give the basis_source that it was saved with, or "
+                "load the model alone with load_optimizer_states=False"
+            )
     return packed
 
 
@@ -140,7 +156,7 @@ def _compare_shapes(
 
 
 def read_universal(
-    folder: str, groups: Sequence[Mapping[str, Any]], infos: Infos
+    folder: str, groups: Sequence[Mapping[str, Any]], infos: Infos, rule: Rule
 ) -> Mapping[str, Any]:
     """Reads the key "conda" of a universal checkpoint, and checks that it fits the optimizer.
 
@@ -148,6 +164,7 @@ def read_universal(
         folder: the checkpoint's folder, including its tag.
         groups: the optimizer's parameter groups.
         infos: its parameters.
+        rule: the rule that steps its weights.
 
     Returns:
         What :func:`pack` wrote, with whole bases.
@@ -164,7 +181,7 @@ def read_universal(
     packed = (read.get("param_groups") or [{}])[0].get(KEY)
     if isinstance(packed, Mapping) and "unfit" in packed:
         raise ValueError(f"the universal checkpoint cannot be loaded: {packed['unfit']}")
-    packed = _check_packed(packed, infos)
+    packed = _check_packed(packed, infos, rule)
     _compare_shapes(
         {i.name: i.shape for i in infos.values() if i.algorithm != CONDA}, packed["others"], ""
     )

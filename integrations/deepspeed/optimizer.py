@@ -22,6 +22,7 @@ from conda_dist.integrations.deepspeed.partitions import (
 from conda_dist.parameter_groups import check_hyperparameters
 from conda_dist.report import Row, as_text, rows
 from conda_dist.routing import CONDA, clean_name, no_matrix_message, route_parameters
+from conda_dist.rules.gradient_bases import conda_rule
 from conda_dist.rules.states import moment_dtype
 from conda_dist.runtime.collectives import Mesh, agree
 from conda_dist.runtime.diagnostics import Diagnostics, Signals, read
@@ -67,6 +68,7 @@ class Conda(torch.optim.Optimizer):
     ) -> None:
         self._prefix = engine.errors_prefix()
         self._arguments = parse(given, self._prefix)
+        self._rule = conda_rule(self._arguments.options)
         super().__init__(params, dict(self._arguments.defaults))
         for group in self.param_groups:
             check_hyperparameters(group)
@@ -361,7 +363,7 @@ class Conda(torch.optim.Optimizer):
         Raises:
             ValueError: the state dict is from another optimizer or other parameters, or is damaged.
         """
-        loaded = checkpoint.check(state_dict, self.param_groups, self._infos)
+        loaded = checkpoint.check(state_dict, self.param_groups, self._infos, self._rule)
         for tensor, saved in checkpoint.saved_states(state_dict, self.param_groups):
             state = allocate(tensor, self.state, self._arguments.options)
             for name, value in state.items():
@@ -391,7 +393,7 @@ class Conda(torch.optim.Optimizer):
         error = None
         try:
             if wanted:
-                found = checkpoint.read_universal(folder, self._groups, self._infos)
+                found = checkpoint.read_universal(folder, self._groups, self._infos, self._rule)
         except Exception as caught:
             error = caught
         agree(self._mesh(self._groups), [], error, "cannot load the universal checkpoint")

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conda_dist.integrations.deepspeed.checkpoint import SavedBases
+from conda_dist.integrations.deepspeed.checkpoint import SavedBases, saved_keys
 from conda_dist.integrations.deepspeed.partitions import ParameterShard
 from conda_dist.layout.redistribution import plan_hops
 from conda_dist.numerics.adamw import Entry, adamw_
 from conda_dist.options import Options
-from conda_dist.plan.weight_plan import basis_to_first, copied_basis_bytes
+from conda_dist.plan.weight_plan import copied_basis_bytes, copy_to_first
 from conda_dist.routing import CONDA
-from conda_dist.rules.conda import CondaRule
+from conda_dist.rules.gradient_bases import conda_rule
 from conda_dist.rules.hyperparameters import hyper_of
 from conda_dist.rules.states import moment_dtype
 from conda_dist.runtime.adamw import AdamWParameter
@@ -29,9 +29,6 @@ from conda_dist.runtime.diagnostics import Collection, Diagnostics
 from conda_dist.runtime.parameters import Setup, UnplannedWeight, plan_weights
 from conda_dist.runtime.step import MatrixPath
 from conda_dist.runtime.weight import Weight
-
-SAVED = ("step", "basis", "basis_step")
-"""A weight's states besides its moments; the engine's checkpoints have only the moments."""
 
 
 def allocate(
@@ -87,7 +84,7 @@ class PartitionStep:
             for s, view in zip(shards, self._views, strict=True)
             if s.info.algorithm == CONDA
         ]
-        self.weights = plan_weights(unplanned, self._states, options, {}, CondaRule(options))
+        self.weights = plan_weights(unplanned, self._states, options, {}, conda_rule(options))
         self._path = MatrixPath(self.weights, options)
         # Indices of the shards of each path.
         self._conda = [i for i, shard in enumerate(shards) if shard.info.algorithm == CONDA]
@@ -137,7 +134,7 @@ class PartitionStep:
         for weight in self.weights:
             weight.init_state()
             if weight.name in saved.weights:
-                _load_basis(weight, saved.weights[weight.name])
+                _load_bases(weight, saved.weights[weight.name])
         self.started = any(float(self._engine_states[t]["step"]) > 0 for t in self.tensors)
 
     def saved_bases(self, whole: bool) -> SavedBases:
@@ -152,18 +149,28 @@ class PartitionStep:
             for shard in self.shards
         }
         weights: dict[str, dict[str, Tensor]] = {
-            w.name: {key: w.state[key] for key in SAVED} for w in self.weights
+            w.name: {key: w.state[key] for key in saved_keys(w.rule, *w.shape)}
+            for w in self.weights
         }
         for weight in self.weights if whole else ():
-            basis = self._gather_basis(weight)
-            if basis is not None and not any(self.mesh.coordinate):
-                weights[weight.name]["basis"] = basis.cpu()
+            for key, tensor in self._gather(weight).items():
+                if not any(self.mesh.coordinate):
+                    weights[weight.name][key] = tensor.cpu()
         return SavedBases(dict(weights), counts)
 
-    def _gather_basis(self, weight: Weight) -> Tensor | None:
-        """A weight's whole basis (r, r) on the first rank; not meaningful on others."""
-        hops, basis = plan_hops([basis_to_first(weight.plan)], self.mesh.coordinate), weight.basis
-        return Exchange(self.mesh, hops, [basis], [basis.dtype], basis.device).wait()[0]
+    def _gather(self, weight: Weight) -> dict[str, Tensor]:
+        """A weight's copied states, whole, on the first rank; not meaningful on others."""
+        copied = {key: spec.shape for key, spec in weight.specs.items() if not spec.cut}
+        tensors = [weight.state[key] for key in copied]
+        routes = [copy_to_first(weight.plan, shape) for shape in copied.values()]
+        exchange = Exchange(
+            self.mesh,
+            plan_hops(routes, self.mesh.coordinate),
+            tensors,
+            [tensor.dtype for tensor in tensors],
+            tensors[0].device,
+        )
+        return {k: x for k, x in zip(copied, exchange.wait(), strict=True) if x is not None}
 
     def _bind(self, states: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Makes new views if the engine has moved its tensors or states (``offload_states``)."""
@@ -272,18 +279,18 @@ class PartitionStep:
                     adamw_([entry], step, hyper)
 
 
-def _load_basis(weight: Weight, saved: Mapping[str, Tensor]) -> None:
-    """Copies a weight's saved basis and counts into its state.
+def _load_bases(weight: Weight, saved: Mapping[str, Tensor]) -> None:
+    """Copies a weight's saved bases and counts into its state.
 
     A whole saved basis (r, r) fits any sharding of the basis: this rank copies its rows of it.
 
     Raises:
         ValueError: a saved state has another shape or dtype than here.
     """
-    layout = weight.plan.basis
-    for key in SAVED:
+    for key in saved_keys(weight.rule, *weight.shape):
         ours, theirs = weight.state[key], saved[key]
-        whole = key == "basis" and tuple(theirs.shape) == layout.shape != tuple(ours.shape)
+        layout = weight.state_layouts().get(key)
+        whole = layout is not None and tuple(theirs.shape) == layout.shape != tuple(ours.shape)
         if ours.dtype != theirs.dtype or (ours.shape != theirs.shape and not whole):
             raise ValueError(
                 f"{weight.name}: the checkpoint's {key} has shape {tuple(theirs.shape)} and dtype "
@@ -291,7 +298,7 @@ def _load_basis(weight: Weight, saved: Mapping[str, Tensor]) -> None:
                 "as many ranks (or from a universal checkpoint), with the same "
                 "basis_budget, basis_dtype and state_dtype."
             )
-        if not whole:
+        if layout is None or not whole:
             ours.copy_(theirs)
             continue
         for block in layout.blocks(weight.mesh.coordinate):

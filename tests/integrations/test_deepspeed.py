@@ -28,6 +28,12 @@ STAGES: list[Config] = [(stage, "fp32", {}) for stage in range(4)]
 SUB_GROUPS = {"zero": {"sub_group_size": 300}}
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 SPLIT_BASES = {"params": {"basis_budget": 0, "buffer_bytes": 500}}
+GRADIENTS: dict[str, Any] = {
+    "basis_source": "gradients",
+    "refresh_method": "orthogonal_iteration",
+    "nesterov": True,
+}
+SPLITS = {"blocks.*.up.weight": (10, 12)}
 ACCUMULATED = {"gradient_accumulation_steps": 2}
 VARIANTS: list[Config] = [
     (3, "fp32", SUB_GROUPS),
@@ -103,10 +109,9 @@ def test_low_precision_follows_one_process(world: int) -> None:
 @pytest.mark.thorough
 def test_nesterov_of_split_weights_follows_one_process() -> None:
     """With new bases by the SVD; with orthogonal iteration below."""
-    splits = {"blocks.*.up.weight": (10, 12)}
-    params = {"nesterov": True, "splits": splits}
+    params = {"nesterov": True, "splits": SPLITS}
     configs: list[Config] = [(stage, "fp32", {"params": params}) for stage in range(4)]
-    theirs = zero.alone(splits=splits, nesterov=True)
+    theirs = zero.alone(splits=SPLITS, nesterov=True)
     for config, error in zip(configs, _errors(2, configs, theirs), strict=True):
         assert error < 1e-4, config
 
@@ -123,6 +128,17 @@ def test_new_bases_of_gram_matrices_follow_one_process() -> None:
     for name, value in options.items():
         assert models.farthest(plain, zero.alone(**{name: value}), zero.start()) > 0.01
     for config, error in zip(configs, _errors(2, configs, theirs), strict=True):
+        assert error < 1e-4, config
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_bases_from_gradients_follow_one_process(world: int) -> None:
+    """One rank steps a whole matrix, of ranges that end anywhere."""
+    theirs = zero.alone(**GRADIENTS, splits=SPLITS)
+    params = {**GRADIENTS, "splits": SPLITS}
+    configs: list[Config] = [(stage, "fp32", {"params": params}) for stage in range(4)]
+    configs.append((3, "fp32", {"params": {**params, "buffer_bytes": 500}, **SUB_GROUPS}))
+    for config, error in zip(configs, _errors(world, configs, theirs), strict=True):
         assert error < 1e-4, config
 
 
@@ -257,7 +273,8 @@ def _resume(folder: Path, configs: list[Config]) -> list[list[str]]:
 @pytest.mark.thorough
 def test_resumes_bit_for_bit(tmp_path: Path) -> None:
     """The other stages in test_deepspeed_splits.py."""
-    configs = [STAGES[2], STAGES[3], *LOW[1:6]]
+    params = {"params": GRADIENTS}
+    configs = [STAGES[2], STAGES[3], (1, "fp32", params), (3, "fp32", params), *LOW[1:6]]
     for unequal in ranks.run(2, _resume, tmp_path, configs):
         assert dict(zip(map(str, configs), unequal, strict=True)) == {
             str(config): [] for config in configs

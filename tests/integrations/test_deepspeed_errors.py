@@ -23,10 +23,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"params": {"updat_proj_gap": 3}},
         f"{PARAMS}Conda has no param 'updat_proj_gap' \\(the nearest is 'update_proj_gap'\\)\\.",
     ),
-    (
-        {"params": {"basis_source": "gradients"}},
-        'basis_source "gradients" is not supported under DeepSpeed, whose partitions',
-    ),
     ({"params": {"colour": 1}}, "no param 'colour'. It takes lr, betas, eps, .* splits"),
     (
         {"params": {"torch_adam": True, "zeal": 1, "adam_w_mode": True, "Betas": [0.9, 0.99]}},
@@ -366,7 +362,8 @@ def _mismatches(folder: Path) -> list[str]:
     zero.train(engine, range(2))
     engine.save_checkpoint(str(folder))
     said = []
-    for params in ({"adamw_params": ["blocks.0.up.weight"], **sharded}, {}):
+    routed = {"adamw_params": ["blocks.0.up.weight"], **sharded}
+    for params in (routed, {"basis_source": "gradients"}, {}):
         other = zero.build(zero.config(3, params=params))
 
         def load(other: Any = other) -> None:
@@ -386,7 +383,12 @@ def _mismatches(folder: Path) -> list[str]:
 
 @pytest.mark.thorough
 def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
-    for routed, placed, foreign in ranks.run(2, _mismatches, tmp_path):
+    for routed, gradients, placed, foreign in ranks.run(2, _mismatches, tmp_path):
         assert "blocks.0.up.weight: the checkpoint has (22, 10) on the conda path, here" in routed
+        assert re.search(
+            r"blocks.0.\S+: the checkpoint has basis, basis_step, step, here it has \w+_basis, .*"
+            "give the basis_source that it was saved with",
+            gradients,
+        )
         assert re.search(r"rank 1: ValueError: .* the checkpoint's basis has shape", placed)
         assert "was not written by Conda under DeepSpeed" in foreign

@@ -26,6 +26,8 @@ CONFIGS: list[Config] = [
     (2, "fp32", {"params": {"basis_budget": 0}}),
     (3, "fp32", {}),
     (3, "fp32", {"zero": {"sub_group_size": 300}, "params": {"basis_budget": 0}}),
+    (2, "fp32", {"params": {"basis_source": "gradients"}}),
+    (3, "fp32", {"params": {"basis_source": "gradients", "nesterov": True}}),
 ]
 
 
