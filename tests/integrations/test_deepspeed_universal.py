@@ -14,6 +14,8 @@ from torch import Tensor
 import models
 import ranks
 import zero
+from conda_dist.options import Options
+from conda_dist.rules.conda import CondaRule
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -292,5 +294,5 @@ def test_what_is_kept_runs_no_code(tmp_path: Path) -> None:
     torch.load(file, weights_only=False)
     target.rmdir()  # so much for the payload: it works
     with pytest.raises(pickle.UnpicklingError, match="mkdir"):
-        read_universal(str(tmp_path), [], {})
+        read_universal(str(tmp_path), [], {}, CondaRule(Options()))
     assert not target.exists()
