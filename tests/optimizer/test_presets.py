@@ -98,15 +98,8 @@ def test_every_surface_gives_its_values(
     """Without a preset they are the paper's; an explicit value wins, whatever the preset has."""
     given = {} if preset is None else {"preset": preset}
     values = VALUES[preset or "paper"]
-    others = OTHER
-    if surface is _by_json:
-        others = {name: value for name, value in OTHER.items() if name != "basis_source"}
-        if values["basis_source"] == "gradients":
-            with pytest.raises(ValueError, match='basis_source "gradients" is not supported'):
-                surface(given)
-            given, values = ({**each, "basis_source": "momentum"} for each in (given, values))
     assert surface(given).items() >= values.items()
-    for name, value in others.items():
+    for name, value in OTHER.items():
         assert surface({**given, name: value}).items() >= {**values, name: value}.items()
 
 
