@@ -83,11 +83,11 @@ class Conda(MatrixOptimizer):
             the place of ``basis``. A matrix's first gradient gives its bases and is in no moment,
             so it does not move the matrix. None: the preset's.
         refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
-            paper's way, and always computes the first basis. (Bases from gradients are computed as
-            with "eigh64" then.) "orthogonal_iteration" takes one step
+            paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
             of subspace iteration from the current basis. It costs a fraction of the SVD's time, and
             is accurate enough if ``update_proj_gap`` is small, because bases then change little.
-            "eigh64" computes the eigenvectors of the momentum's Gram matrix in float64.
+            "eigh64" computes the eigenvectors of the momentum's Gram matrix in float64. With bases
+            from gradients, "svd" means the same as "eigh64".
         refresh_delay: 0, the default and the paper's timing: a step waits for its refresh. N > 0:
             a background thread decomposes a snapshot of the momentum, and all ranks change to the
             new bases N steps later (at most one interval later). The first refresh always waits.

@@ -55,10 +55,14 @@ class Flat(Layout):
         return _flat_blocks(self.shape, *self.held(coordinate))
 
     @property
+    def holding(self) -> list[bool]:
+        """Whether each rank holds any element, in rank order."""
+        return [start < stop for start, stop in itertools.pairwise(self.bounds)]
+
+    @property
     def holder(self) -> int | None:
         """The rank that holds all elements; None if several ranks hold some."""
-        held = [start < stop for start, stop in itertools.pairwise(self.bounds)]
-        return held.index(True) if sum(held) == 1 else None
+        return self.holding.index(True) if sum(self.holding) == 1 else None
 
     def with_placement(self, mesh_dim: int, placement: Placement) -> Layout:
         """The layout with this placement of the only mesh dimension; local tensors are not flat."""
@@ -114,13 +118,13 @@ def flat_to_compute(storage: Flat, single: int | None = None) -> tuple[Layout, t
         single: the rank that computes all of a matrix (m, n), for rules that need whole matrices.
     """
     shape, bounds, dim = storage.shape, storage.bounds, kept_dim(storage.shape)
-    holding = [start < stop for start, stop in itertools.pairwise(bounds)]
     if single is not None:
         stays = storage.holder == single
         compute = storage.with_placement(0, Split(dim, among=(single, 1)))
     elif len(shape) == 2 and dim == 1:
-        stays = sum(holding) == 1
-        compute = storage.with_placement(0, Split(1, bounds=_even_bounds(shape[-1], holding)))
+        stays = storage.holder is not None
+        even = _even_bounds(shape[-1], storage.holding)
+        compute = storage.with_placement(0, Split(1, bounds=even))
     else:
         inner = math.prod(shape[1:])
         cuts = tuple(-(-bound // inner) for bound in bounds)

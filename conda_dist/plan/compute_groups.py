@@ -59,8 +59,8 @@ def choose(requests: Sequence[Request], budget: int | None) -> list[Choice]:
     Without a group, every rank that holds rows (or columns) of a weight computes them, and needs a
     copy of the basis. A weight gets no group if its copies still fit the budget. Weights are looked
     at one by one: on each mesh those that have state first, then those that step without
-    communication. The other weights are assigned to groups, or, in flat partitions, split their
-    bases. A weight that has state keeps its choice.
+    communication. The other weights are assigned to groups. In flat partitions they split their
+    bases instead, unless the rule needs whole matrices. A weight that has state keeps its choice.
 
     Args:
         requests: the weights.

@@ -71,10 +71,8 @@ class GradientBasesRule(CondaBase):
         arithmetic.check_alike(weight.name, {"gradient": weight.grad, "exp_avg": first})
         sides = _sides(*weight.shape)
         kept = states[f"{sides[0]}_basis"].dtype
-        dtype, product = (
-            torch.promote_types(kept, torch.float32),
-            self.options.product_dtype or kept,
-        )
+        dtype = torch.promote_types(kept, torch.float32)
+        product = self.options.product_dtype or kept
         grad = weight.grad.to(dtype)  # (..., m, n)
         stochastic = self.options.stochastic_rounding
         rounding = low_precision.rounding_of(first, step - 1, stochastic)

@@ -282,25 +282,25 @@ class PartitionStep:
 def _load_bases(weight: Weight, saved: Mapping[str, Tensor]) -> None:
     """Copies a weight's saved bases and counts into its state.
 
-    A whole saved basis (r, r) fits any sharding of the basis: this rank copies its rows of it.
+    A whole saved basis (r, r) fits any layout of the basis: this rank copies what it holds of it.
 
     Raises:
         ValueError: a saved state has another shape or dtype than here.
     """
+    layouts = weight.state_layouts()  # counts have none
     for key in saved_keys(weight.rule, *weight.shape):
         ours, theirs = weight.state[key], saved[key]
-        layout = weight.state_layouts().get(key)
-        whole = layout is not None and tuple(theirs.shape) == layout.shape != tuple(ours.shape)
-        if ours.dtype != theirs.dtype or (ours.shape != theirs.shape and not whole):
+        if ours.dtype == theirs.dtype and ours.shape == theirs.shape:
+            ours.copy_(theirs)
+            continue
+        layout = layouts.get(key)
+        if layout is None or ours.dtype != theirs.dtype or tuple(theirs.shape) != layout.shape:
             raise ValueError(
                 f"{weight.name}: the checkpoint's {key} has shape {tuple(theirs.shape)} and dtype "
                 f"{theirs.dtype}, here they are {tuple(ours.shape)} and {ours.dtype}. Load it on "
                 "as many ranks (or from a universal checkpoint), with the same "
                 "basis_budget, basis_dtype and state_dtype."
             )
-        if layout is None or not whole:
-            ours.copy_(theirs)
-            continue
         for block in layout.blocks(weight.mesh.coordinate):
             here, there = (
                 tuple(slice(a, a + n) for a, n in zip(start, block.shape, strict=True))

@@ -90,7 +90,7 @@ def _measure(name: str) -> Traffic:
     optimizer.step = step
     steps = optimizer._steps.values()
     states = [state for partition_step in steps for state in partition_step._states.values()]
-    bases = sum(t.nbytes for state in states for key, t in state.items() if "basis" in key[-5:])
+    bases = sum(t.nbytes for state in states for key, t in state.items() if key.endswith("basis"))
     report = optimizer.report()
     held = sum(t.nbytes for state in states for t in state.values())
     assert sum(r["state_bytes"] for r in report) == held

@@ -18,7 +18,7 @@ from conda_dist.layout.layout import Topology
 from conda_dist.layout.moves import reverse
 from conda_dist.layout.redistribution import plan_hops, redistribution
 from conda_dist.options import Options
-from conda_dist.plan.compute_groups import assign_owners
+from conda_dist.plan.compute_groups import Request, assign_owners, choose
 from conda_dist.plan.schedule import plan_task
 from conda_dist.plan.weight_plan import plan_weight
 from conda_dist.rules.conda import CondaRule
@@ -138,6 +138,30 @@ def test_who_computes_nothing_keeps_no_basis(
             hops = [*task.gather, *(hop for part in task.rotations for hop in part.hops)]
             counted = sum(hop.sent(rank, item) for hop in hops for item in range(len(shape)))
             assert counted == sent[rank]
+
+
+def test_rules_that_need_whole_matrices_compute_each_on_one_rank() -> None:
+    """The rank that holds all of a matrix; those that are cut are dealt out to the others."""
+    world = Topology((4,), tuple(range(4)))
+    cut, held = (0, 10, 20, 30, 48), (0, 0, 48, 48, 48)
+    storages = [Flat.of((8, 6), bounds) for bounds in (cut, held, cut, cut)]
+    storages.append(Flat.of((6, 8), cut))
+    requests = [Request(f"w{i}", world, s, 0, whole=True) for i, s in enumerate(storages)]
+    choices = choose(requests, None)
+    plans = [
+        plan_weight(request.name, world, request.storage, group=choice.group)
+        for request, choice in zip(requests, choices, strict=True)
+    ]
+    where = [[c[0] for c in plan.basis.coordinates() if plan.basis.numel(c)] for plan in plans]
+    assert where[1] == [1]
+    assert sorted(rank for i in (0, 2, 3) for rank in where[i]) == [0, 2, 3]
+    for plan, ranks_of in zip(plans, where, strict=True):
+        (rank,) = ranks_of
+        assert [plan.compute.numel(c) for c in plan.compute.coordinates()] == [
+            48 if at == rank else 0 for at in range(4)
+        ]
+        assert plan.communicates == (plan.name != "w1")
+        assert [*plan.computing()] == [(rank,)]
 
 
 def test_ranges_must_make_up_the_tensor() -> None:
