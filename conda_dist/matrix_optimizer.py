@@ -347,6 +347,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 setup = self._set_up(found.states)
                 setup.init_state()
                 fill_state(setup, found.states)
+                self._rule.forget()
                 # Plan again: a Setup reads at its start which meshes have steps.
                 self._setup = self._diagnostics = None
             for param, others in found.wrapper_states.items():

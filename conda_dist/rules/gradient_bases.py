@@ -64,6 +64,10 @@ class GradientBasesRule(CondaBase):
         """See Rule."""
         return f"{self.name} from gradients every {group['update_proj_gap']} steps"
 
+    def forget(self) -> None:
+        """See Rule."""
+        self._begun.clear()
+
     def update(self, weight: WeightSlice) -> Tensor:
         """See Rule. The first gradient that is not zero gives the bases, and is in no moment."""
         hyper, states, step = hyper_of(weight.group), weight.states, weight.step

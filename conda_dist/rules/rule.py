@@ -197,6 +197,9 @@ class Rule(ABC):
             ValueError: a hyperparameter is out of its range.
         """
 
+    def forget(self) -> None:  # noqa: B027 (few need it)
+        """Drops what the rule remembers of states from step to step: other states were loaded."""
+
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the rule's update beside its rate, by name, for reports."""
         names = (name for name in self.hyperparameters if name != self.factor)

@@ -41,3 +41,24 @@ def test_bases_of_gradients_that_are_not_finite_are_kept() -> None:
         optimizer.step()
     assert torch.equal(optimizer.state[weight]["left_basis"], before)
     assert before.any()
+
+
+def test_a_loaded_expert_without_bases_gets_them_with_its_first_gradient() -> None:
+    """Also if the optimizer that loads it has bases of all experts, and has taken as many steps."""
+
+    def trained(experts: int) -> tuple[nn.Parameter, Any]:
+        weight, optimizer = _from_gradients((2, 6, 6), update_proj_gap=100)
+        for step in range(3):
+            weight.grad = rule_runs.value("w", (2, 6, 6), step)
+            weight.grad[experts:] = 0
+            optimizer.step()
+        return weight, optimizer
+
+    _, saved = trained(1)
+    weight, optimizer = trained(2)
+    optimizer.load_state_dict(saved.state_dict())
+    basis = optimizer.state[weight]["left_basis"]
+    assert basis.flatten(1).any(1).tolist() == [True, False]
+    weight.grad = rule_runs.value("w", (2, 6, 6), 3)
+    optimizer.step()
+    assert basis.flatten(1).any(1).tolist() == [True, True]
