@@ -27,7 +27,7 @@ from conda_dist.launch.job.config import ConfigError
 from conda_dist.launch.job.files import EXIT_FAILED, EXIT_STOPPED
 from conda_dist.launch.job.optimizer_config import SECTIONS
 from conda_dist.launch.tools import protocol
-from conda_dist.launch.tools.command_line import Parser, positive, refuse
+from conda_dist.launch.tools.command_line import Parser, count, positive, refuse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.draw:
             asked = given.config, given.optimizers, given.budget, given.seeds, given.nproc
-            if any(asked) or overrides:
+            if any(value is not None for value in asked) or overrides:
                 raise ConfigError("--draw runs nothing: give --output alone")
             code = 0
         else:
@@ -74,16 +74,21 @@ def parse(typed: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     epilog = "Any --section.key of the pretraining job may follow; it applies to every run."
     parser = Parser("compare", __doc__, epilog)
     parser.usage = "%(prog)s [CONFIG] --output DIR ..."
-    count: dict[str, Any] = {"type": positive, "metavar": "N"}
+    number: dict[str, Any] = {"type": positive, "metavar": "N"}
+    seeds: dict[str, Any] = {"type": count, "metavar": "N"}
     listed: dict[str, Any] = {"type": _rules, "metavar": "NAME,..."}
     names = ", ".join(SECTIONS)
     for name, text, options in (
         ("--output", "folder of the comparison", {"type": Path, "required": True}),
         ("--optimizers", f"{names} (default: all)", listed),
-        ("--budget", "trials for each of these (default 8)", count),
-        ("--seeds", "seeds for every rule, besides the one tuned on (default 3)", count),
-        ("--nproc", "processes per run (default 1)", count),
-        ("--jobs", "runs at once (default 1)", {**count, "default": 1}),
+        ("--budget", "trials for each of these (default 8)", number),
+        (
+            "--seeds",
+            "seeds for every rule, besides the one tuned on (default 3); 0: none for these",
+            seeds,
+        ),
+        ("--nproc", "processes per run (default 1)", number),
+        ("--jobs", "runs at once (default 1)", {**number, "default": 1}),
         ("--draw", "run nothing, only write table and picture again", {"action": "store_true"}),
     ):
         parser.add_argument(name, help=text, **options)

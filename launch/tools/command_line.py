@@ -49,6 +49,11 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """A whole number of 0 or more, for argparse."""
+    return 0 if text == "0" else positive(text)
+
+
 def check_output(output: str | Path) -> None:
     """Refuses an output folder that cannot be one, before anything is made of it.
 

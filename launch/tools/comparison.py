@@ -12,6 +12,7 @@ from conda_dist.launch.job.picture import new_figure
 from conda_dist.launch.tools.protocol import SHARED, keys_of, protocol_of, read
 from conda_dist.launch.tools.search import Rule, edges, steps_to
 from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
+from conda_dist.options import PRESETS
 
 _HEADER = (
     *("rule", "matrices", "rest", "trials", "best trial", "final loss"),
@@ -51,7 +52,7 @@ class Findings:
         """All there is to say, as Markdown."""
         sessions, lengths = self._results["sessions"], map(str, self._protocol.lengths)
         jobs = max(session["jobs"] for session in sessions)
-        others = [f"{rule.name}'s" for rule in self._rules]
+        others = [f"{_label(rule)}'s" for rule in self._rules]
         return "\n".join(
             [
                 f"Final validation loss in nats per token after {self._full} steps: mean and "
@@ -85,7 +86,7 @@ class Findings:
             for rule in self._rules:
                 own = keys_of(rule.name)
                 name = f"optimizer.{own['optimizer.name']}.{key}"
-                values[rule.name] = own.get(name, config[name])
+                values[_label(rule)] = own.get(name, config[name])
             if len({*values.values()}) > 1:
                 listed = ", ".join(f"{name} {value:g}" for name, value in values.items())
                 notes.append(f"{key} was not tuned, and differs: {listed}.")
@@ -106,36 +107,42 @@ class Findings:
         tried = sum(self._protocol.trial(rule, point) in self._losses for point in points)
         spent = f"{tried} of {rule.budget}"
         if best is None:
-            return [rule.name, "", "", spent, "not known yet", *[""] * 5]
+            return [_label(rule), "", "", spent, "not known yet", *[""] * 5]
         open_sides = ", ".join(edges(points, best))
         run = self._protocol.trial(rule, best)
-        cells = [rule.name, f"{run.matrices:.3g}", f"{run.rest:.3g}", spent]
+        cells = [_label(rule), f"{run.matrices:.3g}", f"{run.rest:.3g}", spent]
         cells.append(f"at an edge: no trial of {open_sides}" if open_sides else "inside")
-        records = self._repeats(rule, self._full)
-        if not records:
-            return [*cells, "diverged" if math.isinf(self._losses[run]) else "", *[""] * 4]
+        records = self._full_runs(rule)
         losses = {record["seed"]: loss_of(record) for record in records}
         first = {r["seed"]: loss_of(r) for r in self._repeats(self._rules[0], self._full)}
         # Seeds move all rules alike: differences on the same seed vary less than losses do.
         above = [loss - first[seed] for seed, loss in losses.items() if seed in first]
         diverged = sum(map(math.isinf, losses.values()))
         said = f"{len(losses)} of {rule.seeds} seeds"
+        if [*losses] == [run.seed]:
+            said = f"only seed {run.seed}"
         said += f", {diverged} of them diverged" if diverged else ""
         final = f"{_spread(losses.values())} ({said})"
         times = [f"{1e3 * seconds:.1f}" for seconds in self._times(rule)]
         held = [f"{r['state_bytes'] / 2**20:.2f}" for r in records if r["state_bytes"]] or [""]
         return [*cells, final, _spread(above) if rule != self._rules[0] else "", *times, held[0]]
 
+    def _full_runs(self, rule: Rule) -> list[dict[str, Any]]:
+        """The records that stand for a tuned rule: on other seeds, or the best trial's alone."""
+        _, best = self._protocol.search(rule, self._losses)
+        tuned = [self._records[self._protocol.trial(rule, best)]] if best else []
+        return self._repeats(rule, self._full) or tuned
+
     def _times(self, rule: Rule) -> list[float]:
         """Mean seconds of a step, and those of them in the optimizer."""
-        records = self._repeats(rule, self._full)
+        records = self._full_runs(rule)
         return [
             statistics.fmean(each[key] for each in records) for key in ("step_s", "optimizer_s")
         ]
 
     def _shares(self, rule: Rule) -> list[str]:
         """How soon a rule gets to the final loss of each rule."""
-        cells, curve = [rule.name], self._protocol.curve(rule, self._losses)
+        cells, curve = [_label(rule)], self._protocol.curve(rule, self._losses)
         for other in self._rules:
             target = self._means[other]
             if other == rule or not curve or target is None or math.isinf(target):
@@ -155,7 +162,7 @@ class Findings:
                 run = self._protocol.trial(rule, point)
                 if (loss := self._losses.get(run)) is not None:
                     said = "diverged" if math.isinf(loss) else f"{loss:.4f}"
-                    yield [rule.name, f"{run.matrices:.3g}", f"{run.rest:.3g}", said]
+                    yield [_label(rule), f"{run.matrices:.3g}", f"{run.rest:.3g}", said]
 
     def draw(self, path: Path) -> None:
         """Draws means over the seeds, in bands from the least to the greatest.
@@ -171,20 +178,32 @@ class Findings:
             if not curves:
                 continue
             end = statistics.fmean(curve[-1][1] for curve in curves)
-            mean = _band(course, curves, f"C{index}", f"{rule.name}: {end:.3f}")
+            mean = _band(course, curves, f"C{index}", f"{_label(rule)}: {end:.3f}")
             lowest, highest = min(lowest, *mean), max(highest, *mean)
             curve = self._protocol.curve(rule, self._losses)[::-1]
             lengths = [steps for steps, loss in curve if math.isfinite(loss)]
             seeds = zip(*(self._repeats(rule, steps) for steps in lengths), strict=True)
             finals = [[(run["steps"], run["val_loss"]) for run in seed] for seed in seeds]
             if finals:
-                _band(ends, finals, f"C{index}", rule.name, "o")
+                _band(ends, finals, f"C{index}", _label(rule), "o")
         course.set(xlabel="step", ylabel="validation loss (nats per token)")
         ends.set(xlabel="steps of the whole run", ylabel="final validation loss")
         if lowest < highest:  # past the first fall, which would squeeze all the rest
             course.set_ylim(lowest - 0.05 * (highest - lowest), lowest + 0.6 * (highest - lowest))
             course.legend(frameon=False, title="mean over seeds, least to greatest")
         figure.savefig(path, dpi=110)
+
+
+def _label(rule: Rule) -> str:
+    """The rule's name. If its options include a preset's values, the preset takes their place."""
+    own = keys_of(rule.name)
+    name = own.pop("optimizer.name")
+    given = {key.rpartition(".")[2]: value for key, value in own.items()}
+    for preset, values in PRESETS.items():
+        if name == "conda" and values and given.items() >= values.items():
+            others = [f"{key}={value}" for key, value in given.items() if key not in values]
+            return "+".join([name, f"preset={preset}", *others])
+    return rule.name
 
 
 def _spread(values: Iterable[float]) -> str:

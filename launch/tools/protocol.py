@@ -97,7 +97,7 @@ class _Rule(_Part):
     matrices: _Value
     rest: _Value
     budget: Size
-    seeds: Size
+    seeds: Count
 
 
 class _Session(_Part):
@@ -199,13 +199,16 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
     config = _common(given.config or str(folder / CONFIG), overrides, optimizers)
     nproc = given.nproc or there.get("nproc", 1)
     rules = []
-    # Means are compared only over the same seeds: all rules have as many.
-    seeds = given.seeds or max((rule["seeds"] for rule in before.values()), default=SEEDS)
+    # Means are compared only over the same seeds: all rules have as many, or none.
+    seeds = given.seeds or max((rule["seeds"] for rule in before.values()), default=0) or SEEDS
     for name in names:
-        budget = before[name]["budget"] if name in before else BUDGET
-        budget = given.budget or budget if name in asked else budget
+        then = before.get(name, {"budget": BUDGET, "seeds": seeds})
+        budget = given.budget or then["budget"] if name in asked else then["budget"]
+        none = then["seeds"] == 0
+        if name in asked and given.seeds is not None:
+            none = given.seeds == 0
         matrices, rest = options.replaced(config, keys[name]).optimizer.effective_rates
-        rule = Rule(name, matrices, rest, budget, seeds)
+        rule = Rule(name, matrices, rest, budget, 0 if none else seeds)
         rules.append(asdict(rule))
     results = {
         "config": options.to_json(config),

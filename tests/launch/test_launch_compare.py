@@ -200,7 +200,7 @@ def test_a_list_of_rules_may_hold_blanks_and_lists_of_numbers(
     keys = protocol.keys_of(given.optimizers[1])
     assert keys["optimizer.conda.betas"] == (0.8, 0.9)
     assert keys["optimizer.conda.lr"] == 1.0
-    assert compare.main([*output, "--draw", "--seeds", "5"]) == 2
+    assert compare.main([*output, "--draw", "--seeds", "0"]) == 2
     assert "--draw runs nothing" in capsys.readouterr().err
 
 
@@ -213,13 +213,16 @@ def test_a_folder_that_is_not_what_was_planned_for_is_refused(config: Path, tmp_
 
 
 def test_seeds_are_all_rules_and_trials_each_one_s(config: Path, tmp_path: Path) -> None:
-    """Means over other seeds could not be compared."""
+    """Means over other seeds could not be compared. Rules without other seeds have no mean."""
     last: tuple[str, ...] = ("--optimizers", "conda", "--seeds", "2", "--budget", "4")
     for more, expected in (
         (last, [("conda", 4, 2)]),
         (("--optimizers", "muon"), [("conda", 4, 2), ("muon", 8, 2)]),
         (("--optimizers", "muon", "--seeds", "5"), [("conda", 4, 5), ("muon", 8, 5)]),
         (("--budget", "9"), [("conda", 9, 5), ("muon", 9, 5)]),
+        (("--optimizers", "muon", "--seeds", "0"), [("conda", 9, 5), ("muon", 9, 0)]),
+        (("--optimizers", "adamw"), [("conda", 9, 5), ("muon", 9, 0), ("adamw", 8, 5)]),
+        (("--seeds", "4"), [("conda", 9, 4), ("muon", 9, 4), ("adamw", 8, 4)]),
     ):
         found = planned(config, tmp_path, *more)
         assert [(r.name, r.budget, r.seeds) for r in found.protocol.rules] == expected
@@ -265,14 +268,18 @@ def record(run: Run, loss: float | None, **others: Any) -> dict[str, Any]:
 
 
 def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
-    three = Rule("muon", 1e-3, 1e-3, 1, 2)
+    three, alone = Rule("muon", 1e-3, 1e-3, 1, 2), Rule("soap", 1e-3, 1e-3, 1, 0)
 
     def loss(run: Run) -> float:
         if run.rule == "muon":
             return math.inf if run.seed == 7 else 5.0
-        return {"conda": 3.5, "adamw": 4.0}[run.rule] + run.seed / 100 + (600 - run.steps) / 150
+        return (
+            {"conda": 3.5, "adamw": 4.0, "soap": 3.0}[run.rule]
+            + run.seed / 100
+            + (600 - run.steps) / 150
+        )
 
-    plan, losses = play(loss, ONE, TWO, three)
+    plan, losses = play(loss, ONE, TWO, three, alone)
     session = {"command": "python -m x", "begun": "now", "machine": "here", "jobs": 2}
     settings = {f"optimizer.{r.name}.weight_decay": 0.0 for r in plan.rules}
     settings |= {f"optimizer.{r.name}.grad_clip": 1.0 for r in plan.rules}
@@ -290,14 +297,16 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
     again = json.loads(json.dumps(results))
     text = Findings(again).table()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    conda, adamw, muon = rows[2:5]
-    assert [row[0] for row in (conda, adamw, muon)] == ["| conda", "| adamw", "| muon"]
+    conda, adamw, muon, soap = rows[2:6]
+    names = [row[0] for row in (conda, adamw, muon, soap)]
+    assert names == ["| conda", "| adamw", "| muon", "| soap"]
     assert conda[5:7] == ["3.5650 ± 0.0071 (2 of 2 seeds)", ""]
     assert adamw[5:7] == ["4.0650 ± 0.0071 (2 of 2 seeds)", "0.5000 ± 0.0000"]
     assert conda[4] == "at an edge: no trial of matrices / 2, rest / 2, rest x 2"
     assert conda[7:] == ["500.0", "100.0", "2.00 |"]
     assert muon[5] == "5.0000 (2 of 2 seeds, 1 of them diverged)"
-    shares = {row[0].removeprefix("| "): row[1:] for row in rows[7:10]}
+    assert soap[5:] == ["3.0500 (only seed 5)", "", "500.0", "100.0", "2.00 |"]
+    shares = {row[0].removeprefix("| "): row[1:] for row in rows[8:12]}
     share, steps, seconds, own = map(float, re.findall(r"[\d.]+", shares["conda"][1]))
     assert 500 < steps < 600  # at 500 conda is above adamw at 600
     assert share == pytest.approx(steps / 600, abs=0.01)
@@ -306,12 +315,35 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
     assert shares["adamw"][0] == "not reached"
     assert "python -m x" in text
     assert "torch 3.0" in text
-    assert "weight_decay was not tuned, and differs: conda 0, adamw 0, muon 0.1." in text
+    assert "weight_decay was not tuned, and differs: conda 0, adamw 0, muon 0.1, soap 0." in text
     assert "grad_clip was" not in text
     assert "Runs had not the same data" in text
     assert "Runs were made with more than one torch: 2.9; 3.0." in text
     Findings(again).draw(tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_names_a_preset_in_place_of_its_values() -> None:
+    values = "betas=0.95,0.98+nesterov=true+basis_source=gradients"
+    rules = {
+        f"conda+{values}+update_proj_gap=20+refresh_method=orthogonal_iteration+lr=0.1": (
+            "conda+preset=2026-11-draft+lr=0.1"
+        ),
+        f"conda+{values}": f"conda+{values}",
+        "muon": "muon",
+    }
+    named = [Rule(name, 1e-3, 1e-3, 8, 3) for name in rules]
+    settings = {f"optimizer.{name}.weight_decay": 0.0 for name in ("conda", "muon")}
+    settings |= {f"optimizer.{name}.grad_clip": 1.0 for name in ("conda", "muon")}
+    session = {"command": "x", "begun": "now", "machine": "here", "jobs": 1, "versions": {}}
+    results = {
+        "config": {"training.seed": 5, "training.steps": 600, **settings},
+        "rules": [{f: getattr(rule, f) for f in rule.__slots__} for rule in named],
+        "sessions": [session],
+        "runs": [],
+    }
+    rows = [line.split(" | ")[0] for line in Findings(results).table().splitlines()]
+    assert rows[4:7] == [f"| {label}" for label in rules.values()]
 
 
 WRONG: list[tuple[str, Any, str]] = [
