@@ -47,7 +47,7 @@ class GradientBasesRule(CondaBase):
             "exp_avg": StateSpec((m, n), moment_dtype(dtype, self.options), cut=True),
             self.second_key: StateSpec((m, n), second_dtype(dtype, self.options), cut=True),
         }
-        for side in _sides(m, n):
+        for side in sides_of(m, n):
             size = m if side == LEFT else n
             states[f"{side}_gram"] = StateSpec(
                 (size, size), torch.promote_types(basis, torch.float32)
@@ -73,7 +73,7 @@ class GradientBasesRule(CondaBase):
         hyper, states, step = hyper_of(weight.group), weight.states, weight.step
         first, second = states["exp_avg"], states[self.second_key]
         arithmetic.check_alike(weight.name, {"gradient": weight.grad, "exp_avg": first})
-        sides = _sides(*weight.shape)
+        sides = sides_of(*weight.shape)
         kept = states[f"{sides[0]}_basis"].dtype
         dtype = torch.promote_types(kept, torch.float32)
         product = self.options.product_dtype or kept
@@ -155,6 +155,6 @@ def conda_rule(options: Options) -> CondaBase:
     return GradientBasesRule(options) if options.basis_source == "gradients" else CondaRule(options)
 
 
-def _sides(m: int, n: int) -> tuple[str, ...]:
+def sides_of(m: int, n: int) -> tuple[str, ...]:
     """The sides of a matrix (m, n) that have a basis: the shorter one, or both."""
     return ((LEFT,) if m <= n else ()) + ((RIGHT,) if n <= m else ())

@@ -34,7 +34,7 @@ from conda_dist.plan.costs import Costs, Sizes, collectives, costs, refresh_flop
 from conda_dist.plan.schedule import fill_tasks
 from conda_dist.plan.weight_plan import WeightPlan, plan_weight
 from conda_dist.report import sizes_of
-from conda_dist.rules.conda import CondaRule
+from conda_dist.rules.gradient_bases import GradientBasesRule, conda_rule, sides_of
 from conda_dist.rules.muon import MuonRule
 from conda_dist.rules.rule import Rule
 from conda_dist.rules.states import moment_dtype, second_dtype
@@ -123,7 +123,7 @@ def forecast_conda(
         at: The rank to look at, by its coordinate; the busiest if none is given.
     """
     options = conda_options(settings)
-    return _sum_up(CondaRule(options), options, projected, others, mesh, at)
+    return _sum_up(conda_rule(options), options, projected, others, mesh, at)
 
 
 def conda_options(settings: CondaConfig) -> Options:
@@ -158,9 +158,25 @@ def _sizes(rule: Rule, plan: WeightPlan) -> Sizes:
 def _products(rule: Rule, plan: WeightPlan, numel: int) -> float:
     """Operations of the products of a step, of a rank that computes some elements of a weight."""
     r = min(plan.storage.shape)
+    if isinstance(rule, GradientBasesRule):
+        # A Gram matrix, two projections and the way back, on each side.
+        return len(sides_of(*plan.storage.shape)) * 4 * 2.0 * numel * r
     if not rule.whole:
         return 2 * 2.0 * numel * r
     return 5 * (4.0 * numel * r + 2.0 * r**3) if numel else 0.0
+
+
+def _refresh_work(rule: Rule, options: Options, plan: WeightPlan) -> dict[Coordinate, float]:
+    """Operations of a refresh of a weight, by the coordinate that decomposes it."""
+    m, n = plan.storage.shape
+    if rule.refreshes:
+        return {plan.owners[0]: refresh_flops(m, n, options.refresh_method)}
+    if not isinstance(rule, GradientBasesRule):
+        return {}
+    iterated = options.refresh_method == "orthogonal_iteration"
+    # Three products and a QR decomposition, or eigenvectors.
+    each = (10.0 if iterated else 9.0) * min(m, n) ** 3
+    return dict.fromkeys(plan.computing(), len(sides_of(m, n)) * each)
 
 
 def _sum_up(
@@ -175,17 +191,16 @@ def _sum_up(
     load: dict[Coordinate, float] = defaultdict(float)
     multiplied: dict[Coordinate, float] = defaultdict(float)
     for plan in plans:
-        m, n = plan.storage.shape
-        if rule.refreshes:
-            load[plan.owners[0]] += refresh_flops(m, n, options.refresh_method)
+        for coordinate, flops in _refresh_work(rule, options, plan).items():
+            load[coordinate] += flops
         for coordinate, flops in _grouped(rule, plan).items():
             multiplied[coordinate] += flops
     asked = {*load, *multiplied, (0,) * len(mesh.sizes)}
     busiest = at or max(asked, key=lambda c: (multiplied[c], load[c], c))
     found = Forecast(
         busiest=max(load.values(), default=0.0),
-        bf16=rule.whole or torch.bfloat16 == (options.matmul_dtype or options.basis_dtype),
-        svd=options.refresh_method == "svd",
+        bf16=rule.name == "muon" or torch.bfloat16 == (options.matmul_dtype or options.basis_dtype),
+        svd=rule.refreshes and options.refresh_method == "svd",
     )
     known: dict[object, Costs] = {}
     for plan in plans:
@@ -235,14 +250,13 @@ def _together(
             for coordinate, flops in _grouped(rule, plans[i]).items():
                 load[coordinate] += flops
         found.waited += max(load.values(), default=0.0) - load[at]
-    if not rule.refreshes:
-        return
-    for task in fill_tasks(plans, range(len(plans)), options.task_bytes, refreshing=True):
+    together = range(len(plans))
+    for task in fill_tasks(plans, together, options.task_bytes, refreshing=rule.refreshes):
         load = defaultdict(float)
         for i in task:
-            m, n = plans[i].storage.shape
-            load[plans[i].owners[0]] += refresh_flops(m, n, options.refresh_method)
-        found.decompose += max(load.values())
+            for coordinate, flops in _refresh_work(rule, options, plans[i]).items():
+                load[coordinate] += flops
+        found.decompose += max(load.values(), default=0.0)
 
 
 def _count(kinds: list[Kind], plan: WeightPlan, cost: Costs, flops: float) -> None:

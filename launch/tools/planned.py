@@ -77,8 +77,10 @@ class Planned:
         console.print(self._weights())
         console.print(self._totals(hardware, name))
         time, gap = self.seconds(self.conda, hardware), self._settings.update_proj_gap
-        later = f"async, bases taken {self._delay} steps later"
-        for refresh, delay in (("sync", 0), (later, self._delay)):
+        ways = {"sync": 0, f"async, bases taken {self._delay} steps later": self._delay}
+        if self._settings.basis_source == "gradients":  # not in the background
+            ways = {"sync": 0}
+        for refresh, delay in ways.items():
             stall = time.stall(delay)
             share = stall / gap / (time.training + time.step)
             console.print(

@@ -65,6 +65,9 @@ SETTINGS = [
         second_moment_dtype="uint8",
         refresh_method="orthogonal_iteration",
     ),
+    CondaConfig(
+        update_proj_gap=2, basis_source="gradients", state_dtype="bfloat16", matmul_dtype="bfloat16"
+    ),
 ]
 
 
@@ -89,6 +92,7 @@ def _conda(groups: list[dict[str, Any]], settings: CondaConfig) -> Conda:
         state_dtype=settings.state_dtype,
         second_moment_dtype=settings.second_moment_dtype,
         refresh_method=settings.refresh_method,
+        basis_source=settings.basis_source,
     )
 
 
@@ -260,6 +264,18 @@ def test_what_waits_for_a_refresh(delay: int) -> None:
         step=1.0, host=0.5, decompose=50.0, busiest=20.0, exchange=3.0, training=2.0
     )
     assert [time.stall(delay) for delay in (0, 1, 5, 9)] == [53.0, 20.0, 8.0, 3.0]
+
+
+def test_bases_from_gradients_are_taken_where_a_matrix_is_computed() -> None:
+    """16 matrices, four on each of 4 ranks; square ones have two bases, and others one."""
+    for m, bases in ((64, 2), (128, 1)):
+        shapes = {f"layers.{i}.weight": (m, 64) for i in range(16)}
+        for method, cubes in (("orthogonal_iteration", 10), ("svd", 9)):
+            settings = CondaConfig(basis_source="gradients", refresh_method=method)
+            found = forecast.forecast_conda(shapes, {}, Mesh(dp_shard=4), settings)
+            assert (found.decompose, found.busiest) == (4 * bases * cubes * 64**3,) * 2
+            assert not found.rotate
+            assert not found.refresh
 
 
 def test_more_ranks_take_less_time_each() -> None:
