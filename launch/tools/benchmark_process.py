@@ -128,8 +128,10 @@ def conda_step(
         optimizer.init_state()
         for param, basis in zip(params, _random_bases(params), strict=True):
             state = optimizer.state[param]
-            state["basis"].copy_(basis)
-            state["basis_step"].fill_(0)
+            for name in {"basis", "left_basis", "right_basis"} & state.keys():
+                state[name].copy_(basis)
+            if "basis_step" in state:
+                state["basis_step"].fill_(0)
             state["step"].fill_(1)
         optimizer._setup = None  # its meshes have started
     return optimizer.step
@@ -177,6 +179,7 @@ def contenders(
         "conda_dist, TF32": conda(matmul_dtype="tf32"),
         "conda_dist, bfloat16": conda(matmul_dtype=HALF),
         "conda_dist, diagnostics": conda(diagnostics_every=1),
+        "conda_dist, bases from gradients": conda(basis_source="gradients"),
         "conda_dist, async": conda(refresh_delay=max(1, min(gap // 2, 20))),
         "two products": Contender(lambda: two_products(sizes)),
         "two products, TF32": Contender(lambda: two_products(sizes, tf32=True)),

@@ -33,7 +33,7 @@ def test_every_contender_steps_in_every_round() -> None:
     before = [[param.detach().clone() for param in some] for some in params]
     taken = benchmark_process.measure(steps, 3)
     assert {name: len(times) for name, times in taken.items()} == dict.fromkeys(steps, 3)
-    assert len(params) == 11
+    assert len(params) == 12
     for some, were in zip(params, before, strict=True):
         assert not any(map(torch.equal, some, were))
 
@@ -68,6 +68,8 @@ def test_the_bytes_of_state_are_those_of_the_tensors() -> None:
     assert held["torch.optim.Muon"] == moment
     assert held["torch.optim.AdamW"] == 2 * moment + counts
     assert held["conda_dist"] == 2 * moment + bases + 2 * counts
+    # Of the 7 matrices 4 are square, with two sides; a side has a Gram matrix and a basis.
+    assert held["conda_dist, bases from gradients"] == 2 * moment + 4 * 22 * 16 * 16 + counts
     assert held["pytorch_optimizer.Conda"] == 2 * moment + bases
     assert held["two products"] == 0
 
@@ -79,7 +81,12 @@ def test_random_bases_are_stepped_in(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a decomposition")
 
     monkeypatch.setattr(torch.linalg, "svd", forbidden)
-    steps = _begin(NEVER, "conda_dist", "pytorch_optimizer.Conda")
+    monkeypatch.setattr(torch.linalg, "eigh", forbidden)
+    gradients = "conda_dist, bases from gradients"
+    steps = _begin(NEVER, "conda_dist", gradients, "pytorch_optimizer.Conda")
+    for state in steps[gradients].__self__.state.values():  # type: ignore[attr-defined]
+        for basis in (value for name, value in state.items() if name.endswith("_basis")):
+            assert (basis.T @ basis - torch.eye(16)).norm() < 1e-4
     for state in steps["conda_dist"].__self__.state.values():  # type: ignore[attr-defined]
         basis, identity = state["basis"], torch.eye(16)
         torch.testing.assert_close(basis.T @ basis, identity, atol=1e-5, rtol=0)
