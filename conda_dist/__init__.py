@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from conda_dist.muon import Muon
     from conda_dist.namo import NAMO, NAMO_D
     from conda_dist.normuon import NorMuon
+    from conda_dist.numerics.refresh_hooks import register_refresh_hook
     from conda_dist.optimizer import Conda
     from conda_dist.options import from_adamw
     from conda_dist.routing import param_groups
-    from conda_dist.runtime.refresh import register_refresh_hook
 
 __all__ = [
     "NAMO",
@@ -35,7 +35,7 @@ _MODULES = {
     "NorMuon": "conda_dist.normuon",
     "from_adamw": "conda_dist.options",
     "param_groups": "conda_dist.routing",
-    "register_refresh_hook": "conda_dist.runtime.refresh",
+    "register_refresh_hook": "conda_dist.numerics.refresh_hooks",
 }
 
 

@@ -242,6 +242,16 @@ def _check_state(
     if "basis_step" in needed and any(key in saved for key in PENDING):
         needed |= {"snapshot": shape, "snapshot_step": needed["basis_step"]}
     if not needed.keys() <= saved.keys():
+        bases, saved_bases = (
+            {key for key in map(str, keys) if "basis" in key and "step" not in key}
+            for keys in (needed, saved)
+        )
+        if bases and saved_bases and not bases & saved_bases:
+            raise ValueError(
+                f"{name}: the checkpoint has {', '.join(sorted(saved_bases))}, here it has "
+                f"{', '.join(sorted(bases))}; give the basis_source that it was saved with, or "
+                "start with fresh optimizer state."
+            )
         raise ValueError(
             f"{name}: the checkpoint has {', '.join(sorted(map(str, saved))) or 'nothing'} of its "
             f"state, but {', '.join(needed)} are needed: it is damaged."

@@ -40,7 +40,8 @@ class Conda(MatrixOptimizer):
 
     ===================  ========  ================================================================
     ``step``             ()        steps taken; on the CPU
-    ``exp_avg``          (m, n)    first moment, projected on the conda path
+    ``exp_avg``          (m, n)    first moment, projected on the conda path (see also
+                                   ``basis_source``)
     ``exp_avg_sq``       (m, n)    second moment
     ``basis``            (r, r)    conda path only
     ``basis_step``       (batch,)  conda path only; on the CPU: for each matrix the step at which
@@ -76,12 +77,15 @@ class Conda(MatrixOptimizer):
             checkpoint have the checkpoint's values.
         basis_source: "momentum", the paper's, or "gradients", where the bases are eigenvectors of
             averages of G^T G and G G^T, as in SOAP (arXiv 2409.11321): proj(X) = X V if m > n,
-            U^T X if m < n, and U^T X V if m = n. The averages decay by b2. One rank steps a whole
-            matrix then: it gets the gradient, keeps the state and sends the update, and
-            ``basis_budget`` has no effect. ``exp_avg`` is M, not projected, and the states
-            ``left_basis`` and ``left_gram`` (m, m), ``right_basis`` and ``right_gram`` (n, n) take
-            the place of ``basis``. A matrix's first gradient gives its bases and is in no moment,
-            so it does not move the matrix. None: the preset's.
+            U^T X if m < n, and U^T X V if m = n. The averages decay by b2. One rank steps the whole
+            of a sharded matrix then: it gets the gradient, keeps the state and sends the update,
+            and ``basis_budget`` has no effect. A matrix that all ranks hold is stepped by all of
+            them; a ``process_group`` does not share its decompositions. ``exp_avg`` is M, not
+            projected, and the states ``left_basis`` and ``left_gram`` (m, m), ``right_basis`` and
+            ``right_gram`` (n, n) take the place of ``basis`` and ``basis_step``. A matrix's first
+            gradient gives its bases and is in no moment, so only weight decay moves the matrix in
+            that step. If a refresh fails, the step warns, and every further step tries again. None:
+            the preset's.
         refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
             paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
             of subspace iteration from the current basis. It costs a fraction of the SVD's time, and
@@ -92,7 +96,8 @@ class Conda(MatrixOptimizer):
             a background thread decomposes a snapshot of the momentum, and all ranks change to the
             new bases N steps later (at most one interval later). The first refresh always waits.
             The snapshot needs as much memory as a third moment.
-        matmul_dtype: precision of the two matrix products of a step; None: the dtype of the bases.
+        matmul_dtype: precision of the matrix products of a step (two; with bases from gradients
+            four, or eight for a square weight); None: the dtype of the bases.
             "bfloat16" is the fastest. "tf32" multiplies float32 tensors and allows CUDA to round
             them to TF32; on a CPU it equals "float32". Decompositions and rotations always run in
             float32 or better.
@@ -119,7 +124,7 @@ class Conda(MatrixOptimizer):
             are. See :meth:`diagnostics`.
         process_group: for plain parameters: ranks whose parameters and gradients are equal. They
             then share the decompositions instead of each computing all of them, and so cannot
-            diverge.
+            diverge. Bases from gradients are not shared.
         fused: ignored; accepted because scripts written for AdamW pass it.
         foreach: ignored, like ``fused``.
         maximize: must be False; AdamW has it, Conda does not.

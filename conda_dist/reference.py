@@ -96,8 +96,8 @@ class ReferenceConda(torch.optim.Optimizer):
         if not state["step"] and not state["exp_avg"].any():
             return  # a first momentum of zeros has no basis yet: its SVD would be the identity
 
+        from_gradients = projected and group["basis_source"] == "gradients"
         if projected:
-            from_gradients = group["basis_source"] == "gradients"
             if from_gradients:
                 grams = [None if x is None else (1 - beta2) * x for x in gram_matrices(grad)]
                 before = state.get("grams", (None, None))
@@ -112,12 +112,17 @@ class ReferenceConda(torch.optim.Optimizer):
                 )
             bases = state["bases"]  # U (m, m) and V (n, n); one of them may be None
             if from_gradients and not state["step"]:  # what gives the first bases is in no moment
-                grad = state["exp_avg"].zero_()
+                state["exp_avg"].zero_()
+                state["step"] = 1
+                param.sub_(group["lr"] * group["weight_decay"] * param)
+                return
             exp_avg, grad = project(state["exp_avg"], *bases), project(grad, *bases)
         else:
             exp_avg = state["exp_avg"]
-        # The weights of the gradients in the momentum add up to 1 - b1^averaged.
-        averaged = state["step"] + 1
+        state["step"] += 1
+        # The weights of the gradients in the second moment add up to 1 - b2^squared, and those in
+        # the first one to 1 - b1^averaged.
+        squared = averaged = state["step"] - from_gradients
         if projected and group["nesterov"]:
             exp_avg, averaged = beta1 * exp_avg + (1 - beta1) * grad, averaged + 1
         state["exp_avg_sq"].mul_(beta2).add_((1 - beta2) * grad**2)
@@ -127,10 +132,9 @@ class ReferenceConda(torch.optim.Optimizer):
         else:
             update = group["adamw_scale"] * update
 
-        state["step"] += 1
         step_size = group["lr"]
         if group["correct_bias"]:
-            step_size *= math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1**averaged)
+            step_size *= math.sqrt(1 - beta2**squared) / (1 - beta1**averaged)
         param.sub_(step_size * update)
         param.sub_(group["lr"] * group["weight_decay"] * param)
 

@@ -319,9 +319,12 @@ def average_gram_(gram: Tensor, x: Tensor, beta: float, dtype: torch.dtype) -> N
         gram: S, (..., r, r), in at least float32.
         x: X, (..., k, r).
         beta: decay rate of the average.
-        dtype: dtype to which X is rounded for the product.
+        dtype: dtype to which X is rounded for the product. The product is never rounded to fewer
+            bits than S has: that would lose the small eigenvalues.
     """
     x = x.to(dtype)
+    if x.ndim > 3 or not widens(x, gram.dtype):
+        x = x.to(gram.dtype)
     gram.lerp_(project(x.mT, x, right=True, dtype=gram.dtype), 1 - beta)
 
 

@@ -26,12 +26,12 @@ class Outcome(IntEnum):
 
 
 CAUSES = {
-    Outcome.NOT_FINITE: "its momentum is not finite: look for NaN or inf in the gradients, clip "
+    Outcome.NOT_FINITE: "its {} is not finite: look for NaN or inf in the gradients, clip "
     "them, lower the learning rate or skip such steps",
-    Outcome.NOT_CONVERGED: "its momentum could be decomposed neither in its dtype nor in float64, "
+    Outcome.NOT_CONVERGED: "its {} could be decomposed neither in its dtype nor in float64, "
     "nor on the CPU: no method converged, or there was no memory",
 }
-"""Why a basis could not be refreshed, for the warning."""
+"""Why a basis could not be refreshed, for the warning. The braces take what was decomposed."""
 
 
 class Spectrum(NamedTuple):
@@ -393,13 +393,14 @@ def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:
 
 
 def eigenbasis(gram: Tensor, basis: Tensor | None, method: str) -> tuple[Outcome, Tensor | None]:
-    """A basis of eigenvectors of a Gram matrix, in descending order of the eigenvalues.
+    """A basis of eigenvectors of a Gram matrix, or a basis that comes closer to them.
 
     Args:
         gram: the Gram matrix (r, r), in at least float32.
         basis: the basis so far; None without one.
         method: "orthogonal_iteration" takes one step of subspace iteration from ``basis``, if there
-            is one. All others compute the eigenvectors, in float64.
+            is one. All others compute the eigenvectors in float64, in descending order of the
+            eigenvalues.
 
     Returns:
         The outcome; and the basis (r, r), in ``gram``'s dtype, if it is ``DONE``, else None.

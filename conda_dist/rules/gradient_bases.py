@@ -1,7 +1,7 @@
 """Conda with bases from gradients in place of the momentum, which is not in the paper."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from conda_dist.numerics import arithmetic, decomposition, low_precision
 from conda_dist.numerics.arithmetic import matrices
+from conda_dist.numerics.decomposition import CAUSES, Outcome
+from conda_dist.numerics.refresh_hooks import call_refresh_hooks
 from conda_dist.options import Options
 from conda_dist.rules.conda import CondaBase, CondaRule
 from conda_dist.rules.hyperparameters import hyper_of
@@ -22,12 +24,18 @@ class GradientBasesRule(CondaBase):
     """Conda's arithmetic on whole matrices, in the coordinates of SOAP (arXiv 2409.11321).
 
     For G (m, n), proj(X) = X V if m > n, U^T X if m < n, and U^T X V if m = n. U has the
-    eigenvectors of an average of G G^T, and V those of G^T G.
+    eigenvectors of an average of G G^T, and V those of G^T G. The averages decay by b2.
+
+    A matrix takes its first bases in the step of its first gradient that is not zero. In these
+    bases a square gradient is diagonal but for rounding errors, and the step would divide these by
+    each other. So that gradient is in neither moment, and moves nothing. Later bases are taken
+    every ``update_proj_gap`` steps. If that fails, the old ones are kept, and every step tries
+    again.
 
     States: ``exp_avg`` (m, n), the first moment, in the weight's own coordinates; ``exp_avg_sq``
     (m, n), the second moment of proj(G); and for each side that has a basis ``left_gram`` and
-    ``left_basis`` (m, m), ``right_gram`` and ``right_basis`` (n, n). A basis is zero until there is
-    a gradient that is not.
+    ``left_basis`` (m, m), ``right_gram`` and ``right_basis`` (n, n). A matrix without bases has
+    zeros in their place.
 
     Args:
         options: the optimizer's options.
@@ -38,7 +46,9 @@ class GradientBasesRule(CondaBase):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self._begun: dict[str, int] = {}  # by name, the last step known to have all bases
+        # By name, the last step after which all matrices had bases, and none was to be tried again.
+        self._settled: dict[str, int] = {}
+        self._failed: set[tuple[str, int]] = set()  # matrices to be tried again, by name and index
 
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """See Rule."""
@@ -66,10 +76,11 @@ class GradientBasesRule(CondaBase):
 
     def forget(self) -> None:
         """See Rule."""
-        self._begun.clear()
+        self._settled.clear()
+        self._failed.clear()
 
     def update(self, weight: WeightSlice) -> Tensor:
-        """See Rule. The first gradient that is not zero gives the bases, and is in no moment."""
+        """See Rule."""
         hyper, states, step = hyper_of(weight.group), weight.states, weight.step
         first, second = states["exp_avg"], states[self.second_key]
         arithmetic.check_alike(weight.name, {"gradient": weight.grad, "exp_avg": first})
@@ -84,11 +95,11 @@ class GradientBasesRule(CondaBase):
         for side in sides:
             x = grad.mT if side == LEFT else grad
             arithmetic.average_gram_(states[f"{side}_gram"], x, hyper.beta2, product)
-        for i in self._refresh(weight, sides):
-            # In bases of its own, a square gradient is diagonal but for rounding errors, and a step
-            # would divide these by each other. So this gradient is in neither moment.
+        fresh, still = self._refresh(weight, sides)
+        if fresh:
+            grad = grad.clone(memory_format=torch.contiguous_format)  # the caller's does not change
             for x in (grad, first):
-                matrices(x)[i].zero_()
+                _zero(x, fresh)
         bases = [(states[f"{side}_basis"].to(product), side == RIGHT) for side in sides]
         momentum = first
         for basis, right in bases:
@@ -96,58 +107,83 @@ class GradientBasesRule(CondaBase):
             momentum = arithmetic.project(momentum, basis, right, dtype)
         rounding = low_precision.rounding_of(second, step, stochastic)
         update = arithmetic.normalise_(grad, momentum, second, hyper, rounding)
+        _zero(update, fresh + still)  # if eps is 0 they are 0 / 0
         for basis, right in bases:
             update = arithmetic.project_back(update, basis, right, dtype)
         return update
 
-    def _refresh(self, weight: WeightSlice, sides: tuple[str, ...]) -> list[int]:
-        """Takes new bases if they are due, or if a matrix has none yet.
+    def apply(
+        self,
+        param: Tensor,
+        update: Tensor,
+        group: Mapping[str, Any],
+        step: int,
+        shape: tuple[int, int],
+        extra: Tensor | None = None,
+    ) -> None:
+        """See Rule. The moments have one gradient less than there were steps."""
+        arithmetic.apply_(param, update, max(1, step - 1), hyper_of(group))
+
+    def _refresh(self, weight: WeightSlice, sides: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Takes new bases of the matrices that are due, have none yet or have failed.
 
         Returns:
-            The matrices of the batch that took their first bases.
+            The matrices of the batch that took their first bases; and those that still have none.
         """
-        due = (weight.step - 1) % weight.group["update_proj_gap"] == 0
-        if not due and self._begun.get(weight.name) == weight.step - 1:
-            self._begun[weight.name] = weight.step
-            return []
+        name, step = weight.name, weight.step
+        due = (step - 1) % weight.group["update_proj_gap"] == 0
+        if not due and self._settled.get(name) == step - 1:
+            self._settled[name] = step
+            return [], []
         grams, bases = (
             [matrices(weight.states[f"{side}_{kind}"]) for side in sides]
             for kind in ("gram", "basis")
         )
-        had = bases[0].flatten(-2).any(-1).tolist()  # the host waits for the device
-        taken = [
-            (due or not before)
-            and self._take_bases(weight, [x[i] for x in grams], [x[i] for x in bases], not before)
-            for i, before in enumerate(had)
-        ]
-        if all(now or before for now, before in zip(taken, had, strict=True)):
-            self._begun[weight.name] = weight.step
-        return [i for i, before in enumerate(had) if taken[i] and not before]
+        fresh, still = [], []
+        # The host waits for the device.
+        for i, has in enumerate(bases[0].flatten(-2).any(-1).tolist()):
+            if has and not due and (name, i) not in self._failed:
+                continue
+            outcome = self._take_bases(name, [x[i] for x in grams], [x[i] for x in bases], not has)
+            if not has:
+                (fresh if outcome == Outcome.DONE else still).append(i)
+            if outcome not in CAUSES:
+                self._failed.discard((name, i))
+            elif (name, i) not in self._failed:
+                self._failed.add((name, i))
+                which = f" (matrix {i} of the batch)" if weight.grad.ndim > 2 else ""
+                warnings.warn(
+                    f"{name}{which}: the bases could not be refreshed at step {step}, because "
+                    f"{CAUSES[outcome].format('average of Gram matrices')}. The old bases are "
+                    "kept. Every step tries again, and says nothing more until it succeeds.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        if not still and all((name, i) not in self._failed for i in range(len(bases[0]))):
+            self._settled[name] = step
+        return fresh, still
 
     def _take_bases(
-        self, weight: WeightSlice, grams: list[Tensor], bases: list[Tensor], first: bool
-    ) -> bool:
-        """Replaces the bases of one matrix by those of its Gram matrices; says whether it did.
-
-        Both are replaced or none, with a warning if a Gram matrix cannot be decomposed.
-        """
+        self, name: str, grams: list[Tensor], bases: list[Tensor], first: bool
+    ) -> Outcome:
+        """Replaces the bases of one matrix by those of its Gram matrices: all of them or none."""
         method = "eigh64" if first else self.options.refresh_method
         new = []
         for gram, basis in zip(grams, bases, strict=True):
             outcome, found = decomposition.eigenbasis(gram, None if first else basis, method)
             if found is None:
-                if outcome in decomposition.CAUSES:
-                    warnings.warn(
-                        f"{weight.name}: the bases could not be refreshed at step {weight.step}, "
-                        f"because {decomposition.CAUSES[outcome]}. The old ones are kept.",
-                        RuntimeWarning,
-                        stacklevel=2,
-                    )
-                return False
+                return outcome
             new.append(found)
         for basis, found in zip(bases, new, strict=True):
             basis.copy_(found)
-        return True
+        call_refresh_hooks(name)
+        return Outcome.DONE
+
+
+def _zero(batch: Tensor, which: Sequence[int]) -> None:
+    """Sets some matrices of a batch to zero."""
+    for i in which:
+        matrices(batch)[i].zero_()
 
 
 def conda_rule(options: Options) -> CondaBase:

@@ -44,7 +44,7 @@ class Signals(TypedDict):
         gradient_norm: Frobenius norm of the gradient.
         momentum_norm: Frobenius norm of the first moment after the step.
         steps_since_refresh: steps since the momentum from which the basis was taken; of a batch the
-            largest. None without a basis.
+            largest. None without a basis, and for rules that keep no ``basis``.
         staleness: share of the momentum's energy off the diagonal of the basis, just before its
             last refresh, see :class:`conda_dist.numerics.decomposition.Spectrum`. A mean over the
             matrices of a batch. None before the second refresh, as the first finds no basis.

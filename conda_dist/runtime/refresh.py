@@ -10,44 +10,23 @@ snapshot of the momentum, and its rotation is taken some steps later.
 
 import struct
 import warnings
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from conda_dist.layout.redistribution import Hop
 from conda_dist.numerics import decomposition
 from conda_dist.numerics.arithmetic import matrices
 from conda_dist.numerics.decomposition import Found, Outcome, Spectrum
+from conda_dist.numerics.refresh_hooks import call_refresh_hooks
 from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
 from conda_dist.runtime.background import Background
 from conda_dist.runtime.collectives import Exchange, Mesh, all_max, all_texts
 from conda_dist.runtime.weight import MAX_FAILURES, Weight
-
-_hooks: OrderedDict[int, Callable[[str], None]] = OrderedDict()  # a dict has no weak references
-
-
-def register_refresh_hook(hook: Callable[[str], None]) -> RemovableHandle:
-    """Registers a function that is called whenever a step has decomposed a matrix on this rank.
-
-    The first refresh of a large model may take minutes. With this hook a trainer can show that it
-    goes on, and tell its watchdog. The hook is for all optimizers of this process.
-
-    Args:
-        hook: called in the thread of the step, with the fully qualified name of the parameter; once
-            for each matrix, also of those that were decomposed together. What it raises is raised
-            by the step, on all ranks.
-
-    Returns:
-        A handle, whose ``remove()`` removes the hook; also a context manager.
-    """
-    handle = RemovableHandle(_hooks)
-    _hooks[handle.id] = hook
-    return handle
 
 
 def start_in_background(
@@ -264,8 +243,7 @@ def _decompose_mine(
                 momenta = [momentum for k in batch if (momentum := whole[k]) is not None]
                 found = alike[0].refreshed_rule.refresh(momenta, alike[0].plan.right, first)
                 for name in names:
-                    for hook in tuple(_hooks.values()):
-                        hook(name)
+                    call_refresh_hooks(name)
             for k, weight, result in zip(batch, alike, found, strict=True):
                 if result.rotation is not None:
                     basis = _basis(bases, taking[k])

@@ -337,7 +337,8 @@ class Weight:
 
         Args:
             basis: the whole basis (..., r, r) of this rank's matrices, if the rule has one.
-            grad: the gradient in compute layout, projected if ``averaged``; may be overwritten.
+            grad: the gradient in compute layout; if ``averaged`` it is projected, and may be
+                overwritten.
             scratch: memory to reuse, or None.
             averaged: whether a refresh in this step has updated the first moment already.
         """
@@ -441,6 +442,6 @@ class Weight:
         which = f" (matrix {matrix} of the batch)" if len(self.plan.storage.shape) > 2 else ""
         return (
             f"{self.plan.name}{which}: the basis could not be refreshed at step {self.step}, "
-            f"because {CAUSES[outcome]}. The old basis is kept. Failure "
+            f"because {CAUSES[outcome].format('momentum')}. The old basis is kept. Failure "
             f"{self.failures[matrix]} in a row; the run ends at {MAX_FAILURES}."
         )

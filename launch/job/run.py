@@ -39,7 +39,7 @@ from conda_dist.launch.job.model import require_replicas
 from conda_dist.launch.job.report import Reporter
 from conda_dist.launch.job.trainer import BadStepsError, Trainer, require_same
 from conda_dist.launch.job.watchdog import Watchdog
-from conda_dist.runtime.refresh import register_refresh_hook
+from conda_dist.numerics.refresh_hooks import register_refresh_hook
 
 
 def start(config: Config) -> int:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import rule_runs
+from conda_dist import register_refresh_hook
+from conda_dist.numerics import arithmetic
 
 
 def _from_gradients(shape: tuple[int, ...], **options: Any) -> tuple[nn.Parameter, Any]:
@@ -32,15 +34,93 @@ def test_an_idle_expert_gets_its_bases_with_its_first_gradient() -> None:
         assert [row[expert] for row in moved] == [step > first for step in range(6)]
 
 
-def test_bases_of_gradients_that_are_not_finite_are_kept() -> None:
-    weight, optimizer = _from_gradients((4, 4), update_proj_gap=1)
-    rule_runs.train({"w": weight}, optimizer, range(2))
-    before = optimizer.state[weight]["left_basis"].clone()
-    weight.grad = torch.full((4, 4), float("nan"))
-    with pytest.warns(RuntimeWarning, match="w: the bases could not be refreshed at step 3.*NaN"):
+def test_a_refresh_that_fails_is_tried_again_in_every_step() -> None:
+    """One warning says which matrix it was; and none comes until the next failure."""
+    weight, optimizer = _from_gradients((3, 4, 4), update_proj_gap=4)
+    rule_runs.train({"w": weight}, optimizer, range(4))
+    state = optimizer.state[weight]
+    before, grams = state["left_basis"].clone(), state["left_gram"].clone()
+    weight.grad = rule_runs.value("w", (3, 4, 4), 4)
+    weight.grad[1, 0, 0] = 1e20  # its square is infinite in float32
+    said = r"w \(matrix 1 of the batch\): the bases could not be refreshed at step 5, because its "
+    said += "average of Gram matrices is not finite"
+    with pytest.warns(RuntimeWarning, match=said) as told:
         optimizer.step()
-    assert torch.equal(optimizer.state[weight]["left_basis"], before)
-    assert before.any()
+    assert len(told) == 1
+    kept = (state["left_basis"] == before).flatten(1).all(1).tolist()
+    assert kept == [False, True, False]
+    before = state["left_basis"].clone()
+    rule_runs.train({"w": weight}, optimizer, range(5, 6))  # silently: pytest makes it an error
+    assert torch.equal(state["left_basis"], before)
+    for side in ("left_gram", "right_gram"):
+        state[side].copy_(grams)
+    rule_runs.train({"w": weight}, optimizer, range(6, 7))
+    kept = (state["left_basis"] == before).flatten(1).all(1).tolist()
+    assert kept == [True, False, True]
+    rule_runs.train({"w": weight}, optimizer, range(7, 8))
+    assert (state["left_basis"] == before).flatten(1).all(1).tolist() == kept
+
+
+def test_hooks_are_told_of_each_matrix() -> None:
+    weight, optimizer = _from_gradients((2, 6, 4), update_proj_gap=3)
+    told: list[str] = []
+    with register_refresh_hook(told.append):
+        rule_runs.train({"w": weight}, optimizer, range(7))
+    assert told == ["w"] * 6
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_constant_gradient_moves_a_number_by_the_rate(nesterov: bool) -> None:
+    """The bias is corrected for the gradients that are in the moments: not for the first one."""
+    weight, optimizer = _from_gradients(
+        (1, 1), nesterov=nesterov, weight_decay=0.0, lr=0.5, scale=0.5, eps=0.0, betas=(0.9, 0.99)
+    )
+    before = weight.detach().clone()
+    for step in range(5):
+        weight.grad = torch.full((1, 1), 3.0)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), before - 0.25 * step)
+
+
+def test_an_idle_matrix_does_not_move_without_eps() -> None:
+    """Neither before its first gradient nor with it, which is in no moment: both are 0 / 0."""
+    weight, optimizer = _from_gradients((2, 4, 4), weight_decay=0.0, eps=0.0)
+    before = weight.detach().clone()
+    for step in range(3):
+        weight.grad = rule_runs.value("w", (2, 4, 4), step)
+        weight.grad[1] *= step > 1
+        optimizer.step()
+        assert torch.equal(weight[1], before[1])
+        assert torch.equal(weight[0], before[0]) == (step == 0)
+        assert weight.isfinite().all()
+
+
+def test_gradients_of_any_strides_give_the_same() -> None:
+    ended = []
+    for order in ((0, 1, 2, 3), (1, 0, 2, 3), (0, 1, 3, 2)):
+        weight, optimizer = _from_gradients((2, 3, 5, 5), update_proj_gap=2)
+        for step in range(4):
+            grad = rule_runs.value("w", (2, 3, 5, 5), step)
+            inverse = [order.index(d) for d in range(4)]
+            weight.grad = grad.permute(order).contiguous().permute(inverse)
+            assert torch.equal(weight.grad, grad)
+            optimizer.step()
+        ended.append(weight.detach())
+    for other in ended[1:]:
+        torch.testing.assert_close(ended[0], other)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 2)])
+def test_a_gram_matrix_of_rounded_gradients_is_not_rounded(batch: tuple[int, ...]) -> None:
+    """A product in bfloat16 would lose the eigenvalues below 1/256 of the greatest."""
+    torch.manual_seed(0)
+    spectrum = torch.logspace(0, -3, 8)
+    x = torch.linalg.qr(torch.randn(*batch, 32, 8)).Q * spectrum
+    x = (x @ torch.linalg.qr(torch.randn(8, 8)).Q).bfloat16()
+    gram = torch.zeros(*batch, 8, 8)
+    arithmetic.average_gram_(gram, x.float(), 0.5, torch.bfloat16)
+    exact = 0.5 * x.double().mT @ x.double()
+    torch.testing.assert_close(gram.double(), exact, rtol=1e-5, atol=1e-7)
 
 
 def test_a_loaded_expert_without_bases_gets_them_with_its_first_gradient() -> None:
@@ -62,3 +142,23 @@ def test_a_loaded_expert_without_bases_gets_them_with_its_first_gradient() -> No
     weight.grad = rule_runs.value("w", (2, 6, 6), 3)
     optimizer.step()
     assert basis.flatten(1).any(1).tolist() == [True, True]
+
+
+def test_a_checkpoint_of_another_source_is_refused() -> None:
+    """With both lists of bases, and before anything changes."""
+    for splits in (None, (2, 4)):
+        made: list[tuple[nn.Parameter, Any]] = []
+        for source in ("gradients", "momentum"):
+            weight = nn.Parameter(rule_runs.value("w", (6, 6), -1))
+            group = {"splits": splits}
+            options = {"basis_source": source, "refresh_method": "svd"}
+            made.append((weight, rule_runs.make("gradients", {"w": weight}, group, **options)))
+            rule_runs.train({"w": weight}, made[-1][1], range(2))
+        for (weight, optimizer), (_, other) in (made, made[::-1]):
+            before = {key: each.clone() for key, each in optimizer.state[weight].items()}
+            with pytest.raises(
+                ValueError, match=r"w: the checkpoint has .*; give the basis_source"
+            ):
+                optimizer.load_state_dict(other.state_dict())
+            after = optimizer.state[weight]
+            assert all(torch.equal(each, after[key]) for key, each in before.items())

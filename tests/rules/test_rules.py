@@ -22,7 +22,7 @@ import rule_runs
 from conda_dist import Conda, Muon, param_groups
 from conda_dist.rules.orthogonal import OrthogonalRule
 from parallel import ALL, EXPERTS, MATRICES, S0, S1, S2, Layout, strided
-from rule_runs import EVERY_LAYOUT, FUSED, OPTIMIZERS, RIVALS, SETTINGS, STEPS, WHOLE
+from rule_runs import EVERY_LAYOUT, FUSED, OPTIMIZERS, RIVALS, SETTINGS, STEPS, WHOLE, make, value
 from traffic import recorded
 
 
@@ -102,6 +102,24 @@ def _built(layout: models.Layout, rule: str = "muon", **options: Any) -> Any:
     if rule == "conda":
         return model, Conda(param_groups(model), **options)
     return model, OPTIMIZERS[rule](param_groups(model, rule=rule), **{**SETTINGS, **options})
+
+
+@pytest.mark.parametrize("rule", [*OPTIMIZERS, "gradients", "momentum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_leaves_gradients_as_they_are(rule: str, dtype: torch.dtype) -> None:
+    """Steps with a refresh and without: the caller may log or accumulate them."""
+    shapes = {"square": (4, 4), "tall": (6, 4), "wide": (4, 6), "experts": (2, 4, 4)}
+    params = {name: nn.Parameter(value(name, at, -1).to(dtype)) for name, at in shapes.items()}
+    named = [{"params": [*params.items()], "algorithm": "conda"}]
+    optimizer = Conda(named, update_proj_gap=2) if rule == "momentum" else make(rule, params)
+    for step in range(3):
+        grads = {name: value(name, at, step).to(dtype) for name, at in shapes.items()}
+        for name, param in params.items():
+            param.grad = grads[name].clone()
+        optimizer.step()
+        for name, param in params.items():
+            assert param.grad is not None
+            assert torch.equal(param.grad, grads[name]), name
 
 
 def test_the_rest_takes_adamw_s_step_with_options_of_its_own() -> None:
