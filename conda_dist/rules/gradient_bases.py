@@ -139,7 +139,7 @@ class GradientBasesRule(CondaBase):
             [matrices(weight.states[f"{side}_{kind}"]) for side in sides]
             for kind in ("gram", "basis")
         )
-        fresh, still = [], []
+        fresh, still = list[int](), list[int]()
         # The host waits for the device.
         for i, has in enumerate(bases[0].flatten(-2).any(-1).tolist()):
             if has and not due and (name, i) not in self._failed:
