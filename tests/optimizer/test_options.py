@@ -14,7 +14,7 @@ from conda_dist.launch.job import options as job
 from conda_dist.options import GROUP_OPTIONS, OPTIONS, Options, dtype_of
 from conda_dist.parameter_groups import DROPPED, UNSUPPORTED
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "conda_dist" / "README.md").read_text()
 TORCHS = ("lr", "betas", "eps", "weight_decay")
 """What every Adam of torch's has."""
 OWN = (
