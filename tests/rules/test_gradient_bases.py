@@ -1,13 +1,14 @@
 """Bases from gradients: when a matrix gets its first ones, and when it keeps those it has."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import rule_runs
-from conda_dist import register_refresh_hook
+from conda_dist import Conda, register_refresh_hook
 from conda_dist.numerics import arithmetic
 
 
@@ -162,3 +163,57 @@ def test_a_checkpoint_of_another_source_is_refused() -> None:
                 optimizer.load_state_dict(other.state_dict())
             after = optimizer.state[weight]
             assert all(torch.equal(each, after[key]) for key, each in before.items())
+
+
+def _by_orthogonal_iteration(weight: Tensor, grads: list[Tensor], gap: int) -> Tensor:
+    """The steps with bases from gradients, in float64.
+
+    With b1 = b2 = 0.9, rate 0.1, without decay and eps.
+    """
+    w = weight.clone()
+    m, n = w.shape
+    first, second = torch.zeros_like(w), torch.zeros_like(w)
+    sizes = {side: size for side, size, has in (("l", m, m <= n), ("r", n, n <= m)) if has}
+    grams = {side: torch.zeros(size, size, dtype=w.dtype) for side, size in sizes.items()}
+    bases: dict[str, Tensor] = {}
+    for step, grad in enumerate(grads):
+        first = 0.9 * first + 0.1 * grad
+        for side in grams:
+            grams[side] = 0.9 * grams[side] + 0.1 * (
+                grad @ grad.T if side == "l" else grad.T @ grad
+            )
+        if not step:
+            bases = {side: torch.linalg.eigh(gram)[1].flip(1) for side, gram in grams.items()}
+            first.zero_()
+            continue
+        if step % gap == 0:
+            bases = {side: torch.linalg.qr(gram @ bases[side]).Q for side, gram in grams.items()}
+        left = bases.get("l", torch.eye(m, dtype=w.dtype))
+        right = bases.get("r", torch.eye(n, dtype=w.dtype))
+        second = 0.9 * second + 0.1 * (left.T @ grad @ right) ** 2
+        update = left @ ((left.T @ first @ right) / second.sqrt()) @ right.T
+        w -= 0.1 * math.sqrt(1 - 0.9**step) / (1 - 0.9**step) * update
+    return w
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (7, 4), (4, 7)])
+def test_orthogonal_iteration_is_a_qr_decomposition_of_the_gram_matrix(
+    shape: tuple[int, int],
+) -> None:
+    weight = nn.Parameter(rule_runs.value("w", shape, -1).double())
+    grads = [rule_runs.value("w", shape, step).double() for step in range(12)]
+    expected = _by_orthogonal_iteration(weight.detach(), grads, 2)
+    optimizer = Conda(
+        [{"params": [("w", weight)], "algorithm": "conda"}],
+        basis_source="gradients",
+        refresh_method="orthogonal_iteration",
+        update_proj_gap=2,
+        betas=(0.9, 0.9),
+        lr=0.1,
+        scale=1.0,
+        eps=0.0,
+    )
+    for grad in grads:
+        weight.grad = grad
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-8, atol=1e-9)
