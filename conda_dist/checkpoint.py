@@ -241,28 +241,26 @@ def _check_state(
         needed[CODES] = needed.pop("exp_avg_sq")
     if "basis_step" in needed and any(key in saved for key in PENDING):
         needed |= {"snapshot": shape, "snapshot_step": needed["basis_step"]}
-    if not needed.keys() <= saved.keys():
-        bases, saved_bases = (
-            {key for key in map(str, keys) if "basis" in key and "step" not in key}
-            for keys in (needed, saved)
-        )
-        if bases and saved_bases and not bases & saved_bases:
-            raise ValueError(
-                f"{name}: the checkpoint has {', '.join(sorted(saved_bases))}, here it has "
-                f"{', '.join(sorted(bases))}; give the basis_source that it was saved with, or "
-                "start with fresh optimizer state."
-            )
-        raise ValueError(
-            f"{name}: the checkpoint has {', '.join(sorted(map(str, saved))) or 'nothing'} of its "
-            f"state, but {', '.join(needed)} are needed: it is damaged."
-        )
     for key, expected in needed.items():
-        found = tuple(getattr(saved[key], "shape", ()))
+        found = tuple(getattr(saved.get(key), "shape", expected))
         if found != expected:
             raise ValueError(
                 f"{name}: {key} has shape {found} in the checkpoint, but a parameter of shape "
                 f"{shape} needs {expected}. The checkpoint is of another model."
             )
+    if not needed.keys() <= saved.keys():
+        ours, theirs = ([key for key in map(str, x) if "_basis" in key] for x in (needed, saved))
+        if bool(ours) != bool(theirs) and any("basis" in str(key) for key in saved):
+            source = "gradients" if theirs else "momentum"
+            raise ValueError(
+                f"{name}: the checkpoint's bases are from the {source}, here they are not; give "
+                f'basis_source="{source}", or start with fresh optimizer state.'
+            )
+        raise ValueError(
+            f"{name}: the checkpoint has {', '.join(sorted(map(str, saved))) or 'nothing'} of its "
+            f"state, but {', '.join(needed)} are needed: it is damaged."
+        )
+    for key in needed:
         if (wrong := _describe_damage(key, saved[key])) is not None:
             raise ValueError(f"{name}: {key} is {wrong} in the checkpoint: it is damaged.")
 

@@ -140,7 +140,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             ValueError: a hyperparameter was set to a value out of range.
             RuntimeError: a gradient is sparse or has another shape than its parameter; a CUDA graph
                 is being captured; or, on all ranks of the mesh together, ranks have different
-                plans or different gradients, or a decomposition raised or failed too often.
+                plans or different gradients, or a decomposition raised or failed too often (one for
+                bases from gradients raises on its own rank).
         """
         loss = None
         if closure is not None:  # it evaluates the model, so it runs under the caller's autocast
@@ -348,9 +349,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 setup = self._set_up(found.states)
                 setup.init_state()
                 fill_state(setup, found.states)
-                self._rule.forget()
                 # Plan again: a Setup reads at its start which meshes have steps.
                 self._setup = self._diagnostics = None
+            self._rule.forget()
             for param, others in found.wrapper_states.items():
                 self.state[param].update(keep(others, param, before.get(param)))
 

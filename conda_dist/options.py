@@ -1,8 +1,8 @@
 """Every option of Conda, declared once: name, type, default, bounds and a line of help.
 
 DeepSpeed's JSON, torchtitan's config and the job's TOML are made from :data:`OPTIONS`. The
-constructor's signature, its docstring and the README's table are written by hand, and a test
-compares them with :data:`OPTIONS`.
+constructor's signature, its docstring and the table in conda_dist/README.md are written by hand,
+and a test compares them with :data:`OPTIONS`.
 """
 
 from __future__ import annotations

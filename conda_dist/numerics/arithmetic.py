@@ -321,11 +321,15 @@ def average_gram_(gram: Tensor, x: Tensor, beta: float, dtype: torch.dtype) -> N
         beta: decay rate of the average.
         dtype: dtype to which X is rounded for the product. The product is never rounded to fewer
             bits than S has: that would lose the small eigenvalues.
+
+    A product that is not finite is left out: S would never be finite again.
     """
     x = x.to(dtype)
     if x.ndim > 3 or not widens(x, gram.dtype):
         x = x.to(gram.dtype)
-    gram.lerp_(project(x.mT, x, right=True, dtype=gram.dtype), 1 - beta)
+    product = project(x.mT, x, right=True, dtype=gram.dtype)
+    finite = product.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    gram.lerp_(torch.where(finite, product, gram), 1 - beta)
 
 
 def apply_(param: Tensor, update: Tensor, step: int, hyper: Hyper) -> None:

@@ -17,7 +17,8 @@ def register_refresh_hook(hook: Callable[[str], None]) -> RemovableHandle:
     Args:
         hook: called in the thread of the step, with the fully qualified name of the parameter; once
             for each matrix, also of those that were decomposed together. What it raises is raised
-            by the step, on all ranks; with bases from gradients on this rank alone.
+            by the step, on all ranks; with bases from gradients on this rank alone, and others may
+            wait for it.
 
     Returns:
         A handle, whose ``remove()`` removes the hook; also a context manager.

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,20 +30,22 @@ class GradientBasesRule(CondaBase):
     A matrix takes its first bases in the step of its first gradient that is not zero. In these
     bases a square gradient is diagonal but for rounding errors, and the step would divide these by
     each other. So that gradient is in neither moment, and moves nothing. Later bases are taken
-    every ``update_proj_gap`` steps. If that fails, the old ones are kept, and every step tries
-    again.
+    every ``update_proj_gap`` steps. If a decomposition fails, the old bases stay, and every step
+    tries again; after a resume, the next step that is due. A gradient whose Gram matrix is not
+    finite is in no average.
 
     States: ``exp_avg`` (m, n), the first moment, in the weight's own coordinates; ``exp_avg_sq``
     (m, n), the second moment of proj(G); and for each side that has a basis ``left_gram`` and
     ``left_basis`` (m, m), ``right_gram`` and ``right_basis`` (n, n). A matrix without bases has
-    zeros in their place.
+    zeros in their place. ``averaged`` (1,) is the number of gradients in the moments, for the
+    correction of their bias.
 
     Args:
         options: the optimizer's options.
     """
 
     whole = True
-    state_names = frozenset({"left_gram", "left_basis", "right_gram", "right_basis"})
+    state_names = frozenset({"left_gram", "left_basis", "right_gram", "right_basis", "averaged"})
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
@@ -63,6 +66,7 @@ class GradientBasesRule(CondaBase):
                 (size, size), torch.promote_types(basis, torch.float32)
             )
             states[f"{side}_basis"] = StateSpec((size, size), basis)
+        states["averaged"] = StateSpec((1,), torch.float32)
         return states
 
     def exchange_dtypes(self, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -95,11 +99,14 @@ class GradientBasesRule(CondaBase):
         for side in sides:
             x = grad.mT if side == LEFT else grad
             arithmetic.average_gram_(states[f"{side}_gram"], x, hyper.beta2, product)
-        fresh, still = self._refresh(weight, sides)
-        if fresh:
+        averaged = states["averaged"].add_(1)  # (..., 1)
+        decomposed, begin = self._refresh(weight, sides)
+        if begin:
             grad = grad.clone(memory_format=torch.contiguous_format)  # the caller's does not change
-            for x in (grad, first):
-                _zero(x, fresh)
+            for x in (grad, first, averaged[..., None]):
+                _zero(x, begin)
+        for _ in range(decomposed):
+            call_refresh_hooks(weight.name)
         bases = [(states[f"{side}_basis"].to(product), side == RIGHT) for side in sides]
         momentum = first
         for basis, right in bases:
@@ -107,7 +114,12 @@ class GradientBasesRule(CondaBase):
             momentum = arithmetic.project(momentum, basis, right, dtype)
         rounding = low_precision.rounding_of(second, step, stochastic)
         update = arithmetic.normalise_(grad, momentum, second, hyper, rounding)
-        _zero(update, fresh + still)  # if eps is 0 they are 0 / 0
+        if hyper.correct_bias:
+            # The weights of all gradients in N = b1 M + (1 - b1) G add up to 1 - b1^(t + 1).
+            t = averaged[..., None].to(dtype)
+            shrunk = 1 - hyper.beta1 ** (t + 1 if hyper.nesterov else t)
+            update.mul_((1 - hyper.beta2**t).sqrt() / shrunk)
+        _zero(update, begin)  # they have no moments: these may be 0 / 0
         for basis, right in bases:
             update = arithmetic.project_back(update, basis, right, dtype)
         return update
@@ -121,32 +133,32 @@ class GradientBasesRule(CondaBase):
         shape: tuple[int, int],
         extra: Tensor | None = None,
     ) -> None:
-        """See Rule. The moments have one gradient less than there were steps."""
-        arithmetic.apply_(param, update, max(1, step - 1), hyper_of(group))
+        """See Rule. :meth:`update` has corrected the bias."""
+        arithmetic.apply_(param, update, step, replace(hyper_of(group), correct_bias=False))
 
-    def _refresh(self, weight: WeightSlice, sides: Sequence[str]) -> tuple[list[int], list[int]]:
+    def _refresh(self, weight: WeightSlice, sides: Sequence[str]) -> tuple[int, list[int]]:
         """Takes new bases of the matrices that are due, have none yet or have failed.
 
         Returns:
-            The matrices of the batch that took their first bases; and those that still have none.
+            The number of matrices that took new bases; and those of the batch that had none before.
         """
         name, step = weight.name, weight.step
         due = (step - 1) % weight.group["update_proj_gap"] == 0
-        if not due and self._settled.get(name) == step - 1:
+        if self._settled.pop(name, None) == step - 1 and not due:
             self._settled[name] = step
-            return [], []
+            return 0, []
         grams, bases = (
             [matrices(weight.states[f"{side}_{kind}"]) for side in sides]
             for kind in ("gram", "basis")
         )
-        fresh, still = list[int](), list[int]()
-        # The host waits for the device.
-        for i, has in enumerate(bases[0].flatten(-2).any(-1).tolist()):
+        decomposed, settled = 0, True
+        had = bases[0].flatten(-2).any(-1).tolist()  # the host waits for the device
+        for i, has in enumerate(had):
             if has and not due and (name, i) not in self._failed:
                 continue
-            outcome = self._take_bases(name, [x[i] for x in grams], [x[i] for x in bases], not has)
-            if not has:
-                (fresh if outcome == Outcome.DONE else still).append(i)
+            outcome = self._take_bases([x[i] for x in grams], [x[i] for x in bases], not has)
+            decomposed += outcome == Outcome.DONE
+            settled &= outcome == Outcome.DONE or (has and outcome == Outcome.ZERO)
             if outcome not in CAUSES:
                 self._failed.discard((name, i))
             elif (name, i) not in self._failed:
@@ -154,18 +166,16 @@ class GradientBasesRule(CondaBase):
                 which = f" (matrix {i} of the batch)" if weight.grad.ndim > 2 else ""
                 warnings.warn(
                     f"{name}{which}: the bases could not be refreshed at step {step}, because "
-                    f"{CAUSES[outcome].format('average of Gram matrices')}. The old bases are "
-                    "kept. Every step tries again, and says nothing more until it succeeds.",
+                    f"{CAUSES[outcome].format('average of Gram matrices')}. They stay as they are. "
+                    "Every step tries again, and says nothing more until it succeeds.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-        if not still and all((name, i) not in self._failed for i in range(len(bases[0]))):
+        if settled:
             self._settled[name] = step
-        return fresh, still
+        return decomposed, [i for i, has in enumerate(had) if not has]
 
-    def _take_bases(
-        self, name: str, grams: list[Tensor], bases: list[Tensor], first: bool
-    ) -> Outcome:
+    def _take_bases(self, grams: list[Tensor], bases: list[Tensor], first: bool) -> Outcome:
         """Replaces the bases of one matrix by those of its Gram matrices: all of them or none."""
         method = "eigh64" if first else self.options.refresh_method
         new = []
@@ -176,7 +186,6 @@ class GradientBasesRule(CondaBase):
             new.append(found)
         for basis, found in zip(bases, new, strict=True):
             basis.copy_(found)
-        call_refresh_hooks(name)
         return Outcome.DONE
 
 

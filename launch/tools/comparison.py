@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -119,10 +120,10 @@ class Findings:
         above = [loss - first[seed] for seed, loss in losses.items() if seed in first]
         diverged = sum(map(math.isinf, losses.values()))
         said = f"{len(losses)} of {rule.seeds} seeds"
+        said += f", {diverged} of them diverged" if diverged else ""
         if [*losses] == [run.seed]:
             said = f"only seed {run.seed}"
-        said += f", {diverged} of them diverged" if diverged else ""
-        final = f"{_spread(losses.values())} ({said})"
+        final = f"{_spread(losses.values()) or 'diverged'} ({said})"
         times = [f"{1e3 * seconds:.1f}" for seconds in self._times(rule)]
         held = [f"{r['state_bytes'] / 2**20:.2f}" for r in records if r["state_bytes"]] or [""]
         return [*cells, final, _spread(above) if rule != self._rules[0] else "", *times, held[0]]
@@ -197,11 +198,11 @@ class Findings:
 def _label(rule: Rule) -> str:
     """The rule's name. If its options include a preset's values, the preset takes their place."""
     own = keys_of(rule.name)
-    name = own.pop("optimizer.name")
     given = {key.rpartition(".")[2]: value for key, value in own.items()}
     for preset, values in PRESETS.items():
-        if name == "conda" and values and given.items() >= values.items():
-            others = [f"{key}={value}" for key, value in given.items() if key not in values]
+        if values and "preset" not in given and given.items() >= values.items():
+            name, *words = re.split(r"\+(?!\d)", rule.name)
+            others = [word for word in words if word.partition("=")[0] not in values]
             return "+".join([name, f"preset={preset}", *others])
     return rule.name
 

@@ -174,8 +174,8 @@ def _refresh_work(rule: Rule, options: Options, plan: WeightPlan) -> dict[Coordi
     if not isinstance(rule, GradientBasesRule):
         return {}
     iterated = options.refresh_method == "orthogonal_iteration"
-    # Three products and a QR decomposition, or eigenvectors.
-    each = (10.0 if iterated else 9.0) * min(m, n) ** 3
+    # Five products and a QR decomposition, or eigenvectors.
+    each = (14.0 if iterated else 9.0) * min(m, n) ** 3
     return dict.fromkeys(plan.computing(), len(sides_of(m, n)) * each)
 
 
@@ -200,7 +200,8 @@ def _sum_up(
     found = Forecast(
         busiest=max(load.values(), default=0.0),
         bf16=rule.name == "muon" or torch.bfloat16 == (options.matmul_dtype or options.basis_dtype),
-        svd=rule.refreshes and options.refresh_method == "svd",
+        svd=options.refresh_method == "svd"
+        or (isinstance(rule, GradientBasesRule) and options.refresh_method == "eigh64"),
     )
     known: dict[object, Costs] = {}
     for plan in plans:

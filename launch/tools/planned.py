@@ -92,6 +92,8 @@ class Planned:
             f"other {_time(time.decompose)}; exchanges and rotations take {_time(time.exchange)}; "
             f"forward and backward {_time(time.training)} a step"
         )
+        if self._settings.basis_source == "gradients":
+            return  # the host's time was measured for the other rule
         console.print(
             f"the host is busy for {_time(time.host)} of a step, in which the device runs "
             f"{forecast.launches(self.conda)} kernels for {self.conda.updates} matrices; neither "

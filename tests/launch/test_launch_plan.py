@@ -22,6 +22,7 @@ from conda_dist.launch.tools import forecast, planned
 from conda_dist.launch.tools.hardware import HARDWARE, Mesh
 from conda_dist.launch.tools.planned import Planned
 from conda_dist.layout.layout import Layout, Split, Topology
+from conda_dist.numerics.decomposition import eigenbasis
 from conda_dist.plan.compute_groups import assign_owners
 from conda_dist.plan.costs import svd_flops
 from conda_dist.plan.schedule import fill_tasks
@@ -267,13 +268,21 @@ def test_what_waits_for_a_refresh(delay: int) -> None:
 
 
 def test_bases_from_gradients_are_taken_where_a_matrix_is_computed() -> None:
-    """16 matrices, four on each of 4 ranks; square ones have two bases, and others one."""
+    """16 matrices, four on each of 4 ranks; square ones have two bases, and others one.
+
+    A refresh's products are those of a real one; beside them there is a QR decomposition of 4 r^3.
+    """
+    gram, basis = torch.eye(64), torch.linalg.qr(torch.randn(64, 64)).Q
+    with FlopCounterMode(display=False) as counter:
+        eigenbasis(gram, basis, "orthogonal_iteration")
+    iteration = counter.get_total_flops() + 4 * 64**3
     for m, bases in ((64, 2), (128, 1)):
         shapes = {f"layers.{i}.weight": (m, 64) for i in range(16)}
-        for method, cubes in (("orthogonal_iteration", 10), ("svd", 9)):
+        for method, flops in (("orthogonal_iteration", iteration), ("svd", 9 * 64**3)):
             settings = CondaConfig(basis_source="gradients", refresh_method=method)
             found = forecast.forecast_conda(shapes, {}, Mesh(dp_shard=4), settings)
-            assert (found.decompose, found.busiest) == (4 * bases * cubes * 64**3,) * 2
+            assert (found.decompose, found.busiest) == (4 * bases * flops,) * 2
+            assert found.svd == (method == "svd")
             assert not found.rotate
             assert not found.refresh
 

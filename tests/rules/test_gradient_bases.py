@@ -40,26 +40,51 @@ def test_a_refresh_that_fails_is_tried_again_in_every_step() -> None:
     weight, optimizer = _from_gradients((3, 4, 4), update_proj_gap=4)
     rule_runs.train({"w": weight}, optimizer, range(4))
     state = optimizer.state[weight]
-    before, grams = state["left_basis"].clone(), state["left_gram"].clone()
-    weight.grad = rule_runs.value("w", (3, 4, 4), 4)
-    weight.grad[1, 0, 0] = 1e20  # its square is infinite in float32
+    before, gram = state["left_basis"].clone(), state["left_gram"].clone()
+    state["left_gram"][1] = float("nan")
     said = r"w \(matrix 1 of the batch\): the bases could not be refreshed at step 5, because its "
     said += "average of Gram matrices is not finite"
     with pytest.warns(RuntimeWarning, match=said) as told:
-        optimizer.step()
+        rule_runs.train({"w": weight}, optimizer, range(4, 6))
     assert len(told) == 1
-    kept = (state["left_basis"] == before).flatten(1).all(1).tolist()
-    assert kept == [False, True, False]
+    assert _same(state["left_basis"], before) == [False, True, False]
     before = state["left_basis"].clone()
-    rule_runs.train({"w": weight}, optimizer, range(5, 6))  # silently: pytest makes it an error
-    assert torch.equal(state["left_basis"], before)
-    for side in ("left_gram", "right_gram"):
-        state[side].copy_(grams)
+    state["left_gram"].copy_(gram)
     rule_runs.train({"w": weight}, optimizer, range(6, 7))
-    kept = (state["left_basis"] == before).flatten(1).all(1).tolist()
-    assert kept == [True, False, True]
+    assert _same(state["left_basis"], before) == [True, False, True]
+    before = state["left_basis"].clone()
     rule_runs.train({"w": weight}, optimizer, range(7, 8))
-    assert (state["left_basis"] == before).flatten(1).all(1).tolist() == kept
+    assert _same(state["left_basis"], before) == [True, True, True]
+    state["left_gram"][1] = float("nan")
+    with pytest.warns(RuntimeWarning, match="at step 9"):
+        rule_runs.train({"w": weight}, optimizer, range(8, 9))
+
+
+def _same(batch: Tensor, before: Tensor) -> list[bool]:
+    """Which matrices are as they were."""
+    same: list[bool] = (batch == before).flatten(1).all(1).tolist()
+    return same
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e20])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_gradient_that_is_not_finite_is_in_no_average_of_gram_matrices(
+    bad: float, at: int
+) -> None:
+    """Nor is one whose square is not. If it is the first, the next one gives the bases."""
+    weight, optimizer = _from_gradients((2, 4, 4), update_proj_gap=1)
+    rule_runs.train({"w": weight}, optimizer, range(at))
+    before = optimizer.state[weight].get("left_gram", torch.zeros(2, 4, 4)).clone()
+    weight.grad = rule_runs.value("w", (2, 4, 4), at)
+    weight.grad[1, 0, 0] = bad
+    optimizer.step()
+    state = optimizer.state[weight]
+    assert _same(state["left_gram"], before) == [False, True]
+    rule_runs.train({"w": weight}, optimizer, range(at + 1, at + 4))
+    assert state["left_basis"].isfinite().all()
+    assert state["left_basis"].flatten(1).any(1).all()
+    assert weight[0].isfinite().all()
+    assert weight[1].isfinite().all() == (at == 0 or bad == 1e20)
 
 
 def test_hooks_are_told_of_each_matrix() -> None:
@@ -81,6 +106,24 @@ def test_a_constant_gradient_moves_a_number_by_the_rate(nesterov: bool) -> None:
         weight.grad = torch.full((1, 1), 3.0)
         optimizer.step()
         torch.testing.assert_close(weight.detach(), before - 0.25 * step)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_bias_is_corrected_for_each_matrix(nesterov: bool) -> None:
+    """One whose gradients begin later takes the same steps, only later."""
+    ended = []
+    for begins in (0, 3):
+        weight, optimizer = _from_gradients(
+            (2, 4, 4), nesterov=nesterov, weight_decay=0.0, update_proj_gap=100
+        )
+        for step in range(8):
+            weight.grad = rule_runs.value("w", (2, 4, 4), step)
+            weight.grad[1] = rule_runs.value("late", (4, 4), step - begins) * (step >= begins)
+            optimizer.step()
+            if step == begins + 4:
+                ended.append(weight[1].detach().clone())
+        assert optimizer.state[weight]["averaged"].tolist() == [[7], [7 - begins]]
+    torch.testing.assert_close(*ended)
 
 
 def test_an_idle_matrix_does_not_move_without_eps() -> None:
@@ -155,10 +198,11 @@ def test_a_checkpoint_of_another_source_is_refused() -> None:
             options = {"basis_source": source, "refresh_method": "svd"}
             made.append((weight, rule_runs.make("gradients", {"w": weight}, group, **options)))
             rule_runs.train({"w": weight}, made[-1][1], range(2))
-        for (weight, optimizer), (_, other) in (made, made[::-1]):
+        pairs = zip(made, made[::-1], ("momentum", "gradients"), strict=True)
+        for (weight, optimizer), (_, other), source in pairs:
             before = {key: each.clone() for key, each in optimizer.state[weight].items()}
             with pytest.raises(
-                ValueError, match=r"w: the checkpoint has .*; give the basis_source"
+                ValueError, match=f'w: the checkpoint.*give basis_source="{source}"'
             ):
                 optimizer.load_state_dict(other.state_dict())
             after = optimizer.state[weight]
