@@ -31,7 +31,7 @@ wait
 if [ $# -gt 0 ] && [ "$*" != --quick ]; then
     exec python -m pytest "$@"
 fi
-# One more than there are cores: tests wait for watchdogs, for processes and for each other. Modules
+# Two more than there are cores: tests wait for watchdogs, for processes and for each other. Modules
 # in the order that conftest.py gives them, not the plugin's.
-workers=$(($(nproc) < 8 ? $(nproc) + 1 : 8))
+workers=$(($(nproc) < 7 ? $(nproc) + 2 : 8))
 exec python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -179,7 +179,8 @@ class Findings:
             if not curves:
                 continue
             end = statistics.fmean(curve[-1][1] for curve in curves)
-            mean = _band(course, curves, f"C{index}", f"{_label(rule)}: {end:.3f}")
+            label = re.sub(r"\+(?!\d)", "\n    ", _label(rule))  # long ones would cover the curves
+            mean = _band(course, curves, f"C{index}", f"{label}: {end:.3f}")
             lowest, highest = min(lowest, *mean), max(highest, *mean)
             curve = self._protocol.curve(rule, self._losses)[::-1]
             lengths = [steps for steps, loss in curve if math.isfinite(loss)]
@@ -191,7 +192,8 @@ class Findings:
         ends.set(xlabel="steps of the whole run", ylabel="final validation loss")
         if lowest < highest:  # past the first fall, which would squeeze all the rest
             course.set_ylim(lowest - 0.05 * (highest - lowest), lowest + 0.6 * (highest - lowest))
-            course.legend(frameon=False, title="mean over seeds, least to greatest")
+            title = "mean over seeds, least to greatest"
+            course.legend(frameon=False, title=title, fontsize=7, title_fontsize=8)
         figure.savefig(path, dpi=110)
 
 
