@@ -386,7 +386,8 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path) -> None:
     for routed, gradients, placed, foreign in ranks.run(2, _mismatches, tmp_path):
         assert "blocks.0.up.weight: the checkpoint has (22, 10) on the conda path, here" in routed
         assert re.search(
-            r"blocks.0.\S+: the checkpoint has basis, basis_step, step, here it has averaged, \w+_basis, .*"
+            r"blocks.0.\S+: the checkpoint has basis, basis_step, step, here it has averaged, "
+            r"\w+_basis, .*"
             "give the basis_source that it was saved with",
             gradients,
         )
