@@ -408,15 +408,14 @@ def test_results_that_are_damaged_are_refused(
 @pytest.mark.thorough
 def test_a_comparison_of_two_processes_each_in_new_pythons(config: Path, tmp_path: Path) -> None:
     typed = (config, "--output", tmp_path, "--optimizers", "adamw", "--nproc", 2)
-    typed += ("--budget", 1, "--seeds", 1, "--training.steps", 2, "--schedule.warmup_steps", 1)
+    typed += ("--budget", 1, "--seeds", 0, "--training.steps", 2, "--schedule.warmup_steps", 1)
     with started("-m", "conda_dist.launch.compare", *typed) as process:
         said, _ = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0, said
-    for seed in (0, 1):
-        run = tmp_path / "runs" / f"adamw-matrices0.01-rest0.01-seed{seed}-steps2"
-        assert len(launch_jobs.metrics(run)) == 2
-        assert "ranks      2 (2 on" in run.with_name(f"{run.name}.log").read_text()
-    assert "1 of 1 seeds" in (tmp_path / "comparison.md").read_text()
+    run = tmp_path / "runs" / "adamw-matrices0.01-rest0.01-seed0-steps2"
+    assert len(launch_jobs.metrics(run)) == 2
+    assert "ranks      2 (2 on" in run.with_name(f"{run.name}.log").read_text()
+    assert "(only seed 0)" in (tmp_path / "comparison.md").read_text()
 
 
 def compared(code: int, *arguments: Any) -> str:
