@@ -140,8 +140,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             ValueError: a hyperparameter was set to a value out of range.
             RuntimeError: a gradient is sparse or has another shape than its parameter; a CUDA graph
                 is being captured; or, on all ranks of the mesh together, ranks have different
-                plans or different gradients, or a decomposition raised or failed too often (one for
-                bases from gradients raises on its own rank).
+                plans or different gradients, or a decomposition raised or failed too often. With
+                bases from gradients a decomposition raises on its own rank alone.
         """
         loss = None
         if closure is not None:  # it evaluates the model, so it runs under the caller's autocast

@@ -87,7 +87,7 @@ def project(
         dtype = torch.promote_types(basis.dtype, torch.float32)
     if dtype == basis.dtype:
         return torch.matmul(a, b, out=out)
-    if a.ndim <= 3 and widens(a, dtype):
+    if widens(a, dtype):
         multiply = torch.mm if a.ndim == 2 else torch.bmm
         return multiply(a, b, out_dtype=dtype, out=out)
     return (a @ b).to(dtype) if out is None else out.copy_(a @ b)
@@ -97,9 +97,14 @@ def widens(a: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch can write products of a's dtype in ``dtype`` at once: bfloat16 in float32.
 
     Then the sums, which kernels keep in float32 anyway, are not rounded, and no second kernel has
-    to read and widen them. torch has this on CUDA, but not on CPUs or with its TunableOp.
+    to read and widen them. torch has this on CUDA for up to three dimensions, but not on CPUs or
+    with its TunableOp.
     """
-    if (a.dtype, dtype) != (torch.bfloat16, torch.float32) or torch.cuda.tunable.is_enabled():
+    if (
+        a.ndim > 3
+        or (a.dtype, dtype) != (torch.bfloat16, torch.float32)
+        or torch.cuda.tunable.is_enabled()
+    ):
         return False
     return _can_widen(a.device)
 
@@ -325,7 +330,7 @@ def average_gram_(gram: Tensor, x: Tensor, beta: float, dtype: torch.dtype) -> N
     A product that is not finite is left out: S would never be finite again.
     """
     x = x.to(dtype)
-    if x.ndim > 3 or not widens(x, gram.dtype):
+    if not widens(x, gram.dtype):
         x = x.to(gram.dtype)
     product = project(x.mT, x, right=True, dtype=gram.dtype)
     finite = product.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)

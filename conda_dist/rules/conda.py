@@ -51,7 +51,11 @@ class CondaBase(Rule):
         extra: Tensor | None = None,
     ) -> None:
         """See Rule."""
-        arithmetic.apply_(param, update, step, hyper_of(group))
+        arithmetic.apply_(param, update, step, self.hyper_to_apply(group))
+
+    def hyper_to_apply(self, group: Mapping[str, Any]) -> Hyper:
+        """The hyperparameters with which :meth:`apply` subtracts an update."""
+        return hyper_of(group)
 
 
 class CondaRule(CondaBase, RefreshedRule):

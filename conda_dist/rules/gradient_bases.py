@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conda_dist.numerics import arithmetic, decomposition, low_precision
-from conda_dist.numerics.arithmetic import matrices
+from conda_dist.numerics.arithmetic import Hyper, matrices
 from conda_dist.numerics.decomposition import CAUSES, Outcome
 from conda_dist.numerics.refresh_hooks import call_refresh_hooks
 from conda_dist.options import Options
@@ -32,7 +32,7 @@ class GradientBasesRule(CondaBase):
     each other. So that gradient is in neither moment, and moves nothing. Later bases are taken
     every ``update_proj_gap`` steps. If a decomposition fails, the old bases stay, and every step
     tries again; after a resume, the next step that is due. A gradient whose Gram matrix is not
-    finite is in no average.
+    finite is left out of the average of Gram matrices.
 
     States: ``exp_avg`` (m, n), the first moment, in the weight's own coordinates; ``exp_avg_sq``
     (m, n), the second moment of proj(G); and for each side that has a basis ``left_gram`` and
@@ -124,17 +124,9 @@ class GradientBasesRule(CondaBase):
             update = arithmetic.project_back(update, basis, right, dtype)
         return update
 
-    def apply(
-        self,
-        param: Tensor,
-        update: Tensor,
-        group: Mapping[str, Any],
-        step: int,
-        shape: tuple[int, int],
-        extra: Tensor | None = None,
-    ) -> None:
-        """See Rule. :meth:`update` has corrected the bias."""
-        arithmetic.apply_(param, update, step, replace(hyper_of(group), correct_bias=False))
+    def hyper_to_apply(self, group: Mapping[str, Any]) -> Hyper:
+        """See CondaBase. :meth:`update` has corrected the bias."""
+        return replace(hyper_of(group), correct_bias=False)
 
     def _refresh(self, weight: WeightSlice, sides: Sequence[str]) -> tuple[int, list[int]]:
         """Takes new bases of the matrices that are due, have none yet or have failed.

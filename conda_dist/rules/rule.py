@@ -50,8 +50,8 @@ class WeightSlice:
 
     Attributes:
         name: fully qualified name of the parameter, for errors.
-        grad: the gradient of the slice. It may be the parameter's own, so a rule does not change
-            it; unless it is ``averaged``, and so projected already.
+        grad: the gradient of the slice. It may be the parameter's own, so a rule must not change
+            it. If ``averaged``, it is a projected copy, which may be overwritten.
         states: the rule's states by name, to be updated in place.
         group: the parameter group, with the hyperparameters.
         step: number of steps that the weight has taken, this one included.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from conda_dist.launch.job.picture import new_figure
-from conda_dist.launch.tools.protocol import SHARED, keys_of, protocol_of, read
+from conda_dist.launch.tools.protocol import SHARED, keys_of, parts_of, protocol_of, read
 from conda_dist.launch.tools.search import Rule, edges, steps_to
 from conda_dist.launch.tools.trials import loss_of, losses_of, run_of
 from conda_dist.options import PRESETS
@@ -179,7 +178,7 @@ class Findings:
             if not curves:
                 continue
             end = statistics.fmean(curve[-1][1] for curve in curves)
-            label = re.sub(r"\+(?!\d)", "\n    ", _label(rule))  # long ones would cover the curves
+            label = "\n    ".join(parts_of(_label(rule)))  # in one line it would cover the curves
             mean = _band(course, curves, f"C{index}", f"{label}: {end:.3f}")
             lowest, highest = min(lowest, *mean), max(highest, *mean)
             curve = self._protocol.curve(rule, self._losses)[::-1]
@@ -203,8 +202,8 @@ def _label(rule: Rule) -> str:
     given = {key.rpartition(".")[2]: value for key, value in own.items()}
     for preset, values in PRESETS.items():
         if values and "preset" not in given and given.items() >= values.items():
-            name, *words = re.split(r"\+(?!\d)", rule.name)
-            others = [word for word in words if word.partition("=")[0] not in values]
+            name, *own_parts = parts_of(rule.name)
+            others = [part for part in own_parts if part.partition("=")[0] not in values]
             return "+".join([name, f"preset={preset}", *others])
     return rule.name
 

@@ -64,9 +64,14 @@ class Comparison:
         return [*words, "--resume"]
 
 
+def parts_of(rule: str) -> list[str]:
+    """The parts of NAME+KEY=VALUE+KEY=VALUE. A plus that a digit follows is an exponent's."""
+    return re.split(r"\+(?!\d)", rule)
+
+
 def keys_of(rule: str) -> dict[str, Any]:
     """The keys that a rule sets: NAME, or NAME+KEY=VALUE, with options of its own."""
-    name, *own = re.split(r"\+(?!\d)", rule)  # one that a digit follows is an exponent's
+    name, *own = parts_of(rule)
     if name not in SECTIONS:
         raise ConfigError(f"unknown {name!r}: name some of {', '.join(SECTIONS)}")
     words = [f"--optimizer.{name}.{text}" for text in own]
@@ -204,11 +209,11 @@ def plan(given: argparse.Namespace, overrides: Sequence[str], typed: Sequence[st
     for name in names:
         then = before.get(name, {"budget": BUDGET, "seeds": seeds})
         budget = given.budget or then["budget"] if name in asked else then["budget"]
-        none = then["seeds"] == 0
+        without = then["seeds"] == 0
         if name in asked and given.seeds is not None:
-            none = given.seeds == 0
+            without = given.seeds == 0
         matrices, rest = options.replaced(config, keys[name]).optimizer.effective_rates
-        rule = Rule(name, matrices, rest, budget, 0 if none else seeds)
+        rule = Rule(name, matrices, rest, budget, 0 if without else seeds)
         rules.append(asdict(rule))
     results = {
         "config": options.to_json(config),

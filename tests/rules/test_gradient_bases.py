@@ -189,7 +189,7 @@ def test_a_loaded_expert_without_bases_gets_them_with_its_first_gradient() -> No
 
 
 def test_a_checkpoint_of_another_source_is_refused() -> None:
-    """With both lists of bases, and before anything changes."""
+    """The error says which source to give, and nothing has changed."""
     for splits in (None, (2, 4)):
         made: list[tuple[nn.Parameter, Any]] = []
         for source in ("gradients", "momentum"):
