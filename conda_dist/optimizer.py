@@ -82,10 +82,10 @@ class Conda(MatrixOptimizer):
             and ``basis_budget`` has no effect. A matrix that all ranks hold is stepped by all of
             them; a ``process_group`` does not share its decompositions. ``exp_avg`` is M, not
             projected, and the states ``left_basis`` and ``left_gram`` (m, m), ``right_basis`` and
-            ``right_gram`` (n, n) take the place of ``basis`` and ``basis_step``. A matrix's first
-            gradient gives its bases and is in no moment, so only weight decay moves the matrix in
-            that step. If a refresh fails, the step warns, and every further step tries again. None:
-            the preset's.
+            ``right_gram`` (n, n) take the place of ``basis`` and ``basis_step``. ``averaged`` (1,)
+            counts the gradients in the moments. A matrix's first gradient gives its bases and is in
+            no moment, so only weight decay moves the matrix in that step. If a refresh fails, the
+            step warns, and every further step tries again. None: the preset's.
         refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
             paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
             of subspace iteration from the current basis. It costs a fraction of the SVD's time, and
@@ -97,10 +97,9 @@ class Conda(MatrixOptimizer):
             new bases N steps later (at most one interval later). The first refresh always waits.
             The snapshot needs as much memory as a third moment.
         matmul_dtype: precision of the matrix products of a step (two; with bases from gradients
-            four, or eight for a square weight); None: the dtype of the bases.
-            "bfloat16" is the fastest. "tf32" multiplies float32 tensors and allows CUDA to round
-            them to TF32; on a CPU it equals "float32". Decompositions and rotations always run in
-            float32 or better.
+            four, or eight for a square weight); None: the dtype of the bases. "bfloat16" is the
+            fastest. "tf32" multiplies float32 tensors and allows CUDA to round them to TF32; on a
+            CPU it equals "float32". Decompositions and rotations always run in float32 or better.
         basis_dtype: dtype of the bases; None: the dtype of the moments, but at least float32.
             "bfloat16" halves their memory and traffic. Such bases are orthogonal to about 3
             digits; errors do not add up over refreshes.
