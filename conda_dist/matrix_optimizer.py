@@ -141,7 +141,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse or has another shape than its parameter; a CUDA graph
                 is being captured; or, on all ranks of the mesh together, ranks have different
                 plans or different gradients, or a decomposition raised or failed too often. With
-                bases from gradients a decomposition raises on its own rank alone.
+                bases from gradients, one that raises in a step that is not due for a refresh does
+                so on its own rank alone.
         """
         loss = None
         if closure is not None:  # it evaluates the model, so it runs under the caller's autocast

@@ -17,8 +17,9 @@ def register_refresh_hook(hook: Callable[[str], None]) -> RemovableHandle:
     Args:
         hook: called in the thread of the step, with the fully qualified name of the parameter; once
             for each matrix, also of those that were decomposed together. What it raises is raised
-            by the step, on all ranks; with bases from gradients on this rank alone, and others may
-            wait for it.
+            by the step, on all ranks. With bases from gradients that is true of a parameter's first
+            step and of those that are due to refresh; in other steps, as when a failed refresh is
+            tried again, it is raised on this rank alone, and others may wait for it.
 
     Returns:
         A handle, whose ``remove()`` removes the hook; also a context manager.

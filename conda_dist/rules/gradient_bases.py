@@ -44,7 +44,7 @@ class GradientBasesRule(CondaBase):
         options: the optimizer's options.
     """
 
-    whole = True
+    whole = takes_bases = True
     state_names = frozenset({"left_gram", "left_basis", "right_gram", "right_basis", "averaged"})
 
     def __init__(self, options: Options) -> None:

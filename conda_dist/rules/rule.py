@@ -92,6 +92,9 @@ class Rule(ABC):
     """Whether the rule needs a whole matrix on one rank; else it computes each slice by itself."""
     refreshes: ClassVar[bool] = False
     """Whether the rule is a :class:`RefreshedRule`."""
+    takes_bases: ClassVar[bool] = False
+    """Whether :meth:`update` itself takes new bases, in a weight's first step and then every
+    ``update_proj_gap`` steps. After such a step ranks tell each other what it has raised."""
     state_names: ClassVar[frozenset[str]] = frozenset()
     """Names of the states and counts that adamw does not have. They tell whose state it is."""
     counts: tuple[str, ...] = ()

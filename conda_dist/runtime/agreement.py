@@ -193,7 +193,6 @@ class Comparison:
         self._fresh = False  # whether `Setup.agree` has already compared these lines in this call
         self._compared = False  # whether the ranks have compared in this call
         self._shared = bool(mesh.shared_dims())  # whether there are other ranks
-        self._refreshes = any(weight.rule.refreshes for weight in weights)
 
     def _counts(self) -> dict[str, int]:
         """The number of steps that each parameter has taken, by name."""
@@ -249,13 +248,12 @@ class Comparison:
             return
         self._compared = False
         self._gaps = [int(group.get("update_proj_gap", 0)) for group in self._groups]
-        if not self._refreshes:
-            self._left = COMPARED_EVERY - 1
-            return
         waits = [(weight, weight.steps_to_refresh()) for weight in self._weights]
         self._asleep = [w for w, wait in waits if not wait and w.param.grad is None]
         asleep = set(map(id, self._asleep))
         self._left = min((wait for w, wait in waits if id(w) not in asleep), default=math.inf)
+        if math.isinf(self._left) and not asleep:
+            self._left = COMPARED_EVERY - 1
 
 
 def explain(texts: Mapping[int, str]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -335,6 +335,20 @@ def all_texts(mesh: Mesh, text: str) -> dict[int, str]:
     return dict(sorted(texts.items()))
 
 
+def raise_together(mesh: Mesh, error: Exception | None, what: str) -> NoReturn:
+    """Raises the errors of all ranks of a mesh on all of them.
+
+    Args:
+        mesh: the ranks.
+        error: this rank's error, with notes; None if it has none.
+        what: what failed, for the message.
+    """
+    notes = "; ".join(getattr(error, "__notes__", []))
+    text = f"{type(error).__name__}: {error}{f' ({notes})' if notes else ''}" if error else ""
+    said = "; ".join(f"rank {rank}: {t}" for rank, t in all_texts(mesh, text).items() if t)
+    raise RuntimeError(f"{what}: {said}") from error
+
+
 ALL_CALL_WITHIN = timedelta(minutes=5)
 """How long the first rank waits for each other rank in :func:`await_all`. The others wait twice as
 long for the first."""
@@ -428,9 +442,7 @@ def agree(
     words = [int.from_bytes(digest[i : i + 7], "little") for i in range(0, 28, 7)]
     failed, *extremes = all_max(mesh, [error is not None, *words, *(-word for word in words)])
     if failed:
-        said = all_texts(mesh, f"{type(error).__name__}: {error}" if error else "")
-        why = "; ".join(f"rank {rank}: {text}" for rank, text in said.items() if text)
-        raise RuntimeError(f"the optimizer {what}: {why}") from error
+        raise_together(mesh, error, f"the optimizer {what}")
     if any(high != -low for high, low in zip(extremes[:4], extremes[4:], strict=True)):
         raise RuntimeError((explain or difference)(all_texts(mesh, "\n".join(lines))))
 

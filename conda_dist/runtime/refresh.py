@@ -25,7 +25,7 @@ from conda_dist.numerics.refresh_hooks import call_refresh_hooks
 from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
 from conda_dist.runtime.background import Background
-from conda_dist.runtime.collectives import Exchange, Mesh, all_max, all_texts
+from conda_dist.runtime.collectives import Exchange, all_max, raise_together
 from conda_dist.runtime.weight import MAX_FAILURES, Weight
 
 
@@ -188,7 +188,7 @@ def _decompose(
     agreed = all_max(mesh, sent)
     outcomes = [Outcome(worst) for worst in agreed[: len(taking)]]
     if Outcome.ERROR in outcomes:
-        _raise_together(mesh, error)
+        raise_together(mesh, error, "Conda could not refresh its bases")
     words = iter(agreed[len(taking) :])
     for matrix, outcome, pair in zip(
         taking, outcomes, zip(words, words, strict=True), strict=False
@@ -297,14 +297,6 @@ def _basis(bases: Sequence[Tensor], matrix: Matrix) -> Tensor:
     """The basis of a matrix that this rank owns."""
     assert matrix.local is not None
     return matrices(bases[matrix.position])[matrix.local]
-
-
-def _raise_together(mesh: Mesh, error: Exception | None) -> None:
-    """Raises the errors of all ranks on all ranks."""
-    notes = "; ".join(getattr(error, "__notes__", []))
-    text = f"{type(error).__name__}: {error} ({notes})" if error else ""
-    said = "; ".join(f"rank {r}: {t}" for r, t in all_texts(mesh, text).items() if t)
-    raise RuntimeError(f"Conda could not refresh its bases: {said}") from error
 
 
 def _record(

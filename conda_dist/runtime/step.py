@@ -22,11 +22,11 @@ from conda_dist.plan.schedule import (
     plan_async_refresh,
     plan_step,
 )
-from conda_dist.rules.rule import WeightSlice
+from conda_dist.rules.rule import Rule, WeightSlice
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.agreement import GradientFlags
 from conda_dist.runtime.background import Background
-from conda_dist.runtime.collectives import Exchange
+from conda_dist.runtime.collectives import Exchange, Mesh, agree
 from conda_dist.runtime.diagnostics import Collection
 from conda_dist.runtime.refresh import refresh, start_in_background
 from conda_dist.runtime.scratch import Scratch
@@ -78,6 +78,8 @@ class MatrixPath:
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
         self._collection: Collection | None = None  # of a step that collects diagnostics
+        self._telling = False  # whether ranks tell each other of errors after this step
+        self._error: Exception | None = None  # the first one of this step, to be told
         self._products = partial(matmul_precision, "tf32" if options.tf32 else "ieee")
 
     def step(self, grads: Grads, collection: Collection | None = None) -> None:
@@ -90,8 +92,8 @@ class MatrixPath:
             collection: measures the changes of the weights; None in a step that does not collect.
 
         Raises:
-            RuntimeError: a decomposition raised an error, or failed too often in a row. Raised on
-                all ranks.
+            RuntimeError: a decomposition raised an error, or failed too often in a row; or in a
+                step in which the rule takes bases, an update raised an error. Raised on all ranks.
         """
         self._collection = collection
         try:
@@ -123,10 +125,31 @@ class MatrixPath:
             }
         key = tuple(due.items()), tuple(ready.items())
         tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
+        meshes = self._meshes_to_tell(grads)
+        self._telling, self._error = bool(meshes), None
         self._run(tasks, grads)
+        self._tell(meshes)
         if self._is_async:
             stepped = [i for i, grad in grads.items() if grad is not None]
             self._start({i: self.weights[i].take_snapshot() for i in stepped})
+
+    def _meshes_to_tell(self, grads: Grads) -> list[Mesh]:
+        """The meshes with a weight whose rule takes bases in this step; all ranks find the same."""
+        having = [self.weights[i] for i, grad in grads.items() if grad is not None]
+        taking = [w for w in having if w.rule.takes_bases and not w.steps_to_refresh()]
+        return list({weight.plan.topology: weight.mesh for weight in taking}.values())
+
+    def _tell(self, meshes: Iterable[Mesh]) -> None:
+        """Raises on all ranks what an update has raised on some. The exchanges are over by now."""
+        raised: Exception | None = None
+        for mesh in meshes:
+            try:
+                agree(mesh, (), self._error, "could not take new bases")
+            except Exception as told:  # ranks of the other meshes wait
+                raised = raised or told
+        self._error = None
+        if raised is not None:
+            raise raised
 
     def plan_step(self, due: Which, ready: Which) -> tuple[Task, ...]:
         """The tasks of a step; see :func:`conda_dist.plan.schedule.plan_step`."""
@@ -237,17 +260,28 @@ class MatrixPath:
                 del weight
 
         rule = self.weights[0].rule  # of all weights
-        if self._collection is None:
+        if self._collection is None and not self._telling:
             for k, (weight, update) in zip(order, rule.update_many(begun(order)), strict=True):
                 updates[k] = weights[k].finish(weight, update)
         else:
-            for k in order:  # one by one, because each change is measured
+            for k in order:  # one by one, because each change is measured, and each error caught
                 with self._watched(weights[k], weights[k].in_place):
                     (weight,) = begun([k])
-                    updates[k] = weights[k].finish(weight, rule.update(weight))
+                    updates[k] = weights[k].finish(weight, self._update(rule, weight))
         for k in others:
             updates[k] = weights[k].zero_update(grads[k], task.weights[k] not in missing)
         return updates
+
+    def _update(self, rule: Rule, weight: WeightSlice) -> Tensor | None:
+        """The rule's update; zeros after an error that the other ranks are told of later."""
+        try:
+            return rule.update(weight)
+        except Exception as error:
+            if not self._telling:
+                raise
+            error.add_note(f"in the update of {weight.name}")
+            self._error = self._error or error
+            return torch.zeros_like(weight.grad)
 
     def _watched(self, weight: Weight, changes: bool) -> AbstractContextManager[None]:
         """A context in which a weight may change, measured if this step collects diagnostics."""

@@ -186,6 +186,8 @@ class Weight:
 
     def steps_to_refresh(self) -> float:
         """Number of steps of this weight before its next one with a refresh; 0 if that is next."""
+        if self.rule.takes_bases:
+            return -self.step % self.interval
         if not self.rule.refreshes:
             return math.inf
         taken, delay = self._counts("basis_step"), self.options.refresh_delay

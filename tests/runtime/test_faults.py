@@ -427,3 +427,36 @@ def test_hooks_are_told_of_each_decomposition() -> None:
         assert sorted(set(told)) == sorted(theirs)
         assert "ValueError: no more of" in said
         assert afterwards == "nothing was raised"
+
+
+def _one_update_fails(layout: Layout, fails: int) -> tuple[str, float, list[str], str]:
+    """With bases from gradients, where each rank takes the bases of the matrices it computes."""
+    model, optimizer = models.build(layout, basis_source="gradients")
+    models.train(model, optimizer, range(fails))
+    told: list[str] = []
+
+    def refuse(name: str) -> None:
+        told.append(name)
+        if dist.get_rank() == 1:
+            raise MemoryError("no room for a workspace")
+
+    begun = time.monotonic()
+    with register_refresh_hook(refuse):
+        said = models.attempt(models.train, model, optimizer, [fails])
+    took = time.monotonic() - begun
+    return said, took, told, models.attempt(models.train, model, optimizer, range(fails + 1, 9))
+
+
+@pytest.mark.parametrize("fails", [0, GAP])
+@ON_ALL
+def test_with_bases_from_gradients_too_an_error_is_raised_on_all(
+    layout: Layout, fails: int
+) -> None:
+    answers = _run(layout, _one_update_fails, fails)
+    first = answers[1][2][0]  # the first matrix that the failing rank has decomposed
+    for said, took, _, afterwards in answers:
+        assert said.startswith("RuntimeError: the optimizer could not take new bases: rank 1: ")
+        assert f"MemoryError: no room for a workspace (in the update of {first})" in said
+        assert "rank 0" not in said
+        assert took < 10
+        assert afterwards == "nothing was raised"
