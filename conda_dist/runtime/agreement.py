@@ -18,7 +18,8 @@ from torch import Tensor
 from conda_dist.layout.layout import Coordinate
 from conda_dist.plan.schedule import Flags
 from conda_dist.runtime.adamw import AdamWParameter
-from conda_dist.runtime.collectives import Mesh, agree
+from conda_dist.runtime.collectives import Mesh
+from conda_dist.runtime.errors import agree
 from conda_dist.runtime.weight import Weight
 
 PRESENT, MISSING = 0.0, 3.0

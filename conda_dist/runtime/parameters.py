@@ -33,7 +33,8 @@ from conda_dist.rules.states import (
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.adamw import AdamWParameter
 from conda_dist.runtime.agreement import Comparison, explain
-from conda_dist.runtime.collectives import Mesh, agree, all_max, difference, is_distributed
+from conda_dist.runtime.collectives import Mesh, all_max, is_distributed
+from conda_dist.runtime.errors import agree, difference
 from conda_dist.runtime.state_form import check_form, check_parts, chosen_by
 from conda_dist.runtime.weight import Weight
 

@@ -25,7 +25,8 @@ from conda_dist.numerics.refresh_hooks import call_refresh_hooks
 from conda_dist.plan.calendar import NO_BASIS
 from conda_dist.plan.schedule import AsyncRefresh, Matrix, Task
 from conda_dist.runtime.background import Background
-from conda_dist.runtime.collectives import Exchange, all_max, raise_together
+from conda_dist.runtime.collectives import Exchange, all_max
+from conda_dist.runtime.errors import raise_together
 from conda_dist.runtime.weight import MAX_FAILURES, Weight
 
 

@@ -22,7 +22,8 @@ from conda_dist.plan.weight_plan import (
     saved_copy,
 )
 from conda_dist.runtime import dtensor
-from conda_dist.runtime.collectives import Exchange, Mesh, agree, await_all
+from conda_dist.runtime.collectives import Exchange, Mesh, await_all
+from conda_dist.runtime.errors import agree
 from conda_dist.runtime.weight import Weight
 
 

@@ -26,8 +26,9 @@ from conda_dist.rules.rule import Rule, WeightSlice
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.agreement import GradientFlags
 from conda_dist.runtime.background import Background
-from conda_dist.runtime.collectives import Exchange, Mesh, agree
+from conda_dist.runtime.collectives import Exchange, Mesh
 from conda_dist.runtime.diagnostics import Collection
+from conda_dist.runtime.errors import agree
 from conda_dist.runtime.refresh import refresh, start_in_background
 from conda_dist.runtime.scratch import Scratch
 from conda_dist.runtime.weight import Weight
@@ -78,6 +79,7 @@ class MatrixPath:
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
         self._collection: Collection | None = None  # of a step that collects diagnostics
+        self._takes_bases = any(weight.rule.takes_bases for weight in self.weights)
         self._telling = False  # whether ranks tell each other of errors after this step
         self._error: Exception | None = None  # the first one of this step, to be told
         self._products = partial(matmul_precision, "tf32" if options.tf32 else "ieee")
@@ -125,10 +127,11 @@ class MatrixPath:
             }
         key = tuple(due.items()), tuple(ready.items())
         tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
-        meshes = self._meshes_to_tell(grads)
-        self._telling, self._error = bool(meshes), None
+        told = self._meshes_to_tell(grads) if self._takes_bases else ()
+        self._telling, self._error = bool(told), None
         self._run(tasks, grads)
-        self._tell(meshes)
+        if told:
+            self._tell(told)
         if self._is_async:
             stepped = [i for i, grad in grads.items() if grad is not None]
             self._start({i: self.weights[i].take_snapshot() for i in stepped})
@@ -136,7 +139,7 @@ class MatrixPath:
     def _meshes_to_tell(self, grads: Grads) -> list[Mesh]:
         """The meshes with a weight whose rule takes bases in this step; all ranks find the same."""
         having = [self.weights[i] for i, grad in grads.items() if grad is not None]
-        taking = [w for w in having if w.rule.takes_bases and not w.steps_to_refresh()]
+        taking = [weight for weight in having if not weight.steps_to_refresh()]
         return list({weight.plan.topology: weight.mesh for weight in taking}.values())
 
     def _tell(self, meshes: Iterable[Mesh]) -> None:

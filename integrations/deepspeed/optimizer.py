@@ -24,9 +24,10 @@ from conda_dist.report import Row, as_text, rows
 from conda_dist.routing import CONDA, clean_name, no_matrix_message, route_parameters
 from conda_dist.rules.gradient_bases import conda_rule
 from conda_dist.rules.states import moment_dtype
-from conda_dist.runtime.collectives import Mesh, agree
+from conda_dist.runtime.collectives import Mesh
 from conda_dist.runtime.diagnostics import Diagnostics, Signals, read
 from conda_dist.runtime.environment import without_autocast
+from conda_dist.runtime.errors import agree
 from conda_dist.runtime.parameters import Setup
 
 NAME_WEIGHTS = 'Name weights with "conda_params": ["pattern"] among the optimizer\'s params'

@@ -19,8 +19,9 @@ from conda_dist.optimizer import Conda
 from conda_dist.options import OPTIONS
 from conda_dist.report import as_text
 from conda_dist.routing import ADAMW, clean_name, group_by_view, no_matrix_message, route_model
-from conda_dist.runtime.collectives import Mesh, agree, all_max
+from conda_dist.runtime.collectives import Mesh, all_max
 from conda_dist.runtime.diagnostics import scalars
+from conda_dist.runtime.errors import agree
 
 _CondaOptions: Any = make_dataclass(
     "_CondaOptions",
