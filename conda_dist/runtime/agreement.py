@@ -31,7 +31,7 @@ ADVICE = (
 )
 LOST = "The parameters have differed between ranks since then; resume from an earlier checkpoint."
 COMPARED_EVERY = 200
-"""If no weight of a mesh is ever refreshed, its ranks compare in one of so many calls."""
+"""If no weight of a mesh is to be refreshed, its ranks compare in one of so many calls."""
 SHOWN = 3
 """The largest number of parameters that an error names."""
 
@@ -253,7 +253,7 @@ class Comparison:
         self._asleep = [w for w, wait in waits if not wait and w.param.grad is None]
         asleep = set(map(id, self._asleep))
         self._left = min((wait for w, wait in waits if id(w) not in asleep), default=math.inf)
-        if math.isinf(self._left) and not asleep:
+        if math.isinf(self._left):
             self._left = COMPARED_EVERY - 1
 
 
