@@ -4,6 +4,7 @@ While a task is computed, the gradients of the next task are being sent to their
 the updates of the previous one back to their storage layout.
 """
 
+import traceback
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from conda_dist.layout.layout import Topology
 from conda_dist.numerics.precision import matmul_precision
 from conda_dist.options import Options
 from conda_dist.plan.schedule import (
@@ -80,7 +82,8 @@ class MatrixPath:
         self.flags = GradientFlags()
         self._collection: Collection | None = None  # of a step that collects diagnostics
         self._takes_bases = any(weight.rule.takes_bases for weight in self.weights)
-        self._telling = False  # whether ranks tell each other of errors after this step
+        # The meshes whose ranks tell each other of errors after this step.
+        self._told: dict[Topology, Mesh] = {}
         self._error: Exception | None = None  # the first one of this step, to be told
         self._products = partial(matmul_precision, "tf32" if options.tf32 else "ieee")
 
@@ -127,25 +130,24 @@ class MatrixPath:
             }
         key = tuple(due.items()), tuple(ready.items())
         tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
-        told = self._meshes_to_tell(grads) if self._takes_bases else ()
-        self._telling, self._error = bool(told), None
+        self._told, self._error = self._meshes_to_tell(grads) if self._takes_bases else {}, None
         self._run(tasks, grads)
-        if told:
-            self._tell(told)
+        if self._told:
+            self._tell()
         if self._is_async:
             stepped = [i for i, grad in grads.items() if grad is not None]
             self._start({i: self.weights[i].take_snapshot() for i in stepped})
 
-    def _meshes_to_tell(self, grads: Grads) -> list[Mesh]:
+    def _meshes_to_tell(self, grads: Grads) -> dict[Topology, Mesh]:
         """The meshes with a weight whose rule takes bases in this step; all ranks find the same."""
         having = [self.weights[i] for i, grad in grads.items() if grad is not None]
         taking = [weight for weight in having if not weight.steps_to_refresh()]
-        return list({weight.plan.topology: weight.mesh for weight in taking}.values())
+        return {weight.plan.topology: weight.mesh for weight in taking}
 
-    def _tell(self, meshes: Iterable[Mesh]) -> None:
+    def _tell(self) -> None:
         """Raises on all ranks what an update has raised on some. The exchanges are over by now."""
         raised: Exception | None = None
-        for mesh in meshes:
+        for mesh in self._told.values():
             try:
                 agree(mesh, (), self._error, "could not take new bases")
             except Exception as told:  # ranks of the other meshes wait
@@ -263,14 +265,16 @@ class MatrixPath:
                 del weight
 
         rule = self.weights[0].rule  # of all weights
-        if self._collection is None and not self._telling:
+        if self._collection is None and not self._told:
             for k, (weight, update) in zip(order, rule.update_many(begun(order)), strict=True):
                 updates[k] = weights[k].finish(weight, update)
         else:
             for k in order:  # one by one, because each change is measured, and each error caught
                 with self._watched(weights[k], weights[k].in_place):
                     (weight,) = begun([k])
-                    updates[k] = weights[k].finish(weight, self._update(rule, weight))
+                    told = weights[k].plan.topology in self._told
+                    update = self._update(rule, weight) if told else rule.update(weight)
+                    updates[k] = weights[k].finish(weight, update)
         for k in others:
             updates[k] = weights[k].zero_update(grads[k], task.weights[k] not in missing)
         return updates
@@ -280,11 +284,10 @@ class MatrixPath:
         try:
             return rule.update(weight)
         except Exception as error:
-            if not self._telling:
-                raise
             error.add_note(f"in the update of {weight.name}")
+            traceback.clear_frames(error.__traceback__)  # it may be that memory is out
             self._error = self._error or error
-            return torch.zeros_like(weight.grad)
+        return torch.zeros_like(weight.grad)
 
     def _watched(self, weight: Weight, changes: bool) -> AbstractContextManager[None]:
         """A context in which a weight may change, measured if this step collects diagnostics."""
