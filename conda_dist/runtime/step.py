@@ -146,10 +146,11 @@ class MatrixPath:
 
     def _tell(self) -> None:
         """Raises on all ranks what an update has raised on some. The exchanges are over by now."""
+        what = "could not take new bases; replicas may differ, so resume from an earlier checkpoint"
         raised: Exception | None = None
         for mesh in self._told.values():
             try:
-                agree(mesh, (), self._error, "could not take new bases")
+                agree(mesh, (), self._error, what)
             except Exception as told:  # ranks of the other meshes wait
                 raised = raised or told
         self._error = None
@@ -285,7 +286,8 @@ class MatrixPath:
             return rule.update(weight)
         except Exception as error:
             error.add_note(f"in the update of {weight.name}")
-            traceback.clear_frames(error.__traceback__)  # it may be that memory is out
+            # Memory may be short: free the tensors that the traceback holds.
+            traceback.clear_frames(error.__traceback__)
             self._error = self._error or error
         return torch.zeros_like(weight.grad)
 

@@ -11,6 +11,7 @@ from unittest import mock
 import ranks
 from conda_dist.launch import pretrain
 from conda_dist.launch.job.files import LOSS_PICTURE
+from conda_dist.launch.tools.search import Run
 
 LIBRARY = Path(sysconfig.get_path("stdlib"))
 
@@ -117,3 +118,12 @@ def curve(folder: Path) -> list[tuple[Any, ...]]:
     """What must repeat exactly in a run: everything but times."""
     keys = ("step", "loss", "lr", "grad_norm", "val_loss", "tokens")
     return [tuple(line[key] for key in keys) for line in metrics(folder)]
+
+
+def record(run: Run, loss: float | None, **others: Any) -> dict[str, Any]:
+    """What a comparison keeps of a finished run; a loss of None: it diverged."""
+    rule, matrices, rest, seed, steps = run.rule, run.matrices, run.rest, run.seed, run.steps
+    about = {"rule": rule, "matrices": matrices, "rest": rest, "seed": seed, "steps": steps}
+    measures = {"step_s": 0.5, "optimizer_s": 0.1, "state_bytes": 2**21, "session": 0, "data": "x"}
+    curve = [] if loss is None else [[300, loss + 1.0], [steps, loss]]
+    return {**about, "val_loss": loss, **measures, "curve": curve, **others}

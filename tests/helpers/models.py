@@ -4,6 +4,7 @@ Gradients depend on a parameter's name and the step alone, so that runs on diffe
 be held against each other, and a resumed run against the one that never stopped.
 """
 
+import warnings
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -218,3 +219,11 @@ def place(whole: Tensor, mesh: DeviceMesh, places: list[Placement]) -> Tensor:
     """A tensor that all ranks have, laid out over a mesh; without a message."""
     example = DTensor.from_local(torch.zeros(1), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return like(example, whole).redistribute(mesh, places)
+
+
+def warned_step(model: Any, optimizer: Any, step: int) -> list[str]:
+    """Takes a step; what it warned of bases."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, [step])
+    return [str(w.message) for w in caught if "basis" in str(w.message)]

@@ -8,6 +8,7 @@ with its traceback; one that does not answer in time has all processes killed.
 
 import gc
 import inspect
+import math
 import os
 import shutil
 import tempfile
@@ -96,6 +97,13 @@ def run(
 ) -> list[Any]:
     """Calls a module-level function on ``world`` ranks; returns what each returned."""
     return _pool.run(world, function, args, timeout)
+
+
+def run_on(
+    layout: tuple[str, tuple[int, ...]], function: Callable[..., Any], *args: Any
+) -> list[Any]:
+    """Calls ``function(layout, *args)`` on all ranks of a layout's mesh, for a minute at most."""
+    return run(math.prod(layout[1]), function, layout, *args, timeout=60)
 
 
 def close() -> None:

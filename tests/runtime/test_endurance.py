@@ -65,7 +65,7 @@ def _bits(layout: Layout) -> dict[str, Tensor]:
 @pytest.mark.parametrize("layout", [("hsdp", (2, 2)), ("ddp", (3,))], ids=str)
 def test_replicas_never_part(layout: Layout) -> None:
     """The replicas of rank r are those a whole set of shards away."""
-    answers = ranks.run(torch.Size(layout[1]).numel(), _bits, layout, timeout=60)
+    answers = ranks.run_on(layout, _bits)
     shards = 2 if layout[0] == "hsdp" else 1
     for rank in range(shards, len(answers)):
         assert not models.unequal(answers[rank], answers[rank - shards])
@@ -119,7 +119,7 @@ def _real(layout: Layout) -> list[str]:
 
 @pytest.mark.parametrize("layout", [FSDP2, ("hsdp", (2, 2))], ids=str)
 def test_a_real_run_resumed_is_bit_identical(layout: Layout) -> None:
-    for problems in ranks.run(torch.Size(layout[1]).numel(), _real, layout, timeout=60):
+    for problems in ranks.run_on(layout, _real):
         assert not problems
 
 

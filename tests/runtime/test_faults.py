@@ -1,9 +1,5 @@
-"""Faults in the maths: zero and broken momenta, decompositions that fail, on several ranks."""
+"""Zero and broken gradients and momenta, on several ranks."""
 
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,21 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.linalg import LinAlgError
 
 import models
 import ranks
-from conda_dist import register_refresh_hook
 from models import GAP, Layout
 from traffic import Call, recorded
 
 LAYOUTS: list[Layout] = [("fsdp", (2,)), ("fsdp", (3,)), ("hsdp", (2, 2)), ("ddp", (2,))]
 ON_ALL = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 SQUARE, WIDE, BATCH = "blocks.0.q.weight", "blocks.1.down.weight", "blocks.0.experts"
-
-
-def _run(layout: Layout, function: Callable[..., Any], *args: Any) -> list[Any]:
-    return ranks.run(torch.Size(layout[1]).numel(), function, layout, *args, timeout=60)
 
 
 def _state(model: Any, optimizer: Any, name: str) -> dict[str, Tensor]:
@@ -59,7 +49,7 @@ def _zero_first(layout: Layout) -> list[str]:
 
 @ON_ALL
 def test_a_first_step_of_zeros_does_not_count(layout: Layout) -> None:
-    for problems in _run(layout, _zero_first):
+    for problems in ranks.run_on(layout, _zero_first):
         assert not problems
 
 
@@ -97,7 +87,7 @@ def _zero_for_one(layout: Layout) -> list[str]:
 
 @ON_ALL
 def test_a_matrix_with_no_gradient_yet_waits_for_its_own(layout: Layout) -> None:
-    for problems in _run(layout, _zero_for_one):
+    for problems in ranks.run_on(layout, _zero_for_one):
         assert not problems
 
 
@@ -134,7 +124,7 @@ def test_an_expert_without_tokens_waits_for_its_own(layout: Layout, until: int) 
     start = models.build(models.PLAIN)[0].state_dict()
     alone, problems = _zero_expert(models.PLAIN, until, 2 * GAP + 2)
     assert not problems
-    for ended, problems in _run(layout, _zero_expert, until, 2 * GAP + 2):
+    for ended, problems in ranks.run_on(layout, _zero_expert, until, 2 * GAP + 2):
         assert not problems
         assert models.farthest(ended, alone, start) < 1e-4
 
@@ -156,7 +146,7 @@ def _waiting(layout: Layout) -> tuple[list[Call], int]:
 
 @pytest.mark.parametrize("layout", [("fsdp", (2,)), ("fsdp", (3,)), ("hsdp", (2, 2))], ids=str)
 def test_an_expert_without_tokens_costs_next_to_nothing(layout: Layout) -> None:
-    for calls, planned in _run(layout, _waiting):
+    for calls, planned in ranks.run_on(layout, _waiting):
         assert sum(call.sent for call in calls if call.name == "all_to_all") == planned > 0
         # An agreement that some momentum is zero still, and one on the steps that were taken.
         assert (
@@ -187,14 +177,6 @@ def _fill(tensor: Tensor, value: Tensor) -> None:
     (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(value)
 
 
-def _step(model: Any, optimizer: Any, step: int) -> list[str]:
-    """Takes a step; what it warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        models.train(model, optimizer, [step])
-    return [str(w.message) for w in caught if "basis" in str(w.message)]
-
-
 def _broken_momentum(layout: Layout, value: float) -> list[str]:
     """Momenta that are not finite, repaired before it is too late, then broken for good."""
     names = (SQUARE, WIDE, BATCH)
@@ -212,8 +194,8 @@ def _broken_momentum(layout: Layout, value: float) -> list[str]:
             problems.append(what)
 
     for step in (GAP, GAP + 1):
-        said = _step(model, optimizer, step)
-        _step(twin, other, step)
+        said = models.warned_step(model, optimizer, step)
+        models.warned_step(twin, other, step)
         if first:
             check(len(said) == 1, f"step {step}: said {said}")
             check(all(n in said[0] for n in names), f"step {step}: {said} names not all")
@@ -232,7 +214,7 @@ def _broken_momentum(layout: Layout, value: float) -> list[str]:
         check(not lost, f"others were touched: {lost}")
 
     _repair(optimizer, model, kept)
-    check(_step(model, optimizer, GAP + 2) == [], "warned of a sound momentum")
+    check(models.warned_step(model, optimizer, GAP + 2) == [], "warned of a sound momentum")
     for name in names:
         taken = _state(model, optimizer, name)["basis_step"].flatten()[0]
         check(taken == GAP + 2, f"{name}: not refreshed as soon as it could be")
@@ -242,9 +224,9 @@ def _broken_momentum(layout: Layout, value: float) -> list[str]:
     # The count began anew: two failures are behind it, and three in a row are needed again.
     _spoil(optimizer, model, names[:1], value)
     for step in (2 * GAP, 2 * GAP + 1):
-        said = _step(model, optimizer, step)
+        said = models.warned_step(model, optimizer, step)
         check(not first or SQUARE in said[0], f"{said}")
-    said = models.attempt(_step, model, optimizer, 2 * GAP + 2)
+    said = models.attempt(models.warned_step, model, optimizer, 2 * GAP + 2)
     check(said.startswith("RuntimeError") and SQUARE in said, f"raised {said!r}")
     check("the run ends at 3" in said, f"does not say why: {said!r}")
     return problems
@@ -253,7 +235,7 @@ def _broken_momentum(layout: Layout, value: float) -> list[str]:
 @ON_ALL
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_broken_momentum_gives_no_basis(layout: Layout, value: float) -> None:
-    for problems in _run(layout, _broken_momentum, value):
+    for problems in ranks.run_on(layout, _broken_momentum, value):
         assert not problems
 
 
@@ -272,191 +254,6 @@ def _broken_first_gradient(layout: Layout) -> list[str]:
 
 @ON_ALL
 def test_a_first_gradient_of_nan_ends_the_run_on_all_ranks(layout: Layout) -> None:
-    for *before, last in _run(layout, _broken_first_gradient):
+    for *before, last in ranks.run_on(layout, _broken_first_gradient):
         assert before == ["nothing was raised"] * 2
         assert WIDE in last
-
-
-SVD = torch.linalg.svd
-
-
-@contextmanager
-def _svd(replacement: Callable[[Tensor], Any]) -> Iterator[None]:
-    """Has the SVD ask first whether to raise; None goes on as ever."""
-
-    def svd(A: Tensor, *args: Any, **kwargs: Any) -> Any:
-        instead = replacement(A)
-        return SVD(A, *args, **kwargs) if instead is None else instead
-
-    torch.linalg.svd = svd
-    try:
-        yield
-    finally:
-        torch.linalg.svd = SVD
-
-
-def _no_float32(A: Tensor) -> None:
-    if A.dtype == torch.float32:
-        raise LinAlgError("linalg.svd: the algorithm failed to converge")
-
-
-def _nan_in_float32(A: Tensor) -> Any:
-    """As some GPU drivers: no error, but NaN."""
-    found = SVD(A, full_matrices=False)
-    if A.dtype == torch.float32:
-        for part in found:
-            part.fill_(float("nan"))
-    return found
-
-
-def _retried(layout: Layout, silently: bool) -> tuple[list[str], float]:
-    """An SVD that fails in float32; warnings, and how far from a run in which it does not."""
-    model, optimizer = models.build(layout)
-    twin, other = models.build(layout)
-    start = models.snapshot(model, optimizer, models.whole)
-    models.train(twin, other, range(GAP + 2))
-    said = []
-    fault = _nan_in_float32 if silently else _no_float32
-    with _svd(fault):
-        for step in range(GAP + 2):
-            said += _step(model, optimizer, step)
-    ended = models.snapshot(model, optimizer, models.whole)
-    return said, models.farthest(ended, models.snapshot(twin, other, models.whole), start)
-
-
-@ON_ALL
-@pytest.mark.parametrize("silently", [False, True])
-def test_an_svd_that_fails_is_tried_again_in_float64(layout: Layout, silently: bool) -> None:
-    for said, distance in _run(layout, _retried, silently):
-        assert not said
-        assert distance < 1e-4
-
-
-def _no_svd(A: Tensor) -> None:
-    raise LinAlgError("linalg.svd: the algorithm failed to converge")
-
-
-def _never_converges(layout: Layout) -> tuple[list[str], list[str], list[str], str]:
-    """On rank 1 no SVD converges, in any precision.
-
-    Returns:
-        Names of the matrices it decomposes, names of those not refreshed, warnings, error.
-    """
-    model, optimizer = models.build(layout)
-    models.train(model, optimizer, range(GAP))
-    before = models.snapshot(model, optimizer)
-    theirs = [row["name"] for row in optimizer.report(show=False) if 1 in row["owners"]]
-    with _svd(_no_svd if dist.get_rank() == 1 else lambda _: None):
-        said = _step(model, optimizer, GAP)
-        now = models.snapshot(model, optimizer)
-        old = [
-            name.split(":")[0]
-            for name, value in now.items()
-            if name.endswith("basis_step") and (value != GAP).any()
-        ]
-        kept = [f"{name}:basis" for name in old if name != BATCH and "experts" not in name]
-        if models.unequal({k: now[k] for k in kept}, {k: before[k] for k in kept}):
-            said.append("a basis was changed")
-        said += _step(model, optimizer, GAP + 1)
-        error = models.attempt(models.train, model, optimizer, [GAP + 2])
-    return sorted(theirs), sorted(old), said, error
-
-
-@ON_ALL
-def test_an_svd_that_never_converges_keeps_the_old_basis(layout: Layout) -> None:
-    answers = _run(layout, _never_converges)
-    for theirs, old, said, error in answers:
-        assert theirs
-        assert old == theirs
-        assert "a basis was changed" not in said
-        assert error.startswith("RuntimeError")
-        assert all(name in error for name in theirs)
-    said = answers[0][2]
-    assert len(said) == 2
-    assert all(name in said[0] and name in said[1] for name in answers[0][0])
-    assert "converge" in said[0]
-
-
-def _one_rank_fails(layout: Layout) -> tuple[str, float, list[str], str]:
-    """Rank 1 raises in the midst of its decompositions; then nothing is wrong any more."""
-
-    def fire(A: Tensor) -> None:
-        raise MemoryError("no room for a workspace")
-
-    model, optimizer = models.build(layout)
-    models.train(model, optimizer, range(GAP))
-    theirs = [row["name"] for row in optimizer.report(show=False) if 1 in row["owners"]]
-    begun = time.monotonic()
-    with _svd(fire if dist.get_rank() == 1 else lambda _: None):
-        said = models.attempt(models.train, model, optimizer, [GAP])
-    took = time.monotonic() - begun
-    return said, took, theirs, models.attempt(models.train, model, optimizer, [GAP, GAP + 1])
-
-
-@ON_ALL
-def test_an_error_on_one_rank_is_raised_on_all(layout: Layout) -> None:
-    for said, took, theirs, afterwards in _run(layout, _one_rank_fails):
-        assert said.startswith("RuntimeError")
-        assert "rank 1" in said
-        assert "rank 0" not in said
-        assert "MemoryError: no room for a workspace" in said
-        assert any(name in said for name in theirs)
-        assert took < 10
-        assert afterwards == "nothing was raised"
-
-
-def _tells_hooks(layout: Layout) -> tuple[list[str], list[str], str, str]:
-    """Names that a hook is told, this rank's names, and what comes of an error in a hook."""
-    model, optimizer = models.build(layout)
-    rows = [row for row in optimizer.report(show=False) if dist.get_rank() in row["owners"]]
-    told: list[str] = []
-    with register_refresh_hook(told.append):
-        models.train(model, optimizer, range(2))  # one with a refresh and one without
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"no more of {name}")
-
-    models.train(model, optimizer, range(2, GAP))
-    with register_refresh_hook(refuse):
-        said = models.attempt(models.train, model, optimizer, [GAP])
-    return told, [row["name"] for row in rows], said, models.attempt(_step, model, optimizer, GAP)
-
-
-def test_hooks_are_told_of_each_decomposition() -> None:
-    for told, theirs, said, afterwards in ranks.run(2, _tells_hooks, models.FSDP2):
-        assert sorted(set(told)) == sorted(theirs)
-        assert "ValueError: no more of" in said
-        assert afterwards == "nothing was raised"
-
-
-def _one_update_fails(layout: Layout, fails: int) -> tuple[str, float, list[str], str]:
-    """With bases from gradients, where each rank takes the bases of the matrices it computes."""
-    model, optimizer = models.build(layout, basis_source="gradients")
-    models.train(model, optimizer, range(fails))
-    told: list[str] = []
-
-    def refuse(name: str) -> None:
-        told.append(name)
-        if dist.get_rank() == 1:
-            raise MemoryError("no room for a workspace")
-
-    begun = time.monotonic()
-    with register_refresh_hook(refuse):
-        said = models.attempt(models.train, model, optimizer, [fails])
-    took = time.monotonic() - begun
-    return said, took, told, models.attempt(models.train, model, optimizer, range(fails + 1, 9))
-
-
-@pytest.mark.parametrize("fails", [0, GAP])
-@ON_ALL
-def test_with_bases_from_gradients_too_an_error_is_raised_on_all(
-    layout: Layout, fails: int
-) -> None:
-    answers = _run(layout, _one_update_fails, fails)
-    first = answers[1][2][0]  # the first matrix that the failing rank has decomposed
-    for said, took, _, afterwards in answers:
-        assert said.startswith("RuntimeError: the optimizer could not take new bases: rank 1: ")
-        assert f"MemoryError: no room for a workspace (in the update of {first})" in said
-        assert "rank 0" not in said
-        assert took < 10
-        assert afterwards == "nothing was raised"

@@ -240,22 +240,22 @@ def test_partial_gradients() -> None:
         assert "rank 1 took 2" in said
 
 
-def _replicas(asleep: str) -> tuple[int, str]:
+def _replicas(source: str | None) -> tuple[int, str]:
     """The call that raised where rank 1 lacks a gradient in one, and what it said.
 
-    The rule is Muon; or Conda with bases from ``asleep``, whose one matrix never has a gradient.
+    The rule is Muon; or Conda with bases from ``source``, whose one matrix never has a gradient.
     """
     usual, agreement.COMPARED_EVERY = agreement.COMPARED_EVERY, 4
     try:
         param, matrix = (nn.Parameter(torch.ones(4, 6)) for _ in range(2))
         world = dist.group.WORLD
         optimizer: Conda | Muon = Muon([("w", param)], process_group=world)
-        if asleep:
+        if source:
             groups = [
                 {"params": [("matrix", matrix)], "algorithm": "conda"},
                 {"params": [("w", param)], "algorithm": "adamw"},
             ]
-            optimizer = Conda(groups, basis_source=asleep, process_group=world)
+            optimizer = Conda(groups, basis_source=source, process_group=world)
         for call in range(12):
             lacks = call == 2 and dist.get_rank() == 1
             param.grad = None if lacks else torch.ones(4, 6)
@@ -266,8 +266,8 @@ def _replicas(asleep: str) -> tuple[int, str]:
         agreement.COMPARED_EVERY = usual
 
 
-@pytest.mark.parametrize("asleep", ["", "momentum", "gradients"])
-def test_ranks_without_refreshes_compare_now_and_then(asleep: str) -> None:
-    for call, said in ranks.run(2, _replicas, asleep):
+@pytest.mark.parametrize("source", [None, "momentum", "gradients"])
+def test_ranks_without_refreshes_compare_now_and_then(source: str | None) -> None:
+    for call, said in ranks.run(2, _replicas, source):
         assert call == 4
         assert "w: of the 4 steps since step 0, when the ranks last compared, rank 1 took 3" in said
