@@ -140,9 +140,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             ValueError: a hyperparameter was set to a value out of range.
             RuntimeError: a gradient is sparse or has another shape than its parameter; a CUDA graph
                 is being captured; or, on all ranks of the mesh together, ranks have different
-                plans or different gradients, or a decomposition raised or failed too often. With
-                bases from gradients, one that raises in a step that is not due for a refresh does
-                so on its own rank alone.
+                plans or different gradients, or a decomposition raised or failed too often.
         """
         loss = None
         if closure is not None:  # it evaluates the model, so it runs under the caller's autocast
@@ -352,7 +350,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 fill_state(setup, found.states)
                 # Plan again: a Setup reads at its start which meshes have steps.
                 self._setup = self._diagnostics = None
-            self._rule.forget()
             for param, others in found.wrapper_states.items():
                 self.state[param].update(keep(others, param, before.get(param)))
 

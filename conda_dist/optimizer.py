@@ -80,12 +80,11 @@ class Conda(MatrixOptimizer):
             U^T X if m < n, and U^T X V if m = n. The averages decay by b2. One rank steps the whole
             of a sharded matrix then: it gets the gradient, keeps the state and sends the update,
             and ``basis_budget`` has no effect. A matrix that all ranks hold is stepped by all of
-            them; a ``process_group`` does not share its decompositions. ``exp_avg`` is M, not
-            projected, and the states ``left_basis`` and ``left_gram`` (m, m), ``right_basis`` and
-            ``right_gram`` (n, n) take the place of ``basis`` and ``basis_step``. ``averaged`` (1,)
-            counts the gradients in the moments. A matrix's first gradient gives its bases and is in
-            no moment, so only weight decay moves the matrix in that step. If a refresh fails, the
-            step warns, and every further step tries again. None: the preset's.
+            them. ``exp_avg`` is M, not projected, and the states ``left_basis`` and ``left_gram``
+            (m, m), ``right_basis`` and ``right_gram`` (n, n) take the place of ``basis``.
+            ``averaged`` (1,) counts the gradients in the moments. A matrix's first gradient gives
+            its bases and is in no moment, so only weight decay moves the matrix in that step. None:
+            the preset's.
         refresh_method: how to compute a basis from the momentum; None: the preset's. "svd" is the
             paper's way, and always computes the first basis. "orthogonal_iteration" takes one step
             of subspace iteration from the current basis. It costs a fraction of the SVD's time, and
@@ -123,7 +122,7 @@ class Conda(MatrixOptimizer):
             are. See :meth:`diagnostics`.
         process_group: for plain parameters: ranks whose parameters and gradients are equal. They
             then share the decompositions instead of each computing all of them, and so cannot
-            diverge. Bases from gradients are not shared.
+            diverge.
         fused: ignored; accepted because scripts written for AdamW pass it.
         foreach: ignored, like ``fused``.
         maximize: must be False; AdamW has it, Conda does not.

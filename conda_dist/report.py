@@ -13,7 +13,7 @@ from rich.table import Table
 
 from conda_dist.parameter_names import route_by_name
 from conda_dist.plan.costs import Sizes, costs, save_costs
-from conda_dist.rules.rule import StateSpec
+from conda_dist.rules.rule import Rule
 from conda_dist.rules.states import moment_dtype, second_dtype
 from conda_dist.runtime.adamw import AdamWParameter
 from conda_dist.runtime.parameters import Setup
@@ -36,7 +36,7 @@ class Row(TypedDict):
         compute: the layout in which its step is computed and its moments are stored.
         basis: the layout of its basis; "" if it has none.
         group: global ranks that compute its step if it has a compute group, else [].
-        owners: global ranks that decompose its momentum, one for each matrix of a batch; [] if it
+        owners: global ranks that decompose it, one for each matrix of a batch; [] if it
             has no basis.
         state_bytes: bytes of its state on this rank.
         step_bytes: bytes that this rank sends in a step without a refresh.
@@ -104,35 +104,25 @@ def _adamw_row(parameter: AdamWParameter) -> Row:
     )
 
 
-def sizes_of(
-    states: Mapping[str, StateSpec],
-    gradient_dtype: torch.dtype,
-    update_dtype: torch.dtype,
-    counts: int,
-) -> Sizes:
-    """The bytes per element of what a rule stores and sends for a weight.
-
-    Args:
-        states: the rule's states.
-        gradient_dtype: the dtype in which a gradient is sent.
-        update_dtype: the dtype in which an update is sent.
-        counts: number of the rule's counts for each matrix.
-    """
+def sizes_of(rule: Rule, m: int, n: int, dtype: torch.dtype) -> Sizes:
+    """The bytes per element of what a rule keeps and sends for a matrix (m, n) of a dtype."""
+    states, names = rule.states(m, n, dtype), rule.bases(m, n)
+    gradient, update = rule.exchange_dtypes(dtype)
     basis = states.get("basis")
     return Sizes(
-        gradient_dtype.itemsize,
-        update_dtype.itemsize,
+        gradient.itemsize,
+        update.itemsize,
         tuple(state.dtype.itemsize for state in states.values() if state.cut),
         tuple((s.shape, s.dtype.itemsize) for s in states.values() if not s.cut),
-        counts,
+        len(rule.counts),
         0 if basis is None else basis.dtype.itemsize,
-        0 if basis is None else torch.promote_types(basis.dtype, torch.float32).itemsize,
+        torch.promote_types(states[names[0]].dtype, torch.float32).itemsize if names else 0,
     )
 
 
 def _matrix_row(weight: Weight) -> Row:
     plan, rule, here = weight.plan, weight.rule, weight.mesh.coordinate
-    sizes = sizes_of(weight.specs, weight.exchange_dtype, weight.update_dtype, len(rule.counts))
+    sizes = sizes_of(rule, *weight.shape, weight.param.dtype)
     weight_costs = costs(plan, here, sizes, weight.is_async)
     step = sum(weight_costs.step.values())
     return Row(

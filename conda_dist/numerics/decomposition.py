@@ -70,7 +70,8 @@ class Found(NamedTuple):
 
     Attributes:
         outcome: the outcome.
-        rotation: P (r, r), in at least float32, if the outcome is ``DONE``, else None.
+        rotation: P (r, r), in at least float32, if the outcome is ``DONE``, else None. If a matrix
+            has k bases, (k, r, r).
         spectrum: the spectrum of the momentum if it was asked for and there is a rotation.
     """
 
@@ -392,37 +393,35 @@ def orthonormal(rotation: Tensor, basis: Tensor) -> Tensor:
         return torch.addmm(rotation, Q.mT, Q @ rotation, beta=1.5, alpha=-0.5)
 
 
-def eigenbasis(gram: Tensor, basis: Tensor | None, method: str) -> tuple[Outcome, Tensor | None]:
-    """A basis of eigenvectors of a Gram matrix, or a basis that comes closer to them.
+def decompose_gram(gram: Tensor, basis: Tensor | None, method: str) -> Found:
+    """Computes the rotation P (r, r) from the basis Q to eigenvectors Q P of a Gram matrix.
 
     Args:
         gram: the Gram matrix (r, r), in at least float32.
-        basis: the basis so far; None without one.
-        method: "orthogonal_iteration" takes one step of subspace iteration from ``basis``, if there
-            is one. All others compute the eigenvectors in float64, in descending order of the
-            eigenvalues.
+        basis: Q, (r, r); None if there is no basis, so that Q is the identity.
+        method: "orthogonal_iteration" takes one step of subspace iteration, if there is a basis.
+            All others compute the eigenvectors in float64, in descending order of the eigenvalues.
 
     Returns:
-        The outcome; and the basis (r, r), in ``gram``'s dtype, if it is ``DONE``, else None.
+        The result; the rotation is in ``gram``'s dtype.
 
     Raises:
         RuntimeError: see :func:`decompose`.
     """
     largest = float(torch.linalg.vector_norm(gram, math.inf))  # the host waits for the device
     if not 0 < largest < math.inf:
-        return (Outcome.NOT_FINITE if largest else Outcome.ZERO), None
+        return Found(Outcome.NOT_FINITE if largest else Outcome.ZERO)
     iterated = basis is not None and method == "orthogonal_iteration"
 
     def attempt(device: torch.device, dtype: torch.dtype, _: str | None) -> tuple[Tensor, None]:
-        scaled = (gram / largest).to(device, dtype)
-        if basis is None or not iterated:
-            return _eigenvectors(scaled), None
-        old = basis.to(device, dtype)
-        rotation = _orthogonal_factor(exact_product(old.mT, exact_product(scaled, old)))
-        return exact_product(old, orthonormal(rotation, old)), None
+        projected = (gram / largest).to(device, dtype)
+        if basis is not None:
+            old = basis.to(device, dtype)
+            projected = exact_product(old.mT, exact_product(projected, old))
+        return (_orthogonal_factor if iterated else _eigenvectors)(projected), None
 
     found = _first_that_works(gram, method if iterated else "eigh64", attempt)
-    return (Outcome.NOT_CONVERGED, None) if found is None else (Outcome.DONE, found[0])
+    return Found(Outcome.NOT_CONVERGED) if found is None else Found(Outcome.DONE, found[0])
 
 
 def _orthogonal_factor(gram: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ class Sizes:
         cut: of each state that is cut like the weight, (m, n).
         copied: for each copied state its shape for one matrix, and the bytes of an element.
         counts: number of counts (4 bytes each) that the rule keeps of each matrix.
-        basis: of the basis; 0 without one.
-        rotation: of the rotation that a refresh sends to the ranks that compute.
+        basis: of the state "basis", which a step may gather; 0 without it.
+        rotation: of the rotations that a refresh sends to the ranks that compute; 0 without
+            refreshes.
     """
 
     gradient: int = 4
@@ -36,7 +37,7 @@ class Sizes:
     copied: tuple[tuple[tuple[int, ...], int], ...] = ()
     counts: int = 0
     basis: int = 0
-    rotation: int = 4
+    rotation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class Costs:
 def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool) -> Costs:
     """What a weight costs the rank at a coordinate, if a refresh includes its whole batch."""
     plans, count = [plan], len(plan.owners)
-    task = plan_task(plans, (0,), [range(count) if sizes.basis else ()], coordinate)
+    task = plan_task(plans, (0,), [range(count) if sizes.rotation else ()], coordinate)
     # Moments of a flat weight are exchanged with its gradient; other weights exchange flags.
     two = list(sizes.cut[:2]) if task.loading else []
     flags = [sizes.gradient] * len(task.flags)
@@ -65,9 +66,9 @@ def costs(plan: WeightPlan, coordinate: Coordinate, sizes: Sizes, is_async: bool
         (task.forward, [sizes.gradient, sizes.basis, *two, *flags]),
         (task.backward, [sizes.update, *two, EXTRA_ITEMSIZE]),
     ]
-    moved = [(r.hops, [sizes.rotation] * count) for r in task.rotations]
+    moved = [(r.hops, [sizes.rotation] * count * plan.bases) for r in task.rotations]
     gather = task.gather
-    if is_async and sizes.basis:
+    if is_async and sizes.rotation:
         gather = plan_async_refresh(plans, (0,), [range(count)], coordinate).gather
     moved.append((gather, [sizes.cut[0]] * count))
     state = plan.moments.numel(coordinate) * sum(sizes.cut) + 4 + 4 * count * sizes.counts

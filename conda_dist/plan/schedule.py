@@ -33,13 +33,13 @@ Which = Mapping[int, Collection[int]]
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix that takes a new basis.
+    """One matrix that takes new bases.
 
     Attributes:
         position: position of its weight in the task.
         index: its index in that weight's batch.
         local: its index in this rank's local batch; None if this rank holds nothing of it.
-        owner: coordinate of the rank that decomposes its momentum.
+        owner: coordinate of the rank that decomposes it.
         mine: whether this rank is the owner.
         in_background: whether its decomposition was started in an earlier step.
     """
@@ -59,7 +59,7 @@ class Rotations:
     Attributes:
         start: index, in the task, of the first matrix whose rotation is sent.
         stop: index after the last one.
-        hops: the exchanges. Items: the rotations of these matrices.
+        hops: the exchanges. Items: the rotations of these matrices, one for each basis.
     """
 
     start: int
@@ -347,9 +347,16 @@ def _plan_rotations(
     start, size = 0, 0
     for stop in range(len(routes) + 1):
         last = stop == len(routes)
-        more = 0 if last else ITEMSIZE * min(routes[stop][1].storage.shape[-2:]) ** 2
+        more = 0
+        if not last:
+            plan = routes[stop][1]
+            more = ITEMSIZE * plan.bases * min(plan.storage.shape[-2:]) ** 2
         if stop > start and (last or size + more > limit):
-            legs = [_from_owner(plan, matrix.owner) for matrix, plan in routes[start:stop]]
+            legs = [
+                route
+                for matrix, plan in routes[start:stop]
+                for route in [_from_owner(plan, matrix.owner)] * plan.bases
+            ]
             yield Rotations(start, stop, plan_hops(legs, coordinate))
             start, size = stop, 0
         size += more

@@ -34,8 +34,8 @@ class WeightPlan:
             convert. Else they are DTensors like the parameter, or flat like its partition.
         extra_shape: shape, for one matrix, of the extra tensor that goes back with the update, see
             :meth:`conda_dist.rules.Rule.extra_shape`; None without one.
-        owners: for each matrix of the batch, the coordinate of its owner, which decomposes its
-            momentum.
+        bases: number of bases of each matrix, if the rule has any.
+        owners: for each matrix of the batch, the coordinate of its owner, which decomposes it.
         turns: for each matrix of the batch, its place in its owner's queue.
     """
 
@@ -49,6 +49,7 @@ class WeightPlan:
     group: Group | None = None
     separate: bool = False
     extra_shape: tuple[int, int] | None = None
+    bases: int = 1
     owners: tuple[Coordinate, ...] = ()
     turns: tuple[int, ...] = ()
 
@@ -183,6 +184,7 @@ def plan_weight(
     shard_basis: bool = False,
     part: int | None = None,
     extra_shape: tuple[int, int] | None = None,
+    bases: int = 1,
 ) -> WeightPlan:
     """The plan of a weight (..., m, n), still without owners.
 
@@ -196,6 +198,7 @@ def plan_weight(
             basis, and gather it for each step, instead of having a copy each.
         part: see :class:`WeightPlan`.
         extra_shape: see :class:`WeightPlan`.
+        bases: see :class:`WeightPlan`.
     """
     if isinstance(storage, Flat):
         compute, moves = flat_to_compute(storage, None if group is None else group.among[0])
@@ -221,7 +224,17 @@ def plan_weight(
     exchanged = tuple(move for move in moves if storage.mesh[move.mesh_dim] > 1)
     separate = group is not None and not isinstance(storage, Flat)
     return WeightPlan(
-        name, topology, storage, compute, exchanged, basis, part, group, separate, extra_shape
+        name,
+        topology,
+        storage,
+        compute,
+        exchanged,
+        basis,
+        part,
+        group,
+        separate,
+        extra_shape,
+        bases,
     )
 
 

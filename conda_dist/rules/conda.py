@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from conda_dist.numerics import arithmetic, decomposition, low_precision
-from conda_dist.numerics.arithmetic import Hyper
+from conda_dist.numerics.arithmetic import Hyper, matrices
 from conda_dist.numerics.decomposition import Found
 from conda_dist.options import Options
 from conda_dist.rules.hyperparameters import hyper_of
@@ -99,34 +99,37 @@ class CondaRule(CondaBase, RefreshedRule):
         """See Rule."""
         return f"{self.name} every {group['update_proj_gap']} steps"
 
-    def project(self, grad: Tensor, basis: Tensor, right: bool) -> Tensor:
-        """See RefreshedRule."""
+    def bases(self, m: int, n: int) -> tuple[str, ...]:
+        """See Rule."""
+        return ("basis",)
+
+    def prepare(self, weight: WeightSlice) -> Tensor:
+        """See RefreshedRule. Projects the gradient, and averages it in the momentum."""
+        basis = weight.states["basis"]
         factor = basis.to(self._product_dtype or basis.dtype)
         dtype = torch.promote_types(basis.dtype, torch.float32)
-        return arithmetic.project(grad, factor, right, dtype)
+        projected = arithmetic.project(weight.grad, factor, weight.right, dtype)
+        self._average(weight, weight.states["exp_avg"], projected)
+        return projected
 
-    def average(
-        self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
-    ) -> None:
-        """See RefreshedRule."""
-        rounding = low_precision.rounding_of(momentum, step - 1, self.options.stochastic_rounding)
-        beta1 = float(group["betas"][0])
-        arithmetic.average_(momentum, projected, beta1, rounding)
+    def sources(self, states: Mapping[str, Tensor], place: int) -> tuple[Tensor, ...]:
+        """See RefreshedRule: the projected momentum."""
+        return (matrices(states["exp_avg"])[place],)
 
-    def refresh(self, momenta: Sequence[Tensor], right: bool, first: bool) -> list[Found]:
+    def refresh(self, sources: Sequence[Sequence[Tensor]], right: bool, first: bool) -> list[Found]:
         """See RefreshedRule. The new basis consists of singular vectors of the momentum."""
-        measure = self.options.diagnostics_every > 0
+        momenta, measure = [momentum for (momentum,) in sources], self.options.diagnostics_every > 0
         return decomposition.decompose(momenta, right, self._method(first), measure)
 
-    def refreshed_together(self, momentum: Tensor, first: bool) -> int:
+    def refreshed_together(self, source: Tensor, first: bool) -> int:
         """See RefreshedRule. A batch takes no more than a task's memory.
 
         With the default ``buffer_bytes`` that is 20 square matrices in float32 for r = 512, 5 for
         1024, and 1 from 2048 on.
         """
-        if not decomposition.is_batched(self._method(first), momentum.device):
+        if not decomposition.is_batched(self._method(first), source.device):
             return 1
-        return max(1, self.options.task_bytes // decomposition.batched_bytes(momentum))
+        return max(1, self.options.task_bytes // decomposition.batched_bytes(source))
 
     def _method(self, first: bool) -> str:
         return "svd" if first else self.options.refresh_method
@@ -212,9 +215,15 @@ class CondaRule(CondaBase, RefreshedRule):
     ) -> Tensor:
         """Updates the moments of a projected slice and returns proj(M) / (sqrt(v) + eps)."""
         if not weight.averaged:
-            self.average(first, weight.grad, weight.group, weight.step)
+            self._average(weight, first, weight.grad)
         rounding = low_precision.rounding_of(second, weight.step, self.options.stochastic_rounding)
         return arithmetic.normalise_(weight.grad, first, second, hyper, rounding)
+
+    def _average(self, weight: WeightSlice, momentum: Tensor, projected: Tensor) -> None:
+        """Averages the projected gradient in the momentum, in place."""
+        stochastic = self.options.stochastic_rounding
+        rounding = low_precision.rounding_of(momentum, weight.step - 1, stochastic)
+        arithmetic.average_(momentum, projected, float(weight.group["betas"][0]), rounding)
 
     def _project_back(
         self, weight: WeightSlice, y: Tensor, factor: Tensor, right: bool, hyper: Hyper

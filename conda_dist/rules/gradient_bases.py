@@ -1,6 +1,5 @@
 """Conda with bases from gradients in place of the momentum, which is not in the paper."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,18 +9,17 @@ from torch import Tensor
 
 from conda_dist.numerics import arithmetic, decomposition, low_precision
 from conda_dist.numerics.arithmetic import Hyper, matrices
-from conda_dist.numerics.decomposition import CAUSES, Outcome
-from conda_dist.numerics.refresh_hooks import call_refresh_hooks
+from conda_dist.numerics.decomposition import Found, Outcome
 from conda_dist.options import Options
 from conda_dist.rules.conda import CondaBase, CondaRule
 from conda_dist.rules.hyperparameters import hyper_of
-from conda_dist.rules.rule import StateSpec, WeightSlice
+from conda_dist.rules.rule import RefreshedRule, StateSpec, WeightSlice
 from conda_dist.rules.states import basis_dtype, moment_dtype, second_dtype
 
 LEFT, RIGHT = "left", "right"
 
 
-class GradientBasesRule(CondaBase):
+class GradientBasesRule(CondaBase, RefreshedRule):
     """Conda's arithmetic on whole matrices, in the coordinates of SOAP (arXiv 2409.11321).
 
     For G (m, n), proj(X) = X V if m > n, U^T X if m < n, and U^T X V if m = n. U has the
@@ -30,28 +28,22 @@ class GradientBasesRule(CondaBase):
     A matrix takes its first bases in the step of its first gradient that is not zero. In these
     bases a square gradient is diagonal but for rounding errors, and the step would divide these by
     each other. So that gradient is in neither moment, and moves nothing. Later bases are taken
-    every ``update_proj_gap`` steps. If a decomposition fails, the old bases stay, and every step
-    tries again; after a resume, the next step that is due. A gradient whose Gram matrix is not
-    finite is left out of the average of Gram matrices.
+    every ``update_proj_gap`` steps. A gradient whose Gram matrix is not finite is left out of the
+    average of Gram matrices.
 
     States: ``exp_avg`` (m, n), the first moment, in the weight's own coordinates; ``exp_avg_sq``
     (m, n), the second moment of proj(G); and for each side that has a basis ``left_gram`` and
-    ``left_basis`` (m, m), ``right_gram`` and ``right_basis`` (n, n). A matrix without bases has
-    zeros in their place. ``averaged`` (1,) is the number of gradients in the moments, for the
-    correction of their bias.
+    ``left_basis`` (m, m), ``right_gram`` and ``right_basis`` (n, n). ``averaged`` (1,) is
+    the number of gradients in the moments, for the correction of their bias.
 
     Args:
         options: the optimizer's options.
     """
 
-    whole = takes_bases = True
+    whole = True
     state_names = frozenset({"left_gram", "left_basis", "right_gram", "right_basis", "averaged"})
-
-    def __init__(self, options: Options) -> None:
-        super().__init__(options)
-        # By name, the last step after which all matrices had bases, and none was to be tried again.
-        self._settled: dict[str, int] = {}
-        self._failed: set[tuple[str, int]] = set()  # matrices to be tried again, by name and index
+    counts = ("basis_step",)
+    decomposed = "average of Gram matrices"
 
     def states(self, m: int, n: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """See Rule."""
@@ -65,7 +57,7 @@ class GradientBasesRule(CondaBase):
             states[f"{side}_gram"] = StateSpec(
                 (size, size), torch.promote_types(basis, torch.float32)
             )
-            states[f"{side}_basis"] = StateSpec((size, size), basis)
+            states[f"{side}_basis"] = StateSpec((size, size), basis, identity=True)
         states["averaged"] = StateSpec((1,), torch.float32)
         return states
 
@@ -78,48 +70,79 @@ class GradientBasesRule(CondaBase):
         """See Rule."""
         return f"{self.name} from gradients every {group['update_proj_gap']} steps"
 
-    def forget(self) -> None:
+    def bases(self, m: int, n: int) -> tuple[str, ...]:
         """See Rule."""
-        self._settled.clear()
-        self._failed.clear()
+        return tuple(f"{side}_basis" for side in sides_of(m, n))
 
-    def update(self, weight: WeightSlice) -> Tensor:
-        """See Rule."""
-        hyper, states, step = hyper_of(weight.group), weight.states, weight.step
-        first, second = states["exp_avg"], states[self.second_key]
+    def prepare(self, weight: WeightSlice) -> Tensor:
+        """See RefreshedRule. Averages the gradient and its Gram matrices."""
+        hyper, states, first = hyper_of(weight.group), weight.states, weight.states["exp_avg"]
         arithmetic.check_alike(weight.name, {"gradient": weight.grad, "exp_avg": first})
         sides = sides_of(*weight.shape)
         kept = states[f"{sides[0]}_basis"].dtype
-        dtype = torch.promote_types(kept, torch.float32)
-        product = self.options.product_dtype or kept
-        grad = weight.grad.to(dtype)  # (..., m, n)
+        grad = weight.grad.to(torch.promote_types(kept, torch.float32))  # (..., m, n)
         stochastic = self.options.stochastic_rounding
-        rounding = low_precision.rounding_of(first, step - 1, stochastic)
+        rounding = low_precision.rounding_of(first, weight.step - 1, stochastic)
         arithmetic.average_(first, grad, hyper.beta1, rounding)
         for side in sides:
             x = grad.mT if side == LEFT else grad
+            product = self.options.product_dtype or kept
             arithmetic.average_gram_(states[f"{side}_gram"], x, hyper.beta2, product)
-        averaged = states["averaged"].add_(1)  # (..., 1)
-        decomposed, begin = self._refresh(weight, sides)
-        if begin:
-            grad = grad.clone(memory_format=torch.contiguous_format)  # the caller's does not change
-            for x in (grad, first, averaged[..., None]):
-                _zero(x, begin)
-        for _ in range(decomposed):
-            call_refresh_hooks(weight.name)
-        bases = [(states[f"{side}_basis"].to(product), side == RIGHT) for side in sides]
-        momentum = first
+        states["averaged"].add_(1)
+        return weight.grad
+
+    def sources(self, states: Mapping[str, Tensor], place: int) -> tuple[Tensor, ...]:
+        """See RefreshedRule: a Gram matrix and a basis for each side that has one."""
+        sides = [side for side in (LEFT, RIGHT) if f"{side}_gram" in states]
+        names = [f"{side}_{kind}" for side in sides for kind in ("gram", "basis")]
+        return tuple(matrices(states[name])[place] for name in names)
+
+    def refresh(self, sources: Sequence[Sequence[Tensor]], right: bool, first: bool) -> list[Found]:
+        """See RefreshedRule. Either all bases of a matrix are rotated, or none."""
+        return [self._decompose(*each, first=first) for each in sources]
+
+    def _decompose(self, *grams_and_bases: Tensor, first: bool) -> Found:
+        method = "eigh64" if first else self.options.refresh_method
+        rotations = []
+        for gram, basis in zip(grams_and_bases[::2], grams_and_bases[1::2], strict=True):
+            found = decomposition.decompose_gram(gram, None if first else basis, method)
+            if found.rotation is None:
+                return found
+            rotations.append(found.rotation)
+        return Found(Outcome.DONE, torch.stack(rotations))
+
+    def leave_out(self, states: Mapping[str, Tensor], place: int) -> None:
+        """See RefreshedRule. The gradient is in neither moment."""
+        for batch in (states["exp_avg"], states["averaged"][..., None]):
+            matrices(batch)[place].zero_()
+
+    def update(self, weight: WeightSlice) -> Tensor:
+        """See Rule."""
+        grad = weight.grad if weight.averaged else self.prepare(weight)
+        hyper, states = hyper_of(weight.group), weight.states
+        second = states[self.second_key]
+        kept = states[self.bases(*weight.shape)[0]].dtype
+        dtype = torch.promote_types(kept, torch.float32)
+        averaged = states["averaged"][..., None].to(dtype)  # (..., 1, 1)
+        grad, momentum = grad.to(dtype), states["exp_avg"]
+        if weight.averaged:  # only then are there matrices of which no gradient is in the moments
+            grad = torch.where(averaged > 0, grad, 0)
+        bases = [
+            (states[f"{side}_basis"].to(self.options.product_dtype or kept), side == RIGHT)
+            for side in sides_of(*weight.shape)
+        ]
         for basis, right in bases:
             grad = arithmetic.project(grad, basis, right, dtype)
             momentum = arithmetic.project(momentum, basis, right, dtype)
-        rounding = low_precision.rounding_of(second, step, stochastic)
+        stochastic = self.options.stochastic_rounding
+        rounding = low_precision.rounding_of(second, weight.step, stochastic)
         update = arithmetic.normalise_(grad, momentum, second, hyper, rounding)
         if hyper.correct_bias:
             # The weights of all gradients in N = b1 M + (1 - b1) G add up to 1 - b1^(t + 1).
-            t = averaged[..., None].to(dtype)
-            shrunk = 1 - hyper.beta1 ** (t + 1 if hyper.nesterov else t)
-            update.mul_((1 - hyper.beta2**t).sqrt() / shrunk)
-        _zero(update, begin)  # they have no moments: these may be 0 / 0
+            shrunk = 1 - hyper.beta1 ** (averaged + 1 if hyper.nesterov else averaged)
+            update.mul_((1 - hyper.beta2**averaged).sqrt() / shrunk)
+        if weight.averaged:
+            update = torch.where(averaged > 0, update, 0)  # without moments it may be 0 / 0
         for basis, right in bases:
             update = arithmetic.project_back(update, basis, right, dtype)
         return update
@@ -127,64 +150,6 @@ class GradientBasesRule(CondaBase):
     def hyper_to_apply(self, group: Mapping[str, Any]) -> Hyper:
         """See CondaBase. :meth:`update` has corrected the bias."""
         return replace(hyper_of(group), correct_bias=False)
-
-    def _refresh(self, weight: WeightSlice, sides: Sequence[str]) -> tuple[int, list[int]]:
-        """Takes new bases of the matrices that are due, have none yet or have failed.
-
-        Returns:
-            The number of matrices that took new bases; and those of the batch that had none before.
-        """
-        name, step = weight.name, weight.step
-        due = (step - 1) % weight.group["update_proj_gap"] == 0
-        if self._settled.pop(name, None) == step - 1 and not due:
-            self._settled[name] = step
-            return 0, []
-        grams, bases = (
-            [matrices(weight.states[f"{side}_{kind}"]) for side in sides]
-            for kind in ("gram", "basis")
-        )
-        decomposed, settled = 0, True
-        had = bases[0].flatten(-2).any(-1).tolist()  # the host waits for the device
-        for i, has in enumerate(had):
-            if has and not due and (name, i) not in self._failed:
-                continue
-            outcome = self._take_bases([x[i] for x in grams], [x[i] for x in bases], not has)
-            decomposed += outcome == Outcome.DONE
-            settled &= outcome == Outcome.DONE or (has and outcome == Outcome.ZERO)
-            if outcome not in CAUSES:
-                self._failed.discard((name, i))
-            elif (name, i) not in self._failed:
-                self._failed.add((name, i))
-                which = f" (matrix {i} of the batch)" if weight.grad.ndim > 2 else ""
-                warnings.warn(
-                    f"{name}{which}: the bases could not be refreshed at step {step}, because "
-                    f"{CAUSES[outcome].format('average of Gram matrices')}. They stay as they are. "
-                    "Every step tries again, and says nothing more until it succeeds.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        if settled:
-            self._settled[name] = step
-        return decomposed, [i for i, has in enumerate(had) if not has]
-
-    def _take_bases(self, grams: list[Tensor], bases: list[Tensor], first: bool) -> Outcome:
-        """Replaces the bases of one matrix by those of its Gram matrices: all of them or none."""
-        method = "eigh64" if first else self.options.refresh_method
-        new = []
-        for gram, basis in zip(grams, bases, strict=True):
-            outcome, found = decomposition.eigenbasis(gram, None if first else basis, method)
-            if found is None:
-                return outcome
-            new.append(found)
-        for basis, found in zip(bases, new, strict=True):
-            basis.copy_(found)
-        return Outcome.DONE
-
-
-def _zero(batch: Tensor, which: Sequence[int]) -> None:
-    """Sets some matrices of a batch to zero."""
-    for i in which:
-        matrices(batch)[i].zero_()
 
 
 def conda_rule(options: Options) -> CondaBase:

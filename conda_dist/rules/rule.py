@@ -51,7 +51,7 @@ class WeightSlice:
     Attributes:
         name: fully qualified name of the parameter, for errors.
         grad: the gradient of the slice. It may be the parameter's own, so a rule must not change
-            it. If ``averaged``, it is a projected copy, which may be overwritten.
+            it. If ``averaged``, it is what the rule itself has returned.
         states: the rule's states by name, to be updated in place.
         group: the parameter group, with the hyperparameters.
         step: number of steps that the weight has taken, this one included.
@@ -59,8 +59,8 @@ class WeightSlice:
         param: the slice of the weight, if this rank stores it; None if the update goes to the ranks
             that store it.
         buffers: reusable memory, or None.
-        averaged: whether a refresh has already projected ``grad`` and updated the momentum with it
-            in this step, see :meth:`RefreshedRule.average`.
+        averaged: whether :meth:`RefreshedRule.prepare` has averaged the gradient in this step; then
+            ``grad`` is what it returned.
         extra: set by the rule: the extra tensor, see :meth:`Rule.extra_shape`.
     """
 
@@ -92,9 +92,6 @@ class Rule(ABC):
     """Whether the rule needs a whole matrix on one rank; else it computes each slice by itself."""
     refreshes: ClassVar[bool] = False
     """Whether the rule is a :class:`RefreshedRule`."""
-    takes_bases: ClassVar[bool] = False
-    """Whether :meth:`update` itself takes new bases, in a weight's first step and then every
-    ``update_proj_gap`` steps. After such a step ranks tell each other what it has raised."""
     state_names: ClassVar[frozenset[str]] = frozenset()
     """Names of the states and counts that adamw does not have. They tell whose state it is."""
     counts: tuple[str, ...] = ()
@@ -138,6 +135,10 @@ class Rule(ABC):
             The shape for one matrix; None if there is no extra tensor.
         """
         return None
+
+    def bases(self, m: int, n: int) -> tuple[str, ...]:
+        """Names of the states that are bases (r, r) of a matrix (m, n), see RefreshedRule."""
+        return ()
 
     @abstractmethod
     def update(self, weight: WeightSlice) -> Tensor | None:
@@ -201,9 +202,6 @@ class Rule(ABC):
             ValueError: a hyperparameter is out of its range.
         """
 
-    def forget(self) -> None:  # noqa: B027 (few need it)
-        """Drops what the rule remembers of states from step to step: other states were loaded."""
-
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the rule's update beside its rate, by name, for reports."""
         names = (name for name in self.hyperparameters if name != self.factor)
@@ -218,56 +216,61 @@ class Rule(ABC):
 
 
 class RefreshedRule(Rule):
-    """A rule that steps in a basis (r, r) of each matrix. A refresh computes a new basis.
+    """A rule that steps in bases (r, r) of each matrix. A refresh rotates them to new ones.
 
-    The first of its states is the projected momentum (m, n), which a refresh decomposes. One state
-    is "basis". One count is "basis_step", the step at which the matrix took its basis. If refreshes
-    are asynchronous, there is also an optional state "snapshot" (m, n), a copy of the momentum, and
-    a count "snapshot_step".
+    One rank decomposes a matrix, and sends the rotations to all that compute any of it. Bases are
+    copied states that are initialized to the identity. One count is "basis_step", the step at which
+    a matrix took its bases. If refreshes are asynchronous, there is also an optional state
+    "snapshot" (m, n), a copy of the momentum, and a count "snapshot_step".
     """
 
     refreshes = True
+    decomposed: ClassVar[str] = "momentum"
+    """What a refresh decomposes, in messages."""
 
     @abstractmethod
-    def project(self, grad: Tensor, basis: Tensor, right: bool) -> Tensor:
-        """Projects a gradient.
+    def prepare(self, weight: WeightSlice) -> Tensor:
+        """Averages the gradient, in place, in what the refresh of this step decomposes.
 
         Args:
-            grad: the gradient, (..., m', n) or (..., m, n').
-            basis: the basis (..., r, r).
-            right: whether the basis is multiplied from the right.
-        """
-
-    @abstractmethod
-    def average(
-        self, momentum: Tensor, projected: Tensor, group: Mapping[str, Any], step: int
-    ) -> None:
-        """Updates the projected momentum in place with the projected gradient, before a refresh.
-
-        :meth:`update` then gets a slice that is ``averaged``.
-
-        Args:
-            momentum: the projected momentum of a slice.
-            projected: the projected gradient, of the same shape.
-            group: see :class:`WeightSlice`.
-            step: see :class:`WeightSlice`.
-        """
-
-    @abstractmethod
-    def refresh(self, momenta: Sequence[Tensor], right: bool, first: bool) -> list[Found]:
-        """Decomposes projected momenta.
-
-        Args:
-            momenta: the whole projected momenta of some matrices, each (m, n), of one dtype and
-                device; no more than :meth:`refreshed_together` allows.
-            right: whether the bases are multiplied from the right.
-            first: whether the matrices have no basis yet (the basis is the identity).
+            weight: the slice, as for :meth:`update`.
 
         Returns:
-            For each matrix the outcome; the rotation P (r, r) from the basis Q to the new basis Q P
-            if the outcome is ``DONE``; and then the spectrum, if the options ask for diagnostics.
+            The gradient that :meth:`update` gets after the refresh, in a slice that is
+            ``averaged``.
         """
 
-    def refreshed_together(self, momentum: Tensor, first: bool) -> int:
-        """How many momenta like this one, (m, n), one call of :meth:`refresh` may decompose."""
+    @abstractmethod
+    def sources(self, states: Mapping[str, Tensor], place: int) -> tuple[Tensor, ...]:
+        """What a refresh of one matrix decomposes, from the states of a rank that computes it.
+
+        If the rule is not ``whole``, the first source is this rank's part of the projected
+        momentum, and the ranks' parts are gathered.
+
+        Args:
+            states: the rule's states of the batch, by name.
+            place: index of the matrix in the batch.
+        """
+
+    @abstractmethod
+    def refresh(self, sources: Sequence[Sequence[Tensor]], right: bool, first: bool) -> list[Found]:
+        """Decomposes some matrices.
+
+        Args:
+            sources: the whole sources of each matrix, of one shape, dtype and device; no more than
+                :meth:`refreshed_together` allows.
+            right: whether the bases are multiplied from the right.
+            first: whether the matrices have no bases yet (they are the identity).
+
+        Returns:
+            For each matrix the outcome; the rotations P from the bases Q to the new bases Q P if
+            the outcome is ``DONE``; and then the spectrum, if the options ask for diagnostics and
+            the rule finds it.
+        """
+
+    def refreshed_together(self, source: Tensor, first: bool) -> int:
+        """How many matrices with a first source like this one :meth:`refresh` may decompose."""
         return 1
+
+    def leave_out(self, states: Mapping[str, Tensor], place: int) -> None:
+        """Changes the states of a matrix that had no bases before the refresh of this step."""

@@ -401,7 +401,8 @@ def plan_weights(
                 group=choice.group,
                 shard_basis=choice.shard_basis,
                 part=weight.part,
-                extra_shape=rule.extra_shape(weight.layout.shape[-2], weight.layout.shape[-1]),
+                extra_shape=rule.extra_shape(*weight.layout.shape[-2:]),
+                bases=len(rule.bases(*weight.layout.shape[-2:])),
             )
         )
     # Kernels and the parts of a weight are views of the stored weight's moments, but only if all

@@ -4,7 +4,6 @@ While a task is computed, the gradients of the next task are being sent to their
 the updates of the previous one back to their storage layout.
 """
 
-import traceback
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from conda_dist.layout.layout import Topology
 from conda_dist.numerics.precision import matmul_precision
 from conda_dist.options import Options
 from conda_dist.plan.schedule import (
@@ -24,13 +22,12 @@ from conda_dist.plan.schedule import (
     plan_async_refresh,
     plan_step,
 )
-from conda_dist.rules.rule import Rule, WeightSlice
+from conda_dist.rules.rule import WeightSlice
 from conda_dist.runtime import dtensor
 from conda_dist.runtime.agreement import GradientFlags
 from conda_dist.runtime.background import Background
-from conda_dist.runtime.collectives import Exchange, Mesh
+from conda_dist.runtime.collectives import Exchange
 from conda_dist.runtime.diagnostics import Collection
-from conda_dist.runtime.errors import agree
 from conda_dist.runtime.refresh import refresh, start_in_background
 from conda_dist.runtime.scratch import Scratch
 from conda_dist.runtime.weight import Weight
@@ -81,10 +78,6 @@ class MatrixPath:
         self._exchanged = [bool(crossed_dims(plan)) for plan in self._plans]
         self.flags = GradientFlags()
         self._collection: Collection | None = None  # of a step that collects diagnostics
-        self._takes_bases = any(weight.rule.takes_bases for weight in self.weights)
-        # The meshes whose ranks tell each other of errors after this step.
-        self._told: dict[Topology, Mesh] = {}
-        self._error: Exception | None = None  # the first one of this step, to be told
         self._products = partial(matmul_precision, "tf32" if options.tf32 else "ieee")
 
     def step(self, grads: Grads, collection: Collection | None = None) -> None:
@@ -97,8 +90,8 @@ class MatrixPath:
             collection: measures the changes of the weights; None in a step that does not collect.
 
         Raises:
-            RuntimeError: a decomposition raised an error, or failed too often in a row; or in a
-                step in which the rule takes bases, an update raised an error. Raised on all ranks.
+            RuntimeError: a decomposition raised an error, or failed too often in a row; raised on
+                all ranks.
         """
         self._collection = collection
         try:
@@ -130,32 +123,10 @@ class MatrixPath:
             }
         key = tuple(due.items()), tuple(ready.items())
         tasks = _cached(self._schedules, key, lambda: self.plan_step(due, ready))
-        self._told, self._error = self._meshes_to_tell(grads) if self._takes_bases else {}, None
         self._run(tasks, grads)
-        if self._told:
-            self._tell()
         if self._is_async:
             stepped = [i for i, grad in grads.items() if grad is not None]
             self._start({i: self.weights[i].take_snapshot() for i in stepped})
-
-    def _meshes_to_tell(self, grads: Grads) -> dict[Topology, Mesh]:
-        """The meshes with a weight whose rule takes bases in this step; all ranks find the same."""
-        having = [self.weights[i] for i, grad in grads.items() if grad is not None]
-        taking = [weight for weight in having if not weight.steps_to_refresh()]
-        return {weight.plan.topology: weight.mesh for weight in taking}
-
-    def _tell(self) -> None:
-        """Raises on all ranks what an update has raised on some. The exchanges are over by now."""
-        what = "could not take new bases; replicas may differ, so resume from an earlier checkpoint"
-        raised: Exception | None = None
-        for mesh in self._told.values():
-            try:
-                agree(mesh, (), self._error, what)
-            except Exception as told:  # ranks of the other meshes wait
-                raised = raised or told
-        self._error = None
-        if raised is not None:
-            raise raised
 
     def plan_step(self, due: Which, ready: Which) -> tuple[Task, ...]:
         """The tasks of a step; see :func:`conda_dist.plan.schedule.plan_step`."""
@@ -266,30 +237,17 @@ class MatrixPath:
                 del weight
 
         rule = self.weights[0].rule  # of all weights
-        if self._collection is None and not self._told:
+        if self._collection is None:
             for k, (weight, update) in zip(order, rule.update_many(begun(order)), strict=True):
                 updates[k] = weights[k].finish(weight, update)
         else:
-            for k in order:  # one by one, because each change is measured, and each error caught
+            for k in order:  # one by one, because each change is measured
                 with self._watched(weights[k], weights[k].in_place):
                     (weight,) = begun([k])
-                    told = weights[k].plan.topology in self._told
-                    update = self._update(rule, weight) if told else rule.update(weight)
-                    updates[k] = weights[k].finish(weight, update)
+                    updates[k] = weights[k].finish(weight, rule.update(weight))
         for k in others:
             updates[k] = weights[k].zero_update(grads[k], task.weights[k] not in missing)
         return updates
-
-    def _update(self, rule: Rule, weight: WeightSlice) -> Tensor | None:
-        """The rule's update; zeros after an error that the other ranks are told of later."""
-        try:
-            return rule.update(weight)
-        except Exception as error:
-            error.add_note(f"in the update of {weight.name}")
-            # Memory may be short: free the tensors that the traceback holds.
-            traceback.clear_frames(error.__traceback__)
-            self._error = self._error or error
-        return torch.zeros_like(weight.grad)
 
     def _watched(self, weight: Weight, changes: bool) -> AbstractContextManager[None]:
         """A context in which a weight may change, measured if this step collects diagnostics."""
@@ -302,14 +260,12 @@ class MatrixPath:
     ) -> list[Tensor | None]:
         """Refreshes the bases of a task, then computes its updates; ``begun``: see `refresh`."""
         weights = [self.weights[i] for i in task.weights]
-        projected = []
+        prepared = []
         with self._products():
             for weight, basis in zip(weights, bases, strict=True):
-                projected.append(weight.project(grads.pop(0), basis))
-                if weight.computes:
-                    weight.average(weight.moments[0], projected[-1])
-        counts = refresh(task, weights, bases, projected, self._background, begun)
-        parts = zip(weights, bases, projected, counts, strict=True)
+                prepared.append(weight.prepare(grads.pop(0), basis))
+        counts = refresh(task, weights, bases, prepared, self._background, begun)
+        parts = zip(weights, bases, prepared, counts, strict=True)
         updates = []
         with self._products():
             for weight, basis, grad, counted in parts:

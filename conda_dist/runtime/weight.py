@@ -9,8 +9,6 @@ from torch import Tensor
 
 from conda_dist.layout.flat import Flat
 from conda_dist.layout.layout import Layout
-from conda_dist.numerics import arithmetic
-from conda_dist.numerics.arithmetic import matrices
 from conda_dist.numerics.decomposition import CAUSES, Outcome, Spectrum
 from conda_dist.options import Options
 from conda_dist.plan import calendar
@@ -88,6 +86,8 @@ class Weight:
         self._cut = [n for n, spec in self.specs.items() if spec.cut and not spec.optional]
         self._cut_keys = [self.keys[name] for name in self._cut]
         self._copied = [n for n, spec in self.specs.items() if not spec.cut and n != "basis"]
+        self.bases = rule.bases(m, n)
+        """The rule's names of the states that are bases."""
         self.computes = bool(plan.whole_basis.numel(mesh.coordinate))
         """Whether this rank computes any of the weight."""
         self.nothing = dtensor.local(param).new_empty(0)
@@ -186,8 +186,6 @@ class Weight:
 
     def steps_to_refresh(self) -> float:
         """Number of steps of this weight before its next one with a refresh; 0 if that is next."""
-        if self.rule.takes_bases:
-            return -self.step % self.interval
         if not self.rule.refreshes:
             return math.inf
         taken, delay = self._counts("basis_step"), self.options.refresh_delay
@@ -256,8 +254,8 @@ class Weight:
 
     @property
     def basis(self) -> Tensor:
-        """This rank's elements of the basis, as they are kept; an empty tensor without one."""
-        if not self.rule.refreshes:
+        """This rank's elements of the state "basis", as they are kept; empty without that state."""
+        if "basis" not in self.specs:
             return self.nothing
         return dtensor.local(self.states[self.param][self.keys["basis"]])
 
@@ -304,33 +302,19 @@ class Weight:
         assert isinstance(self.rule, RefreshedRule)
         return self.rule
 
-    def project(self, grad: Tensor, basis: Tensor) -> Tensor:
-        """Projects a gradient in compute layout with the whole basis, before a refresh."""
-        return self.refreshed_rule.project(grad, basis, self.plan.right) if self.computes else grad
-
-    def average(self, moment: Tensor, projected: Tensor) -> None:
-        """Updates a first moment, or a slice of it, in place with the projected gradient."""
-        self.refreshed_rule.average(moment, projected, self.group, self.step + 1)
-
-    def rotate(self, basis: Tensor, projected: Tensor, rotations: dict[int, Tensor]) -> None:
-        """Rotates the basis, the first moment and the projected gradient to a new basis, in place.
+    def prepare(self, grad: Tensor, basis: Tensor) -> Tensor:
+        """Averages a gradient in compute layout before a refresh; see `RefreshedRule.prepare`.
 
         Args:
-            basis: the whole basis (..., r, r) of this rank's matrices.
-            projected: the projected gradient, in compute layout.
-            rotations: P (r, r), by index in this rank's local batch.
+            grad: the gradient.
+            basis: the whole state "basis" (..., r, r) of this rank's matrices, if there is one.
         """
-        for place, rotation in rotations.items() if self.computes else ():
-            for tensor in (self.moments[0], projected):
-                arithmetic.rotate_(matrices(tensor)[place], rotation, self.plan.right)
-            arithmetic.rotate_(matrices(basis)[place], rotation, right=True)
-        kept = self.basis
-        was_gathered = kept.data_ptr() != basis.data_ptr()
-        if rotations and was_gathered:  # store this rank's rows of it
-            for block in self.plan.basis.blocks(self.mesh.coordinate):
-                here, there = block.local[-2], block.start[-2]
-                rows = basis.narrow(-2, there, block.shape[-2])
-                kept.narrow(-2, here, block.shape[-2]).copy_(rows)
+        return self.refreshed_rule.prepare(self.begin(basis, grad)) if self.computes else grad
+
+    @property
+    def rotation_dtype(self) -> torch.dtype:
+        """The dtype of rotations: at least float32, so that only the new basis is rounded."""
+        return torch.promote_types(self.specs[self.bases[0]].dtype, torch.float32)
 
     def begin(
         self, basis: Tensor, grad: Tensor, scratch: Scratch | None = None, averaged: bool = False
@@ -338,14 +322,13 @@ class Weight:
         """What the rule gets in this step, to be followed by :meth:`finish`.
 
         Args:
-            basis: the whole basis (..., r, r) of this rank's matrices, if the rule has one.
-            grad: the gradient in compute layout; if ``averaged`` it is projected, and may be
-                overwritten.
+            basis: the whole state "basis" (..., r, r) of this rank's matrices, if there is one.
+            grad: the gradient in compute layout; if ``averaged``, what :meth:`prepare` returned.
             scratch: memory to reuse, or None.
-            averaged: whether a refresh in this step has updated the first moment already.
+            averaged: whether :meth:`prepare` has averaged the gradient in this step.
         """
         states = dict(zip(self._cut, self._loaded or self.kept_moments, strict=True))
-        if self.rule.refreshes:
+        if "basis" in self.specs:
             states["basis"] = basis
         for name in self._copied:
             states[name] = dtensor.local(self.states[self.param][self.keys[name]])
@@ -413,7 +396,8 @@ class Weight:
     @property
     def must_orthonormalise(self) -> bool:
         """Whether this step's refresh must also make the basis orthonormal again."""
-        if self.options.refresh_method != "orthogonal_iteration" or self.basis.dtype.itemsize < 4:
+        kept = self.specs[self.bases[0]].dtype
+        if self.options.refresh_method != "orthogonal_iteration" or kept.itemsize < 4:
             return True
         return self.step // self.interval % CORRECTED_EVERY == 0
 
@@ -442,8 +426,9 @@ class Weight:
             return None
         self.failures[matrix] = self.failures.get(matrix, 0) + 1
         which = f" (matrix {matrix} of the batch)" if len(self.plan.storage.shape) > 2 else ""
+        decomposed = self.refreshed_rule.decomposed
         return (
             f"{self.plan.name}{which}: the basis could not be refreshed at step {self.step}, "
-            f"because {CAUSES[outcome].format('momentum')}. The old basis is kept. Failure "
+            f"because {CAUSES[outcome].format(decomposed)}. The old basis is kept. Failure "
             f"{self.failures[matrix]} in a row; the run ends at {MAX_FAILURES}."
         )

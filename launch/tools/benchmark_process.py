@@ -130,8 +130,7 @@ def conda_step(
             state = optimizer.state[param]
             for name in {"basis", "left_basis", "right_basis"} & state.keys():
                 state[name].copy_(basis)
-            if "basis_step" in state:
-                state["basis_step"].fill_(0)
+            state["basis_step"].fill_(0)
             state["step"].fill_(1)
         optimizer._setup = None  # its meshes have started
     return optimizer.step

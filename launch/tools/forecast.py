@@ -143,7 +143,13 @@ def _plans(rule: Rule, options: Options, projected: Shapes, mesh: Mesh) -> list[
     choices = choose(requests, options.basis_budget)
     return assign_owners(
         [
-            plan_weight(request.name, topology, request.storage, group=choice.group)
+            plan_weight(
+                request.name,
+                topology,
+                request.storage,
+                group=choice.group,
+                bases=len(rule.bases(*request.storage.shape)),
+            )
             for request, choice in zip(requests, choices, strict=True)
         ]
     )
@@ -151,8 +157,7 @@ def _plans(rule: Rule, options: Options, projected: Shapes, mesh: Mesh) -> list[
 
 def _sizes(rule: Rule, plan: WeightPlan) -> Sizes:
     m, n = plan.storage.shape
-    states = rule.states(m, n, torch.float32)
-    return sizes_of(states, *rule.exchange_dtypes(torch.float32), len(rule.counts))
+    return sizes_of(rule, m, n, torch.float32)
 
 
 def _products(rule: Rule, plan: WeightPlan, numel: int) -> float:
@@ -169,14 +174,14 @@ def _products(rule: Rule, plan: WeightPlan, numel: int) -> float:
 def _refresh_work(rule: Rule, options: Options, plan: WeightPlan) -> dict[Coordinate, float]:
     """Operations of a refresh of a weight, by the coordinate that decomposes it."""
     m, n = plan.storage.shape
-    if rule.refreshes:
-        return {plan.owners[0]: refresh_flops(m, n, options.refresh_method)}
-    if not isinstance(rule, GradientBasesRule):
+    if not rule.refreshes:
         return {}
-    iterated = options.refresh_method == "orthogonal_iteration"
-    # Five products and a QR decomposition, or eigenvectors.
-    each = (14.0 if iterated else 9.0) * min(m, n) ** 3
-    return dict.fromkeys(plan.computing(), len(sides_of(m, n)) * each)
+    work = refresh_flops(m, n, options.refresh_method)
+    if isinstance(rule, GradientBasesRule):
+        iterated = options.refresh_method == "orthogonal_iteration"
+        # For each basis two products, and a QR decomposition or eigenvectors.
+        work = plan.bases * (8.0 if iterated else 13.0) * min(m, n) ** 3
+    return {plan.owners[0]: work}
 
 
 def _sum_up(
@@ -219,7 +224,8 @@ def _sum_up(
         found.refresh.update(cost.refresh)
         r, flops = min(plan.storage.shape), _products(rule, plan, numel)
         found.flops += flops
-        found.rotate += (2 * 2.0 * numel * r + 2.0 * r**3) * (computes and rule.refreshes)
+        rotated = (0 if rule.whole else 2) * 2.0 * numel * r + plan.bases * 2.0 * r**3
+        found.rotate += rotated * (computes and rule.refreshes)
         found.elements += plan.storage.numel(busiest) if plan.group is None else numel
         found.updates += computes or plan.group is None
         if plan.moves:  # it packs the gradient it stores and unpacks the update, or the reverse

@@ -319,7 +319,6 @@ def _conda(param: Tensor, grads: Sequence[Tensor | None], given: Sequence[Option
                 for x, old in zip(gram_matrices(grad.double()), grams, strict=True)
             ]
         if taken < 0 and not first.any():
-            count += of_gradients  # only the rank that computes the weight knows
             continue
         last, begins = count - count % gap, taken < 0
         if begins:

@@ -69,7 +69,7 @@ def test_the_bytes_of_state_are_those_of_the_tensors() -> None:
     assert held["torch.optim.AdamW"] == 2 * moment + counts
     assert held["conda_dist"] == 2 * moment + bases + 2 * counts
     # Of the 7 matrices 4 are square, with two sides; a side has a Gram matrix and a basis.
-    assert held["conda_dist, bases from gradients"] == 2 * moment + 4 * 22 * 16 * 16 + 2 * counts
+    assert held["conda_dist, bases from gradients"] == 2 * moment + 4 * 22 * 16 * 16 + 3 * counts
     assert held["pytorch_optimizer.Conda"] == 2 * moment + bases
     assert held["two products"] == 0
 

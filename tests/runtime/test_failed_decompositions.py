@@ -20,6 +20,8 @@ from models import GAP, Layout
 LAYOUTS: list[Layout] = [("fsdp", (2,)), ("fsdp", (3,)), ("hsdp", (2, 2)), ("ddp", (2,))]
 ON_ALL = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 
+LATE = "blocks.1.up.weight"
+
 SVD = torch.linalg.svd
 
 
@@ -120,37 +122,68 @@ def test_an_svd_that_never_converges_keeps_the_old_basis(layout: Layout) -> None
     assert "converge" in said[0]
 
 
-def _one_rank_fails(layout: Layout) -> tuple[str, float, list[str], str]:
-    """Rank 1 raises in the midst of its decompositions; then nothing is wrong any more."""
+def _one_rank_fails(
+    layout: Layout, source: str, fails: int
+) -> tuple[str, float, list[str], int, dict[str, Tensor], str]:
+    """Rank 1 raises whenever it has decomposed; then nothing is wrong any more.
 
-    def fire(A: Tensor) -> None:
-        raise MemoryError("no room for a workspace")
+    One weight has no gradient but zeros before step 2, where only its first bases are due.
 
-    model, optimizer = models.build(layout)
-    models.train(model, optimizer, range(GAP))
-    theirs = [row["name"] for row in optimizer.report(show=False) if 1 in row["owners"]]
+    Returns:
+        The error, seconds, the matrices decomposed, how many workspaces of failed decompositions
+        were alive in a later one, what this rank held then, and what came of further steps.
+    """
+    model, optimizer = models.build(layout, basis_source=source)
+    models.train(model, optimizer, range(min(fails, 2)), LATE)
+    models.train(model, optimizer, range(2, fails))
+    told: list[str] = []
+    workspaces: list[weakref.ref[Tensor]] = []
+    held = 0
+
+    def refuse(name: str) -> None:
+        nonlocal held
+        held += sum(each() is not None for each in workspaces)
+        told.append(name)
+        workspace = torch.empty(4)
+        workspaces.append(weakref.ref(workspace))
+        if dist.get_rank() == 1 or fails == 2:
+            raise MemoryError("no room for a workspace")
+
     begun = time.monotonic()
-    with _svd(fire if dist.get_rank() == 1 else lambda _: None):
-        said = models.attempt(models.train, model, optimizer, [GAP])
+    with register_refresh_hook(refuse):
+        said = models.attempt(models.train, model, optimizer, [fails])
     took = time.monotonic() - begun
-    return said, took, theirs, models.attempt(models.train, model, optimizer, [GAP, GAP + 1])
+    now = models.snapshot(model, optimizer)
+    afterwards = models.attempt(models.train, model, optimizer, range(fails, 9))
+    return said, took, told, held, now, afterwards
 
 
+@pytest.mark.parametrize("fails", [0, 2, GAP])
+@pytest.mark.parametrize("source", ["momentum", "gradients"])
 @ON_ALL
-def test_an_error_on_one_rank_is_raised_on_all(layout: Layout) -> None:
-    for said, took, theirs, afterwards in ranks.run_on(layout, _one_rank_fails):
-        assert said.startswith("RuntimeError")
-        assert "rank 1" in said
-        assert "rank 0" not in said
-        assert "MemoryError: no room for a workspace" in said
-        assert any(name in said for name in theirs)
+def test_an_error_on_one_rank_is_raised_on_all(layout: Layout, source: str, fails: int) -> None:
+    answers = ranks.run_on(layout, _one_rank_fails, source, fails)
+    failed = [
+        rank for rank, answer in enumerate(answers) if answer[2] and (rank == 1 or fails == 2)
+    ]
+    assert len(failed) == 1
+    for said, took, _, held, _, afterwards in answers:
+        assert said.startswith("RuntimeError: Conda could not refresh its bases: ")
+        assert [rank for rank in range(len(answers)) if f"rank {rank}: " in said] == failed
+        assert "MemoryError: no room for a workspace (while decomposing the " in said
+        assert all(name in said for name in answers[failed[0]][2])
         assert took < 10
+        assert not held
         assert afterwards == "nothing was raised"
+    if layout[0] in ("ddp", "hsdp"):  # replicas are alike
+        half = len(answers) // 2
+        for first, second in zip(answers[:half], answers[half:], strict=True):
+            assert not models.unequal(first[4], second[4])
 
 
-def _tells_hooks(layout: Layout) -> tuple[list[str], list[str], str, str]:
+def _tells_hooks(layout: Layout, source: str) -> tuple[list[str], list[str], str, str]:
     """Names that a hook is told, this rank's names, and what comes of an error in a hook."""
-    model, optimizer = models.build(layout)
+    model, optimizer = models.build(layout, basis_source=source)
     rows = [row for row in optimizer.report(show=False) if dist.get_rank() in row["owners"]]
     told: list[str] = []
     with register_refresh_hook(told.append):
@@ -170,56 +203,12 @@ def _tells_hooks(layout: Layout) -> tuple[list[str], list[str], str, str]:
     )
 
 
-def test_hooks_are_told_of_each_decomposition() -> None:
-    for told, theirs, said, afterwards in ranks.run(2, _tells_hooks, models.FSDP2):
+@pytest.mark.parametrize("source", ["momentum", "gradients"])
+@ON_ALL
+def test_hooks_are_told_of_each_decomposition(layout: Layout, source: str) -> None:
+    """And each rank decomposes what it owns: replicas share the decompositions."""
+    for told, theirs, said, afterwards in ranks.run_on(layout, _tells_hooks, source):
+        assert theirs
         assert sorted(set(told)) == sorted(theirs)
         assert "ValueError: no more of" in said
-        assert afterwards == "nothing was raised"
-
-
-def _one_update_fails(layout: Layout, fails: int) -> tuple[str, float, list[str], int, str]:
-    """With bases from gradients, where each rank takes the bases of the matrices it computes.
-
-    Returns:
-        The error, seconds, the matrices decomposed, how many workspaces of failed updates were
-        still alive in a later update, and what came of further steps.
-    """
-    model, optimizer = models.build(layout, basis_source="gradients")
-    models.train(model, optimizer, range(fails))
-    told: list[str] = []
-    workspaces: list[weakref.ref[Tensor]] = []
-    held = 0
-
-    def refuse(name: str) -> None:
-        nonlocal held
-        held += sum(each() is not None for each in workspaces)
-        told.append(name)
-        workspace = torch.empty(4)
-        workspaces.append(weakref.ref(workspace))
-        if dist.get_rank() == 1:
-            raise MemoryError("no room for a workspace")
-
-    begun = time.monotonic()
-    with register_refresh_hook(refuse):
-        said = models.attempt(models.train, model, optimizer, [fails])
-    took = time.monotonic() - begun
-    afterwards = models.attempt(models.train, model, optimizer, range(fails + 1, 9))
-    return said, took, told, held, afterwards
-
-
-@pytest.mark.parametrize("fails", [0, GAP])
-@ON_ALL
-def test_with_bases_from_gradients_too_an_error_is_raised_on_all(
-    layout: Layout, fails: int
-) -> None:
-    answers = ranks.run_on(layout, _one_update_fails, fails)
-    first = answers[1][2][0]  # the first matrix that the failing rank has decomposed
-    assert len(answers[1][2]) > 1
-    for said, took, _, held, afterwards in answers:
-        assert said.startswith("RuntimeError: the optimizer could not take new bases")
-        assert "resume from an earlier checkpoint: rank 1: " in said
-        assert f"MemoryError: no room for a workspace (in the update of {first})" in said
-        assert "rank 0" not in said
-        assert took < 10
-        assert not held
         assert afterwards == "nothing was raised"
