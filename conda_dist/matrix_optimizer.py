@@ -122,9 +122,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         A parameter without a gradient does not change. Either all ranks that share a parameter have
         its gradient, or none has. If ranks differ, a later step raises: the next one if it
         exchanges that gradient, else the next one with a refresh (within 200 steps for a rule
-        without refreshes). A first step in which all gradients are zero changes nothing and is not
-        counted. With bases from the momentum, the same is true of each matrix until its momentum is
-        not zero.
+        without refreshes). If the first gradient of a weight with bases comes on some ranks alone,
+        these wait for the others until the process group's timeout. A first step in which all
+        gradients are zero changes nothing and is not counted. The same is true of each matrix with
+        bases until its momentum is not zero.
 
         ``torch.autocast`` has no effect on a step. ``torch.compile`` does not compile it: a
         compiled function calls it as it is.

@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "2026-11-draft": {
         "betas": (0.95, 0.98),
-        "update_proj_gap": 20,
+        "update_proj_gap": 5,
         "nesterov": True,
         "basis_source": "gradients",
         "refresh_method": "orthogonal_iteration",

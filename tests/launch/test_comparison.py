@@ -176,7 +176,7 @@ def test_the_table_and_the_picture_of_results(tmp_path: Path) -> None:
 def test_a_table_names_a_preset_in_place_of_its_values() -> None:
     values = "betas=0.95,0.98+nesterov=true+basis_source=gradients"
     rules = {
-        f"conda+{values}+update_proj_gap=20+refresh_method=orthogonal_iteration+lr=1e-1": (
+        f"conda+{values}+update_proj_gap=5+refresh_method=orthogonal_iteration+lr=1e-1": (
             "conda+preset=2026-11-draft+lr=1e-1"
         ),
         f"conda+{values}": f"conda+{values}",

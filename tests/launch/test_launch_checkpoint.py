@@ -67,8 +67,12 @@ def test_damage_is_named_on_every_rank(
         assert result.code == 1
         assert "step-00000008 cannot be used" in result.err
         assert words in result.err
-        # What to do is said, and works.
         assert f"--resume {run / 'checkpoints' / 'step-00000007'}" in result.err
+
+
+def test_a_damaged_checkpoint_is_set_aside(config: Path, run: Path) -> None:
+    """What :func:`test_damage_is_named_on_every_rank` is told to do works."""
+    flip(newest(run) / "__0_0.distcp")
     resumed = succeed(
         2, config, "--output", run, "--resume", newest(run).with_name("step-00000007")
     )

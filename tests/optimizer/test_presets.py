@@ -22,7 +22,7 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "2026-11-draft": {
         "betas": (0.95, 0.98),
-        "update_proj_gap": 20,
+        "update_proj_gap": 5,
         "nesterov": True,
         "basis_source": "gradients",
         "refresh_method": "orthogonal_iteration",
@@ -175,8 +175,8 @@ def test_a_group_may_differ_from_the_preset(capsys: pytest.CaptureFixture[str]) 
     optimizer = Conda(
         [{"params": [first]}, {"params": [second], "update_proj_gap": 9}], preset="2026-11-draft"
     )
-    assert [group["update_proj_gap"] for group in optimizer.param_groups] == [20, 9]
+    assert [group["update_proj_gap"] for group in optimizer.param_groups] == [5, 9]
     optimizer.report()
     said = capsys.readouterr().out
-    for gap in (20, 9):
+    for gap in (5, 9):
         assert f"update_proj_gap {gap}, correct_bias True, nesterov True" in " ".join(said.split())
